@@ -1,0 +1,69 @@
+"""Drive calibration batches through a program block by block, all batches in step.
+
+Only the values that are alive at the point reached are held, for every batch; so a linear can be quantized on the
+outputs of everything quantized before it, and each node runs once a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Self
+
+from torch import Tensor, fx
+
+from quantize.calibration.statistics import Statistic
+from quantize.graph.execute import State, Values, advance, start
+from quantize.graph.program import Linear, Program, Segment
+
+
+class Runner:
+    """Batches of token ids on their way through a program.
+
+    Attributes:
+        values: for each batch what is alive.
+    """
+
+    def __init__(self, program: Program, batches: Iterable[Tensor]) -> None:
+        self.program = program
+        self.values: list[Values] = [start(program, tokens) for tokens in batches]
+
+    @classmethod
+    def of(cls, program: Program, values: Iterable[Values]) -> Self:
+        """A runner that starts from given values."""
+        runner = cls(program, [])
+        runner.values = list(values)
+        return runner
+
+    def run(self, nodes: Iterable[fx.Node], state: State) -> None:
+        """Advance every batch over some nodes."""
+        nodes = tuple(nodes)
+        for values in self.values:
+            advance(self.program, nodes, values, state)
+
+    def stops(self, segment: Segment, state: State, targets: Iterable[Linear]) -> Iterator[list[Linear]]:
+        """Advance through a segment, stopping before the first of each group of targets that share an input.
+
+        The caller may change `state.linears` at each stop; the linears run with what stands there afterwards.
+        """
+        groups: dict[fx.Node, list[Linear]] = {}
+        for linear in targets:
+            groups.setdefault(linear.source, []).append(linear)
+        done = 0
+        for group in groups.values():
+            position = segment.nodes.index(group[0].node)
+            self.run(segment.nodes[done:position], state)
+            done = position
+            yield group
+        self.run(segment.nodes[done:], state)
+
+    def preview(
+        self, segment: Segment, state: State, targets: Iterable[Linear], make: Callable[[], Statistic]
+    ) -> dict[str, Statistic]:
+        """Statistics of the inputs of a segment's linears, by module path, without advancing."""
+        collected: dict[str, Statistic] = {}
+        for values in self.values:
+            ahead = Runner.of(self.program, [dict(values)])
+            for group in ahead.stops(segment, state, targets):
+                for linear in group:
+                    collected.setdefault(linear.path, make()).update(ahead.values[0][linear.source])
+        return collected

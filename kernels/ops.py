@@ -1,0 +1,8 @@
+"""The only door to the kernels: picks an engine for the tensors at hand. So far that is the reference everywhere."""
+
+from __future__ import annotations
+
+from quantize.kernels.packing import pack_int4, unpack_int4
+from quantize.kernels.reference import dequantize, quantize_per_token, quantized_linear
+
+__all__ = ["dequantize", "pack_int4", "quantize_per_token", "quantized_linear", "unpack_int4"]

@@ -1,0 +1,196 @@
+"""The directory that a run leaves: whole or not there at all, with its manifest; and loading it back."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save as serialize
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quantize.checkpoint import build_skeleton, index_tensors, read_config, read_tensor
+from quantize.errors import QuantizeError, UsageError
+from quantize.formats.qtensor import QTensor
+from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.scheme import Scheme
+
+METHOD = "quantize-model"
+PROBE = "probe.safetensors"  # inputs and outputs, no part of the model
+
+
+class ArtifactWriter:
+    """Writes files beside the final directory and renames once all are on disk.
+
+    Leaving the `with` block before `commit` removes everything.
+
+    Raises:
+        UsageError: the output exists already, or its parent does not.
+        QuantizeError: the disk is full or not writable.
+    """
+
+    def __init__(self, output: Path) -> None:
+        if output.exists() or output.is_symlink():
+            raise UsageError(f"{output} exists already; give a new --output-dir")
+        self.output = output
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
+            self.directory.chmod(0o755)
+        self.weight_map: dict[str, str] = {}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write one safetensors file."""
+        if tensors:
+            with disk_errors(self.output):
+                save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, self.directory / name, {"format": "pt"})
+            self.weight_map |= dict.fromkeys(tensors, name)
+
+    def add_probe(self, tensors: dict[str, Tensor]) -> None:
+        """Write the inputs and outputs that `quantize-model verify` compares with; they are no part of the model."""
+        self.write(PROBE, serialize(tensors, {"format": "pt"}))
+
+    def write(self, name: str | Path, content: str | bytes) -> None:
+        """Write one small file."""
+        path = self.directory / name
+        with disk_errors(self.output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Add the manifest with the hash of every file, flush all to disk, and rename; returns the whole manifest."""
+        files = {str(p.relative_to(self.directory)): sha256(p) for p in sorted(self.directory.rglob("*")) if p.is_file()}
+        manifest = {**manifest, "files": files}
+        self.write("manifest.json", as_json(manifest))
+        with disk_errors(self.output):
+            for path in [*self.directory.rglob("*"), self.directory]:
+                flush(path)
+            self.directory.rename(self.output)
+            flush(self.output.parent)
+        return manifest
+
+
+class disk_errors:  # noqa: N801  a context manager, used like a function
+    """Turn what a disk answers into one sentence."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError | SafetensorError):
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error).lower()
+            reason = "the disk is full" if full else f"writing failed ({error})"
+            raise QuantizeError(f"{reason}; {self.output} was not made") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_json(value: Any) -> str:
+    """JSON as all files here are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """`manifest.json` of an artifact."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise UsageError(f"{directory} holds no readable manifest.json, so it is no artifact of quantize-model") from None
+    return manifest  # type: ignore[no-any-return]
+
+
+def check_hashes(directory: Path) -> int:
+    """Compare every file with the manifest; returns how many there are.
+
+    Raises:
+        QuantizeError: names the first file that is missing, changed or not listed.
+    """
+    listed = read_manifest(directory)["files"]
+    found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {"manifest.json"}
+    for name in sorted(found | set(listed)):
+        if name not in listed or name not in found:
+            raise QuantizeError(f"{directory / name} is {'missing' if name in listed else 'not in the manifest'}")
+        if sha256(directory / name) != listed[name]:
+            raise QuantizeError(f"{directory / name} has changed since it was written")
+    return len(listed)
+
+
+def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn.Module | None = None) -> nn.Module:
+    """The quantized model, in evaluation mode; for a causal language model `generate` works.
+
+    Args:
+        directory: an artifact.
+        dtype: of all parameters that are not integers, and so of the computation.
+        skeleton: the architecture, for artifacts of modules that transformers does not know; its weights are replaced.
+
+    Raises:
+        UsageError: no artifact.
+        QuantizeError: damaged files.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UsageError(f"no such artifact: {directory}")
+    settings = read_manifest(directory)["quantization"]
+    files = index_tensors(directory, PROBE)
+    model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
+    for path in settings["modules"]:
+        model.set_submodule(path, read_linear(path, settings, files, dtype))
+    tensors = {name: read_tensor(file, name) for name, file in files.items()}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    tie(model)
+    if unexpected or any(p.is_meta for p in model.parameters()):
+        raise QuantizeError(f"{directory} does not fit its config: {(unexpected or missing)[0]}")
+    return model.eval()
+
+
+def tie(model: nn.Module) -> None:
+    """Tie what the config ties."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:
+    """One quantized linear of an artifact, from the `quantization_config`."""
+    def get(name: str) -> Tensor | None:
+        key = f"{path}.{name}"
+        return read_tensor(files[key], key) if key in files else None
+
+    scheme, entry = Scheme(**settings["scheme"]), settings["modules"][path]
+    data, scale, bias = get("qweight"), get("scale"), get("bias")
+    if data is None or scale is None:
+        raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
+    weight = QTensor(data, scale.to(dtype), get("zero_point"), entry["columns"], scheme.weights)
+    online = OnlineHadamard(**entry["hadamard"]) if "hadamard" in entry else None
+    return QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)

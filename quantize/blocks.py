@@ -1,0 +1,116 @@
+"""One run on its way through the blocks: each is transformed, quantized and handed out to be written."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize.calibration.data import Samples
+from quantize.calibration.runner import Runner
+from quantize.calibration.statistics import Gram
+from quantize.checkpoint import Checkpoint
+from quantize.errors import QuantizeError
+from quantize.formats.qtensor import QTensor
+from quantize.graph.execute import State
+from quantize.graph.program import Linear, Program, Segment
+from quantize.linear import HadamardTransform, OnlineHadamard, QuantizedLinear
+from quantize.plan import Plan
+from quantize.transforming import Transformer, float_state
+
+BATCH_TOKENS = 4096  # calibration tokens that run together
+PROBE_TOKENS = 32
+
+
+class BlockRun:
+    """Transforms and quantizes one block after the other.
+
+    Attributes:
+        modules: path → entry of the artifact's quantization settings.
+        untied: some parameter no longer equals the one it was tied to.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples) -> None:
+        self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
+        needed = plan.quantizer.needs_gram or any(step.handler.needs for step in plan.steps)
+        batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
+        self.probe_tokens = probe_tokens(samples, program.vocabulary, plan.recipe.seed)
+        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_tokens)
+        self.transformer = Transformer(program, plan.steps, self.calibration, self.probes, plan.recipe.seed)
+        self.modules: dict[str, dict[str, object]] = {}
+        self.untied = False
+        self._tied: dict[str, str] = {}
+
+    def process(self, segment: Segment) -> dict[str, Tensor]:
+        """Transform and quantize one block; returns what is stored of it."""
+        stored = {name: self.checkpoint.tensor(name) for name in segment.parameters}
+        weights, online = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
+        linears = self.program.linears(segment)
+        state = float_state(weights, linears, online)
+        targets = [linear for linear in linears if linear.path in self.plan.targets]
+        tensors: dict[str, Tensor] = {}
+        for group in self.calibration.stops(segment, state, targets):
+            gram = self._gram(group[0], online.get(group[0].path))
+            for linear in group:
+                weight = self._quantize(linear, state, gram, online.get(linear.path), stored[linear.weight].dtype)
+                tensors |= {f"{linear.path}.{name}": t for name, t in weight.tensors().items()}
+        self.probes.run(segment.nodes, state)
+        quantized = {linear.weight for linear in targets}
+        return tensors | self._kept({name: weights[name].to(t.dtype) for name, t in stored.items() if name not in quantized})
+
+    def unused(self) -> dict[str, Tensor]:
+        """What the forward pass never reads, as it is stored."""
+        read = {name for segment in self.program.segments for name in segment.parameters}
+        return self._kept({name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read})
+
+    def outputs(self) -> list[Tensor]:
+        """The model's outputs on the probes, once all blocks are done."""
+        return [values[node] for values in self.probes.values for node in self.program.output.all_input_nodes]
+
+    def _gram(self, linear: Linear, online: OnlineHadamard | None) -> Gram | None:
+        """Gram matrix of a linear's input behind its online transform."""
+        if not self.plan.quantizer.needs_gram:
+            return None
+        transform = HadamardTransform(online) if online else torch.nn.Identity()
+        gram = Gram()
+        for values in self.calibration.values:
+            gram.update(transform(values[linear.source]))
+        return gram
+
+    def _quantize(
+        self, linear: Linear, state: State, gram: Gram | None, online: OnlineHadamard | None, dtype: torch.dtype
+    ) -> QTensor:
+        """Quantize one linear and let the block run with it from here on."""
+        recipe = self.plan.recipe
+        try:
+            weight = self.plan.quantizer.quantize(state.weights[linear.weight], recipe.weights, gram, dtype)
+        except QuantizeError as error:
+            raise QuantizeError(f"{linear.path}: {error}") from None
+        bias = state.weights.get(linear.bias or "")
+        state.linears[linear.node] = QuantizedLinear(weight, bias, recipe.linear_scheme, online)
+        entry: dict[str, object] = {"columns": weight.columns}
+        self.modules[linear.path] = entry | ({"hadamard": asdict(online)} if online else {})
+        self.untied |= len(self.checkpoint.ties.get(linear.weight, ())) > 1
+        return weight
+
+    def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to store as they are; one that still equals a tied one stored before is left out."""
+        kept = {}
+        for name, tensor in tensors.items():
+            digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+            others = [other for other in self.checkpoint.ties.get(name, ()) if other in self._tied]
+            if not others or self._tied[others[0]] != digest:
+                kept[name] = tensor
+                self.untied |= bool(others)
+            self._tied[name] = digest
+        return kept
+
+
+def probe_tokens(samples: Samples, vocabulary: int, seed: int) -> list[Tensor]:
+    """Two different inputs [1, tokens]: the start of the last sample, and random ids."""
+    text = samples.rows[-1][None, :PROBE_TOKENS]
+    rng = np.random.default_rng(seed)
+    return [text, torch.from_numpy(rng.integers(vocabulary, size=text.shape))]

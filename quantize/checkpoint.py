@@ -1,0 +1,189 @@
+"""Where a model's weights, config and side files come from: a directory, a hub id, or a module in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from quantize.errors import QuantizeError, UsageError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+NOT_COPIED = {"config.json", "manifest.json"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be built without its weights, and its weights one by one.
+
+    Attributes:
+        directory: where the files are; None for a module in memory.
+        config: the config as a dict; empty for a module that has none.
+        files: tensor name → safetensors file.
+        module: the module in memory, None for a directory.
+        ties: parameter → all names of the same parameter, itself among them.
+    """
+
+    directory: Path | None
+    config: dict[str, Any]
+    files: dict[str, Path] = field(default_factory=dict)
+    module: nn.Module | None = None
+    ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def skeleton(self) -> nn.Module:
+        """The model with parameters on the meta device, tied ones shared, and real buffers."""
+        if self.module is None:
+            return build_skeleton(self.config)
+        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()}
+        return copy.deepcopy(self.module, memo)
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter as it is stored.
+
+        Raises:
+            QuantizeError: missing or unreadable.
+        """
+        if self.module is not None:
+            return self.module.get_parameter(name).detach()
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.files), None)
+        if stored is None:
+            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
+        return read_tensor(self.files[stored], stored)
+
+    def side_files(self) -> list[Path]:
+        """Tokenizer and other small files to take along, relative to the directory."""
+        if self.directory is None:
+            return []
+        found = (p.relative_to(self.directory) for p in sorted(self.directory.rglob("*")) if p.is_file())
+        return [p for p in found if p.suffix in SIDE_FILES and p.name not in NOT_COPIED
+                and not p.name.endswith(".index.json") and not any(part.startswith(".") for part in p.parts)]
+
+
+def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+    """Find a model's parts without reading a weight.
+
+    Args:
+        model: a directory, which never touches a network; a hub id; or a module.
+
+    Raises:
+        UsageError: no such model, or one that cannot be quantized.
+        QuantizeError: its files are damaged.
+    """
+    if isinstance(model, nn.Module):
+        config = getattr(model, "config", None)
+        checkpoint = Checkpoint(None, config.to_diff_dict() if config is not None else {}, module=model)
+        return Checkpoint(None, checkpoint.config, module=model, ties=ties_of(model))
+    directory = Path(model) if Path(model).is_dir() else download(str(model))
+    config = read_config(directory)
+    if "quantization_config" in config:
+        raise UsageError(f"{directory} is quantized already; give the floating-point model")
+    return Checkpoint(directory, config, index_tensors(directory), None, ties_of(build_skeleton(config)))
+
+
+def download(name: str) -> Path:
+    """Fetch a model from the hub: config, tokenizer and safetensors only."""
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"no such model directory: {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        raise UsageError(f"{name} is no directory here, and no model of that id could be fetched from the hub") from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as a dict."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError:
+        raise UsageError(f"{directory} holds no config.json, so it is no model directory") from None
+    except ValueError as error:
+        raise QuantizeError(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architectures"), list) or not config["architectures"]:
+        raise UsageError(f"{path} does not name its architecture; add the key architectures")
+    return config
+
+
+def build_skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model class that a config names, built without weights; never code from the model's directory.
+
+    Raises:
+        UsageError: transformers has no such class, or the config does not fit it.
+    """
+    architecture = str(config["architectures"][0])
+    cls = getattr(transformers, architecture, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UsageError(f"transformers {transformers.__version__} has no architecture {architecture}, and code from models is not run")
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise UsageError(f"the config does not build a {architecture}: {error}") from None
+    model.tie_weights()
+    return model
+
+
+def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter name all the names of that parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
+    """Tensor name → file, from the headers of all safetensors files but one.
+
+    Raises:
+        UsageError: there are none.
+        QuantizeError: one is damaged.
+    """
+    files: dict[str, Path] = {}
+    for path in sorted(p for p in directory.glob("*.safetensors") if p.name != leave_out):
+        try:
+            with safe_open(path, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
+    if not files:
+        raise UsageError(f"{directory} holds no .safetensors weights; convert the model with save_pretrained first")
+    return files
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """One tensor, memory-mapped."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return opened.get_tensor(name)  # type: ignore[no-any-return]
+    except (SafetensorError, OSError) as error:
+        raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
+
+
+def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
+    """Every parameter is there, of the right shape, floating point and finite.
+
+    Raises:
+        QuantizeError: names the first that is not.
+    """
+    for name, parameter in skeleton.named_parameters():
+        tensor = checkpoint.tensor(name)
+        if tensor.shape != parameter.shape:
+            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}")
+        if not tensor.is_floating_point():
+            raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
+        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

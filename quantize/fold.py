@@ -1,0 +1,88 @@
+"""How a transform enters the weights: writers absorb T, readers absorb its inverse, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quantize.graph.basis import Basis, Edge
+from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
+
+
+class Transform(Protocol):
+    """An invertible matrix T [dim, dim] on a basis: the channels x become x T. Tensors are [..., dim]."""
+
+    def write(self, rows: Tensor) -> Tensor:
+        """`rows @ T`: what a writer's channels become, and the channels themselves."""
+
+    def read(self, columns: Tensor) -> Tensor:
+        """`columns @ T⁻ᵀ`: what a reader's columns become."""
+
+    def undo(self, x: Tensor) -> Tensor:
+        """`x @ T⁻¹`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """T = diag(d); d [dim], not zero."""
+
+    d: Tensor
+
+    def write(self, rows: Tensor) -> Tensor:
+        """`rows · d`."""
+        return rows * self.d.to(rows)
+
+    def read(self, columns: Tensor) -> Tensor:
+        """`columns / d`."""
+        return columns / self.d.to(columns)
+
+    undo = read
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """T = diag(signs) (I ⊗ H): a random Hadamard matrix of order `size` on each run of `size` channels.
+
+    Its rows and columns are orthonormal, so T⁻ᵀ = T (QuaRot, arXiv 2404.00456, section 3).
+    """
+
+    signs: Tensor
+    size: int
+
+    def write(self, rows: Tensor) -> Tensor:
+        """`rows @ T`."""
+        a, b = hadamard_factors(self.size)
+        return kronecker_transform(rows * self.signs.to(rows), a.to(rows), b.to(rows))
+
+    read = write
+
+    def undo(self, x: Tensor) -> Tensor:
+        """`x @ Tᵀ`."""
+        a, b = hadamard_factors(self.size)
+        return kronecker_transform(x, a.T.to(x), b.T.to(x)) * self.signs.to(x)
+
+
+def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that absorb a transform of one basis, changed; those not in `weights` are left out.
+
+    Args:
+        basis: the basis that T acts on.
+        transform: T, of dimension `basis.dim`.
+        weights: parameters by name, any floating dtype, which the results keep.
+    """
+    folded: dict[str, Tensor] = {}
+    for edges, side in ((basis.writers, transform.write), (basis.readers, transform.read)):
+        for edge in (e for e in edges if e.parameter in weights):
+            folded[edge.parameter] = absorb(folded.get(edge.parameter, weights[edge.parameter]), edge, side)
+    return folded
+
+
+def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply one side of a transform along a parameter's axis, copy by copy."""
+    channels_last = weight.double().movedim(edge.axis, -1).clone()
+    for index in edge.index:
+        channels_last[..., index] = side(channels_last[..., index])
+    return channels_last.movedim(-1, edge.axis).to(weight.dtype).contiguous()

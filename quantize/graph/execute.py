@@ -1,0 +1,58 @@
+"""Run nodes of a program on real values, with a weight or a whole linear replaced where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from quantize.graph.program import Program
+
+Values = dict[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a stretch of the program runs with.
+
+    Attributes:
+        weights: parameter name → value.
+        linears: linear node → what runs instead: input → output.
+    """
+
+    weights: dict[str, Tensor]
+    linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+def start(program: Program, tokens: Tensor) -> Values:
+    """Values before the first node: the token ids [batch, sequence] and the switches."""
+    return {program.tokens: tokens, **program.constants}
+
+
+@torch.no_grad()
+def advance(program: Program, nodes: Iterable[fx.Node], values: Values, state: State) -> None:
+    """Compute nodes in order, adding their values to `values` and dropping each value after its last use."""
+    for node in nodes:
+        values[node] = run_node(program, node, values, state)
+        for source in node.all_input_nodes:
+            if program.last_use[source] is node:
+                values.pop(source, None)
+
+
+def run_node(program: Program, node: fx.Node, values: Values, state: State) -> Any:
+    """One node's value."""
+    if node.op == "get_attr":
+        return program.module.get_submodule(str(node.target))
+    if replaced := state.linears.get(node):
+        return replaced(values[node.all_input_nodes[0]])
+
+    def value_of(n: fx.Node) -> Any:
+        if n in program.parameters:
+            return state.weights[program.parameters[n]]
+        return program.buffers[n] if n in program.buffers else values[n]
+
+    return node.target(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))  # type: ignore[operator]

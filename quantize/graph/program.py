@@ -1,0 +1,204 @@
+"""A model as its exported graph, cut into blocks, with the name of every parameter it reads and no weight in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from quantize.errors import QuantizeError
+
+EXAMPLE_SHAPE = (2, 8)  # batch, sequence: dynamic, and large enough that no size is taken for a broadcast
+LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of nodes that belongs to one repeated block, or the nodes before, between and after the blocks.
+
+    Attributes:
+        name: module path of the block (`model.layers.3`), or of what stands around it.
+        nodes: in execution order.
+        parameters: names of the parameters the nodes read, in that order.
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear whose weight is a parameter: the module's path, its node, its input's node, and its parameters' names."""
+
+    path: str
+    node: fx.Node
+    source: fx.Node
+    weight: str
+    bias: str | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """The exported graph of one forward pass over token ids.
+
+    Attributes:
+        module: the graph; its placeholders are parameters, buffers and inputs.
+        parameters: placeholder → parameter name, tied parameters apart.
+        buffers: placeholder → value.
+        constants: placeholder → value of the inputs that are switches (`use_cache`).
+        tokens: the placeholder of the token ids.
+        segments: all other nodes but the output, in order.
+        output: the node that returns.
+    """
+
+    module: fx.GraphModule
+    parameters: dict[fx.Node, str]
+    buffers: dict[fx.Node, Tensor]
+    constants: dict[fx.Node, Any]
+    tokens: fx.Node
+    segments: tuple[Segment, ...]
+    output: fx.Node
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the table that the token ids index; ids lie below it."""
+        tables = [n.args[0] for n in self.tokens.users if n.target is torch.ops.aten.embedding.default]
+        return int(tables[0].meta["val"].shape[0]) if tables else 2**31  # type: ignore[union-attr]
+
+    def linears(self, segment: Segment) -> list[Linear]:
+        """The linears of a segment, in order."""
+        return [self._linear(n) for n in segment.nodes if n.target is LINEAR and n.args[1] in self.parameters]
+
+    def _linear(self, node: fx.Node) -> Linear:
+        source, weight, *bias = (n for n in node.args if isinstance(n, fx.Node))
+        name = self.parameters[weight]
+        return Linear(name.removesuffix(".weight"), node, source, name, self.parameters[bias[0]] if bias else None)
+
+    @functools.cached_property
+    def last_use(self) -> dict[fx.Node, fx.Node]:
+        """For each value the last node that reads it."""
+        return {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}
+
+
+def export_program(skeleton: nn.Module) -> Program:
+    """Export a model whose forward takes token ids [batch, sequence], both sizes dynamic.
+
+    Args:
+        skeleton: parameters on the meta device, buffers real; its parameters are untied in place.
+
+    Raises:
+        QuantizeError: the exporter refuses the model; the message carries its reason.
+    """
+    buffers = dict(skeleton.named_buffers())
+    untie(skeleton)
+    skeleton.eval().to("meta")
+    name, switches = next(iter(inspect.signature(skeleton.forward).parameters)), forward_switches(skeleton)
+    shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, **dict.fromkeys(switches)}
+    example = {name: torch.zeros(EXAMPLE_SHAPE, dtype=torch.long, device="meta"), **switches}
+    try:
+        with quiet():
+            exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # whatever the exporter meets in a stranger's code
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise QuantizeError(f"the model cannot be exported as a graph: {reason}") from error
+    return from_exported(exported, buffers, switches, name)
+
+
+def forward_switches(model: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` where the model knows that switch: one pass over whole sequences needs no cache."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+
+
+def untie(model: nn.Module) -> None:
+    """Give every parameter name a tensor of its own, so that the graph tells the uses of a tied parameter apart."""
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter warns of its own deprecations, which a user cannot act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram, buffers: dict[str, Tensor], switches: dict[str, bool], tokens: str
+) -> Program:
+    """Read a `Program` off an exported graph; nodes that the exporter placed on meta are moved to the CPU."""
+    module, signature = exported.graph_module, exported.graph_signature
+    drop_assertions(module)
+    move_to_cpu(module)
+    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
+    values = {by_name[p]: buffers[name] for p, name in signature.inputs_to_buffers.items()}
+    values |= {by_name[p]: exported.constants[name] for p, name in signature.inputs_to_lifted_tensor_constants.items()}
+    constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    return Program(module, parameters, values, constants, by_name[tokens], cut(module, parameters), output)
+
+
+def drop_assertions(module: fx.GraphModule) -> None:
+    """Remove what the exporter asserts of example tensors (their device is meta) and what only that needed."""
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in reversed(graph_module.graph.nodes):
+            if "_assert" in str(node.target) and not node.users:
+                graph_module.graph.erase_node(node)
+        graph_module.graph.eliminate_dead_code()
+
+
+def move_to_cpu(module: fx.GraphModule) -> None:
+    """Replace the device that nodes name (`arange(device=meta)`), in nested graphs too."""
+    def on_cpu(argument: Any) -> Any:
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, on_cpu), map_aggregate(node.kwargs, on_cpu)
+        graph_module.recompile()
+
+
+def cut(module: fx.GraphModule, parameters: dict[fx.Node, str]) -> tuple[Segment, ...]:
+    """Cut the graph where it enters or leaves an item of the outermost list of modules."""
+    runs: list[tuple[str, list[fx.Node]]] = []
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        block = block_of(node)
+        if not runs or (block is not None and block != runs[-1][0]):
+            runs.append((block or "", []))
+        runs[-1][1].append(node)
+    return tuple(Segment(name, tuple(nodes), read_by(nodes, parameters)) for name, nodes in split_tail(runs))
+
+
+def block_of(node: fx.Node) -> str | None:
+    """Path of the outermost list item that the node's module lies in; '' outside of all, None if not known."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = next(reversed(stack.values()))[0]
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
+    return found.group() if found else ""
+
+
+def split_tail(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]]]:
+    """Name the runs outside of blocks by their place."""
+    return [(name or ("head" if i == 0 else "tail" if i == len(runs) - 1 else f"between {i}"), nodes)
+            for i, (name, nodes) in enumerate(runs)]
+
+
+def read_by(nodes: list[fx.Node], parameters: dict[fx.Node, str]) -> tuple[str, ...]:
+    """Names of the parameters that some nodes read, in order, once each."""
+    return tuple(dict.fromkeys(parameters[n] for node in nodes for n in node.all_input_nodes if n in parameters))

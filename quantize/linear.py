@@ -1,0 +1,76 @@
+"""The linear layer of a quantized model: online transform, activation quantizer, integer product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
+from quantize.kernels.ops import dequantize, quantize_per_token, quantized_linear, unpack_int4
+from quantize.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class OnlineHadamard:
+    """`x @ (H ⊗ I_stride)` in front of a linear, H orthogonal of order `size`; see `kernels/hadamard.py`."""
+
+    size: int
+    stride: int = 1
+
+
+class HadamardTransform(nn.Module):
+    """An `OnlineHadamard` with its two Kronecker factors as buffers, which are never saved."""
+
+    def __init__(self, online: OnlineHadamard) -> None:
+        super().__init__()
+        self.online = online
+        a, b = hadamard_factors(online.size)
+        self.register_buffer("a", a.float(), persistent=False)
+        self.register_buffer("b", b.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., K]."""
+        return kronecker_transform(x, self.a.to(x), self.b.to(x), self.online.stride)
+
+
+class QuantizedLinear(nn.Module):
+    """Drop-in for `nn.Linear` that holds packed integers.
+
+    Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+    """
+
+    def __init__(
+        self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: OnlineHadamard | None = None
+    ) -> None:
+        super().__init__()
+        self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
+        for name, tensor in {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point}.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+        self.transform = HadamardTransform(online) if online else nn.Identity()
+
+    def weight_integers(self) -> Tensor:
+        """int8 [N, K]."""
+        return unpack_int4(self.qweight, self.in_features) if self.scheme.weights.num_bits == 4 else self.qweight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        x, q, activations = self.transform(x), self.weight_integers(), self.scheme.activations
+        if activations is None:
+            weight = dequantize(q, self.scale, self.zero_point).to(x)
+            return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+        return quantized_linear(
+            x, q, self.scale, self.zero_point, self.bias,
+            activations.num_bits, activations.symmetric, activations.clip_ratio,
+        )
+
+    def fake_quantized(self, x: Tensor) -> Tensor:
+        """The same function in floating point: quantized and dequantized operands, a float product."""
+        x, activations = self.transform(x), self.scheme.activations
+        if activations is not None:
+            q, scale, zero_point = quantize_per_token(x, activations.num_bits, activations.symmetric, activations.clip_ratio)
+            x = (q.to(x) - zero_point.to(x)) * scale
+        return torch.nn.functional.linear(x, dequantize(self.weight_integers(), self.scale, self.zero_point).to(x), self.bias)

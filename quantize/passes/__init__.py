@@ -1,0 +1,8 @@
+"""Outlier handlers: one file each. A pass says *what* the transform is; where it is legal and how it is folded, others do."""
+
+from quantize.passes.base import PASSES
+from quantize.passes.base import Pass as Pass
+from quantize.registry import import_all
+
+import_all(__name__, __path__)
+__all__ = ["PASSES", "Pass"]

@@ -1,0 +1,46 @@
+"""Fold norm gains into the linears that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.statistics import Statistic
+from quantize.errors import QuantizeError
+from quantize.fold import Diagonal, Transform
+from quantize.graph.basis import Basis, is_foldable
+from quantize.graph.group import Group
+from quantize.passes.base import PASSES, Pass
+
+
+@PASSES.register("fold_norms")
+class FoldNorms(Pass):
+    """Make each norm's gain g ones: T = diag(1/g) (SliceGPT, arXiv 2401.15024, section 3).
+
+    Only then does the residual stream admit rotations.
+    """
+
+    legal: ClassVar[Group] = Group.DIAGONAL
+    folds_gains: ClassVar[bool] = True
+
+    def acts_on(self, basis: Basis) -> bool:
+        """Bases that one gain writes."""
+        return is_foldable(basis)
+
+    def transform(
+        self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
+    ) -> Transform:
+        """T = diag(1/g).
+
+        Raises:
+            QuantizeError: a gain is zero.
+        """
+        del statistics, seed
+        (edge,) = basis.writers
+        gain = weights[edge.parameter].double()[edge.index[0]]
+        if not bool(gain.all()):
+            raise QuantizeError(f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`")
+        return Diagonal(1 / gain)

@@ -1,0 +1,160 @@
+"""load → calibrate → transform → quantize → verify → write, block by block."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from quantize import gate
+from quantize.artifact import METHOD, ArtifactWriter, as_json, load
+from quantize.blocks import BlockRun
+from quantize.calibration.data import BUNDLED, Samples, read_samples
+from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.errors import UsageError
+from quantize.graph.program import Program, export_program
+from quantize.plan import Plan, make_plan
+from quantize.progress import track
+from quantize.recipe import Recipe, load_recipe
+from quantize.tokenizer import load_tokenize
+from quantize.verify import parity
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished run: where it lies, and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+    def load(self) -> nn.Module:
+        """The quantized model."""
+        return load(self.directory)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before it changes anything: the model, what happens where, and the data."""
+
+    checkpoint: Checkpoint
+    program: Program
+    plan: Plan
+    samples: Samples
+
+
+def quantize_model(
+    model: str | Path | nn.Module,
+    *,
+    output_dir: str | Path,
+    scheme: str | None = None,
+    calibration: str | Path | None = None,
+    recipe: str | Path | None = None,
+    seed: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+) -> Artifact:
+    """Quantize a model into a new directory.
+
+    Args:
+        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence].
+        output_dir: the artifact; must not exist.
+        scheme: `W8A8`, `W4A16`, `W4A8` or `W4A4`; None takes the recipe's.
+        calibration: `.txt`, or `.jsonl` with rows of `text` or `input_ids`; None takes the bundled prose.
+        recipe: TOML file that changes the scheme's default recipe.
+        seed: of every random choice; None takes the recipe's.
+        overrides: further recipe settings, as nested dicts.
+        console: where progress is shown; None is silent.
+
+    Raises:
+        UsageError: wrong call, recipe or path.
+        QuantizeError: the run failed; nothing is left behind.
+    """
+    changes = dict(overrides or {}) | ({} if seed is None else {"seed": seed})
+    resolved = load_recipe(scheme, Path(recipe) if recipe else None, changes)
+    with ArtifactWriter(Path(output_dir)) as writer:
+        prepared = prepare(model, resolved, Path(calibration) if calibration else None)
+        return run(prepared, writer, console)
+
+
+def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None) -> Prepared:
+    """Everything that can be decided, and everything that can be wrong, before the first block."""
+    checkpoint = open_checkpoint(model)
+    skeleton = checkpoint.skeleton()
+    check_weights(checkpoint, skeleton)
+    check_length(checkpoint.config, recipe)
+    program = export_program(skeleton)
+    plan = make_plan(recipe, program)
+    tokenize = load_tokenize(checkpoint.directory)
+    samples = read_samples(calibration or BUNDLED, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    return Prepared(checkpoint, program, plan, samples)
+
+
+def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
+    """The windows fit the model's positions."""
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int) and recipe.seqlen > longest:
+        raise UsageError(f"--seqlen {recipe.seqlen} is more than the {longest} positions of the model")
+
+
+def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> Artifact:
+    """Quantize block by block into an open writer, verify what was written, and commit."""
+    plan, program, checkpoint = prepared.plan, prepared.program, prepared.checkpoint
+    blocks = BlockRun(checkpoint, program, plan, prepared.samples)
+    shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
+    for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
+        writer.add(shard.format(number), blocks.process(segment))
+    writer.add(shard.format(len(program.segments) + 1), blocks.unused())
+    settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
+    write_side_files(prepared, writer, blocks, settings)
+    proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_tokens, blocks.outputs(), console)
+    return Artifact(writer.output, writer.commit({
+        "scheme": plan.recipe.scheme, "seed": plan.recipe.seed, "versions": versions(),
+        "calibration": calibration_record(blocks, prepared.samples),
+        "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences}, "parity": proof,
+        "untied": blocks.untied, "coverage": coverage(plan, blocks), "quantization": settings,
+    }))  # fmt: skip
+
+
+def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, settings: dict[str, Any]) -> None:
+    """Config, resolved recipe, tensor index, tokenizer and other side files, and the probes with their outputs."""
+    checkpoint = prepared.checkpoint
+    if checkpoint.config:
+        untied = {"tie_word_embeddings": False} if blocks.untied else {}
+        writer.write("config.json", as_json({**checkpoint.config, **untied, "quantization_config": settings}))
+    writer.write("recipe.toml", prepared.plan.recipe.to_toml())
+    size = sum(path.stat().st_size for path in writer.directory.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(writer.weight_map.items()))}
+    writer.write("model.safetensors.index.json", as_json(index))
+    for path in checkpoint.side_files():
+        writer.write(path, (checkpoint.directory / path).read_bytes())  # type: ignore[operator]
+    first = len(prepared.program.output.all_input_nodes)
+    last_token = torch.cat([output[:, -1] for output in blocks.outputs()[::first]])
+    writer.add_probe({"input_ids": torch.cat(blocks.probe_tokens), "output": last_token})
+
+
+def calibration_record(blocks: BlockRun, samples: Samples) -> dict[str, Any]:
+    """Which data was used, and how much of it."""
+    used = bool(blocks.calibration.values)
+    rows = samples.rows if used else ()
+    return {"sha256": samples.sha256, "rows": len(rows), "tokens": sum(len(row) for row in rows)}
+
+
+def coverage(plan: Plan, blocks: BlockRun) -> dict[str, str]:
+    """Every parameter: quantized, or the reason why not."""
+    done = {f"{path}.weight": "quantized" for path in blocks.modules}
+    return dict(sorted((plan.skipped | done).items()))
+
+
+def versions() -> dict[str, str]:
+    """What the bytes may depend on."""
+    packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

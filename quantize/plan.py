@@ -1,0 +1,143 @@
+"""Recipe and bases → what happens where, before a weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from quantize.errors import UsageError
+from quantize.graph.basis import Bases, Basis, find_bases
+from quantize.graph.program import Linear, Program, Segment
+from quantize.linear import OnlineHadamard
+from quantize.passes import PASSES, Pass
+from quantize.quantizers import QUANTIZERS, Quantizer
+from quantize.recipe import Recipe, validated
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass: its sites on the analysis it acts on, and what it puts in front of linears, by module path."""
+
+    handler: Pass
+    bases: Bases
+    sites: tuple[Basis, ...]
+    online: dict[str, OnlineHadamard]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens where.
+
+    Attributes:
+        recipe: resolved: every default filled in.
+        steps: the passes in order.
+        quantizer: how weights are rounded.
+        targets: paths of the linears to quantize, in order.
+        skipped: parameter → why it is not quantized.
+    """
+
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    quantizer: Quantizer
+    targets: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+def make_plan(recipe: Recipe, program: Program) -> Plan:
+    """Decide what happens where.
+
+    Raises:
+        UsageError: a pattern matches nothing, a group size does not divide, a pass is unknown or mis-set.
+    """
+    linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    targets, skipped = select(recipe, linears)
+    chosen = [linear for linear in linears if linear.path in targets]
+    check_groups(recipe, chosen, program)
+    handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
+    quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
+    quantized = {linear.weight for linear in chosen}
+    reasons = {name: skipped.get(name, "no linear weight") for name in program.parameters.values() if name not in quantized}
+    resolved = recipe.model_copy(update={
+        "ignore": tuple(recipe.ignore if recipe.ignore is not None else default_ignore(linears)),
+        "passes": tuple(settings(handler) for handler in handlers), "quantizer": settings(quantizer),
+    })  # fmt: skip
+    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, reasons)
+
+
+def settings(chosen: Pass | Quantizer) -> dict[str, object]:
+    """A pass or quantizer with all its parameters, as a recipe writes it."""
+    return {"name": chosen.name, **chosen.model_dump()}
+
+
+def default_ignore(linears: Iterable[Linear]) -> list[str]:
+    """The output head, where a model has one."""
+    return ["lm_head"] if any(matches("lm_head", linear.path) for linear in linears) else []
+
+
+def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Paths to quantize, and weights left out with the reason."""
+    paths = [linear.path for linear in linears]
+    ignore = recipe.ignore if recipe.ignore is not None else default_ignore(linears)
+    for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
+        for pattern in patterns:
+            require_match(kind, pattern, paths)
+    ignored = {path: p for p in reversed(ignore) for path in paths if matches(p, path)}
+    wanted = {path for path in paths if any(matches(p, path) for p in recipe.targets)}
+    skipped = {linear.weight: f"ignored by {ignored[linear.path]!r}" if linear.path in ignored else "not in targets"
+               for linear in linears if linear.path in ignored or linear.path not in wanted}
+    return tuple(dict.fromkeys(p for p in paths if p in wanted and p not in ignored)), skipped
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern names a module: its path, the end of its path, or `re:` and a full-match expression."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def require_match(kind: str, pattern: str, paths: list[str]) -> None:
+    """A pattern that matches nothing is an error that lists near matches."""
+    try:
+        if any(matches(pattern, path) for path in paths):
+            return
+    except re.error as error:
+        raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
+    known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+    raise UsageError(f"{kind}: {pattern!r} matches no linear; near are {', '.join(near)}")
+
+
+def check_groups(recipe: Recipe, linears: list[Linear], program: Program) -> None:
+    """The group size divides the input of every linear."""
+    size = recipe.weights.group_size
+    shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
+    odd = [(linear.path, int(shapes[linear.weight][1])) for linear in linears if size and shapes[linear.weight][1] % size]
+    if odd:
+        path, columns = odd[0]
+        more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise UsageError(
+            f"the group size {size} does not divide the {columns} columns of {path}{more}; "
+            "give a --group-size that does, 0 for per-channel weights, or --ignore it"
+        )
+
+
+def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:
+    """The passes with their sites; a pass that folds gains changes the analysis of those after it."""
+    steps, folded = [], frozenset[str]()
+    shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
+    for handler in handlers:
+        bases = find_bases(program, folded)
+        sites = tuple(b for b in handler.sites(bases.all) if not handler.needs or in_one_segment(b, program.segments))
+        online = {l.path: handler.online(bases.reading(l.weight), int(shapes[l.weight][1])) for l in linears}
+        steps.append(Step(handler, bases, sites, {path: o for path, o in online.items() if o}))
+        if handler.folds_gains:
+            folded |= {edge.parameter for basis in sites for edge in basis.writers if edge.vector}
+    return tuple(steps)
+
+
+def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:
+    """Whether one block holds all parameters of a basis, so that its statistics are at hand when it is transformed."""
+    names = {edge.parameter for edge in (*basis.writers, *basis.readers)}
+    return any(names <= set(segment.parameters) for segment in segments)

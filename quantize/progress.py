@@ -1,0 +1,42 @@
+"""Tell a person what is being done, how far it is, and how long it will take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+
+
+def track(items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None) -> Iterator[T]:
+    """Yield items under a progress bar on a terminal, as plain lines elsewhere, silently without a console."""
+    if console is None:
+        yield from items
+    elif console.is_terminal:
+        yield from bar(items, what, name, console)
+    else:
+        yield from lines(items, what, name, console)
+
+
+def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
+    """A bar with the item at hand, how many are done, and the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=len(items))
+        for item in items:
+            progress.update(task, description=f"{what} {name(item)}")
+            yield item
+            progress.advance(task)
+
+
+def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
+    """One line an item, with the time left at the pace so far."""
+    start = time.monotonic()
+    for done, item in enumerate(items):
+        left = (time.monotonic() - start) / done * (len(items) - done) if done else None
+        console.print(f"{what} {done + 1}/{len(items)} {name(item)}" + (f", {left:.0f} s left" if left is not None else ""))
+        yield item

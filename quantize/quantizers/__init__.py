@@ -1,0 +1,8 @@
+"""Ways to round weights to integers: one file each."""
+
+from quantize.quantizers.base import QUANTIZERS
+from quantize.quantizers.base import Quantizer as Quantizer
+from quantize.registry import import_all
+
+import_all(__name__, __path__)
+__all__ = ["QUANTIZERS", "Quantizer"]

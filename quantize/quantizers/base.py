@@ -1,0 +1,76 @@
+"""What a quantizer is, and the grid every quantizer rounds to."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.statistics import Gram
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.reference import round_to_grid, scale_and_zero_point
+from quantize.registry import Registry
+from quantize.scheme import Data, WeightArgs
+
+QUANTIZERS = Registry("quantizer")
+
+
+class Quantizer(Data):
+    """A way to round one weight matrix; its fields are the recipe's parameters.
+
+    Attributes:
+        name: what recipes call it.
+        needs_gram: `quantize` is given the Gram matrix of the layer's input.
+        mse: shrink each scale to the value that rounds the weights with the least error.
+    """
+
+    name: ClassVar[str]
+    needs_gram: ClassVar[bool] = False
+    mse: bool = False
+
+    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
+        """Round W [N, K].
+
+        Args:
+            W: float32 [N, K]; K a multiple of the group size.
+            args: bits, symmetry, group size.
+            gram: of the inputs, if `needs_gram`.
+            scale_dtype: scales are rounded to it before anything is rounded with them.
+        """
+        raise NotImplementedError
+
+
+def grouped(W: Tensor, args: WeightArgs) -> Tensor:
+    """[N, K] → [N, G, K / G]."""
+    return W.unflatten(1, (-1, args.group_size or W.shape[1]))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def find_grid(W: Tensor, args: WeightArgs, mse: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [N, G] of each group of W [N, K].
+
+    With `mse`, the range is shrunk to the fraction in [0.2, 1] that gives the least Σ|error|^2.4, as in the code of
+    GPTQ (Frantar et al. 2022, arXiv 2210.17323): 80 steps of 1 %.
+    """
+    groups = grouped(W, args)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale, zero_point = rounded_grid(low, high, args, scale_dtype)
+    best = grid_error(groups, scale, zero_point, args)
+    for shrink in torch.arange(0.99, 0.199, -0.01).tolist() if mse else ():
+        s, z = rounded_grid(low * shrink, high * shrink, args, scale_dtype)
+        error = grid_error(groups, s, z, args)
+        better = error < best
+        best, scale, zero_point = (torch.where(better, new, old) for new, old in ((error, best), (s, scale), (z, zero_point)))
+    return scale[..., 0], zero_point[..., 0]
+
+
+def rounded_grid(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The grid of a range, its scale representable in `dtype`."""
+    scale, zero_point = scale_and_zero_point(low, high, args.num_bits, args.symmetric)
+    return scale.to(dtype).float(), zero_point
+
+
+def grid_error(groups: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> Tensor:
+    """Σ|w - round(w)|^2.4 of each group, [N, G, 1]."""
+    q = round_to_grid(groups, scale, zero_point, args.num_bits)
+    return ((q - zero_point) * scale - groups).abs().pow(2.4).sum(-1, keepdim=True)

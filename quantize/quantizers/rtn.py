@@ -1,0 +1,24 @@
+"""Round to nearest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.statistics import Gram
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.reference import round_to_grid
+from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, grouped
+from quantize.scheme import WeightArgs
+
+
+@QUANTIZERS.register("rtn")
+class RoundToNearest(Quantizer):
+    """Each weight to the nearest point of its group's grid; needs no data."""
+
+    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
+        """Round W [N, K]."""
+        del gram
+        scale, zero_point = find_grid(W, args, self.mse, scale_dtype)
+        q = round_to_grid(grouped(W, args), scale[..., None], zero_point[..., None], args.num_bits).flatten(1)
+        return QTensor.pack(q, scale.to(scale_dtype), None if args.symmetric else zero_point, args)

@@ -1,0 +1,51 @@
+"""What is quantized to how many bits: the field's scheme names and what they stand for."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Data(BaseModel):
+    """Frozen data; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightArgs(Data):
+    """Integer weights: w ≈ (q - zero_point) · scale.
+
+    Attributes:
+        num_bits: 4 or 8.
+        symmetric: no zero point.
+        group_size: input channels that share a scale; 0 means one scale for each output channel.
+    """
+
+    num_bits: Literal[4, 8]
+    symmetric: bool = True
+    group_size: int = Field(0, ge=0)
+
+
+class ActivationArgs(Data):
+    """Integer activations, dynamic, one scale for each token.
+
+    Attributes:
+        num_bits: 4 or 8.
+        symmetric: no zero point.
+        clip_ratio: part of the token's range that the grid spans.
+    """
+
+    num_bits: Literal[4, 8]
+    symmetric: bool = True
+    clip_ratio: float = Field(1.0, gt=0, le=1)
+
+
+class Scheme(Data):
+    """Weights and input activations of a linear; no `activations` leaves them in floating point."""
+
+    weights: WeightArgs
+    activations: ActivationArgs | None = None
+
+
+SCHEME_NAMES = ("W8A8", "W4A16", "W4A8", "W4A4")

@@ -1,0 +1,27 @@
+"""A model directory's tokenizer, if it has one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from quantize.calibration.data import Tokenize
+from quantize.errors import QuantizeError
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
+
+
+def load_tokenize(directory: Path | None) -> Tokenize | None:
+    """Text → token ids without special tokens; None where the directory has no tokenizer.
+
+    Raises:
+        QuantizeError: there is one and it cannot be read.
+    """
+    if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what its many formats raise
+        raise QuantizeError(f"the tokenizer in {directory} cannot be read: {error}") from None
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
