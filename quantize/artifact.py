@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantize.checkpoint import build_skeleton, index_tensors, read_config, read_tensor
+from quantize.checkpoint import build_skeleton, index_tensors, read_config, read_tensor, tie
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
 from quantize.linear import OnlineHadamard, QuantizedLinear
@@ -47,7 +47,6 @@ class ArtifactWriter:
         with disk_errors(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
-            self.directory.chmod(0o755)
         self.weight_map: dict[str, str] = {}
         return self
 
@@ -77,12 +76,17 @@ class ArtifactWriter:
         files = {str(p.relative_to(self.directory)): sha256(p) for p in sorted(self.directory.rglob("*")) if p.is_file()}
         manifest = {**manifest, "files": files}
         self.write("manifest.json", as_json(manifest))
+        self.publish()
+        return manifest
+
+    def publish(self) -> None:
+        """Flush all to disk, and rename."""
         with disk_errors(self.output):
             for path in [*self.directory.rglob("*"), self.directory]:
+                path.chmod(0o755 if path.is_dir() else 0o644)
                 flush(path)
             self.directory.rename(self.output)
             flush(self.output.parent)
-        return manifest
 
 
 class disk_errors:  # noqa: N801  a context manager, used like a function
@@ -173,12 +177,6 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
     if unexpected or any(p.is_meta for p in model.parameters()):
         raise QuantizeError(f"{directory} does not fit its config: {(unexpected or missing)[0]}")
     return model.eval()
-
-
-def tie(model: nn.Module) -> None:
-    """Tie what the config ties."""
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
 
 
 def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:

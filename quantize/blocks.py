@@ -49,8 +49,10 @@ class BlockRun:
         stored = {name: self.checkpoint.tensor(name) for name in segment.parameters}
         weights, online = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
         linears = self.program.linears(segment)
-        state = float_state(weights, linears, online)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
+        kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in {l.weight for l in targets}}
+        weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
+        state = float_state(weights, linears, online)
         tensors: dict[str, Tensor] = {}
         for group in self.calibration.stops(segment, state, targets):
             gram = self._gram(group[0], online.get(group[0].path))
@@ -58,8 +60,7 @@ class BlockRun:
                 weight = self._quantize(linear, state, gram, online.get(linear.path), stored[linear.weight].dtype)
                 tensors |= {f"{linear.path}.{name}": t for name, t in weight.tensors().items()}
         self.probes.run(segment.nodes, state)
-        quantized = {linear.weight for linear in targets}
-        return tensors | self._kept({name: weights[name].to(t.dtype) for name, t in stored.items() if name not in quantized})
+        return tensors | self._kept(kept)
 
     def unused(self) -> dict[str, Tensor]:
         """What the forward pass never reads, as it is stored."""

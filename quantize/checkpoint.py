@@ -60,13 +60,22 @@ class Checkpoint:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
         return read_tensor(self.files[stored], stored)
 
-    def side_files(self) -> list[Path]:
-        """Tokenizer and other small files to take along, relative to the directory."""
-        if self.directory is None:
-            return []
-        found = (p.relative_to(self.directory) for p in sorted(self.directory.rglob("*")) if p.is_file())
-        return [p for p in found if p.suffix in SIDE_FILES and p.name not in NOT_COPIED
-                and not p.name.endswith(".index.json") and not any(part.startswith(".") for part in p.parts)]
+    def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The whole model in floating point, in evaluation mode."""
+        if self.module is not None:
+            return self.module.eval()
+        model = self.skeleton()
+        weights = {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        tie(model)
+        return model.eval()
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Tokenizer and other small files to take along, relative to the directory."""
+    found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
+    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json")
+            and not any(part.startswith(".") for part in p.parts)]
 
 
 def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
@@ -132,8 +141,14 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
             model = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise UsageError(f"the config does not build a {architecture}: {error}") from None
-    model.tie_weights()
+    tie(model)
     return model
+
+
+def tie(model: nn.Module) -> None:
+    """Tie what the config ties."""
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
 
 
 def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:

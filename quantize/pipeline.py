@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +17,10 @@ from quantize import gate
 from quantize.artifact import METHOD, ArtifactWriter, as_json, load
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples, read_samples
-from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint, side_files
 from quantize.errors import UsageError
 from quantize.graph.program import Program, export_program
-from quantize.plan import Plan, make_plan
+from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.progress import track
 from quantize.recipe import Recipe, load_recipe
 from quantize.tokenizer import load_tokenize
@@ -40,6 +40,16 @@ class Artifact:
         """The quantized model."""
         return load(self.directory)
 
+    def summary(self) -> str:
+        """One sentence: what was made of how much."""
+        done = sum(how == "quantized" for how in self.manifest["coverage"].values())
+        size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
+        worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
+        return (
+            f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters quantized, "
+            f"{size:,} bytes, largest difference at the gate {worst:.1e}, read back equal within {self.manifest['parity']['reloaded']:.1e}"
+        )
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,9 +67,12 @@ def quantize_model(
     output_dir: str | Path,
     scheme: str | None = None,
     calibration: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    group_size: int | None = None,
+    ignore: Sequence[str] = (),
     seed: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
 ) -> Artifact:
     """Quantize a model into a new directory.
@@ -69,20 +82,23 @@ def quantize_model(
         output_dir: the artifact; must not exist.
         scheme: `W8A8`, `W4A16`, `W4A8` or `W4A4`; None takes the recipe's.
         calibration: `.txt`, or `.jsonl` with rows of `text` or `input_ids`; None takes the bundled prose.
-        recipe: TOML file that changes the scheme's default recipe.
-        seed: of every random choice; None takes the recipe's.
-        overrides: further recipe settings, as nested dicts.
+        recipe: TOML file, or its content, that changes the scheme's default recipe.
+        nsamples, seqlen: calibration windows, and tokens in each.
+        group_size: columns that share a scale; 0 is per-channel.
+        ignore: further linears to leave alone: names, or `re:` and an expression.
+        seed: of every random choice.
         console: where progress is shown; None is silent.
 
     Raises:
         UsageError: wrong call, recipe or path.
         QuantizeError: the run failed; nothing is left behind.
     """
-    changes = dict(overrides or {}) | ({} if seed is None else {"seed": seed})
-    resolved = load_recipe(scheme, Path(recipe) if recipe else None, changes)
+    changes = Path(recipe) if isinstance(recipe, str) else recipe
+    resolved = load_recipe(
+        scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
+    )
     with ArtifactWriter(Path(output_dir)) as writer:
-        prepared = prepare(model, resolved, Path(calibration) if calibration else None)
-        return run(prepared, writer, console)
+        return run(prepare(model, resolved, Path(calibration) if calibration else None), writer, console)
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None) -> Prepared:
@@ -134,8 +150,9 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
     size = sum(path.stat().st_size for path in writer.directory.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(writer.weight_map.items()))}
     writer.write("model.safetensors.index.json", as_json(index))
-    for path in checkpoint.side_files():
-        writer.write(path, (checkpoint.directory / path).read_bytes())  # type: ignore[operator]
+    if checkpoint.directory is not None:
+        for path in side_files(checkpoint.directory):
+            writer.write(path, (checkpoint.directory / path).read_bytes())
     first = len(prepared.program.output.all_input_nodes)
     last_token = torch.cat([output[:, -1] for output in blocks.outputs()[::first]])
     writer.add_probe({"input_ids": torch.cat(blocks.probe_tokens), "output": last_token})
@@ -158,3 +175,14 @@ def versions() -> dict[str, str]:
     """What the bytes may depend on."""
     packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def describe(prepared: Prepared) -> str:
+    """What a run would do, in lines."""
+    plan, program = prepared.plan, prepared.program
+    lines = [f"{plan.recipe.scheme}: {len(plan.targets)} linears in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
+    for step in plan.steps:
+        lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
+    lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]
+    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {sum(map(len, prepared.samples.rows))} tokens")
+    return "\n".join([*lines, "", plan.recipe.to_toml()])

@@ -16,6 +16,9 @@ from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe import Recipe, validated
 
 
+NO_LINEAR = "no weight of a linear"
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass: its sites on the analysis it acts on, and what it puts in front of linears, by module path."""
@@ -58,9 +61,9 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
-    reasons = {name: skipped.get(name, "no linear weight") for name in program.parameters.values() if name not in quantized}
+    reasons = {name: skipped.get(name, NO_LINEAR) for name in program.parameters.values() if name not in quantized}
     resolved = recipe.model_copy(update={
-        "ignore": tuple(recipe.ignore if recipe.ignore is not None else default_ignore(linears)),
+        "ignore": ignored_patterns(recipe, linears), "ignore_also": (),
         "passes": tuple(settings(handler) for handler in handlers), "quantizer": settings(quantizer),
     })  # fmt: skip
     return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, reasons)
@@ -71,15 +74,16 @@ def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     return {"name": chosen.name, **chosen.model_dump()}
 
 
-def default_ignore(linears: Iterable[Linear]) -> list[str]:
-    """The output head, where a model has one."""
-    return ["lm_head"] if any(matches("lm_head", linear.path) for linear in linears) else []
+def ignored_patterns(recipe: Recipe, linears: Iterable[Linear]) -> tuple[str, ...]:
+    """The recipe's patterns; by default the output head, where a model has one."""
+    head = ("lm_head",) if any(matches("lm_head", linear.path) for linear in linears) else ()
+    return (head if recipe.ignore is None else recipe.ignore) + recipe.ignore_also
 
 
 def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Paths to quantize, and weights left out with the reason."""
     paths = [linear.path for linear in linears]
-    ignore = recipe.ignore if recipe.ignore is not None else default_ignore(linears)
+    ignore = ignored_patterns(recipe, linears)
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
         for pattern in patterns:
             require_match(kind, pattern, paths)

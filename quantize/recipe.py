@@ -6,15 +6,14 @@ import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import Field, ValidationError
 
 from quantize.errors import UsageError
-from quantize.scheme import ActivationArgs, Data, Scheme, WeightArgs
+from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, Scheme, SchemeName, WeightArgs
 
-SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4"]
 T = TypeVar("T")
 
 
@@ -26,6 +25,7 @@ class Recipe(Data):
         weights, activations: how they become integers.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave alone; None ignores `lm_head` where there is one.
+        ignore_also: more of them.
         nsamples, seqlen: calibration windows, and tokens in each.
         seed: of every random choice.
         passes: outlier handlers in order, each `{name, parameters…}`.
@@ -37,6 +37,7 @@ class Recipe(Data):
     activations: ActivationArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
+    ignore_also: tuple[str, ...] = ()
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
@@ -53,26 +54,33 @@ class Recipe(Data):
         return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
 
 
-def load_recipe(scheme: str | None, path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
-    """The default recipe of a scheme, changed by a recipe file, changed by overrides.
+def load_recipe(
+    scheme: str | None, changes: Path | Mapping[str, Any] | None, *, ignore: tuple[str, ...] = (), group_size: int | None = None,
+    **settings: int | None,
+) -> Recipe:
+    """The default recipe of a scheme, changed by a recipe, changed by single settings.
 
     Args:
-        scheme: scheme name; None takes the recipe file's.
-        path: TOML file; its tables are merged into the default, its lists replace those of the default.
-        overrides: values from the command line or the call, in the shape of a recipe.
+        scheme: scheme name; None takes the recipe's.
+        changes: a TOML file or its content: tables are merged into the default, lists replace those of the default.
+        ignore: further linears to leave alone.
+        group_size: columns that share a scale.
+        settings: `nsamples`, `seqlen`, `seed`; None leaves the recipe's.
 
     Raises:
         UsageError: unknown scheme, unreadable or invalid recipe.
     """
-    given = read_toml(path) if path else {}
+    given = read_toml(changes) if isinstance(changes, Path) else dict(changes or {})
     name = scheme or given.get("scheme")
-    if name not in get_args(SchemeName):
-        raise UsageError(f"unknown scheme {name!r}; known are {', '.join(get_args(SchemeName))}")
+    if name not in SCHEME_NAMES:
+        raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
     default = tomllib.loads(resources.files("quantize.recipes").joinpath(f"{name.lower()}.toml").read_text())
-    settings = merge(merge(merge(default, given), overrides), {"scheme": name})
-    recipe = validated(lambda: Recipe(**settings), f"recipe {path}" if path else "recipe")
+    single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
+    table = {} if group_size is None else {"weights": {"group_size": group_size}}
+    merged = merge(merge(merge(default, given), single), table)
+    recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
-    return recipe
+    return recipe.model_copy(update={"ignore_also": ignore})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

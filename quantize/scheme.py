@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -48,4 +48,5 @@ class Scheme(Data):
     activations: ActivationArgs | None = None
 
 
-SCHEME_NAMES = ("W8A8", "W4A16", "W4A8", "W4A4")
+SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4"]
+SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)

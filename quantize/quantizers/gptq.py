@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,10 +22,12 @@ class GPTQ(Quantizer):
     """Frantar et al. 2022, arXiv 2210.17323, algorithm 1, with activation order; grids are fixed beforehand.
 
     Attributes:
-        mse: shrink scales to the least rounding error first.
+        mse: shrink scales first, to the least rounding error weighted by the root mean square of each input.
         damp: part of the mean diagonal added to the Hessian.
         act_order: take columns by falling diagonal of the Hessian.
         block_size: columns between two updates of all the columns to come.
+        sweeps: rounds of coordinate descent afterwards, which may move a column again
+            (QuantEase, Behdin et al. 2023, arXiv 2309.01885, algorithm 1).
     """
 
     needs_gram: ClassVar[bool] = True
@@ -32,34 +35,73 @@ class GPTQ(Quantizer):
     damp: float = Field(0.01, gt=0)
     act_order: bool = True
     block_size: int = Field(128, ge=1)
+    sweeps: int = Field(1, ge=0)
 
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K] to the least error of W X, X the inputs that `gram` saw."""
         if gram is None or gram.value is None:
             raise QuantizeError("GPTQ needs calibration data, and none reached this layer")
-        H = 2 / gram.rows * gram.value.double()
+        H = gram.value.double() / gram.rows
+        scale, zero_point = find_grid(W, args, scale_dtype, self.mse, H.diagonal().sqrt().float())
         dead = H.diagonal() == 0
+        H.diagonal()[dead] = 1
         W = W.masked_fill(dead, 0)
-        H.diagonal().masked_fill_(dead, 1)
-        scale, zero_point = find_grid(W, args, self.mse, scale_dtype)
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
-        group = order // (args.group_size or W.shape[1])
-        q = self._round(W[:, order], inverse_factor(H[order][:, order], self.damp), scale[:, group], zero_point[:, group], args)
+        columns = Columns(scale, zero_point, order // (args.group_size or W.shape[1]), args.num_bits)
+        W, H = W[:, order], H[order][:, order]
+        q = compensated(W, inverse_factor(H, self.damp), columns, self.block_size)
+        H.diagonal().add_(self.damp * H.diagonal().mean())
+        for _ in range(self.sweeps):
+            q = swept(W, q, H.float(), columns, self.block_size)
         return QTensor.pack(q[:, order.argsort()], scale.to(scale_dtype), None if args.symmetric else zero_point, args)
 
-    def _round(self, W: Tensor, U: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> Tensor:
-        """Integers [N, K] of columns in the order given, each with its own scale and zero point [N, K]."""
-        W, Q = W.clone(), torch.empty_like(W)
-        for start in range(0, W.shape[1], self.block_size):
-            block = slice(start, start + self.block_size)
-            w, u, e = W[:, block].T.contiguous(), U[block, block], torch.empty_like(W[:, block].T)
-            s, z = scale[:, block].T.contiguous(), zero_point[:, block].T.contiguous()
-            for i in range(len(w)):
-                Q[:, start + i] = q = round_to_grid(w[i], s[i], z[i], args.num_bits)
-                e[i] = (w[i] - (q - z[i]) * s[i]) / u[i, i]
-                w[i + 1 :] -= u[i, i + 1 :, None] * e[i]
-            W[:, block.stop :] -= e.T @ U[block, block.stop :]
-        return Q
+
+@dataclass(frozen=True)
+class Columns:
+    """The grid of each column, by the group it is in: scale, zero_point [N, G], group [K]."""
+
+    scale: Tensor
+    zero_point: Tensor
+    group: Tensor
+    num_bits: int
+
+    def round(self, w: Tensor, column: int) -> Tensor:
+        """Integers [N] of one column w [N]."""
+        g = self.group[column]
+        return round_to_grid(w, self.scale[:, g], self.zero_point[:, g], self.num_bits)
+
+    def value(self, q: Tensor, column: int | slice) -> Tensor:
+        """The weights that the integers of some columns stand for."""
+        g = self.group[column]
+        return (q - self.zero_point[:, g]) * self.scale[:, g]
+
+
+def compensated(W: Tensor, U: Tensor, columns: Columns, block_size: int) -> Tensor:
+    """GPTQ: integers [N, K]; the error of each column is made up for by those after it, block by block."""
+    W, Q = W.clone(), torch.empty_like(W)
+    for start in range(0, W.shape[1], block_size):
+        block = slice(start, min(start + block_size, W.shape[1]))
+        w, u, e = W[:, block].T.contiguous(), U[block, block], torch.empty_like(W[:, block].T)
+        for i in range(len(w)):
+            Q[:, start + i] = q = columns.round(w[i], start + i)
+            e[i] = (w[i] - columns.value(q, start + i)) / u[i, i]
+            w[i + 1 :] -= u[i, i + 1 :, None] * e[i]
+        W[:, block.stop :] -= e.T @ U[block, block.stop :]
+    return Q
+
+
+def swept(W: Tensor, Q: Tensor, H: Tensor, columns: Columns, block_size: int) -> Tensor:
+    """One round of coordinate descent on tr((W - Ŵ) H (W - Ŵ)ᵀ): each column again, given all others."""
+    R, Q = W - columns.value(Q, slice(None)), Q.clone()
+    for start in range(0, W.shape[1], block_size):
+        block = slice(start, min(start + block_size, W.shape[1]))
+        g, h = (R @ H[:, block]).T.contiguous(), H[block, block]
+        for i, j in enumerate(range(start, block.stop)):
+            Q[:, j] = columns.round(W[:, j] + g[i] / h[i, i] - R[:, j], j)
+            change = W[:, j] - columns.value(Q[:, j], j) - R[:, j]
+            R[:, j] += change
+            g += h[:, i, None] * change
+    return Q
 
 
 def inverse_factor(H: Tensor, damp: float) -> Tensor:

@@ -19,6 +19,6 @@ class RoundToNearest(Quantizer):
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K]."""
         del gram
-        scale, zero_point = find_grid(W, args, self.mse, scale_dtype)
+        scale, zero_point = find_grid(W, args, scale_dtype, self.mse)
         q = round_to_grid(grouped(W, args), scale[..., None], zero_point[..., None], args.num_bits).flatten(1)
         return QTensor.pack(q, scale.to(scale_dtype), None if args.symmetric else zero_point, args)

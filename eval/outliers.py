@@ -1,0 +1,66 @@
+"""Plant outliers: a harder twin of a model that computes the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantize.artifact import ArtifactWriter, as_json
+from quantize.checkpoint import open_checkpoint, side_files
+from quantize.errors import UsageError
+from quantize.fold import Diagonal, fold
+from quantize.graph.basis import Basis, find_bases
+from quantize.graph.group import Group
+from quantize.graph.program import export_program
+
+
+def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, seed: int = 0) -> None:
+    """Scale a few channels of every diagonal basis up in what writes it and down in what reads it.
+
+    On norm gains these are channel outliers, on the gated inputs of a linear token-sparse ones; RTN breaks on both, and
+    the float logits stay as they are. The twin is stored in float32, which holds every factor.
+
+    Args:
+        model: directory of a float model.
+        output: new directory.
+        factor: by how much.
+        channels: how many of each basis.
+        seed: which.
+
+    Raises:
+        UsageError: the model has no diagonal basis, or the output exists.
+    """
+    checkpoint = open_checkpoint(model)
+    bases = find_bases(export_program(checkpoint.skeleton())).all
+    chosen = [b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group and b.writers and b.readers]
+    chosen = [b for b in chosen if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
+    if not chosen:
+        raise UsageError(f"{model} has no basis in which outliers could be planted")
+    names = [name for name, _ in checkpoint.skeleton().named_parameters()]
+    weights = {name: checkpoint.tensor(name).float() for name in names}
+    rng = np.random.default_rng(seed)
+    for basis in chosen:
+        weights |= fold(basis, outliers(basis, factor, channels, rng), weights)
+    write_twin(model, output, weights)
+
+
+def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generator) -> Diagonal:
+    """`factor` on a few random channels, 1 elsewhere."""
+    d = torch.ones(basis.dim, dtype=torch.float64)
+    d[torch.from_numpy(rng.choice(basis.dim, channels, replace=False))] = factor
+    return Diagonal(d)
+
+
+def write_twin(model: Path, output: Path, weights: dict[str, Tensor]) -> None:
+    """The model's directory with other weights."""
+    checkpoint = open_checkpoint(model)
+    with ArtifactWriter(output) as writer:
+        save_file(weights, writer.directory / "model.safetensors", {"format": "pt"})
+        writer.write("config.json", as_json(checkpoint.config | {"dtype": "float32"}))
+        for path in side_files(model):
+            writer.write(path, (model / path).read_bytes())
+        writer.publish()

@@ -1,0 +1,103 @@
+"""Measurements and analyses as flat data and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import nn
+from transformers import AutoTokenizer
+
+from quantize.artifact import PROBE, load
+from quantize.calibration.data import read_samples
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import UsageError
+from quantize.eval.perplexity import score_language
+from quantize.eval.similarity import read_pairs, score_pairs
+from quantize.tokenizer import load_tokenize
+
+BATCH_TOKENS = 4096
+
+
+def evaluate(directory: Path, against: str | None, text: Path, seqlen: int = 256, nsamples: int | None = None) -> dict[str, Any]:
+    """Measure a model or artifact.
+
+    Args:
+        directory: an artifact, or a float model.
+        against: the float model to compare with.
+        text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
+        seqlen: tokens in a window.
+        nsamples: at most this many windows, spread evenly; None for all.
+
+    Returns:
+        Flat: `loss`, `perplexity`, `tokens` or `spearman`, `bytes`; with `against` also `kl`, `top1`, `loss_against`,
+        `loss_increase` or `spearman_against`, `retained`.
+    """
+    model, reference = load_any(directory), load_any(against) if against is not None else None
+    scores = evaluate_pairs(model, reference, directory, text) if text.suffix == ".tsv" else evaluate_language(
+        model, reference, directory, text, seqlen, nsamples
+    )  # fmt: skip
+    return scores | {"bytes": stored_bytes(directory)}
+
+
+def load_any(model: str | Path) -> nn.Module:
+    """An artifact, or a float model in float32."""
+    return load(model) if (Path(model) / "manifest.json").is_file() else open_checkpoint(model).load()
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of all weights."""
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.name != PROBE)
+
+
+def evaluate_language(
+    model: nn.Module, reference: nn.Module | None, directory: Path, text: Path, seqlen: int, nsamples: int | None
+) -> dict[str, Any]:
+    """Loss and divergence on windows of a text."""
+    if not hasattr(model, "lm_head") and not hasattr(model, "get_output_embeddings"):
+        raise UsageError(f"{directory} is no language model; give --text FILE.tsv with scored pairs of sentences")
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(BATCH_TOKENS // seqlen or 1)
+    found = score_language(model, batches, reference)
+    scores = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+    if reference is not None:
+        base = score_language(reference, batches).loss
+        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": base, "loss_increase": found.loss - base}  # type: ignore[dict-item]
+    return scores
+
+
+def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Path, text: Path) -> dict[str, Any]:
+    """Spearman correlation on scored pairs of sentences."""
+    pairs, tokenizer = read_pairs(text), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    scores = {"spearman": score_pairs(model, tokenizer, pairs), "pairs": len(pairs)}
+    if reference is not None:
+        base = score_pairs(reference, tokenizer, pairs)
+        scores |= {"spearman_against": base, "retained": scores["spearman"] / base}
+    return scores
+
+
+def scores_table(scores: Mapping[str, Any]) -> Table:
+    """One row a figure."""
+    table = Table("figure", "value")
+    for name, value in scores.items():
+        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
+    return table
+
+
+def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
+    """One row a basis: what it admits, who writes and reads it, and why it admits no more."""
+    table = Table("dim", "heads", "group", "writers", "readers", "why no more")
+    for basis in bases:
+        pins = [*basis["pins"], *(f"once the gain {gain} is folded" for gain in basis["after_folding"][:1])]
+        table.add_row(str(basis["dim"]), str(basis["heads"]), basis["group"], shortened(basis["writers"]),
+                      shortened(basis["readers"]), "\n".join(pins), end_section=True)
+    return table
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    return "\n".join([*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])
+
+
