@@ -51,7 +51,11 @@ def read_samples(path: Path, seqlen: int, limit: int | None, tokenize: Tokenize 
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
     content = path.read_bytes()
-    rows = read_jsonl(path, content, seqlen, tokenize) if path.suffix == ".jsonl" else read_text(path, content, seqlen, tokenize)
+    rows = (
+        read_jsonl(path, content, seqlen, tokenize)
+        if path.suffix == ".jsonl"
+        else read_text(path, content, seqlen, tokenize)
+    )
     check_ids(path, rows, vocabulary)
     if limit is not None and len(rows) > limit:
         rows = [rows[i * len(rows) // limit] for i in range(limit)]
@@ -67,7 +71,9 @@ def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     if len(ids) < seqlen:
-        raise QuantizeError(f"{path} holds {len(ids)} tokens, less than one window of {seqlen}; give more text or a smaller --seqlen")
+        raise QuantizeError(
+            f"{path} holds {len(ids)} tokens, less than one window of {seqlen}; give more text or a smaller --seqlen"
+        )
     return [ids[i : i + seqlen] for i in range(0, len(ids) - seqlen + 1, seqlen)]
 
 
@@ -78,7 +84,9 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
         try:
             rows.append(read_row(json.loads(line), path, tokenize)[:seqlen]) if line.strip() else None
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-            raise UsageError(f'{path} line {number} is no JSON object with "text" or a list of integers "input_ids"') from None
+            raise UsageError(
+                f'{path} line {number} is no JSON object with "text" or a list of integers "input_ids"'
+            ) from None
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise QuantizeError(f"{path} holds no row of two or more tokens")

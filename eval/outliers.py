@@ -36,7 +36,9 @@ def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, se
     """
     checkpoint = open_checkpoint(model)
     bases = find_bases(export_program(checkpoint.skeleton())).all
-    chosen = [b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group and b.writers and b.readers]
+    chosen = [
+        b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group and b.writers and b.readers
+    ]
     chosen = [b for b in chosen if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
     if not chosen:
         raise UsageError(f"{model} has no basis in which outliers could be planted")

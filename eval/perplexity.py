@@ -50,7 +50,7 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
             sums[1:] += divergence(logits, logits_of(against, ids))
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     loss, kl, top1 = (sums / tokens).tolist()
-    return LanguageScores(loss, *((kl, top1) if against is not None else (None, None)), tokens)
+    return LanguageScores(loss, kl, top1, tokens) if against is not None else LanguageScores(loss, None, None, tokens)
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from quantize.tokenizer import load_tokenize
 BATCH_TOKENS = 4096
 
 
-def evaluate(directory: Path, against: str | None, text: Path, seqlen: int = 256, nsamples: int | None = None) -> dict[str, Any]:
+def evaluate(
+    directory: Path, against: str | None, text: Path, seqlen: int = 256, nsamples: int | None = None
+) -> dict[str, Any]:
     """Measure a model or artifact.
 
     Args:
@@ -36,9 +38,11 @@ def evaluate(directory: Path, against: str | None, text: Path, seqlen: int = 256
         `loss_increase` or `spearman_against`, `retained`.
     """
     model, reference = load_any(directory), load_any(against) if against is not None else None
-    scores = evaluate_pairs(model, reference, directory, text) if text.suffix == ".tsv" else evaluate_language(
-        model, reference, directory, text, seqlen, nsamples
-    )  # fmt: skip
+    scores = (
+        evaluate_pairs(model, reference, directory, text)
+        if text.suffix == ".tsv"
+        else evaluate_language(model, reference, directory, text, seqlen, nsamples)
+    )
     return scores | {"bytes": stored_bytes(directory)}
 
 
@@ -59,7 +63,9 @@ def evaluate_language(
     if not hasattr(model, "lm_head") and not hasattr(model, "get_output_embeddings"):
         raise UsageError(f"{directory} is no language model; give --text FILE.tsv with scored pairs of sentences")
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(BATCH_TOKENS // seqlen or 1)
+    batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(
+        BATCH_TOKENS // seqlen or 1
+    )
     found = score_language(model, batches, reference)
     scores = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if reference is not None:
@@ -91,13 +97,18 @@ def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
     table = Table("dim", "heads", "group", "writers", "readers", "why no more")
     for basis in bases:
         pins = [*basis["pins"], *(f"once the gain {gain} is folded" for gain in basis["after_folding"][:1])]
-        table.add_row(str(basis["dim"]), str(basis["heads"]), basis["group"], shortened(basis["writers"]),
-                      shortened(basis["readers"]), "\n".join(pins), end_section=True)
+        table.add_row(
+            str(basis["dim"]),
+            str(basis["heads"]),
+            basis["group"],
+            shortened(basis["writers"]),
+            shortened(basis["readers"]),
+            "\n".join(pins),
+            end_section=True,
+        )
     return table
 
 
 def shortened(names: Sequence[str]) -> str:
     """The first names, and how many more."""
     return "\n".join([*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])
-
-

@@ -46,11 +46,14 @@ def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     a, rest = (paley(root) if orders else hartley(odd)), n // root
     while rest > 1 and a.shape[0] * 2 <= rest // 2:
         a, rest = np.kron(a, SYLVESTER), rest // 2
-    b = functools.reduce(np.kron, [SYLVESTER] * (rest.bit_length() - 1), np.ones((1, 1)))
+    b = np.ones((1, 1))
+    while b.shape[0] < rest:
+        b = np.kron(b, SYLVESTER)
     return normalized(a), normalized(b)
 
 
 def normalized(h: np.ndarray) -> Tensor:
+    """The matrix with rows of length one."""
     return torch.from_numpy(h / np.linalg.norm(h[0]))
 
 
@@ -65,7 +68,10 @@ def hartley(n: int) -> np.ndarray:
 
 def is_paley(m: int) -> bool:
     """Whether `paley(m)` exists; 1 counts, 2 is left to Sylvester."""
-    return m == 1 or (m % 4 == 0 and (prime_power(m - 1) is not None or (m // 2 - 1) % 4 == 1 and prime_power(m // 2 - 1) is not None))
+    return m == 1 or (
+        m % 4 == 0
+        and (prime_power(m - 1) is not None or ((m // 2 - 1) % 4 == 1 and prime_power(m // 2 - 1) is not None))
+    )
 
 
 def paley(m: int) -> np.ndarray:

@@ -59,8 +59,14 @@ def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quantized_linear(
-    x: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None,
-    num_bits: int, symmetric: bool, clip_ratio: float,
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: float,
 ) -> Tensor:
     """`x @ Wᵀ + bias` with x quantized per token and W given as integers, accumulated in integers group by group.
 
@@ -79,7 +85,8 @@ def quantized_linear(
     centred_w = centred(q, zero_point)
     group = q.shape[1] // scale.shape[1]
     y = sum(
-        integer_matmul(centred_x[..., k : k + group], centred_w[:, k : k + group]).to(x.dtype) * scale[:, k // group].to(x)
+        integer_matmul(centred_x[..., k : k + group], centred_w[:, k : k + group]).to(x.dtype)
+        * scale[:, k // group].to(x)
         for k in range(0, q.shape[1], group)
     )
     y = y * scale_x.to(x)

@@ -50,14 +50,18 @@ class ArtifactWriter:
         self.weight_map: dict[str, str] = {}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write one safetensors file."""
         if tensors:
             with disk_errors(self.output):
-                save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, self.directory / name, {"format": "pt"})
+                save_file(
+                    {k: t.contiguous() for k, t in sorted(tensors.items())}, self.directory / name, {"format": "pt"}
+                )
             self.weight_map |= dict.fromkeys(tensors, name)
 
     def add_probe(self, tensors: dict[str, Tensor]) -> None:
@@ -73,7 +77,9 @@ class ArtifactWriter:
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Add the manifest with the hash of every file, flush all to disk, and rename; returns the whole manifest."""
-        files = {str(p.relative_to(self.directory)): sha256(p) for p in sorted(self.directory.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(self.directory)): sha256(p) for p in sorted(self.directory.rglob("*")) if p.is_file()
+        }
         manifest = {**manifest, "files": files}
         self.write("manifest.json", as_json(manifest))
         self.publish()
@@ -98,9 +104,14 @@ class disk_errors:  # noqa: N801  a context manager, used like a function
     def __enter__(self) -> None:
         """Nothing to prepare."""
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, OSError | SafetensorError):
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "space" in str(error).lower()
+            full = (
+                getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                or "space" in str(error).lower()
+            )
             reason = "the disk is full" if full else f"writing failed ({error})"
             raise QuantizeError(f"{reason}; {self.output} was not made") from error
 
@@ -130,7 +141,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
     except (OSError, ValueError):
-        raise UsageError(f"{directory} holds no readable manifest.json, so it is no artifact of quantize-model") from None
+        raise UsageError(
+            f"{directory} holds no readable manifest.json, so it is no artifact of quantize-model"
+        ) from None
     return manifest  # type: ignore[no-any-return]
 
 
@@ -181,6 +194,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
 
 def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:
     """One quantized linear of an artifact, from the `quantization_config`."""
+
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
         return read_tensor(files[key], key) if key in files else None

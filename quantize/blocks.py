@@ -50,7 +50,11 @@ class BlockRun:
         weights, online = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
         linears = self.program.linears(segment)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
-        kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in {l.weight for l in targets}}
+        kept = {
+            name: weights[name].to(t.dtype)
+            for name, t in stored.items()
+            if name not in {linear.weight for linear in targets}
+        }
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
         state = float_state(weights, linears, online)
         tensors: dict[str, Tensor] = {}
@@ -65,7 +69,9 @@ class BlockRun:
     def unused(self) -> dict[str, Tensor]:
         """What the forward pass never reads, as it is stored."""
         read = {name for segment in self.program.segments for name in segment.parameters}
-        return self._kept({name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read})
+        return self._kept(
+            {name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read}
+        )
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs on the probes, once all blocks are done."""
@@ -101,7 +107,7 @@ class BlockRun:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""
         kept = {}
         for name, tensor in tensors.items():
-            digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
+            digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
             others = [other for other in self.checkpoint.ties.get(name, ()) if other in self._tied]
             if not others or self._tied[others[0]] != digest:
                 kept[name] = tensor

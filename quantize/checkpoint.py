@@ -44,7 +44,9 @@ class Checkpoint:
         """The model with parameters on the meta device, tied ones shared, and real buffers."""
         if self.module is None:
             return build_skeleton(self.config)
-        memo: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()}
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
+        }
         return copy.deepcopy(self.module, memo)
 
     def tensor(self, name: str) -> Tensor:
@@ -74,8 +76,13 @@ class Checkpoint:
 def side_files(directory: Path) -> list[Path]:
     """Tokenizer and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
-    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json")
-            and not any(part.startswith(".") for part in p.parts)]
+    return [
+        p
+        for p in found
+        if p.name not in NOT_COPIED
+        and not p.name.endswith(".index.json")
+        and not any(part.startswith(".") for part in p.parts)
+    ]
 
 
 def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
@@ -105,11 +112,14 @@ def download(name: str) -> Path:
         raise UsageError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        raise UsageError(f"{name} is no directory here, and no model of that id could be fetched from the hub") from None
+        raise UsageError(
+            f"{name} is no directory here, and no model of that id could be fetched from the hub"
+        ) from None
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -135,10 +145,12 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
     architecture = str(config["architectures"][0])
     cls = getattr(transformers, architecture, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UsageError(f"transformers {transformers.__version__} has no architecture {architecture}, and code from models is not run")
+        raise UsageError(
+            f"transformers {transformers.__version__} has no {architecture}, and code that models bring is not run"
+        )
     try:
         with init_empty_weights(include_buffers=False):
-            model = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
+            model: nn.Module = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise UsageError(f"the config does not build a {architecture}: {error}") from None
     tie(model)
@@ -147,7 +159,7 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
 
 def tie(model: nn.Module) -> None:
     """Tie what the config ties."""
-    if hasattr(model, "tie_weights"):
+    if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
 
 
@@ -196,7 +208,9 @@ def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
     for name, parameter in skeleton.named_parameters():
         tensor = checkpoint.tensor(name)
         if tensor.shape != parameter.shape:
-            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}")
+            raise QuantizeError(
+                f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
+            )
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
         if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):

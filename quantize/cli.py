@@ -17,19 +17,9 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.scheme import SCHEME_NAMES
 
 PATH = click.Path(path_type=Path)
-GROUP = {"cls": DefaultGroup, "default": "quantize", "context_settings": {"help_option_names": ["-h", "--help"]}}
 
 
-@click.group(**GROUP)  # type: ignore[call-overload]
-@click.version_option(package_name="quantize-model")
-def commands() -> None:
-    """Make a transformer 4-bit with the least loss, and prove each step.
-
-    `quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes (`quantize-model quantize --help`).
-    """
-
-
-@commands.command()
+@click.command()
 @click.argument("model")
 @click.option("--scheme", type=click.Choice(SCHEME_NAMES), help="Bits of weights and activations.")
 @click.option("--output-dir", type=PATH, help="New directory for the artifact.")
@@ -42,23 +32,36 @@ def commands() -> None:
 @click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, and stop.")
 def quantize(
-    model: str, scheme: str | None, output_dir: Path | None, recipe: Path | None, calibration: Path | None, dry_run: bool, **settings: Any
+    model: str,
+    scheme: str | None,
+    output_dir: Path | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    dry_run: bool,
+    **settings: Any,
 ) -> None:
     """Quantize MODEL, a directory or hub id, into a new directory."""
     from quantize import pipeline
     from quantize.recipe import load_recipe
+
     if dry_run:
         prepared = pipeline.prepare(model, load_recipe(scheme, recipe, **settings), calibration)
         return click.echo(pipeline.describe(prepared))
     if output_dir is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
     artifact = pipeline.quantize_model(
-        model, output_dir=output_dir, scheme=scheme, calibration=calibration, recipe=recipe, console=Console(stderr=True), **settings
+        model,
+        output_dir=output_dir,
+        scheme=scheme,
+        calibration=calibration,
+        recipe=recipe,
+        console=Console(stderr=True),
+        **settings,
     )
     click.echo(artifact.summary())
 
 
-@commands.command()
+@click.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, as_json: bool) -> None:
@@ -66,46 +69,70 @@ def inspect(model: str, as_json: bool) -> None:
     from quantize.checkpoint import open_checkpoint
     from quantize.graph.basis import admissible_bases
     from quantize.graph.program import export_program
+
     bases = [basis.as_dict() for basis in admissible_bases(export_program(open_checkpoint(model).skeleton()))]
     if as_json:
         return click.echo(json.dumps({"bases": bases}, indent=2))
     from quantize.eval.report import bases_table
+
     Console().print(bases_table(bases))
 
 
-@commands.command("eval")
+@click.command("eval")
 @click.argument("directory", type=PATH)
 @click.option("--against", help="The float model: adds divergence from it.")
-@click.option("--text", type=PATH, required=True, help=".txt or .jsonl for language models, .tsv of scored pairs for encoders.")
+@click.option(
+    "--text", type=PATH, required=True, help=".txt or .jsonl for language models, .tsv of scored pairs for encoders."
+)
 @click.option("--nsamples", type=int, help="Windows, spread evenly over the text.  [default: all]")
 @click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens in a window.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object.")
-def evaluate(directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, as_json: bool) -> None:
+def evaluate(
+    directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, as_json: bool
+) -> None:
     """Measure a model or artifact on a text."""
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
+
     scores = measure(directory, against, text, seqlen, nsamples)
     click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
 
 
-@commands.command()
+@click.command()
 @click.argument("directory", type=PATH)
 @click.option("--format", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True)
 @click.option("--output-dir", type=PATH, required=True, help="New directory.")
 def export(directory: Path, target: str, output_dir: Path) -> None:
     """Write an artifact for another runtime, and compare the two."""
     from quantize.export.directory import export_artifact
+
     parity = export_artifact(directory, target, output_dir)
     click.echo(f"{output_dir}: " + ", ".join(f"{name} {value:.1e}" for name, value in parity.items()))
 
 
-@commands.command()
+@click.command()
 @click.argument("directory", type=PATH)
 def verify(directory: Path) -> None:
     """Check every file's hash, load the artifact, and compare its output with the recorded one."""
     from quantize.verify import verify_artifact
+
     found = verify_artifact(directory)
-    click.echo(f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e})")
+    click.echo(
+        f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e})"
+    )
+
+
+HELP = """Make a transformer 4-bit with the least loss, and prove each step.
+
+`quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes (`quantize-model quantize --help`).
+"""
+commands: click.Group = DefaultGroup(
+    default="quantize",
+    help=HELP,
+    commands=[quantize, inspect, evaluate, export, verify],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+click.version_option(package_name="quantize-model")(commands)
 
 
 def interrupted(number: int, frame: FrameType | None) -> NoReturn:

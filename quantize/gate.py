@@ -19,7 +19,13 @@ Sites = Mapping[Basis, Transform]
 
 
 def difference(
-    program: Program, segment: Segment, before: State, after: State, probes: Sequence[Values], bases: Bases, sites: Sites
+    program: Program,
+    segment: Segment,
+    before: State,
+    after: State,
+    probes: Sequence[Values],
+    bases: Bases,
+    sites: Sites,
 ) -> float:
     """Largest relative difference of a segment's outputs, max |a - b| / max |b| over outputs and inputs.
 
@@ -35,7 +41,9 @@ def difference(
         advance(program, segment.nodes, expected, before)
         advance(program, segment.nodes, found, after)
         expected = in_coordinates(expected, bases, sites)
-        worst = max([worst, *(relative(found[n], expected[n]) for n in expected if n not in probe and floating(expected[n]))])
+        worst = max(
+            [worst, *(relative(found[n], expected[n]) for n in expected if n not in probe and floating(expected[n]))]
+        )
     return worst
 
 
@@ -45,7 +53,7 @@ def floating(value: Any) -> bool:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """max |a - b| / max |b|; infinite where either is not finite."""
+    """Max |a - b| / max |b|; infinite where either is not finite."""
     ratio = float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
     return ratio if ratio == ratio else float("inf")
 
@@ -67,9 +75,7 @@ def on_channels(x: Tensor, index: Tensor, side: Any) -> Tensor:
     return side(x[..., order].double())[..., index].to(x.dtype)  # type: ignore[no-any-return]
 
 
-def require(
-    name: str, found: float, blame: Mapping[str, float], segment: Segment
-) -> None:
+def require(name: str, found: float, blame: Mapping[str, float], segment: Segment) -> None:
     """Stop the run where a pass changed the function.
 
     Raises:
@@ -88,5 +94,3 @@ def describe(basis: Basis) -> str:
     """A basis by its first writer and reader."""
     ends = [edges[0].parameter for edges in (basis.writers, basis.readers) if edges]
     return f"basis {basis.index} ({' → '.join(ends)})"
-
-

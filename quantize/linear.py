@@ -24,6 +24,9 @@ class OnlineHadamard:
 class HadamardTransform(nn.Module):
     """An `OnlineHadamard` with its two Kronecker factors as buffers, which are never saved."""
 
+    a: Tensor
+    b: Tensor
+
     def __init__(self, online: OnlineHadamard) -> None:
         super().__init__()
         self.online = online
@@ -41,6 +44,11 @@ class QuantizedLinear(nn.Module):
 
     Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
     """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: OnlineHadamard | None = None
@@ -63,14 +71,24 @@ class QuantizedLinear(nn.Module):
             weight = dequantize(q, self.scale, self.zero_point).to(x)
             return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
         return quantized_linear(
-            x, q, self.scale, self.zero_point, self.bias,
-            activations.num_bits, activations.symmetric, activations.clip_ratio,
+            x,
+            q,
+            self.scale,
+            self.zero_point,
+            self.bias,
+            activations.num_bits,
+            activations.symmetric,
+            activations.clip_ratio,
         )
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
         x, activations = self.transform(x), self.scheme.activations
         if activations is not None:
-            q, scale, zero_point = quantize_per_token(x, activations.num_bits, activations.symmetric, activations.clip_ratio)
+            q, scale, zero_point = quantize_per_token(
+                x, activations.num_bits, activations.symmetric, activations.clip_ratio
+            )
             x = (q.to(x) - zero_point.to(x)) * scale
-        return torch.nn.functional.linear(x, dequantize(self.weight_integers(), self.scale, self.zero_point).to(x), self.bias)
+        return torch.nn.functional.linear(
+            x, dequantize(self.weight_integers(), self.scale, self.zero_point).to(x), self.bias
+        )

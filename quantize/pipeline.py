@@ -26,6 +26,7 @@ from quantize.recipe import Recipe, load_recipe
 from quantize.tokenizer import load_tokenize
 from quantize.verify import parity
 
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished run: where it lies, and its manifest."""
@@ -46,8 +47,9 @@ class Artifact:
         size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
         return (
-            f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters quantized, "
-            f"{size:,} bytes, largest difference at the gate {worst:.1e}, read back equal within {self.manifest['parity']['reloaded']:.1e}"
+            f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters "
+            f"quantized, {size:,} bytes, largest difference at the gate {worst:.1e}, "
+            f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
         )
 
 
@@ -132,12 +134,22 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
     write_side_files(prepared, writer, blocks, settings)
     proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_tokens, blocks.outputs(), console)
-    return Artifact(writer.output, writer.commit({
-        "scheme": plan.recipe.scheme, "seed": plan.recipe.seed, "versions": versions(),
-        "calibration": calibration_record(blocks, prepared.samples),
-        "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences}, "parity": proof,
-        "untied": blocks.untied, "coverage": coverage(plan, blocks), "quantization": settings,
-    }))  # fmt: skip
+    return Artifact(
+        writer.output,
+        writer.commit(
+            {
+                "scheme": plan.recipe.scheme,
+                "seed": plan.recipe.seed,
+                "versions": versions(),
+                "calibration": calibration_record(blocks, prepared.samples),
+                "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
+                "parity": proof,
+                "untied": blocks.untied,
+                "coverage": coverage(plan, blocks),
+                "quantization": settings,
+            }
+        ),
+    )
 
 
 def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, settings: dict[str, Any]) -> None:
@@ -180,7 +192,8 @@ def versions() -> dict[str, str]:
 def describe(prepared: Prepared) -> str:
     """What a run would do, in lines."""
     plan, program = prepared.plan, prepared.program
-    lines = [f"{plan.recipe.scheme}: {len(plan.targets)} linears in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
+    what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
+    lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
     lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]

@@ -15,7 +15,6 @@ from quantize.passes import PASSES, Pass
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe import Recipe, validated
 
-
 NO_LINEAR = "no weight of a linear"
 
 
@@ -62,10 +61,14 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
     reasons = {name: skipped.get(name, NO_LINEAR) for name in program.parameters.values() if name not in quantized}
-    resolved = recipe.model_copy(update={
-        "ignore": ignored_patterns(recipe, linears), "ignore_also": (),
-        "passes": tuple(settings(handler) for handler in handlers), "quantizer": settings(quantizer),
-    })  # fmt: skip
+    resolved = recipe.model_copy(
+        update={
+            "ignore": ignored_patterns(recipe, linears),
+            "ignore_also": (),
+            "passes": tuple(settings(handler) for handler in handlers),
+            "quantizer": settings(quantizer),
+        }
+    )
     return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, reasons)
 
 
@@ -89,8 +92,11 @@ def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict
             require_match(kind, pattern, paths)
     ignored = {path: p for p in reversed(ignore) for path in paths if matches(p, path)}
     wanted = {path for path in paths if any(matches(p, path) for p in recipe.targets)}
-    skipped = {linear.weight: f"ignored by {ignored[linear.path]!r}" if linear.path in ignored else "not in targets"
-               for linear in linears if linear.path in ignored or linear.path not in wanted}
+    skipped = {
+        linear.weight: f"ignored by {ignored[linear.path]!r}" if linear.path in ignored else "not in targets"
+        for linear in linears
+        if linear.path in ignored or linear.path not in wanted
+    }
     return tuple(dict.fromkeys(p for p in paths if p in wanted and p not in ignored)), skipped
 
 
@@ -117,7 +123,9 @@ def check_groups(recipe: Recipe, linears: list[Linear], program: Program) -> Non
     """The group size divides the input of every linear."""
     size = recipe.weights.group_size
     shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
-    odd = [(linear.path, int(shapes[linear.weight][1])) for linear in linears if size and shapes[linear.weight][1] % size]
+    odd = [
+        (linear.path, int(shapes[linear.weight][1])) for linear in linears if size and shapes[linear.weight][1] % size
+    ]
     if odd:
         path, columns = odd[0]
         more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
@@ -133,12 +141,23 @@ def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) ->
     shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
     for handler in handlers:
         bases = find_bases(program, folded)
-        sites = tuple(b for b in handler.sites(bases.all) if not handler.needs or in_one_segment(b, program.segments))
-        online = {l.path: handler.online(bases.reading(l.weight), int(shapes[l.weight][1])) for l in linears}
+        sites = handler.sites(bases.all)
+        if handler.needs is not None:
+            quantized = {linear.weight for linear in linears}
+            sites = tuple(b for b in sites if in_one_segment(b, program.segments) and is_read_by(b, quantized))
+        online = {
+            linear.path: handler.online(bases.reading(linear.weight), int(shapes[linear.weight][1]))
+            for linear in linears
+        }
         steps.append(Step(handler, bases, sites, {path: o for path, o in online.items() if o}))
         if handler.folds_gains:
             folded |= {edge.parameter for basis in sites for edge in basis.writers if edge.vector}
     return tuple(steps)
+
+
+def is_read_by(basis: Basis, weights: set[str]) -> bool:
+    """Whether any of some weights reads a basis."""
+    return any(edge.parameter in weights for edge in basis.readers)
 
 
 def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:

@@ -38,5 +38,7 @@ def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Cons
     start = time.monotonic()
     for done, item in enumerate(items):
         left = (time.monotonic() - start) / done * (len(items) - done) if done else None
-        console.print(f"{what} {done + 1}/{len(items)} {name(item)}" + (f", {left:.0f} s left" if left is not None else ""))
+        console.print(
+            f"{what} {done + 1}/{len(items)} {name(item)}" + (f", {left:.0f} s left" if left is not None else "")
+        )
         yield item

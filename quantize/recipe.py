@@ -55,7 +55,11 @@ class Recipe(Data):
 
 
 def load_recipe(
-    scheme: str | None, changes: Path | Mapping[str, Any] | None, *, ignore: tuple[str, ...] = (), group_size: int | None = None,
+    scheme: str | None,
+    changes: Path | Mapping[str, Any] | None,
+    *,
+    ignore: tuple[str, ...] = (),
+    group_size: int | None = None,
     **settings: int | None,
 ) -> Recipe:
     """The default recipe of a scheme, changed by a recipe, changed by single settings.

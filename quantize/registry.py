@@ -22,10 +22,12 @@ class Registry(dict[str, type[Any]]):
 
     def register(self, name: str) -> Any:
         """Class decorator: enter a class under the name that recipes use."""
+
         def enter(cls: T) -> T:
             self[name] = cls
             cls.name = name  # type: ignore[attr-defined]
             return cls
+
         return enter
 
     def make(self, settings: Any) -> Any:
@@ -36,7 +38,7 @@ class Registry(dict[str, type[Any]]):
         """
         if not isinstance(settings, dict):
             return settings
-        name = settings.get("name")
+        name = str(settings.get("name"))
         if name not in self:
             raise UsageError(f"there is no {self.kind} {name!r}; known are {', '.join(sorted(self))}")
         return self[name](**{key: value for key, value in settings.items() if key != "name"})

@@ -24,4 +24,4 @@ def load_tokenize(directory: Path | None) -> Tokenize | None:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises what its many formats raise
         raise QuantizeError(f"the tokenizer in {directory} cannot be read: {error}") from None
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -44,7 +44,9 @@ class Transformer:
     def __post_init__(self) -> None:
         self.sites = [{} for _ in self.steps]
 
-    def apply(self, segment: Segment, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, OnlineHadamard]]:
+    def apply(
+        self, segment: Segment, weights: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, OnlineHadamard]]:
         """All steps on one block: its parameters afterwards, and what runs in front of its linears."""
         online: dict[str, OnlineHadamard] = {}
         for number, step in enumerate(self.steps):
@@ -60,7 +62,11 @@ class Transformer:
         after = dict(weights)
         for basis in touched:
             after |= fold(basis, self.sites[number][basis], after)
-        added = {l.path: step.online[l.path] for l in linears if l.path in step.online and l.path not in online}
+        added = {
+            linear.path: step.online[linear.path]
+            for linear in linears
+            if linear.path in step.online and linear.path not in online
+        }
         after |= rotated_columns(after, linears, added)
         if touched or added:
             self._check(number, step, segment, before, float_state(after, linears, online | added), touched)
@@ -99,24 +105,33 @@ class Transformer:
             for basis in touched:
                 alone = State(before.weights | fold(basis, sites[basis], before.weights), before.linears)
                 only = {basis: sites[basis]}
-                blame[gate.describe(basis)] = gate.difference(self.program, segment, before, alone, probes, step.bases, only)
+                blame[gate.describe(basis)] = gate.difference(
+                    self.program, segment, before, alone, probes, step.bases, only
+                )
         gate.require(step.handler.name, found, blame, segment)
 
 
-def rotated_columns(weights: Mapping[str, Tensor], linears: Sequence[Linear], online: Mapping[str, OnlineHadamard]) -> dict[str, Tensor]:
+def rotated_columns(
+    weights: Mapping[str, Tensor], linears: Sequence[Linear], online: Mapping[str, OnlineHadamard]
+) -> dict[str, Tensor]:
     """The weights that read transformed inputs: W T⁻ᵀ = W T for T orthogonal."""
     return {
-        l.weight: hadamard_transform(weights[l.weight].double(), online[l.path].size, online[l.path].stride).float()
-        for l in linears if l.path in online
+        linear.weight: hadamard_transform(
+            weights[linear.weight].double(), online[linear.path].size, online[linear.path].stride
+        ).float()
+        for linear in linears
+        if linear.path in online
     }
 
 
 def float_state(weights: dict[str, Tensor], linears: Sequence[Linear], online: Mapping[str, OnlineHadamard]) -> State:
     """A block in floating point, with the online transforms in front of its linears."""
     runs: dict[fx.Node, FloatLinear] = {}
-    for l in linears:
-        if l.path in online:
-            runs[l.node] = FloatLinear(HadamardTransform(online[l.path]), weights[l.weight], weights.get(l.bias or ""))
+    for linear in linears:
+        if linear.path in online:
+            runs[linear.node] = FloatLinear(
+                HadamardTransform(online[linear.path]), weights[linear.weight], weights.get(linear.bias or "")
+            )
     return State(weights, dict(runs))
 
 

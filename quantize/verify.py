@@ -38,8 +38,13 @@ class Compared:
 
 
 def parity(
-    program: Program, directory: Path, settings: Mapping[str, Any], ties: Mapping[str, tuple[str, ...]],
-    probes: list[Tensor], expected: list[Tensor], console: Console | None,
+    program: Program,
+    directory: Path,
+    settings: Mapping[str, Any],
+    ties: Mapping[str, tuple[str, ...]],
+    probes: list[Tensor],
+    expected: list[Tensor],
+    console: Console | None,
 ) -> dict[str, Any]:
     """Run written files block by block and compare.
 
@@ -63,18 +68,27 @@ def parity(
     found = [values[node] for values in runner.values for node in program.output.all_input_nodes]
     reloaded = max(gate.relative(*pair) for pair in zip(found, expected, strict=True))
     if reloaded > gate.TOLERANCE or fake_quant > gate.TOLERANCE * 100:
-        raise QuantizeError(f"the written files differ from what was quantized by {max(reloaded, fake_quant):.1e}; nothing was kept")
+        raise QuantizeError(
+            f"the written files differ from what was quantized by {max(reloaded, fake_quant):.1e}; nothing was kept"
+        )
     return {"reloaded": reloaded, "fake_quant": fake_quant, "triton": "not verified", "onnxruntime": "not verified"}
 
 
 def stored_state(
-    program: Program, segment: Segment, files: dict[str, Path], settings: dict[str, Any], ties: Mapping[str, tuple[str, ...]]
+    program: Program,
+    segment: Segment,
+    files: dict[str, Path],
+    settings: dict[str, Any],
+    ties: Mapping[str, tuple[str, ...]],
 ) -> State:
     """One block as it was written."""
-    linears = {l.node: l.path for l in program.linears(segment) if l.path in settings["modules"]}
+    linears = {linear.node: linear.path for linear in program.linears(segment) if linear.path in settings["modules"]}
     quantized = {f"{path}.weight" for path in linears.values()}
-    names = {name: next(n for n in ties.get(name, (name,)) if n in files) if name not in files else name
-             for name in segment.parameters if name not in quantized}
+    names = {
+        name: next(n for n in ties.get(name, (name,)) if n in files) if name not in files else name
+        for name in segment.parameters
+        if name not in quantized
+    }
     weights = {name: read_tensor(files[stored], stored).float() for name, stored in names.items()}
     modules = {node: Compared(read_linear(path, settings, files, torch.float32)) for node, path in linears.items()}
     return State(weights, dict(modules))
@@ -99,4 +113,4 @@ def verify_artifact(directory: Path) -> dict[str, Any]:
 
 def first_output(result: Any) -> Tensor:
     """The first tensor that a model returns."""
-    return result if isinstance(result, Tensor) else result[0]  # type: ignore[no-any-return]
+    return result if isinstance(result, Tensor) else result[0]

@@ -64,10 +64,14 @@ class Basis:
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
         return {
-            "dim": self.dim, "group": str(self.group), "heads": self.heads, "pins": list(self.pins),
-            "writers": [e.parameter for e in self.writers], "readers": [e.parameter for e in self.readers],
+            "dim": self.dim,
+            "group": str(self.group),
+            "heads": self.heads,
+            "pins": list(self.pins),
+            "writers": [e.parameter for e in self.writers],
+            "readers": [e.parameter for e in self.readers],
             "after_folding": list(self.gains),
-        }  # fmt: skip
+        }
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,9 @@ def admissible_bases(program: Program) -> tuple[Basis, ...]:
 def is_foldable(basis: Basis) -> bool:
     """Whether a norm gain writes the basis and linears read it, so that they can absorb the gain."""
     only_gain = len(basis.writers) == 1 and basis.writers[0].vector
-    return only_gain and Group.DIAGONAL in basis.group and not any(e.vector for e in basis.readers) and bool(basis.readers)
+    return (
+        only_gain and Group.DIAGONAL in basis.group and not any(e.vector for e in basis.readers) and bool(basis.readers)
+    )
 
 
 def unlocked(basis: Basis, folded: Basis | None, gains: frozenset[str]) -> Basis:
@@ -186,7 +192,7 @@ def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
     classes, inverse = np.unique(hashes, return_inverse=True)
     lowest = np.full(len(classes), first.max(initial=0))
     np.minimum.at(lowest, inverse, first)
-    return lowest[inverse]  # type: ignore[no-any-return]
+    return lowest[inverse]
 
 
 def build(walk: Walk, events: list[Event], rank: np.ndarray, starts: np.ndarray, blocks: np.ndarray) -> Bases:
@@ -202,8 +208,11 @@ def build(walk: Walk, events: list[Event], rank: np.ndarray, starts: np.ndarray,
         make_basis(b, touching[b], of_channel, place, blocks[start:end])
         for b, (start, end) in enumerate(zip(starts, ends, strict=True))
     )
-    at = {node: (bases[int(of_channel[ids[0]])], place[ids]) for node, ids in walk.at.items()
-          if bool((of_channel[ids] == of_channel[ids[0]]).all())}
+    at = {
+        node: (bases[int(of_channel[ids[0]])], place[ids])
+        for node, ids in walk.at.items()
+        if bool((of_channel[ids] == of_channel[ids[0]]).all())
+    }
     return Bases(bases, at)
 
 
@@ -213,10 +222,14 @@ def make_basis(index: int, events: list[Event], of_channel: Tensor, place: Tenso
     heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
     edges = [(e, make_edge(e, of_channel[e.channels] == index, place, dim)) for e in events if e.parameter]
     return Basis(
-        index, dim, heads, functools.reduce(operator.and_, (e.group for e in events), Group.LINEAR),
-        tuple(edge for e, edge in edges if not e.reads), tuple(edge for e, edge in edges if e.reads),
+        index,
+        dim,
+        heads,
+        functools.reduce(operator.and_, (e.group for e in events), Group.LINEAR),
+        tuple(edge for e, edge in edges if not e.reads),
+        tuple(edge for e, edge in edges if e.reads),
         tuple(dict.fromkeys(e.reason for e in events if e.reason)),
-    )  # fmt: skip
+    )
 
 
 def make_edge(event: Event, here: Tensor, place: Tensor, dim: int) -> Edge:

@@ -6,7 +6,7 @@ from enum import Flag
 
 
 class Group(Flag):
-    """Which matrices T may act on a basis; `A in B` reads "every A is allowed where B is", `A & B` is what both allow."""
+    """Which matrices T may act on a basis; `A in B`: B allows every A; `A & B`: what both allow."""
 
     NONE = 0
     ORTHOGONAL = 1

@@ -95,8 +95,10 @@ def concrete(value: Any) -> Any:
 
 def move(walk: Walk, node: fx.Node) -> Any:
     """Run a data-movement operator on labels instead of values."""
+
     def substitute(n: fx.Node) -> Any:
         return walk.labels[n] if n in walk.labels else concrete(n.meta["val"])
+
     args, kwargs = map_arg(node.args, substitute), map_arg(node.kwargs, substitute)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -23,7 +23,7 @@ LINEAR = torch.ops.aten.linear.default
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of nodes that belongs to one repeated block, or the nodes before, between and after the blocks.
+    """A run of nodes that belongs to one repeated block, or to what stands before, between and after.
 
     Attributes:
         name: module path of the block (`model.layers.3`), or of what stands around it.
@@ -38,7 +38,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear whose weight is a parameter: the module's path, its node, its input's node, and its parameters' names."""
+    """A linear whose weight is a parameter: its module's path, its node, its input, and its parameters' names."""
 
     path: str
     node: fx.Node
@@ -161,6 +161,7 @@ def drop_assertions(module: fx.GraphModule) -> None:
 
 def move_to_cpu(module: fx.GraphModule) -> None:
     """Replace the device that nodes name (`arange(device=meta)`), in nested graphs too."""
+
     def on_cpu(argument: Any) -> Any:
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
@@ -195,8 +196,10 @@ def block_of(node: fx.Node) -> str | None:
 
 def split_tail(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]]]:
     """Name the runs outside of blocks by their place."""
-    return [(name or ("head" if i == 0 else "tail" if i == len(runs) - 1 else f"between {i}"), nodes)
-            for i, (name, nodes) in enumerate(runs)]
+    return [
+        (name or ("head" if i == 0 else "tail" if i == len(runs) - 1 else f"between {i}"), nodes)
+        for i, (name, nodes) in enumerate(runs)
+    ]
 
 
 def read_by(nodes: list[fx.Node], parameters: dict[fx.Node, str]) -> tuple[str, ...]:

@@ -21,9 +21,11 @@ RULES: dict[str, Rule] = {}
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for operators by name, all overloads."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
         return function
+
     return register
 
 
@@ -31,6 +33,11 @@ def name_of(node: fx.Node) -> str:
     """`linear` for `aten.linear.default`."""
     target: Any = node.target
     return str(getattr(target, "overloadpacket", getattr(target, "__name__", target))).rsplit(".", 1)[-1]
+
+
+def arguments(node: fx.Node) -> Any:
+    """Positional arguments of an operator, whose types its schema knows and the type checker does not."""
+    return node.args
 
 
 def visit(walk: Walk, node: fx.Node) -> None:
@@ -47,9 +54,35 @@ def visit(walk: Walk, node: fx.Node) -> None:
         walk.at[node] = ids
 
 
-@rule("view", "_unsafe_view", "reshape", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "slice", "select",
-      "split", "split_with_sizes", "chunk", "unbind", "stack", "contiguous", "clone", "alias", "detach", "repeat",
-      "repeat_interleave", "narrow", "flatten", "unflatten", "movedim", "getitem")
+@rule(
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "transpose",
+    "permute",
+    "t",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "unbind",
+    "stack",
+    "contiguous",
+    "clone",
+    "alias",
+    "detach",
+    "repeat",
+    "repeat_interleave",
+    "narrow",
+    "flatten",
+    "unflatten",
+    "movedim",
+    "getitem",
+)
 def moved(walk: Walk, node: fx.Node) -> None:
     """Data movement: channels go where their elements go."""
     if any(n in walk.squares for n in node.all_input_nodes):
@@ -77,12 +110,12 @@ def same(walk: Walk, node: fx.Node) -> None:
 
 @rule("linear")
 def linear(walk: Walk, node: fx.Node) -> None:
-    """y = x Wᵀ + b: W reads the channels of x with its columns and writes new ones with its rows."""
-    x, weight, *rest = node.args
+    """Y = x Wᵀ + b: W reads the channels of x with its columns and writes new ones with its rows."""
+    x, weight, *rest = arguments(node)
     name = walk.parameter(weight)
     if name is None:
         return pin_all(walk, node, "it is multiplied with a matrix that is no parameter")
-    ids = read_channels(walk, x)  # type: ignore[arg-type]
+    ids = read_channels(walk, x)
     if ids is not None:
         walk.events.append(Event(ids, parameter=name, axis=1, reads=True))
     written = walk.fresh(node)
@@ -121,7 +154,7 @@ def origin(node: fx.Node) -> str:
 @rule("embedding")
 def embedding(walk: Walk, node: fx.Node) -> None:
     """A table writes new channels with its columns."""
-    if name := walk.parameter(node.args[0]):
+    if name := walk.parameter(arguments(node)[0]):
         walk.events.append(Event(walk.fresh(node), parameter=name, axis=1))
 
 
@@ -131,17 +164,18 @@ SOURCES = {linear, embedding}  # they make channels even where no input has any
 @rule("add", "add_", "sub")
 def added(walk: Walk, node: fx.Node) -> None:
     """Residual sums make two channels one; a parameter added writes; anything else that is added pins."""
-    x, y = node.args[:2]
+    x, y = arguments(node)[:2]
     known = [n for n in (x, y) if n in walk.labels]
     if any(n in walk.squares for n in (x, y)):
         return pin_all(walk, node, "its square is added to something")
     if len(known) == 2:
-        return join(walk, node, walk.labels[x], walk.labels[y])  # type: ignore[index]
+        return join(walk, node, walk.labels[x], walk.labels[y])
     other = y if known[0] is x else x
     labels, name = walk.labels[known[0]], walk.parameter(other)
-    if name is None or channel_axes(labels) != [labels.dim() - 1] or shape_of(other)[-1] != labels.shape[-1]:  # type: ignore[arg-type]
+    ids = last_axis(labels)
+    if name is None or ids is None or shape_of(other)[-1] != len(ids):
         return walk.pin(known[0], "something that no weight writes is added to it")
-    walk.events.append(Event(last_axis(labels), parameter=name, axis=len(shape_of(other)) - 1))  # type: ignore[arg-type]
+    walk.events.append(Event(ids, parameter=name, axis=len(shape_of(other)) - 1))
     walk.labels[node] = labels.expand(shape_of(node))
 
 
@@ -155,17 +189,17 @@ def join(walk: Walk, node: fx.Node, a: Tensor, b: Tensor) -> None:
 @rule("mul", "mul_", "div")
 def scaled(walk: Walk, node: fx.Node) -> None:
     """A number or a factor for each token changes nothing; a factor for each channel commutes with diagonals only."""
-    x, y = node.args[:2]
+    x, y = arguments(node)[:2]
     if x is y and x in walk.labels and name_of(node) == "mul":
         return squared(walk, node)
     if any(n in walk.squares for n in (x, y)):
         return pin_all(walk, node, "its square is scaled")
     if y in walk.labels and (x in walk.labels or name_of(node) == "div"):
-        walk.pin(x if x in walk.labels else y, f"`{name_of(node)}` combines it with other channels")  # type: ignore[arg-type]
+        walk.pin(x if x in walk.labels else y, f"`{name_of(node)}` combines it with other channels")
         if name_of(node) == "div":
-            return walk.pin(y, "something is divided by it")  # type: ignore[arg-type]
+            return walk.pin(y, "something is divided by it")
     known, other = (y, x) if y in walk.labels else (x, y)
-    scale(walk, node, known, other)  # type: ignore[arg-type]
+    scale(walk, node, known, other)
 
 
 def scale(walk: Walk, node: fx.Node, known: fx.Node, other: Any) -> None:
@@ -207,19 +241,21 @@ def factor(walk: Walk, node: fx.Node, labels: Tensor, other: fx.Node) -> None:
 @rule("pow", "square")
 def squared(walk: Walk, node: fx.Node) -> None:
     """The square: only its mean over the channels keeps a symmetry, the orthogonal group."""
-    if node.args[0] not in walk.labels or (name_of(node) == "pow" and node.args[1] != 2):
+    if arguments(node)[0] not in walk.labels or (name_of(node) == "pow" and arguments(node)[1] != 2):
         return pin_all(walk, node, f"`{name_of(node)}` acts on each channel")
-    walk.squares[node] = walk.labels[node.args[0]]  # type: ignore[index]
+    walk.squares[node] = walk.labels[arguments(node)[0]]
 
 
 @rule("mean", "sum")
 def averaged(walk: Walk, node: fx.Node) -> None:
     """The mean square over the channels is invariant under rotations of the channels averaged together."""
-    x, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
-    labels = walk.squares.get(x)  # type: ignore[arg-type]
+    x, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else None
+    labels = walk.squares.get(x)
     if labels is None or axes not in ([-1], [labels.dim() - 1]):
         return pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
-    walk.restrict(labels, Group.ORTHOGONAL, "its root mean square is taken, which only rotations keep", rms_blocks(labels))
+    walk.restrict(
+        labels, Group.ORTHOGONAL, "its root mean square is taken, which only rotations keep", rms_blocks(labels)
+    )
 
 
 def rms_blocks(labels: Tensor) -> Tensor | None:
@@ -237,21 +273,23 @@ def axis_index(labels: Tensor, axis: int) -> Tensor:
 @rule("rms_norm")
 def rms_norm(walk: Walk, node: fx.Node) -> None:
     """RMSNorm as one operator: the mean square and the gain."""
-    x, _, *rest = node.args
-    if (labels := walk.labels.get(x)) is None:  # type: ignore[arg-type]
+    x, _, *rest = arguments(node)
+    if (labels := walk.labels.get(x)) is None:
         return pin_all(walk, node, "its square is normalized")
-    walk.restrict(labels, Group.ORTHOGONAL, "its root mean square is taken, which only rotations keep", rms_blocks(labels))
+    walk.restrict(
+        labels, Group.ORTHOGONAL, "its root mean square is taken, which only rotations keep", rms_blocks(labels)
+    )
     name = walk.parameter(rest[0]) if rest else None
     walk.labels[node] = labels
     if name is not None:
-        gain(walk, node, x, name)  # type: ignore[arg-type]
+        gain(walk, node, x, name)
 
 
 @rule("layer_norm")
 def layer_norm(walk: Walk, node: fx.Node) -> None:
     """LayerNorm pins what it normalizes (it subtracts the mean over the channels); its gain and bias write anew."""
-    x, _, *rest = node.args
-    walk.pin(x, "a LayerNorm subtracts the mean over its channels")  # type: ignore[arg-type]
+    x, _, *rest = arguments(node)
+    walk.pin(x, "a LayerNorm subtracts the mean over its channels")
     names = [walk.parameter(p) for p in rest[:2]]
     if names and names[0]:
         written = walk.fresh(node)
@@ -263,12 +301,28 @@ def layer_norm(walk: Walk, node: fx.Node) -> None:
 @rule("relu", "relu_")
 def relu(walk: Walk, node: fx.Node) -> None:
     """max(x, 0) commutes with positive factors."""
-    labels = walk.labels[node.args[0]]  # type: ignore[index]
+    labels = walk.labels[arguments(node)[0]]
     walk.restrict(labels, Group.POSITIVE_DIAGONAL, "`relu` commutes with positive factors only")
     walk.labels[node] = labels
 
 
-@rule("silu", "gelu", "tanh", "sigmoid", "exp", "softmax", "_softmax", "softplus", "erf", "hardtanh", "clamp", "abs", "log", "rsqrt", "sqrt")
+@rule(
+    "silu",
+    "gelu",
+    "tanh",
+    "sigmoid",
+    "exp",
+    "softmax",
+    "_softmax",
+    "softplus",
+    "erf",
+    "hardtanh",
+    "clamp",
+    "abs",
+    "log",
+    "rsqrt",
+    "sqrt",
+)
 def nonlinear(walk: Walk, node: fx.Node) -> None:
     """A nonlinear function of each channel ends every symmetry."""
     pin_all(walk, node, f"the nonlinearity `{name_of(node)}` acts on each channel")
@@ -283,20 +337,20 @@ def pin_all(walk: Walk, node: fx.Node, reason: str) -> None:
 @rule("scaled_dot_product_attention")
 def attention(walk: Walk, node: fx.Node) -> None:
     """softmax(q kᵀ) v: the scores pin queries and keys; each head averages its value channels over the tokens."""
-    q, k, v = node.args[:3]
+    q, k, v = arguments(node)[:3]
     for source in (q, k):
-        walk.pin(source, "attention scores multiply queries with keys")  # type: ignore[arg-type]
+        walk.pin(source, "attention scores multiply queries with keys")
     if v in walk.labels:
-        mix_tokens(walk, node, v, walk.labels[v])  # type: ignore[index,arg-type]
+        mix_tokens(walk, node, v, walk.labels[v])
 
 
 @rule("matmul", "bmm")
 def product(walk: Walk, node: fx.Node) -> None:
     """A product of two computed values mixes tokens of the right one if that lies with channels last."""
-    a, b = node.args
+    a, b = arguments(node)
     if a in walk.labels or a in walk.squares or b not in walk.labels:
         return pin_all(walk, node, f"`{name_of(node)}` multiplies it with another value")
-    mix_tokens(walk, node, b, walk.labels[b])  # type: ignore[index,arg-type]
+    mix_tokens(walk, node, b, walk.labels[b])
 
 
 def mix_tokens(walk: Walk, node: fx.Node, source: fx.Node, labels: Tensor) -> None:

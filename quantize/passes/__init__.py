@@ -1,4 +1,4 @@
-"""Outlier handlers: one file each. A pass says *what* the transform is; where it is legal and how it is folded, others do."""
+"""Outlier handlers, one file each: *what* a transform is. *Where* it is legal and *how* it is folded others know."""
 
 from quantize.passes.base import PASSES
 from quantize.passes.base import Pass as Pass

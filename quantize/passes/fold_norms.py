@@ -42,5 +42,7 @@ class FoldNorms(Pass):
         (edge,) = basis.writers
         gain = weights[edge.parameter].double()[edge.index[0]]
         if not bool(gain.all()):
-            raise QuantizeError(f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`")
+            raise QuantizeError(
+                f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`"
+            )
         return Diagonal(1 / gain)

