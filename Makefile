@@ -1,0 +1,27 @@
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+# Quantize the bundled model with every scheme and print the comparison
+demo: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.demo
+
+# Lint, types and tests
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest
+
+# Reformat
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# torch comes first and pinned: left to the resolver, a machine without a GPU is sent gigabytes of CUDA packages
+$(VENV)/installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.PHONY: demo test format

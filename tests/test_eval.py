@@ -1,0 +1,56 @@
+"""Measurements against hand-sized numbers, and on the models whose scores are known."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import UsageError
+from quantize.eval.perplexity import score_language
+from quantize.eval.report import evaluate
+from quantize.eval.similarity import read_pairs
+
+
+def table_model(rows):
+    """Logits that depend on the last token only."""
+    table = torch.tensor(rows).log()
+    return lambda input_ids: SimpleNamespace(logits=table[input_ids])
+
+
+def test_scores_by_hand():
+    model = table_model([[0.5, 0.5], [0.25, 0.75]])
+    reference = table_model([[0.5, 0.5], [0.75, 0.25]])
+    scores = score_language(model, [torch.tensor([[0, 1, 1]])], reference)
+    kl = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
+    assert scores.tokens == 2
+    assert scores.loss == pytest.approx(-(math.log(0.5) + math.log(0.75)) / 2)
+    assert scores.kl == pytest.approx(kl / 2)
+    assert scores.top1 == 0.5
+    assert scores.perplexity == pytest.approx(math.exp(scores.loss))
+
+
+def test_a_model_does_not_diverge_from_itself(stories, float_stories):
+    scores = score_language(float_stories, [torch.arange(64)[None]], open_checkpoint(stories).load())
+    assert (scores.kl, scores.top1) == (pytest.approx(0, abs=1e-6), 1.0)
+
+
+def test_minilm_scores_as_published(minilm, sts):
+    scores = evaluate(minilm, None, next(path for path in sts if "images" in path.name))
+    assert scores["spearman"] == pytest.approx(0.9304, abs=5e-4)
+    assert scores["pairs"] == 750
+
+
+def test_pairs_without_a_score_are_skipped(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\tno\tscore\n4.5\ta dog\ta hound\n")
+    assert read_pairs(path) == [(4.5, "a dog", "a hound")]
+    path.write_text("nothing here\n")
+    with pytest.raises(UsageError, match="no row of score, sentence and sentence"):
+        read_pairs(path)
+
+
+def test_an_encoder_needs_pairs(minilm, books_heldout):
+    with pytest.raises(UsageError, match=r"no language model; give --text FILE\.tsv"):
+        evaluate(minilm, None, books_heldout)

@@ -1,0 +1,111 @@
+"""Every pass: hand-sized numbers, and one contract that all registered passes must keep."""
+
+import pytest
+import torch
+
+from quantize.calibration.runner import Runner
+from quantize.calibration.statistics import Absmax
+from quantize.checkpoint import open_checkpoint
+from quantize.errors import QuantizeError
+from quantize.fold import Diagonal, Rotation, absorb
+from quantize.graph.basis import Basis, Edge
+from quantize.graph.group import Group
+from quantize.graph.program import export_program
+from quantize.linear import OnlineHadamard
+from quantize.passes import PASSES
+from quantize.plan import Plan, make_plan
+from quantize.recipe import load_recipe
+from quantize.transforming import Transformer, float_state
+
+SEED = torch.Generator().manual_seed(0)
+
+
+def edge(name, axis, dim, vector=False):
+    return Edge(name, axis, torch.arange(dim)[None], vector)
+
+
+def basis(dim, writers, readers, group=Group.LINEAR, heads=1):
+    return Basis(0, dim, heads, group, tuple(writers), tuple(readers), ())
+
+
+def test_smoothquant_by_hand():
+    """s = max|X|^α / max|W|^(1-α), equation 4: with α = 0.75, X = 16, W = 1/16 it is 16^0.75 · 16^0.25 = 16."""
+    site = basis(3, [edge("norm.weight", 0, 3, vector=True)], [edge("a.weight", 1, 3), edge("b.weight", 1, 3)])
+    weights = {"a.weight": torch.tensor([[1 / 16, 0.5, 1.0]]), "b.weight": torch.tensor([[-1 / 32, 1.0, 0.0]])}
+    seen = Absmax(torch.tensor([16.0, 1.0, 0.0]))
+    transform = PASSES["smoothquant"](alpha=0.75).transform(site, {"a": seen, "b": seen}, weights, SEED)
+    assert isinstance(transform, Diagonal)
+    assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0, 1.0], dtype=torch.float64))
+
+
+def test_smoothquant_with_alpha_one_flattens_activations():
+    site = basis(2, [edge("n", 0, 2)], [edge("a.weight", 1, 2)])
+    transform = PASSES["smoothquant"](alpha=1.0).transform(
+        site, {"a": Absmax(torch.tensor([8.0, 0.5]))}, {"a.weight": torch.tensor([[3.0, 3.0]])}, SEED
+    )
+    assert torch.allclose(transform.write(torch.tensor([8.0, 0.5])), torch.ones(2))
+
+
+def test_fold_norms_by_hand():
+    site = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], Group.DIAGONAL)
+    weights = {"norm.weight": torch.tensor([4.0, -0.5]), "a.weight": torch.tensor([[1.0, 2.0]])}
+    transform = PASSES["fold_norms"]().transform(site, {}, weights, SEED)
+    assert absorb(weights["norm.weight"], site.writers[0], transform.write).tolist() == [1.0, 1.0]
+    assert absorb(weights["a.weight"], site.readers[0], transform.read).tolist() == [[4.0, -1.0]]
+
+
+def test_a_zero_gain_cannot_be_folded():
+    site = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], Group.DIAGONAL)
+    with pytest.raises(QuantizeError, match=r"norm\.weight has a gain of zero.*leave out the pass `fold_norms`"):
+        PASSES["fold_norms"]().transform(site, {}, {"norm.weight": torch.tensor([1.0, 0.0])}, SEED)
+
+
+def test_rotation_by_hand():
+    """Signs first, then the Hadamard matrix of order two on each pair."""
+    rotation = Rotation(torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64), 2)
+    half = 0.5**0.5
+    assert torch.allclose(rotation.write(torch.tensor([1.0, 1.0, 2.0, 0.0])), torch.tensor([0.0, 2 * half, 2 * half, 2 * half]))
+
+
+@pytest.mark.parametrize("transform", [Diagonal(torch.tensor([2.0, -3.0, 0.5, 1.0])), Rotation(torch.tensor([1.0, -1.0, -1.0, 1.0]), 4)])
+def test_a_reader_cancels_a_writer(transform):
+    rng = torch.Generator().manual_seed(3)
+    x, W = torch.randn(5, 4, generator=rng), torch.randn(6, 4, generator=rng)
+    assert torch.allclose(transform.write(x) @ transform.read(W).T, x @ W.T, atol=1e-5)
+    assert torch.allclose(transform.undo(transform.write(x)), x, atol=1e-6)
+
+
+def test_rotate_goes_online_where_no_weight_can():
+    rotate = PASSES["rotate"]()
+    heads = basis(16, [edge("v", 0, 16)], [edge("o.weight", 1, 16)], Group.LINEAR, heads=2)
+    assert rotate.online(None, 12) == OnlineHadamard(12)
+    assert rotate.online(basis(16, [], [edge("d.weight", 1, 16)], Group.NONE), 16) == OnlineHadamard(16)
+    assert rotate.online(heads, 32) == OnlineHadamard(4, 8)  # four query heads of 8 on two key/value heads
+    assert rotate.online(basis(16, [edge("e", 1, 16)], [edge("q.weight", 1, 16)], Group.ORTHOGONAL), 16) is None
+    assert PASSES["rotate"](online_hadamard=False).online(None, 12) is None
+
+
+def transformer_for(model, passes, calibration):
+    """The passes alone on a real model, without rounding."""
+    checkpoint = open_checkpoint(model)
+    program = export_program(checkpoint.skeleton())
+    recipe = load_recipe("W4A8", {"passes": passes}, group_size=0)
+    plan: Plan = make_plan(recipe, program)
+    probes = Runner(program, [torch.arange(20)[None], torch.arange(40, 20, -1)[None]])
+    return checkpoint, program, Transformer(program, plan.steps, Runner(program, calibration), probes, seed=0)
+
+
+@pytest.mark.parametrize("name", sorted(PASSES))
+@pytest.mark.parametrize("model", ["stories", "minilm"])
+def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
+    before = [{"name": "fold_norms"}] if name != "fold_norms" else []
+    calibration = [torch.arange(64).reshape(2, 32)]
+    checkpoint, program, transformer = transformer_for(request.getfixturevalue(model), [*before, {"name": name}], calibration)
+    for segment in program.segments:
+        weights, online = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
+        for runner in (transformer.calibration, transformer.probes):
+            runner.run(segment.nodes, float_state(weights, program.linears(segment), online))
+    found = transformer.differences
+    assert set(found) <= {name, "fold_norms"}
+    assert name in found or (model, name) == ("minilm", "fold_norms")  # post-norm gains cannot be folded
+    assert all(difference < 1e-5 for blocks in found.values() for difference in blocks.values())

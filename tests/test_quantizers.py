@@ -1,0 +1,134 @@
+"""Rounding, against hand-sized numbers and against round to nearest."""
+
+import pytest
+import torch
+
+from quantize.calibration.statistics import Absmax, Gram
+from quantize.errors import QuantizeError
+from quantize.quantizers import QUANTIZERS
+from quantize.quantizers.base import find_grid
+from quantize.scheme import WeightArgs
+
+PER_CHANNEL = WeightArgs(num_bits=4)
+GROUPED = WeightArgs(num_bits=4, symmetric=False, group_size=16)
+
+
+def correlated(tokens=512, columns=64, seed=0):
+    """Inputs with a decaying spectrum, as activations have."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=rng) * torch.logspace(0, -2, columns)
+    return torch.randn(tokens, columns, generator=rng) @ mix
+
+
+def gram_of(X):
+    gram = Gram()
+    gram.update(X)
+    return gram
+
+
+def weights(rows=32, columns=64, seed=1):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def output_error(W, quantized, X):
+    return float((X @ (W - quantized.dequantize()).T).square().mean() / (X @ W.T).square().mean())
+
+
+def test_rtn_by_hand():
+    W = torch.tensor([[7.0, -3.4, 0.6, 0.0], [1.0, -14.0, 3.0, 2.0]])
+    result = QUANTIZERS["rtn"]().quantize(W, PER_CHANNEL, None, torch.float32)
+    assert result.unpack().tolist() == [[7, -3, 1, 0], [0, -7, 2, 1]]
+    assert result.scale.tolist() == [[1.0], [2.0]]
+
+
+def test_asymmetric_groups_by_hand():
+    W = torch.tensor([[0.0, 15.0, -8.0, 7.0]])
+    args = WeightArgs(num_bits=4, symmetric=False, group_size=2)
+    result = QUANTIZERS["rtn"]().quantize(W, args, None, torch.float32)
+    assert (result.unpack().tolist(), result.zero_point.tolist()) == ([[-8, 7, -8, 7]], [[-8, 0]])
+    assert torch.equal(result.dequantize(), W)
+
+
+def test_gptq_two_columns_by_hand():
+    """H = [[2, 1], [1, 2]] / rows; the first column's error e moves the second by -e · U01 / U00 = +e · H01 / H11."""
+    W = torch.tensor([[0.4, 7.0]])
+    gram = Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 1)
+    gptq = QUANTIZERS["gptq"](mse=False, damp=1e-9, act_order=False, sweeps=0)
+    result = gptq.quantize(W * 0.99, WeightArgs(num_bits=4), gram, torch.float32)
+    # scale 0.99: w0 = 0.4 → 0, error 0.4; w1 = 7 + 0.4 · 1/2 = 7.2 → 7
+    assert result.unpack().tolist() == [[0, 7]]
+    result = gptq.quantize(torch.tensor([[0.4, 3.4, 7.0]]), PER_CHANNEL, Gram(torch.tensor(
+        [[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 1), torch.float32)
+    assert result.unpack().tolist() == [[0, 4, 7]]  # 3.4 + 0.2 rounds to 4, where round to nearest gives 3
+
+
+@pytest.mark.parametrize("args", [PER_CHANNEL, GROUPED, WeightArgs(num_bits=8)], ids=["channel", "group", "8-bit"])
+def test_gptq_halves_the_held_out_error_of_rtn(args):
+    W, X, held_out = weights(), correlated(), correlated(seed=0)[:64] + 0.01
+    rtn = QUANTIZERS["rtn"]().quantize(W, args, None, torch.float32)
+    gptq = QUANTIZERS["gptq"]().quantize(W, args, gram_of(X), torch.float32)
+    assert output_error(W, gptq, held_out) <= 0.5 * output_error(W, rtn, held_out)
+
+
+def test_block_size_does_not_matter():
+    W, gram = weights(), gram_of(correlated())
+    small, large = (QUANTIZERS["gptq"](block_size=b).quantize(W, GROUPED, gram, torch.float32) for b in (8, 64))
+    assert (small.unpack() != large.unpack()).float().mean() < 0.01  # float32 sums in another order
+
+
+def test_sweeps_never_raise_the_error_they_minimize():
+    W, X = weights(), correlated()
+    errors = [output_error(W, QUANTIZERS["gptq"](sweeps=n).quantize(W, GROUPED, gram_of(X), torch.float32), X) for n in (0, 1, 3)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_mse_shrinks_a_range_with_one_outlier():
+    W = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([2.6])])[None]
+    scale, _ = find_grid(W, PER_CHANNEL, torch.float32)
+    shrunk, _ = find_grid(W, PER_CHANNEL, torch.float32, mse=True)
+    assert scale.item() == pytest.approx(2.6 / 7)
+    assert shrunk.item() < 0.9 * scale.item()
+
+
+def test_importance_decides_what_is_clipped():
+    W = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([2.6])])[None]
+    importance = torch.ones(64)
+    importance[-1] = 1000
+    kept, _ = find_grid(W, PER_CHANNEL, torch.float32, mse=True, importance=importance)
+    assert kept.item() * 7 == pytest.approx(2.6, rel=0.05)
+
+
+def test_scales_are_rounded_before_they_are_used():
+    result = QUANTIZERS["rtn"]().quantize(weights(), PER_CHANNEL, None, torch.bfloat16)
+    assert result.scale.dtype == torch.bfloat16
+    nearest = QUANTIZERS["rtn"]().quantize(result.dequantize(), PER_CHANNEL, None, torch.bfloat16)
+    assert torch.equal(nearest.dequantize(), result.dequantize())
+
+
+def test_dead_columns_and_singular_inputs():
+    X = correlated(tokens=8)  # rank 8 of 64
+    X[:, 3] = 0
+    result = QUANTIZERS["gptq"]().quantize(weights(), PER_CHANNEL, gram_of(X), torch.float32)
+    assert torch.isfinite(result.dequantize()).all()
+    assert not result.unpack()[:, 3].any()
+
+
+def test_gptq_without_data_is_refused():
+    with pytest.raises(QuantizeError, match="needs calibration data"):
+        QUANTIZERS["gptq"]().quantize(weights(), PER_CHANNEL, None, torch.float32)
+
+
+def test_infinite_activations_are_refused():
+    with pytest.raises(QuantizeError, match="not positive definite"):
+        QUANTIZERS["gptq"]().quantize(weights(), PER_CHANNEL, gram_of(correlated() * float("inf")), torch.float32)
+
+
+@pytest.mark.parametrize("statistic", [Absmax, Gram])
+def test_statistics_merge(statistic):
+    X = correlated()
+    whole, first, second = statistic(), statistic(), statistic()
+    whole.update(X)
+    first.update(X[:100])
+    second.update(X[100:])
+    first.merge(second)
+    assert (first.value - whole.value).abs().max() <= 1e-5 * whole.value.abs().max()
