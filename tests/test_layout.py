@@ -1,0 +1,40 @@
+"""The architecture, as far as a file listing can hold it."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]
+
+
+def imported(path):
+    tree = ast.parse(path.read_text())
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_kernels_import_nothing_of_ours():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert all(m.startswith("quantize.kernels") for m in imported(path) if m.startswith("quantize")), path
+
+
+def test_only_the_command_uses_eval():
+    users = {p.name for p in (ROOT / "quantize").rglob("*.py") if any(m.startswith("quantize.eval") for m in imported(p))}
+    assert users - {p.name for p in (ROOT / "eval").glob("*.py")} == {"cli.py"}
+
+
+def test_no_model_is_known_by_name():
+    names = re.compile(r"llama|bert|gpt_?neo|mixtral|qwen|whisper|\b[qkvo]_proj|(up|down|gate)_proj|c_attn|fc[12]\b", re.I)
+    for path in (p for p in SOURCES if "eval" not in p.parts):
+        code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body if not is_docstring(node))
+        found = [line for line in code.splitlines() if names.search(line) and '"""' not in line]
+        assert not found, (path, found)
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_no_pickle():
+    for path in SOURCES:
+        assert not re.search(r"\bpickle\b|torch\.(load|save)\(|trust_remote_code=True", path.read_text()), path
