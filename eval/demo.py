@@ -1,4 +1,4 @@
-"""The comparison that `make demo` prints: every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
+"""What `make demo` prints: every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -30,15 +31,15 @@ PLAIN_ACTIVATIONS = {"activations": {"symmetric": True, "clip_ratio": 1.0}}
 def main() -> None:
     """Quantize the bundled model and its planted twin with every scheme and print one table."""
     console = Console()
-    table = Table("model", "scheme", "recipe", "nats/token", "increase", "KL", "top-1", "bytes")
+    table = Table("model", "scheme", "recipe", "nats/token", "increase", "KL", "top-1", "bytes", box=SIMPLE_HEAD)
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "planted"
         plant(MODEL, twin)
-        for name, model in (("as it is", MODEL), ("planted twin", twin)):
+        for name, model in (("as it is", MODEL), ("planted", twin)):
             for row in rows(model, Path(scratch) / name, console):
                 table.add_row(name, *row)
             table.add_section()
-    console.print(f"{MODEL.name}, per-channel weights, {WINDOWS} windows of {WINDOW} tokens of text it never saw")
+    console.print(f"{MODEL.name}, per-channel weights, {WINDOWS} windows of {WINDOW} unseen tokens")
     console.print(table)
 
 
@@ -56,7 +57,13 @@ def rows(model: Path, scratch: Path, console: Console) -> Iterator[tuple[str, ..
 
 
 def measured(
-    model: Path, scheme: str, recipe: dict[str, Any], output: Path, reference: nn.Module, base: float, batches: list[Tensor]
+    model: Path,
+    scheme: str,
+    recipe: dict[str, Any],
+    output: Path,
+    reference: nn.Module,
+    base: float,
+    batches: list[Tensor],
 ) -> tuple[str, ...]:
     """Figures of one artifact, loaded back from its directory."""
     artifact = quantize_model(model, scheme=scheme, output_dir=output, recipe=recipe, group_size=0, seqlen=WINDOW)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from quantize.artifact import PROBE, load
 from quantize.calibration.data import read_samples
@@ -60,9 +60,9 @@ def evaluate_language(
     model: nn.Module, reference: nn.Module | None, directory: Path, text: Path, seqlen: int, nsamples: int | None
 ) -> dict[str, Any]:
     """Loss and divergence on windows of a text."""
-    if not hasattr(model, "lm_head") and not hasattr(model, "get_output_embeddings"):
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise UsageError(f"{directory} is no language model; give --text FILE.tsv with scored pairs of sentences")
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    vocabulary = int(model.config.vocab_size)
     batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(
         BATCH_TOKENS // seqlen or 1
     )

@@ -17,7 +17,12 @@ LLAMA = transformers.LlamaConfig(
     vocab_size=50, tie_word_embeddings=True, max_position_embeddings=64,
 )  # fmt: skip
 BERT = transformers.BertConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, max_position_embeddings=64
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=50,
+    max_position_embeddings=64,
 )
 FAMILIES = {"llama": (transformers.LlamaForCausalLM, LLAMA), "bert": (transformers.BertModel, BERT)}
 
@@ -129,7 +134,9 @@ def test_the_sites_of_bert():
     bases = admissible_bases(program)
     values = by_writer(bases, "layer.0.attention.self.value.weight")
     assert (values.dim, values.heads, values.group) == (32, 4, Group.LINEAR)
-    assert [e.parameter for e in values.writers] == [f"encoder.layer.0.attention.self.value.{p}" for p in ("weight", "bias")]
+    assert [e.parameter for e in values.writers] == [
+        f"encoder.layer.0.attention.self.value.{p}" for p in ("weight", "bias")
+    ]
     hidden = by_writer(bases, "embeddings.LayerNorm.weight")
     assert hidden.group == Group.NONE
     assert "LayerNorm subtracts the mean" in " ".join(hidden.pins)
@@ -167,6 +174,7 @@ def test_a_parameter_used_twice_is_pinned():
 
 def test_fused_projections_fall_apart_into_ranges():
     """Query, key and value in one matrix: only the rows of the values are free."""
+
     class Fused(nn.Module):
         def __init__(self):
             super().__init__()

@@ -19,12 +19,16 @@ def test_kernels_import_nothing_of_ours():
 
 
 def test_only_the_command_uses_eval():
-    users = {p.name for p in (ROOT / "quantize").rglob("*.py") if any(m.startswith("quantize.eval") for m in imported(p))}
+    users = {
+        p.name for p in (ROOT / "quantize").rglob("*.py") if any(m.startswith("quantize.eval") for m in imported(p))
+    }
     assert users - {p.name for p in (ROOT / "eval").glob("*.py")} == {"cli.py"}
 
 
 def test_no_model_is_known_by_name():
-    names = re.compile(r"llama|bert|gpt_?neo|mixtral|qwen|whisper|\b[qkvo]_proj|(up|down|gate)_proj|c_attn|fc[12]\b", re.I)
+    names = re.compile(
+        r"llama|bert|gpt_?neo|mixtral|qwen|whisper|\b[qkvo]_proj|(up|down|gate)_proj|c_attn|fc[12]\b", re.I
+    )
     for path in (p for p in SOURCES if "eval" not in p.parts):
         code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body if not is_docstring(node))
         found = [line for line in code.splitlines() if names.search(line) and '"""' not in line]

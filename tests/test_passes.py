@@ -64,10 +64,14 @@ def test_rotation_by_hand():
     """Signs first, then the Hadamard matrix of order two on each pair."""
     rotation = Rotation(torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64), 2)
     half = 0.5**0.5
-    assert torch.allclose(rotation.write(torch.tensor([1.0, 1.0, 2.0, 0.0])), torch.tensor([0.0, 2 * half, 2 * half, 2 * half]))
+    assert torch.allclose(
+        rotation.write(torch.tensor([1.0, 1.0, 2.0, 0.0])), torch.tensor([0.0, 2 * half, 2 * half, 2 * half])
+    )
 
 
-@pytest.mark.parametrize("transform", [Diagonal(torch.tensor([2.0, -3.0, 0.5, 1.0])), Rotation(torch.tensor([1.0, -1.0, -1.0, 1.0]), 4)])
+@pytest.mark.parametrize(
+    "transform", [Diagonal(torch.tensor([2.0, -3.0, 0.5, 1.0])), Rotation(torch.tensor([1.0, -1.0, -1.0, 1.0]), 4)]
+)
 def test_a_reader_cancels_a_writer(transform):
     rng = torch.Generator().manual_seed(3)
     x, W = torch.randn(5, 4, generator=rng), torch.randn(6, 4, generator=rng)
@@ -100,7 +104,9 @@ def transformer_for(model, passes, calibration):
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
     before = [{"name": "fold_norms"}] if name != "fold_norms" else []
     calibration = [torch.arange(64).reshape(2, 32)]
-    checkpoint, program, transformer = transformer_for(request.getfixturevalue(model), [*before, {"name": name}], calibration)
+    checkpoint, program, transformer = transformer_for(
+        request.getfixturevalue(model), [*before, {"name": name}], calibration
+    )
     for segment in program.segments:
         weights, online = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
         for runner in (transformer.calibration, transformer.probes):

@@ -57,8 +57,12 @@ def test_gptq_two_columns_by_hand():
     result = gptq.quantize(W * 0.99, WeightArgs(num_bits=4), gram, torch.float32)
     # scale 0.99: w0 = 0.4 → 0, error 0.4; w1 = 7 + 0.4 · 1/2 = 7.2 → 7
     assert result.unpack().tolist() == [[0, 7]]
-    result = gptq.quantize(torch.tensor([[0.4, 3.4, 7.0]]), PER_CHANNEL, Gram(torch.tensor(
-        [[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 1), torch.float32)
+    result = gptq.quantize(
+        torch.tensor([[0.4, 3.4, 7.0]]),
+        PER_CHANNEL,
+        Gram(torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 1),
+        torch.float32,
+    )
     assert result.unpack().tolist() == [[0, 4, 7]]  # 3.4 + 0.2 rounds to 4, where round to nearest gives 3
 
 
@@ -78,7 +82,10 @@ def test_block_size_does_not_matter():
 
 def test_sweeps_never_raise_the_error_they_minimize():
     W, X = weights(), correlated()
-    errors = [output_error(W, QUANTIZERS["gptq"](sweeps=n).quantize(W, GROUPED, gram_of(X), torch.float32), X) for n in (0, 1, 3)]
+    errors = [
+        output_error(W, QUANTIZERS["gptq"](sweeps=n).quantize(W, GROUPED, gram_of(X), torch.float32), X)
+        for n in (0, 1, 3)
+    ]
     assert errors == sorted(errors, reverse=True)
 
 

@@ -33,7 +33,7 @@ def test_asymmetric_token_by_hand():
 
 
 def test_clip_ratio_saturates():
-    q, scale, _ = quantize_per_token(torch.tensor([[-14.0, 14.0, 3.5]]), 4, symmetric=True, clip_ratio=0.5)
+    q, _, _ = quantize_per_token(torch.tensor([[-14.0, 14.0, 3.5]]), 4, symmetric=True, clip_ratio=0.5)
     assert q.tolist() == [[-8, 7, 4]]
 
 

@@ -18,7 +18,13 @@ def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_p
 
     monkeypatch.setattr(checkpoint, "read_tensor", watched)
     quantize.quantize_model(
-        stories, scheme="W4A4", output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0, nsamples=4, seqlen=32
+        stories,
+        scheme="W4A4",
+        output_dir=tmp_path / "out",
+        calibration=stories_calibration,
+        group_size=0,
+        nsamples=4,
+        seqlen=32,
     )
     total = sum(path.stat().st_size for path in stories.glob("*.safetensors"))
     assert 0.1 * total < most < 0.35 * total  # a fifth of it is one of the five blocks
