@@ -96,14 +96,19 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         QuantizeError: its files are damaged.
     """
     if isinstance(model, nn.Module):
-        config = getattr(model, "config", None)
-        checkpoint = Checkpoint(None, config.to_diff_dict() if config is not None else {}, module=model)
-        return Checkpoint(None, checkpoint.config, module=model, ties=ties_of(model))
+        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
     directory = Path(model) if Path(model).is_dir() else download(str(model))
     config = read_config(directory)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
     return Checkpoint(directory, config, index_tensors(directory), None, ties_of(build_skeleton(config)))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a transformers model, with its class; empty for any other module."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
 
 
 def download(name: str) -> Path:

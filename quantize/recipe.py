@@ -51,7 +51,7 @@ class Recipe(Data):
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
+        return tomli_w.dumps(self.model_dump(exclude={"ignore_also"}, exclude_none=True, mode="json"))
 
 
 def load_recipe(

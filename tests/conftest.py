@@ -88,6 +88,13 @@ def one_layer(stories, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def artifact_one_layer(one_layer, stories_calibration, tmp_path_factory):
+    """One layer, rotated and rounded by GPTQ, with the least data and seed 0."""
+    output = tmp_path_factory.mktemp("one-layer-w4a4") / "artifact"
+    return quantize_model(one_layer, output_dir=output, scheme="W4A4", calibration=stories_calibration, **SMALL)
+
+
+@pytest.fixture(scope="session")
 def artifact_rtn(one_layer, stories_calibration, tmp_path_factory):
     """One layer rounded to nearest to 4 bits, nothing else done to it."""
     output = tmp_path_factory.mktemp("rtn") / "artifact"
@@ -138,11 +145,11 @@ def cli(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def tree():
-    """Everything under a directory, by relative path: a file's bytes, None for a directory; a function."""
+    """Everything under a directory, by relative path: a file's bytes, None for anything else; a function."""
 
     def read(directory):
         return {
-            str(path.relative_to(directory)): None if path.is_dir() else path.read_bytes()
+            str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
             for path in sorted(Path(directory).rglob("*"))
         }
 

@@ -6,11 +6,7 @@ import errno
 import json
 import pickle
 import resource
-import shutil
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -18,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize import artifact
-from quantize.errors import QuantizeError, UsageError
-from quantize.graph import program
+from quantize.errors import UsageError
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -43,10 +37,13 @@ def refused(cli, stories_calibration, tmp_path, tree):
     return run
 
 
-def change_weights(directory, **changes):
-    tensors = load_file(directory / "model.safetensors")
-    save_file({**tensors, **changes}, directory / "model.safetensors", {"format": "pt"})
-    return tensors
+def weights(model):
+    return load_file(model / "model.safetensors")
+
+
+def with_weights(model, changes):
+    save_file(weights(model) | changes, model / "model.safetensors", {"format": "pt"})
+    return model
 
 
 @pytest.mark.parametrize(
@@ -70,10 +67,10 @@ def test_truncated_weights(refused, variant, keep):
 
 @pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [-float("inf")], [float("inf"), -float("inf")]])
 def test_a_weight_that_is_not_finite_is_named(refused, variant, values):
-    weight = change_weights(variant())[UP]
+    model = variant()
+    weight = weights(model)[UP]
     weight[7, 3 : 3 + len(values)] = torch.tensor(values)
-    change_weights(variant("bad"), **{UP: weight})
-    code, sentence = refused(variant("bad2").with_name("bad"))
+    code, sentence = refused(with_weights(model, {UP: weight}))
     assert code == 1
     assert f"{UP} holds {values[0]} at [7, 3]" in sentence
 
@@ -81,8 +78,7 @@ def test_a_weight_that_is_not_finite_is_named(refused, variant, values):
 def test_weights_that_do_not_fit_the_config(refused, variant):
     assert refused(variant("a", intermediate_size=100))[1].startswith("error: model.layers.0.mlp.gate_proj.weight has")
     assert "holds no tensor model.layers.5." in refused(variant("b", num_hidden_layers=6))[1]
-    change_weights(variant("c"), **{UP: torch.ones(172, 64, dtype=torch.int8)})
-    code, sentence = refused(variant("d").with_name("c"))
+    code, sentence = refused(with_weights(variant("c"), {UP: torch.ones(172, 64, dtype=torch.int8)}))
     assert code == 1
     assert f"{UP} is of torch.int8; only floating-point weights" in sentence
 
@@ -126,27 +122,23 @@ def test_a_group_size_that_does_not_divide_names_the_layer(refused, one_layer):
     code, sentence = refused(one_layer, scheme="W4A16")
     assert code == 2
     assert "group size 128 does not divide the 64 columns of model.layers.0.self_attn.q_proj and of 6 more" in sentence
-    sentence = refused(one_layer, "--group-size", 16, "--ignore", "lm_head")[1]
+    sentence = refused(one_layer, "--group-size", 16)[1]
     assert "the 172 columns of model.layers.0.mlp.down_proj;" in sentence
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--ignore", "q_prj"], 2, "'q_prj' matches no linear; near are q_proj"),
         (["--seqlen", 513], 2, "--seqlen 513 is more than the 512 positions of the model"),
         (["--seqlen", 1], 2, "seqlen: input should be greater than or equal to 2"),
         (["--recipe", "absent.toml"], 2, "no such recipe: absent.toml"),
         (["--calibration", "absent.txt"], 2, "no such text file: absent.txt"),
         (["--calibration", "empty.txt"], 1, "holds 0 tokens, less than one window of 16"),
         (["--calibration", "short.txt"], 1, "tokens, less than one window of 16; give more text or a smaller --seqlen"),
-        (["--calibration", "empty.jsonl"], 1, "holds no row of two or more tokens"),
-        (["--calibration", "foreign.jsonl"], 2, "holds the token id 512; the model knows 0 to 511"),
     ],
 )
 def test_options_and_data_that_do_not_fit(refused, one_layer, tmp_path, monkeypatch, arguments, code, words):
-    files = {"empty.txt": "", "short.txt": "Once upon", "empty.jsonl": "\n", "foreign.jsonl": '{"input_ids": [1, 512]}'}
-    for name, content in files.items():
+    for name, content in {"empty.txt": "", "short.txt": "Once upon"}.items():
         (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
     found = refused(one_layer, *arguments)
@@ -165,7 +157,7 @@ def test_what_exists_stays_as_it_is(refused, one_layer, tmp_path, kind):
         output.mkdir()
         (output / "precious.txt").write_text("mine")
     else:
-        output.write_text("mine") if kind == "file" else output.symlink_to("nowhere")
+        output.write_text("mine") if kind == "file" else output.symlink_to(one_layer.with_name("nowhere"))
     code, sentence = refused(one_layer)
     assert code == 2
     assert f"{output} exists already" in sentence
@@ -173,7 +165,7 @@ def test_what_exists_stays_as_it_is(refused, one_layer, tmp_path, kind):
 
 
 def test_the_function_raises_what_the_command_prints(small_run, one_layer, tmp_path):
-    for wrong in ({"scheme": "W3A3"}, {"group_size": 7}, {"ignore": ["q_prj"]}, {"calibration": tmp_path / "a.txt"}):
+    for wrong in ({"scheme": "W3A3"}, {"seqlen": 600}, {"ignore": ["q_prj"]}):
         with pytest.raises(UsageError):
             small_run(one_layer, **wrong)
     assert not list(tmp_path.iterdir())
@@ -187,20 +179,20 @@ def largest_file():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [1_000, 30_000, 132_000])
+@pytest.mark.parametrize("size", [1_000, 131_300])
 def test_a_disk_that_is_full(refused, one_layer, largest_file, tmp_path, size):
-    largest_file(size)  # before the first tensor, behind the block, and behind the last one
-    code, sentence = refused(one_layer)
+    largest_file(size)  # the first file fails; only the last one fails
+    code, sentence = refused(one_layer, "--group-size", 0, scheme="W4A4")
     assert code == 1
     assert f"{tmp_path / 'out'} was not made" in sentence
 
 
-@pytest.mark.parametrize("step", ["save_file", "flush", "serialize"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "Path.write_bytes", "tempfile.mkdtemp"])
 def test_no_space_left_on_the_device(refused, one_layer, monkeypatch, step):
-    def full(*arguments):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact, step, full)
+    monkeypatch.setattr(f"quantize.artifact.{step}", full)
     code, sentence = refused(one_layer)
     assert code == 1
     assert "the disk is full" in sentence
@@ -244,7 +236,7 @@ def asked(monkeypatch):
     """Hosts that were asked for, with the hub's offline switch off and no network."""
     hosts = []
 
-    def refuse(host, *arguments, **options):
+    def refuse(host, *_, **__):
         hosts.append(host)
         raise socket.gaierror(socket.EAI_NONAME, "no network in this test")
 
@@ -253,7 +245,7 @@ def asked(monkeypatch):
     return hosts
 
 
-def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_layer, minilm, sts, tmp_path):
+def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_layer, minilm, tmp_path):
     small_run(one_layer, "W8A8", calibration=None)
     few = tmp_path / "few.tsv"
     few.write_text("1\ta dog\ta cat\n2\ta man\ta boy\n3\tthe sea\tthe ocean\n")
@@ -261,92 +253,3 @@ def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_
     assert not asked
     assert cli("no-such/model", "--scheme", "W8A8", "--output-dir", tmp_path / "hub").code == 2
     assert asked  # so the check above can fail
-
-
-class Run:
-    """The command in a process of its own, stopped once it quantizes the second block."""
-
-    def __init__(self, number, books, directory):
-        script = Path(sys.executable).with_name("quantize-model")
-        options = ["--scheme", "W4A16", "--group-size", "0", "--nsamples", "8", "--seqlen", "64", "--output-dir", "out"]
-        directory.mkdir()
-        self.number, self.directory = number, directory
-        self.process = subprocess.Popen([script, books, *options], cwd=directory, stderr=subprocess.PIPE, text=True)
-
-    def stop(self):
-        with self.process as process:
-            seen = ""
-            while "quantizing 2/" not in seen and (line := process.stderr.readline()):
-                seen += line
-            self.inside = sorted(path.name for path in self.directory.glob(".out.*/*"))
-            process.send_signal(self.number)
-            self.text = seen + process.stderr.read()
-        self.code = process.returncode
-
-
-@pytest.fixture(scope="module")
-def stopped(books, tmp_path_factory):
-    """One run for each signal, all at the same time."""
-    directory = tmp_path_factory.mktemp("stopped")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
-    runs = {number: Run(number, books, directory / number.name) for number in numbers}
-    for run in runs.values():
-        run.stop()
-    return runs
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(stopped, number):
-    run = stopped[number]
-    assert run.inside  # it was in the middle of writing
-    assert run.code == 1
-    assert run.text.strip().splitlines()[-1] == "interrupted; nothing was kept"
-    assert "Traceback" not in run.text
-    assert not list(run.directory.iterdir())
-
-
-def test_a_killed_run_leaves_nothing_under_the_final_name(stopped):
-    run = stopped[signal.SIGKILL]
-    assert run.inside
-    assert run.code == -signal.SIGKILL
-    assert not (run.directory / "out").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_that_the_exporter_swallows_still_stops_the_run(
-    cli, one_layer, stories_calibration, tmp_path, monkeypatch, number
-):
-    """Torch runs callbacks in which an exception is only printed, and turns others into errors of its own."""
-    export = program.torch.export.export
-
-    def swallows(*arguments, **options):
-        try:
-            signal.raise_signal(number)
-        except KeyboardInterrupt:
-            pass
-        return export(*arguments, **options)
-
-    monkeypatch.setattr(program.torch.export, "export", swallows)
-    data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
-    shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
-    assert shown.code == 1
-    assert "interrupted; nothing was kept" in shown.err
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_second_interruption_does_not_stop_the_cleaning(
-    cli, one_layer, stories_calibration, tmp_path, monkeypatch
-):
-    remove = shutil.rmtree
-
-    def impatient(*arguments, **options):
-        signal.raise_signal(signal.SIGINT)
-        remove(*arguments, **options)
-
-    monkeypatch.setattr(artifact.shutil, "rmtree", impatient)
-    monkeypatch.setattr(artifact, "save_file", lambda *_: signal.raise_signal(signal.SIGINT))
-    data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
-    shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
-    assert shown.code == 1
-    assert "interrupted; nothing was kept" in shown.err
-    assert not list(tmp_path.iterdir())

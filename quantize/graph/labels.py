@@ -105,6 +105,8 @@ def move(walk: Walk, node: fx.Node) -> Any:
 
 def last_axis(labels: Tensor) -> Tensor | None:
     """The ids along the last axis if no other axis changes them, else None."""
+    if not labels.numel():
+        return None
     rows = labels.reshape(-1, labels.shape[-1])
     return rows[0].clone() if bool((rows == rows[0]).all()) else None
 

@@ -35,7 +35,7 @@ class GPTQ(Quantizer):
     damp: float = Field(0.01, gt=0)
     act_order: bool = True
     block_size: int = Field(128, ge=1)
-    sweeps: int = Field(1, ge=0)
+    sweeps: int = Field(2, ge=0)
 
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K] to the least error of W X, X the inputs that `gram` saw."""
