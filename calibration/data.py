@@ -83,7 +83,7 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
     for number, line in enumerate(content.splitlines(), 1):
         try:
             rows.append(read_row(json.loads(line), path, tokenize)[:seqlen]) if line.strip() else None
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UsageError(
                 f'{path} line {number} is no JSON object with "text" or a list of integers "input_ids"'
             ) from None
@@ -95,7 +95,8 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
 
 def read_row(row: dict[str, object], path: Path, tokenize: Tokenize | None) -> list[int]:
     """Ids of one JSON object."""
-    ids = row["input_ids"] if "input_ids" in row else require(tokenize, path)(str(row["text"]))
+    text = row.get("text")
+    ids = require(tokenize, path)(text) if isinstance(text, str) and "input_ids" not in row else row["input_ids"]
     if not isinstance(ids, list) or any(type(i) is not int for i in ids):
         raise TypeError
     return ids

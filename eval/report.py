@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quantize.artifact import PROBE, load
 from quantize.calibration.data import read_samples
@@ -16,7 +16,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import read_pairs, score_pairs
-from quantize.tokenizer import load_tokenize
+from quantize.tokenizer import load_tokenize, load_tokenizer
 
 BATCH_TOKENS = 4096
 
@@ -76,7 +76,7 @@ def evaluate_language(
 
 def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Path, text: Path) -> dict[str, Any]:
     """Spearman correlation on scored pairs of sentences."""
-    pairs, tokenizer = read_pairs(text), AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    pairs, tokenizer = read_pairs(text), load_tokenizer(directory)
     scores = {"spearman": score_pairs(model, tokenizer, pairs), "pairs": len(pairs)}
     if reference is not None:
         base = score_pairs(reference, tokenizer, pairs)

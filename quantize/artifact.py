@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantize.checkpoint import build_skeleton, index_tensors, read_config, read_tensor, tie
+from quantize.checkpoint import assign, build_skeleton, index_tensors, read_config, read_tensor
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
 from quantize.linear import OnlineHadamard, QuantizedLinear
@@ -44,16 +44,20 @@ class ArtifactWriter:
         self.output = output
 
     def __enter__(self) -> Self:
+        beside = next(parent for parent in self.output.absolute().parents if parent.exists())
         with disk_errors(self.output):
-            self.output.parent.mkdir(parents=True, exist_ok=True)
-            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=self.output.parent))
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=beside))
         self.weight_map: dict[str, str] = {}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        try:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        except KeyboardInterrupt:  # somebody impatient: clean up all the same
+            shutil.rmtree(self.directory, ignore_errors=True)
+            raise
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write one safetensors file."""
@@ -91,6 +95,7 @@ class ArtifactWriter:
             for path in [*self.directory.rglob("*"), self.directory]:
                 path.chmod(0o755 if path.is_dir() else 0o644)
                 flush(path)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
             self.directory.rename(self.output)
             flush(self.output.parent)
 
@@ -141,10 +146,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / "manifest.json").read_text())
     except (OSError, ValueError):
-        raise UsageError(
-            f"{directory} holds no readable manifest.json, so it is no artifact of quantize-model"
-        ) from None
-    return manifest  # type: ignore[no-any-return]
+        manifest = None
+    if not isinstance(manifest, dict) or not {"files", "quantization", "parity"} <= manifest.keys():
+        raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model")
+    return manifest
 
 
 def check_hashes(directory: Path) -> int:
@@ -181,14 +186,15 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
     settings = read_manifest(directory)["quantization"]
     files = index_tensors(directory, PROBE)
     model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
-    for path in settings["modules"]:
-        model.set_submodule(path, read_linear(path, settings, files, dtype))
+    try:
+        for path in settings["modules"]:
+            model.set_submodule(path, read_linear(path, settings, files, dtype))
+    except AttributeError as error:
+        raise QuantizeError(f"{directory} does not fit the model: {error}") from None
     tensors = {name: read_tensor(file, name) for name, file in files.items()}
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    tie(model)
-    if unexpected or any(p.is_meta for p in model.parameters()):
-        raise QuantizeError(f"{directory} does not fit its config: {(unexpected or missing)[0]}")
+    wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
+    if wrong:
+        raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
     return model.eval()
 
 

@@ -67,11 +67,10 @@ class BlockRun:
         return tensors | self._kept(kept)
 
     def unused(self) -> dict[str, Tensor]:
-        """What the forward pass never reads, as it is stored."""
+        """Parameters that the forward pass never reads, and buffers, as they are stored."""
         read = {name for segment in self.program.segments for name in segment.parameters}
-        return self._kept(
-            {name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read}
-        )
+        unread = [name for name in self.program.parameters.values() if name not in read]
+        return self._kept({name: self.checkpoint.tensor(name) for name in unread}) | self.checkpoint.buffers()
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs on the probes, once all blocks are done."""

@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError, UsageError, reason
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -43,7 +43,10 @@ class Checkpoint:
     def skeleton(self) -> nn.Module:
         """The model with parameters on the meta device, tied ones shared, and real buffers."""
         if self.module is None:
-            return build_skeleton(self.config)
+            model = build_skeleton(self.config)
+            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.files]
+            model.load_state_dict({name: self.tensor(name) for name in buffers}, strict=False, assign=True)
+            return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
         }
@@ -67,10 +70,29 @@ class Checkpoint:
         if self.module is not None:
             return self.module.eval()
         model = self.skeleton()
-        weights = {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()}
-        model.load_state_dict(weights, strict=False, assign=True)
-        tie(model)
+        assign(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
         return model.eval()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to the model's state."""
+        return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Put tensors into a model in place of its own and tie what was tied, unless each has a tensor of its own.
+
+    Returns:
+        Parameters without a tensor, and tensors without a place.
+    """
+    ties = ties_of(model)
+    unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    missing = [name for name in ties if name not in tensors]
+    for name in list(missing):
+        if stored := next((other for other in ties[name] if other in tensors), None):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, model.get_parameter(stored))
+            missing.remove(name)
+    return [*missing, *unexpected]
 
 
 def side_files(directory: Path) -> list[Path]:
@@ -155,17 +177,11 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
         )
     try:
         with init_empty_weights(include_buffers=False):
-            model: nn.Module = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        raise UsageError(f"the config does not build a {architecture}: {error}") from None
-    tie(model)
-    return model
-
-
-def tie(model: nn.Module) -> None:
-    """Tie what the config ties."""
-    if isinstance(model, transformers.PreTrainedModel):
-        model.tie_weights()
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
+    except Exception as error:  # validators and constructors of many authors
+        raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
 
 
 def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -25,11 +25,15 @@ PATH = click.Path(path_type=Path)
 @click.option("--output-dir", type=PATH, help="New directory for the artifact.")
 @click.option("--recipe", type=PATH, help="TOML file that changes the scheme's default recipe.")
 @click.option("--calibration", type=PATH, help="Text (.txt), or rows of text or input_ids (.jsonl).")
-@click.option("--nsamples", type=int, help="Calibration windows.  [default: 128]")
-@click.option("--seqlen", type=int, help="Tokens in a window.  [default: 512]")
-@click.option("--group-size", type=int, help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0]")
+@click.option("--nsamples", type=click.IntRange(1), help="Calibration windows.  [default: 128]")
+@click.option("--seqlen", type=click.IntRange(2), help="Tokens in a window.  [default: 512]")
+@click.option(
+    "--group-size",
+    type=int,
+    help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0]",
+)
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")
-@click.option("--seed", type=int, help="Of every random choice.  [default: 0]")
+@click.option("--seed", type=click.IntRange(0), help="Of every random choice.  [default: 0]")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, and stop.")
 def quantize(
     model: str,
@@ -84,8 +88,8 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option(
     "--text", type=PATH, required=True, help=".txt or .jsonl for language models, .tsv of scored pairs for encoders."
 )
-@click.option("--nsamples", type=int, help="Windows, spread evenly over the text.  [default: all]")
-@click.option("--seqlen", type=int, default=256, show_default=True, help="Tokens in a window.")
+@click.option("--nsamples", type=click.IntRange(1), help="Windows, spread evenly over the text.  [default: all]")
+@click.option("--seqlen", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object.")
 def evaluate(
     directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, as_json: bool
@@ -143,19 +147,38 @@ def interrupted(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> NoReturn:
     """Run the command; exit with 0 done, 1 failed, 2 wrong use."""
-    signal.signal(signal.SIGTERM, interrupted)
+    signals: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     try:
-        code = commands.main(standalone_mode=False) or 0
+        sys.exit(run_command())
+    except Exception:
+        if not signals:
+            raise
+    except KeyboardInterrupt:
+        pass
+    click.echo("interrupted; nothing was kept", err=True)  # a library may have made another error of the interruption
+    sys.exit(1)
+
+
+def run_command() -> int:
+    """Run the command and say what went wrong in one sentence; returns the exit code."""
+    try:
+        commands.main(standalone_mode=False)
     except click.UsageError as error:
         error.show()
-        code = 2
+        return 2
     except QuantizeError as error:
         click.echo(f"error: {error}", err=True)
-        code = 2 if isinstance(error, UsageError) else 1
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was kept", err=True)
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        return 2 if isinstance(error, UsageError) else 1
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,3 +9,9 @@ class QuantizeError(Exception):
 
 class UsageError(QuantizeError):
     """A wrong call: bad option, recipe or path (exit code 2)."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of somebody else's error, or two if the first announces the second, within a sentence of ours."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([first, *rest[:1]]) if first.endswith(":") else first

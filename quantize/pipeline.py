@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from quantize import gate
 from quantize.artifact import METHOD, ArtifactWriter, as_json, load
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples, read_samples
 from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint, side_files
-from quantize.errors import UsageError
-from quantize.graph.program import Program, export_program
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.graph.program import Program, Segment, export_program
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.progress import track
 from quantize.recipe import Recipe, load_recipe
@@ -129,7 +129,7 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     blocks = BlockRun(checkpoint, program, plan, prepared.samples)
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
-        writer.add(shard.format(number), blocks.process(segment))
+        writer.add(shard.format(number), process(blocks, segment, plan.recipe))
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
     settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
     write_side_files(prepared, writer, blocks, settings)
@@ -150,6 +150,17 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
             }
         ),
     )
+
+
+def process(blocks: BlockRun, segment: Segment, recipe: Recipe) -> dict[str, Tensor]:
+    """One block, or the reason why it does not run."""
+    try:
+        return blocks.process(segment)
+    except (IndexError, RuntimeError) as error:  # an operator refuses its operands
+        raise QuantizeError(
+            f"{segment.name} does not run on windows of {recipe.seqlen} tokens ({reason(error)}); "
+            "if that is more than the model has positions, give a smaller --seqlen"
+        ) from error
 
 
 def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, settings: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def load_recipe(
     merged = merge(merge(merge(default, given), single), table)
     recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
-    return recipe.model_copy(update={"ignore_also": ignore})
+    return recipe.model_copy(update={"ignore_also": recipe.ignore_also + ignore})
 
 
 def read_toml(path: Path) -> dict[str, Any]:

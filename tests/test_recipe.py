@@ -6,20 +6,13 @@ import tomllib
 
 import pytest
 
-from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.graph.program import export_program
 from quantize.plan import make_plan, matches
 from quantize.recipe import Recipe, load_recipe, merge
 from quantize.scheme import SCHEME_NAMES
 
 BITS = {"W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4)}
 TABLES = '[weights]\nnum_bits = 4\n[activations]\nnum_bits = 8\nclip_ratio = 0.9\n[quantizer]\nname = "rtn"\n'
-
-
-@pytest.fixture(scope="module")
-def program(one_layer):
-    return export_program(open_checkpoint(one_layer).skeleton())
 
 
 def toml(tmp_path, text):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, reason
 
 EXAMPLE_SHAPE = (2, 8)  # batch, sequence: dynamic, and large enough that no size is taken for a broadcast
 LINEAR = torch.ops.aten.linear.default
@@ -109,8 +109,7 @@ def export_program(skeleton: nn.Module) -> Program:
         with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the exporter meets in a stranger's code
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QuantizeError(f"the model cannot be exported as a graph: {reason}") from error
+        raise QuantizeError(f"the model cannot be exported as a graph: {reason(error)}") from error
     return from_exported(exported, buffers, switches, name)
 
 
