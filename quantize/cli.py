@@ -29,7 +29,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--seqlen", type=click.IntRange(2), help="Tokens in a window.  [default: 512]")
 @click.option(
     "--group-size",
-    type=int,
+    type=click.IntRange(0),
     help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0]",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")

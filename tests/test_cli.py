@@ -55,7 +55,6 @@ def test_version(cli):
         ["model", "--no-such-option"],
         ["model", "--scheme", "W3A3", "--output-dir", "out"],
         ["model", "--scheme", "W8A8", "--output-dir", "out", "--nsamples", "many"],
-        ["model", "--scheme", "W8A8", "--output-dir", "out", "--group-size", "-1"],
         ["model", "--scheme", "W8A8", "--output-dir", "out", "--seqlen", "1"],
         ["export", "x", "--format", "gguf", "--output-dir", "out"],
         ["eval", "x", "--text", "t.jsonl", "--nsamples", "0"],
