@@ -250,7 +250,7 @@ def stopped(one_layer, stories_calibration, tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(stopped, number):
     run = stopped[number]
-    assert run.inside  # it was in the middle of writing
+    assert run.inside, run.text  # it was in the middle of writing
     assert run.code == 1
     assert run.text.strip().splitlines()[-1] == "interrupted; nothing was kept"
     assert "Traceback" not in run.text
@@ -259,7 +259,7 @@ def test_an_interrupted_run_leaves_nothing(stopped, number):
 
 def test_a_killed_run_leaves_nothing_under_the_final_name(stopped):
     run = stopped[signal.SIGKILL]
-    assert run.inside
+    assert run.inside, run.text
     assert run.code == -signal.SIGKILL
     assert not (run.directory / "out").exists()
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -42,3 +43,11 @@ def is_docstring(node):
 def test_no_pickle():
     for path in SOURCES:
         assert not re.search(r"\bpickle\b|torch\.(load|save)\(|trust_remote_code=True", path.read_text()), path
+
+
+def test_every_folder_with_code_or_data_is_packaged():
+    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {p.parent.relative_to(ROOT) for p in [*SOURCES, *(ROOT / "recipes").glob("*.toml")]}
+    assert packages == {
+        ".".join(("quantize", *folder.parts)).replace("quantize.quantize", "quantize") for folder in folders
+    }

@@ -114,3 +114,9 @@ def last_axis(labels: Tensor) -> Tensor | None:
 def channel_axes(labels: Tensor) -> list[int]:
     """Axes along which the channel changes."""
     return [d for d in range(labels.dim()) if bool((labels != labels.narrow(d, 0, 1)).any())]
+
+
+def axis_index(labels: Tensor, axis: int) -> Tensor:
+    """For each element its index along an axis."""
+    shape = [-1 if d == axis else 1 for d in range(labels.dim())]
+    return torch.arange(labels.shape[axis]).reshape(shape).expand(labels.shape)
