@@ -38,12 +38,36 @@ def evaluate(
         `loss_increase` or `spearman_against`, `retained`.
     """
     model, reference = load_any(directory), load_any(against) if against is not None else None
-    scores = (
-        evaluate_pairs(model, reference, directory, text)
-        if text.suffix == ".tsv"
-        else evaluate_language(model, reference, directory, text, seqlen, nsamples)
-    )
+    check_kinds(directory, model, against, reference, text)
+    if text.suffix == ".tsv":
+        scores = evaluate_pairs(model, reference, directory, text)
+    else:
+        scores = evaluate_language(model, reference, directory, text, seqlen, nsamples)
     return scores | {"bytes": stored_bytes(directory)}
+
+
+def check_kinds(
+    directory: Path, model: nn.Module, against: str | None, reference: nn.Module | None, text: Path
+) -> None:
+    """The models can be compared, and the text fits them.
+
+    Raises:
+        UsageError: they cannot, or it does not.
+    """
+    predicts, pairs = kind_of(model)[0], text.suffix == ".tsv"
+    if reference is not None and kind_of(model) != kind_of(reference):
+        raise UsageError(f"{directory} and {against} cannot be compared: they are of another kind or vocabulary")
+    if predicts and pairs:
+        raise UsageError(f"{directory} is a language model; give --text FILE.txt or FILE.jsonl")
+    if not predicts and not pairs:
+        raise UsageError(f"{directory} is no language model; give --text FILE.tsv with scored pairs of sentences")
+
+
+def kind_of(model: nn.Module) -> tuple[bool, int]:
+    """Whether a model predicts tokens, and how many it knows."""
+    if not isinstance(model, PreTrainedModel):
+        return False, 0
+    return model.get_output_embeddings() is not None, int(model.config.vocab_size)
 
 
 def load_any(model: str | Path) -> nn.Module:
@@ -60,9 +84,7 @@ def evaluate_language(
     model: nn.Module, reference: nn.Module | None, directory: Path, text: Path, seqlen: int, nsamples: int | None
 ) -> dict[str, Any]:
     """Loss and divergence on windows of a text."""
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise UsageError(f"{directory} is no language model; give --text FILE.tsv with scored pairs of sentences")
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = kind_of(model)[1]
     batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(
         BATCH_TOKENS // seqlen or 1
     )

@@ -23,10 +23,13 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
     """
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
-    rows = [line.split("\t") for line in path.read_text().splitlines()]
-    pairs = [(float(row[0]), row[1], row[2]) for row in rows if len(row) >= 3 and row[0].strip()]
-    if not pairs:
-        raise UsageError(f"{path} holds no row of score, sentence and sentence, separated by tabs")
+    try:
+        rows = [line.split("\t") for line in path.read_text().splitlines()]
+        pairs = [(float(row[0]), row[1], row[2]) for row in rows if len(row) >= 3 and row[0].strip()]
+    except ValueError:
+        raise UsageError(f"{path} holds a score that is no number, or is not UTF-8 text") from None
+    if len(pairs) < 2:
+        raise UsageError(f"{path} holds fewer than two rows of score, sentence and sentence, separated by tabs")
     return pairs
 
 

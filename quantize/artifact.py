@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -113,9 +114,8 @@ class disk_errors:  # noqa: N801  a context manager, used like a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError | SafetensorError):
-            full = (
-                getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                or "space" in str(error).lower()
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+                r"no space|os error (27|28|122)\b", str(error).lower()
             )
             reason = "the disk is full" if full else f"writing failed ({error})"
             raise QuantizeError(f"{reason}; {self.output} was not made") from error

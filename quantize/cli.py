@@ -156,29 +156,21 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        sys.exit(run_command())
-    except Exception:
-        if not signals:
-            raise
-    except KeyboardInterrupt:
-        pass
-    click.echo("interrupted; nothing was kept", err=True)  # a library may have made another error of the interruption
-    sys.exit(1)
-
-
-def run_command() -> int:
-    """Run the command and say what went wrong in one sentence; returns the exit code."""
-    try:
-        commands.main(standalone_mode=False)
+        commands.main(prog_name="quantize-model", standalone_mode=False)
+        sys.exit(0)
     except click.UsageError as error:
         error.show()
-        return 2
-    except QuantizeError as error:
-        click.echo(f"error: {error}", err=True)
-        return 2 if isinstance(error, UsageError) else 1
-    except click.Abort:
-        raise KeyboardInterrupt from None
-    return 0
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        pass
+    except Exception as error:
+        if not signals:  # else a library may have made another error of the interruption
+            if not isinstance(error, QuantizeError):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+    click.echo("interrupted; nothing was kept", err=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict
         for linear in linears
         if linear.path in ignored or linear.path not in wanted
     }
+    if not wanted - ignored.keys():
+        raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
     return tuple(dict.fromkeys(p for p in paths if p in wanted and p not in ignored)), skipped
 
 

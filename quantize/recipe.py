@@ -76,6 +76,8 @@ def load_recipe(
     """
     given = read_toml(changes) if isinstance(changes, Path) else dict(changes or {})
     name = scheme or given.get("scheme")
+    if name is None:
+        raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
     default = tomllib.loads(resources.files("quantize.recipes").joinpath(f"{name.lower()}.toml").read_text())

@@ -44,13 +44,31 @@ def test_minilm_scores_as_published(minilm, sts):
 
 def test_pairs_without_a_score_are_skipped(tmp_path):
     path = tmp_path / "pairs.tsv"
-    path.write_text("\tno\tscore\n4.5\ta dog\ta hound\n")
-    assert read_pairs(path) == [(4.5, "a dog", "a hound")]
+    path.write_text("\tno\tscore\n4.5\ta dog\ta hound\n1\ta dog\ta house\n")
+    assert read_pairs(path) == [(4.5, "a dog", "a hound"), (1.0, "a dog", "a house")]
     path.write_text("nothing here\n")
-    with pytest.raises(UsageError, match="no row of score, sentence and sentence"):
+    with pytest.raises(UsageError, match="fewer than two rows of score, sentence and sentence"):
+        read_pairs(path)
+    path.write_text("high\ta dog\ta hound\n")
+    with pytest.raises(UsageError, match="a score that is no number"):
         read_pairs(path)
 
 
 def test_an_encoder_needs_pairs(minilm, books_heldout):
     with pytest.raises(UsageError, match=r"no language model; give --text FILE\.tsv"):
         evaluate(minilm, None, books_heldout)
+
+
+def test_a_language_model_ranks_no_pairs(stories, sts):
+    with pytest.raises(UsageError, match="is a language model; give --text FILE"):
+        evaluate(stories, None, sts[0])
+
+
+def test_the_float_model_must_be_of_the_same_kind(stories, books, minilm, stories_dev, sts):
+    for model, other, text in (
+        (stories, books, stories_dev),
+        (stories, minilm, stories_dev),
+        (minilm, stories, sts[0]),
+    ):
+        with pytest.raises(UsageError, match="cannot be compared"):
+            evaluate(model, str(other), text)

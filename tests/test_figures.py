@@ -11,12 +11,12 @@ from quantize.eval.perplexity import score_language
 from quantize.eval.report import evaluate
 from quantize.tokenizer import load_tokenize
 
-GOALS = {"W8A8": 0.002, "W4A16": 0.075, "W4A8": 0.080, "W4A4": 0.190}
+GOALS = {"W8A8": 0.001, "W4A16": 0.075, "W4A8": 0.080, "W4A4": 0.190}
 
 
 @pytest.mark.parametrize("scheme", sorted(GOALS))
 def test_loss_increase_on_stories(scheme, stories, stories_calibration, stories_dev, tmp_path):
-    """Nats per token above the float model; the best peers measured +0.0008, +0.100, +0.103, +0.442."""
+    """Nats per token above the float model."""
     artifact = quantize.quantize_model(
         stories, scheme=scheme, output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0, seqlen=256
     )

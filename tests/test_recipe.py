@@ -151,3 +151,14 @@ def test_a_resolved_recipe_gives_the_same_artifact(one_layer, small_run, tree, t
     assert written["passes"][0] == {"name": "smoothquant", "alpha": 0.3}
     assert {"rotate", "gptq"} == {written["passes"][1]["name"], written["quantizer"]["name"]}
     assert (written["seed"], written["nsamples"], written["weights"]["group_size"]) == (3, 2, 0)
+
+
+@pytest.mark.parametrize("changes", [{"targets": []}, {"ignore": ["re:.*"]}])
+def test_a_recipe_that_leaves_nothing_to_quantize_is_refused(program, changes):
+    with pytest.raises(UsageError, match="leave no linear to quantize"):
+        make_plan(load_recipe("W8A8", changes), program)
+
+
+def test_a_scheme_must_come_from_somewhere():
+    with pytest.raises(UsageError, match="give --scheme, one of W8A8, W4A16, W4A8, W4A4, or a recipe with one"):
+        load_recipe(None, {"seed": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from quantize.graph.labels import Walk, move
@@ -74,4 +75,6 @@ def origin(node: fx.Node) -> str:
     """A value in words, by the operator and the module that computed it."""
     source = source_of(node)
     stack = source.meta.get("nn_module_stack") or {"": ("the model",)}
-    return f"the output of `{name_of(source)}` in `{list(stack.values())[-1][0]}`"
+    module = f"`{list(stack.values())[-1][0]}`"
+    is_operator = isinstance(source.target, torch._ops.OpOverload)
+    return f"the output of `{name_of(source)}` in {module}" if is_operator else f"the output of {module}"
