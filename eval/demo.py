@@ -31,7 +31,19 @@ PLAIN_ACTIVATIONS = {"activations": {"symmetric": True, "clip_ratio": 1.0}}
 def main() -> None:
     """Quantize the bundled model and its planted twin with every scheme and print one table."""
     console = Console()
-    table = Table("model", "scheme", "recipe", "nats/token", "increase", "KL", "top-1", "bytes", box=SIMPLE_HEAD)
+    table = Table(
+        "model",
+        "scheme",
+        "recipe",
+        "nats/token",
+        "increase",
+        "KL",
+        "top-1",
+        "bytes",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         twin = Path(scratch) / "planted"
         plant(MODEL, twin)
