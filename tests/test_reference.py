@@ -48,6 +48,12 @@ def test_integer_matmul_is_exact_where_float32_is_not():
     assert integer_matmul(a, b).item() == 127 * 127 * 40000 - 127
 
 
+def test_dequantize_by_hand():
+    q, scale = torch.tensor([[1, 7, -8, 0]], dtype=torch.int8), torch.tensor([[2.0, 0.5]])
+    assert dequantize(q, scale, None).tolist() == [[2.0, 14.0, -4.0, 0.0]]
+    assert dequantize(q, scale, torch.tensor([[1, -8]], dtype=torch.int8)).tolist() == [[0.0, 12.0, 0.0, 4.0]]
+
+
 @pytest.mark.parametrize("group_size", [0, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_quantized_linear_equals_dequantized_product(group_size, symmetric):

@@ -1,0 +1,41 @@
+"""Blocks one after the other: what runs is what is stored, and looking ahead changes nothing."""
+
+import json
+import shutil
+
+import torch
+
+import quantize
+from quantize.calibration.runner import Runner
+from quantize.calibration.statistics import Absmax
+from quantize.checkpoint import open_checkpoint
+from quantize.graph.execute import State
+from quantize.graph.program import export_program
+
+
+def test_a_bfloat16_model_runs_with_what_is_stored(books, stories_calibration, tmp_path):
+    """Rotated embeddings are rounded when they are written; later blocks must see them rounded."""
+    model = tmp_path / "model"
+    shutil.copytree(books, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    artifact = quantize.quantize_model(
+        model, scheme="W4A8", output_dir=tmp_path / "out", calibration=stories_calibration, nsamples=2, seqlen=16
+    )
+    assert artifact.manifest["parity"]["reloaded"] < 1e-6
+    assert {p.dtype for p in artifact.load().parameters()} == {torch.float32}
+
+
+def test_looking_ahead_does_not_advance(stories):
+    checkpoint = open_checkpoint(stories)
+    program = export_program(checkpoint.skeleton())
+    runner = Runner(program, [torch.arange(12)[None]])
+    head, block = program.segments[:2]
+    state = State({name: checkpoint.tensor(name) for name in (*head.parameters, *block.parameters)})
+    runner.run(head.nodes, state)
+    before = dict(runner.values[0])
+    seen = runner.preview(block, state, program.linears(block), Absmax)
+    assert runner.values[0] == before
+    assert {path: statistic.value.shape for path, statistic in seen.items()} == {
+        linear.path: (state.weights[linear.weight].shape[1],) for linear in program.linears(block)
+    }
