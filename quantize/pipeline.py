@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from quantize import gate
-from quantize.artifact import METHOD, ArtifactWriter, as_json, load
+from quantize.artifact import METHOD, ArtifactWriter, as_json, load, sha256
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples, read_samples
 from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint, side_files
@@ -127,6 +127,7 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     """Quantize block by block into an open writer, verify what was written, and commit."""
     plan, program, checkpoint = prepared.plan, prepared.program, prepared.checkpoint
     blocks = BlockRun(checkpoint, program, plan, prepared.samples)
+    announce(prepared, bool(blocks.calibration.values), console)
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
         writer.add(shard.format(number), process(blocks, segment, plan.recipe))
@@ -150,6 +151,17 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
             }
         ),
     )
+
+
+def announce(prepared: Prepared, used: bool, console: Console | None) -> None:
+    """Say what is calibrated on, above all if it is not the user's own text or less than asked for."""
+    if console is None or not used:
+        return
+    rows, wanted = prepared.samples.rows, prepared.plan.recipe.nsamples
+    line = f"quantizing on {len(rows)} calibration rows of {wanted} asked for, {sum(map(len, rows))} tokens"
+    bundled = prepared.samples.sha256 == sha256(BUNDLED)
+    source = ", bundled prose: give --calibration for text of your own" if bundled else ""
+    console.print(line + source, soft_wrap=True)
 
 
 def process(blocks: BlockRun, segment: Segment, recipe: Recipe) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -34,10 +35,11 @@ class Pass(Data):
     needs: ClassVar[type[Statistic] | None] = None
     folds_gains: ClassVar[bool] = False
 
+    @abstractmethod
     def acts_on(self, basis: Basis) -> bool:
         """Whether to transform a basis that is legal, written and read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def transform(
         self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
     ) -> Transform:
@@ -49,7 +51,6 @@ class Pass(Data):
             weights: the block's parameters by name.
             seed: a private generator, the same for the same recipe and basis.
         """
-        raise NotImplementedError
 
     def online(self, basis: Basis | None, columns: int) -> OnlineHadamard | None:
         """What to run in front of a linear of `columns` inputs that reads `basis` (None: no single one)."""

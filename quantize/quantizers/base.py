@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -29,6 +30,7 @@ class Quantizer(Data):
     needs_gram: ClassVar[bool] = False
     mse: bool = False
 
+    @abstractmethod
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K].
 
@@ -38,7 +40,6 @@ class Quantizer(Data):
             gram: of the inputs, if `needs_gram`.
             scale_dtype: scales are rounded to it before anything is rounded with them.
         """
-        raise NotImplementedError
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:
