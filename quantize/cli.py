@@ -151,9 +151,10 @@ def main() -> NoReturn:
 
     def interrupt(number: int, _: FrameType | None) -> None:
         signals.append(number)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)  # a library may swallow the exception: again, until the run has ended
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, interrupt)
     try:
         commands.main(prog_name="quantize-model", standalone_mode=False)
@@ -169,6 +170,8 @@ def main() -> NoReturn:
                 raise
             click.echo(f"error: {error}", err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     click.echo("interrupted; nothing was kept", err=True)
     sys.exit(1)
 

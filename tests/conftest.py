@@ -138,7 +138,7 @@ def small_run(stories_calibration, tmp_path):
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Run the command in this process: arguments → code, out, err; a function."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["quantize-model", *map(str, arguments)])

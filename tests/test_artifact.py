@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -262,6 +263,26 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(stopped):
     assert run.inside, run.text
     assert run.code == -signal.SIGKILL
     assert not (run.directory / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_a_library_swallows_still_stops_the_run(
+    cli, one_layer, stories_calibration, tmp_path, monkeypatch, number
+):
+    """Torch runs callbacks in which an exception is only printed, and turns others into errors of its own."""
+    export = torch.export.export
+
+    def swallows(*arguments, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(number)
+        return export(*arguments, **options)
+
+    monkeypatch.setattr("quantize.graph.program.torch.export.export", swallows)
+    data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
+    shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
+    assert shown.code == 1
+    assert "interrupted; nothing was kept" in shown.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_second_interruption_does_not_stop_the_cleaning(cli, one_layer, stories_calibration, tmp_path, monkeypatch):
