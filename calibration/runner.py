@@ -40,6 +40,10 @@ class Runner:
         for values in self.values:
             advance(self.program, nodes, values, state)
 
+    def outputs(self) -> list[Tensor]:
+        """The model's outputs, batch by batch, once every node has run."""
+        return [values[node] for values in self.values for node in self.program.output.all_input_nodes]
+
     def stops(self, segment: Segment, state: State, targets: Iterable[Linear]) -> Iterator[list[Linear]]:
         """Advance through a segment, stopping before the first of each group of targets that share an input.
 

@@ -35,7 +35,7 @@ class ArtifactWriter:
     Leaving the `with` block before `commit` removes everything.
 
     Raises:
-        UsageError: the output exists already, or its parent does not.
+        UsageError: the output exists already.
         QuantizeError: the disk is full or not writable.
     """
 

@@ -74,7 +74,7 @@ class BlockRun:
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs on the probes, once all blocks are done."""
-        return [values[node] for values in self.probes.values for node in self.program.output.all_input_nodes]
+        return self.probes.outputs()
 
     def _gram(self, linear: Linear, online: OnlineHadamard | None) -> Gram | None:
         """Gram matrix of a linear's input behind its online transform."""
@@ -99,20 +99,24 @@ class BlockRun:
         state.linears[linear.node] = QuantizedLinear(weight, bias, recipe.linear_scheme, online)
         entry: dict[str, object] = {"columns": weight.columns}
         self.modules[linear.path] = entry | ({"hadamard": asdict(online)} if online else {})
-        self.untied |= len(self.checkpoint.ties.get(linear.weight, ())) > 1
+        self.untied |= self._is_tied(linear.weight)
         return weight
 
     def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""
-        kept = {}
-        for name, tensor in tensors.items():
-            digest = hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            others = [other for other in self.checkpoint.ties.get(name, ()) if other in self._tied]
-            if not others or self._tied[others[0]] != digest:
-                kept[name] = tensor
-                self.untied |= bool(others)
+        kept = dict(tensors)
+        for name in (name for name in tensors if self._is_tied(name)):
+            digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            others = [other for other in self.checkpoint.ties[name] if other in self._tied]
+            if others and self._tied[others[0]] == digest:
+                del kept[name]
+            self.untied |= bool(others) and name in kept
             self._tied[name] = digest
         return kept
+
+    def _is_tied(self, name: str) -> bool:
+        """Whether a parameter goes by several names."""
+        return len(self.checkpoint.ties.get(name, ())) > 1
 
 
 def probe_tokens(samples: Samples, vocabulary: int, seed: int) -> list[Tensor]:

@@ -67,8 +67,6 @@ class Checkpoint:
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
-        if self.module is not None:
-            return self.module.eval()
         model = self.skeleton()
         assign(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
         return model.eval()

@@ -65,8 +65,7 @@ def parity(
         state = stored_state(program, segment, files, dict(settings), ties)
         runner.run(segment.nodes, state)
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
-    found = [values[node] for values in runner.values for node in program.output.all_input_nodes]
-    reloaded = max(gate.relative(*pair) for pair in zip(found, expected, strict=True))
+    reloaded = max(gate.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
     if reloaded > gate.TOLERANCE or fake_quant > gate.TOLERANCE * 100:
         raise QuantizeError(
             f"the written files differ from what was quantized by {max(reloaded, fake_quant):.1e}; nothing was kept"
@@ -85,7 +84,7 @@ def stored_state(
     linears = {linear.node: linear.path for linear in program.linears(segment) if linear.path in settings["modules"]}
     quantized = {f"{path}.weight" for path in linears.values()}
     names = {
-        name: next(n for n in ties.get(name, (name,)) if n in files) if name not in files else name
+        name: next(n for n in (name, *ties.get(name, ())) if n in files)
         for name in segment.parameters
         if name not in quantized
     }
