@@ -6,7 +6,7 @@ outputs of everything quantized before it, and each node runs once a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Self
 
 from torch import Tensor, fx
@@ -17,15 +17,15 @@ from quantize.graph.program import Linear, Program, Segment
 
 
 class Runner:
-    """Batches of token ids on their way through a program.
+    """Batches of inputs on their way through a program.
 
     Attributes:
         values: for each batch what is alive.
     """
 
-    def __init__(self, program: Program, batches: Iterable[Tensor]) -> None:
+    def __init__(self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> None:
         self.program = program
-        self.values: list[Values] = [start(program, tokens) for tokens in batches]
+        self.values: list[Values] = [start(program, given) for given in batches]
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ class State:
     linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
-def start(program: Program, tokens: Tensor) -> Values:
-    """Values before the first node: the token ids [batch, sequence] and the switches."""
-    return {program.tokens: tokens, **program.constants}
+def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
+    """Values before the first node: the inputs by name (a tensor is the only one), and the switches."""
+    if isinstance(given, Tensor):
+        given = dict(zip(program.inputs, [given], strict=True))
+    return {**{program.inputs[name]: value for name, value in given.items()}, **program.constants}
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import re
 import warnings
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from quantize.errors import QuantizeError, reason
+from quantize.graph.inputs import example_inputs
 
-EXAMPLE_SHAPE = (2, 8)  # batch, sequence: dynamic, and large enough that no size is taken for a broadcast
 LINEAR = torch.ops.aten.linear.default
 
 
@@ -49,14 +48,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Program:
-    """The exported graph of one forward pass over token ids.
+    """The exported graph of one forward pass.
 
     Attributes:
         module: the graph; its placeholders are parameters, buffers and inputs.
         parameters: placeholder → parameter name, tied parameters apart.
         buffers: placeholder → value.
         constants: placeholder → value of the inputs that are switches (`use_cache`).
-        tokens: the placeholder of the token ids.
+        inputs: argument of forward → its placeholder, the main input first.
         segments: all other nodes but the output, in order.
         output: the node that returns.
     """
@@ -65,15 +64,16 @@ class Program:
     parameters: dict[fx.Node, str]
     buffers: dict[fx.Node, Tensor]
     constants: dict[fx.Node, Any]
-    tokens: fx.Node
+    inputs: dict[str, fx.Node]
     segments: tuple[Segment, ...]
     output: fx.Node
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the table that the token ids index; ids lie below it."""
-        tables = [n.args[0] for n in self.tokens.users if n.target is torch.ops.aten.embedding.default]
-        return int(tables[0].meta["val"].shape[0]) if tables else 2**31  # type: ignore[union-attr]
+        """Rows of the smallest table that the inputs index; token ids lie below it."""
+        readers = [n for tokens in self.inputs.values() for n in tokens.users]
+        tables = [n.args[0] for n in readers if n.target is torch.ops.aten.embedding.default]
+        return min([int(table.meta["val"].shape[0]) for table in tables] or [2**31])  # type: ignore[union-attr]
 
     def linears(self, segment: Segment) -> list[Linear]:
         """The linears of a segment, in order."""
@@ -91,7 +91,7 @@ class Program:
 
 
 def export_program(skeleton: nn.Module) -> Program:
-    """Export a model whose forward takes token ids [batch, sequence], both sizes dynamic.
+    """Export one forward pass; sizes of batch and sequence are dynamic.
 
     Args:
         skeleton: parameters on the meta device, buffers real; its parameters are untied in place.
@@ -102,15 +102,17 @@ def export_program(skeleton: nn.Module) -> Program:
     buffers = dict(skeleton.named_buffers())
     untie(skeleton)
     skeleton.eval().to("meta")
-    name, switches = next(iter(inspect.signature(skeleton.forward).parameters)), forward_switches(skeleton)
-    shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, **dict.fromkeys(switches)}
-    example = {name: torch.zeros(EXAMPLE_SHAPE, dtype=torch.long, device="meta"), **switches}
+    switches = forward_switches(skeleton)
     try:
+        inputs = example_inputs(skeleton)
+        example = {name: found.example for name, found in inputs.items()} | switches
+        dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
+        shapes = {**dynamic, **dict.fromkeys(switches)}
         with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the exporter meets in a stranger's code
         raise QuantizeError(f"the model cannot be exported as a graph: {reason(error)}") from error
-    return from_exported(exported, buffers, switches, name)
+    return from_exported(exported, buffers, switches, tuple(inputs))
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:
@@ -134,7 +136,10 @@ def quiet() -> Iterator[None]:
 
 
 def from_exported(
-    exported: torch.export.ExportedProgram, buffers: dict[str, Tensor], switches: dict[str, bool], tokens: str
+    exported: torch.export.ExportedProgram,
+    buffers: dict[str, Tensor],
+    switches: dict[str, bool],
+    names: tuple[str, ...],
 ) -> Program:
     """Read a `Program` off an exported graph; nodes that the exporter placed on meta are moved to the CPU."""
     module, signature = exported.graph_module, exported.graph_signature
@@ -146,7 +151,8 @@ def from_exported(
     values |= {by_name[p]: exported.constants[name] for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
     output = next(n for n in module.graph.nodes if n.op == "output")
-    return Program(module, parameters, values, constants, by_name[tokens], cut(module, parameters), output)
+    inputs = {name: by_name[name] for name in names}
+    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output)
 
 
 def drop_assertions(module: fx.GraphModule) -> None:
