@@ -13,7 +13,8 @@ from quantize.artifact import ArtifactWriter, as_json
 from quantize.checkpoint import open_checkpoint, side_files
 from quantize.errors import UsageError
 from quantize.fold import Diagonal, fold
-from quantize.graph.basis import Basis, find_bases
+from quantize.graph.analysis import find_bases
+from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.graph.program import export_program
 

@@ -24,7 +24,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--scheme", type=click.Choice(SCHEME_NAMES), help="Bits of weights and activations.")
 @click.option("--output-dir", type=PATH, help="New directory for the artifact.")
 @click.option("--recipe", type=PATH, help="TOML file that changes the scheme's default recipe.")
-@click.option("--calibration", type=PATH, help="Text (.txt), or rows of text or input_ids (.jsonl).")
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="Text (.txt), rows of text or input_ids (.jsonl), or a tensor for each input (.safetensors).",
+)
 @click.option("--nsamples", type=click.IntRange(1), help="Calibration windows.  [default: 128]")
 @click.option("--seqlen", type=click.IntRange(2), help="Tokens in a window.  [default: 512]")
 @click.option(
@@ -71,14 +75,18 @@ def quantize(
 def inspect(model: str, as_json: bool) -> None:
     """Show where in MODEL transforms are legal, and why not elsewhere."""
     from quantize.checkpoint import open_checkpoint
-    from quantize.graph.basis import admissible_bases
-    from quantize.graph.program import export_program
+    from quantize.graph.analysis import admissible_bases
+    from quantize.graph.unexported import make_program
 
-    bases = [basis.as_dict() for basis in admissible_bases(export_program(open_checkpoint(model).skeleton()))]
+    checkpoint = open_checkpoint(model)
+    program = make_program(checkpoint, checkpoint.skeleton())
+    bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
-        return click.echo(json.dumps({"bases": bases}, indent=2))
+        return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
     from quantize.eval.report import bases_table
 
+    if program.refused:
+        click.echo(program.refusal)
     Console().print(bases_table(bases))
 
 

@@ -11,6 +11,18 @@ class UsageError(QuantizeError):
     """A wrong call: bad option, recipe or path (exit code 2)."""
 
 
+class ExportError(QuantizeError):
+    """The exporter refuses a model.
+
+    Attributes:
+        reason: why, in its own words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the model cannot be exported as a graph: {reason}")
+        self.reason = reason
+
+
 def reason(error: BaseException) -> str:
     """The first line of somebody else's error, or two if the first announces the second, within a sentence of ours."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

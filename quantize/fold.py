@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quantize.graph.basis import Basis, Edge
@@ -65,6 +66,33 @@ class Rotation:
         return kronecker_transform(x, a.T.to(x), b.T.to(x)) * self.signs.to(x)
 
 
+@dataclass(frozen=True, eq=False)
+class CentredRotation(Rotation):
+    """A rotation with T 1 = 1 on each run, so that it keeps the mean: a random Hadamard matrix, then a reflection.
+
+    H takes the ones to v = Hᵀ 1; the reflection that swaps v and 1 takes them back. Its entries differ from those of
+    H by about 1/size.
+    """
+
+    def write(self, rows: Tensor) -> Tensor:
+        """`rows @ T`."""
+        return self._reflect(super().write(rows))
+
+    read = write
+
+    def undo(self, x: Tensor) -> Tensor:
+        """`x @ Tᵀ`."""
+        return super().undo(self._reflect(x))
+
+    def _reflect(self, x: Tensor) -> Tensor:
+        runs = x.unflatten(-1, (-1, self.size))
+        ones = torch.ones_like(self.signs)
+        u = (ones - super().write(ones)).to(x).unflatten(-1, (-1, self.size))
+        length = (u * u).sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        reflected: Tensor = runs - 2 * (runs * u).sum(-1, keepdim=True) / length * u
+        return reflected.flatten(-2)
+
+
 def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The parameters that absorb a transform of one basis, changed; those not in `weights` are left out.
 
@@ -82,7 +110,9 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
 
 def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply one side of a transform along a parameter's axis, copy by copy."""
-    channels_last = weight.double().movedim(edge.axis, -1).clone()
+    result = weight.to(torch.float64, copy=True).contiguous() + edge.offset
+    part = result[tuple(slice(None) if a == edge.axis else s for a, s in enumerate(edge.region))]
+    channels_last = part.movedim(edge.axis, -1)
     for index in edge.index:
         channels_last[..., index] = side(channels_last[..., index])
-    return channels_last.movedim(-1, edge.axis).to(weight.dtype).contiguous()
+    return (result - edge.offset).to(weight.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,9 @@ def floating(value: Any) -> bool:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Max |a - b| / max |b|; infinite where either is not finite."""
+    """Max |a - b| / max |b|; infinite where either is not finite, 0 where there is nothing to compare."""
+    if not b.numel():
+        return 0.0
     ratio = float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
     return ratio if ratio == ratio else float("inf")
 
@@ -62,17 +64,22 @@ def in_coordinates(values: Values, bases: Bases, sites: Sites, undo: bool = Fals
     """Values with each transform applied (or undone) to those that live on its basis."""
     result = dict(values)
     for node in (n for n in values if n in bases.at):
-        basis, index = bases.at[node]
-        if basis in sites and len(index) == basis.dim:
-            side = sites[basis].undo if undo else sites[basis].write
-            result[node] = on_channels(values[node], index, side)
+        for basis, transform in sites.items():
+            index = bases.at[node].of(basis)
+            if index is not None:
+                side = transform.undo if undo else transform.write
+                result[node] = on_channels(result[node], bases.at[node].axes, index, side)
     return result
 
 
-def on_channels(x: Tensor, index: Tensor, side: Any) -> Tensor:
-    """Apply `side` to channels that stand in another order along the last axis."""
-    order = index.argsort()
-    return side(x[..., order].double())[..., index].to(x.dtype)  # type: ignore[no-any-return]
+def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `side` to the channels at index [copies, dim] along some axes of a value, counted through."""
+    last = tuple(range(-len(axes), 0))
+    moved = x.movedim(axes, last)
+    rows = moved.flatten(-len(axes)).double()
+    for copy in index:
+        rows[..., copy] = side(rows[..., copy])
+    return rows.reshape(moved.shape).movedim(last, axes).to(x.dtype)
 
 
 def require(name: str, found: float, blame: Mapping[str, float], segment: Segment) -> None:

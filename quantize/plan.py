@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantize.errors import UsageError
-from quantize.graph.basis import Bases, Basis, find_bases
-from quantize.graph.program import Linear, Program, Segment
+from quantize.graph.analysis import find_bases
+from quantize.graph.basis import Bases, Basis
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program, Segment
 from quantize.linear import OnlineHadamard
 from quantize.passes import PASSES, Pass
 from quantize.quantizers import QUANTIZERS, Quantizer
@@ -56,11 +58,11 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
     targets, skipped = select(recipe, linears)
     chosen = [linear for linear in linears if linear.path in targets]
-    check_groups(recipe, chosen, program)
+    check_groups(recipe, chosen)
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
-    reasons = {name: skipped.get(name, NO_LINEAR) for name in program.parameters.values() if name not in quantized}
+    reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.irreplaceable | skipped
     resolved = recipe.model_copy(
         update={
             "ignore": ignored_patterns(recipe, linears),
@@ -69,7 +71,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
             "quantizer": settings(quantizer),
         }
     )
-    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, reasons)
+    left = {name: why for name, why in reasons.items() if name not in quantized}
+    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, left)
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
@@ -121,13 +124,10 @@ def require_match(kind: str, pattern: str, paths: list[str]) -> None:
     raise UsageError(f"{kind}: {pattern!r} matches no linear; near are {', '.join(near)}")
 
 
-def check_groups(recipe: Recipe, linears: list[Linear], program: Program) -> None:
+def check_groups(recipe: Recipe, linears: list[Linear]) -> None:
     """The group size divides the input of every linear."""
     size = recipe.weights.group_size
-    shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
-    odd = [
-        (linear.path, int(shapes[linear.weight][1])) for linear in linears if size and shapes[linear.weight][1] % size
-    ]
+    odd = [(linear.path, linear.columns) for linear in linears if size and linear.columns % size]
     if odd:
         path, columns = odd[0]
         more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
@@ -140,20 +140,16 @@ def check_groups(recipe: Recipe, linears: list[Linear], program: Program) -> Non
 def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:
     """The passes with their sites; a pass that folds gains changes the analysis of those after it."""
     steps, folded = [], frozenset[str]()
-    shapes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
     for handler in handlers:
         bases = find_bases(program, folded)
         sites = handler.sites(bases.all)
         if handler.needs is not None:
             quantized = {linear.weight for linear in linears}
             sites = tuple(b for b in sites if in_one_segment(b, program.segments) and is_read_by(b, quantized))
-        online = {
-            linear.path: handler.online(bases.reading(linear.weight), int(shapes[linear.weight][1]))
-            for linear in linears
-        }
+        online = {linear.path: handler.online(bases.reading(linear.weight), linear.columns) for linear in linears}
         steps.append(Step(handler, bases, sites, {path: o for path, o in online.items() if o}))
         if handler.folds_gains:
-            folded |= {edge.parameter for basis in sites for edge in basis.writers if edge.vector}
+            folded |= {basis.gain.parameter for basis in sites if basis.gain}
     return tuple(steps)
 
 

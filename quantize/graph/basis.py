@@ -1,25 +1,14 @@
-"""Channel bases: where a transform is legal, and which parameters absorb it.
-
-Channels that are added are one channel; channels with the same writers, readers and restrictions form a basis. So a
-fused projection falls apart into the ranges that are used differently, with no special case.
-"""
+"""Channel bases: what the analysis answers."""
 
 from __future__ import annotations
 
-import functools
-import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Event, Walk
-from quantize.graph.program import Program
-from quantize.graph.rules import visit
+from quantize.graph.views import Region
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +21,18 @@ class Edge:
         index: int64 [copies, dim]; `index[c, i]` is where along the axis channel i of the basis lies. Grouped queries
             read every value channel several times, hence the copies.
         vector: a gain, which can only scale.
+        offset: the gain is the parameter plus this number.
+        region: the part of the parameter that takes part, an index for each axis; empty for all of it.
+        dual: the parameter writes channels that others are multiplied with (keys), so it absorbs T⁻ᵀ as a reader does.
     """
 
     parameter: str
     axis: int
     index: Tensor
     vector: bool = False
+    offset: float = 0.0
+    region: Region = ()
+    dual: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +56,13 @@ class Basis:
     pins: tuple[str, ...]
     gains: tuple[str, ...] = ()
 
+    @property
+    def gain(self) -> Edge | None:
+        """The norm gain that writes the basis and that its readers can absorb, if there is one."""
+        scaled = [e for e in self.writers if e.vector]
+        linear = bool(self.readers) and not any(e.vector or e.dual for e in self.readers)
+        return scaled[0] if len(scaled) == 1 and linear and Group.DIAGONAL in self.group else None
+
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""
         return {
@@ -74,166 +76,42 @@ class Basis:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the channels of a value lie.
+
+    Attributes:
+        axes: of the value, along which the channel changes.
+        ids: int64 [size]; along these axes, counted through, element i carries channel ids[i].
+        basis, place: of all channels.
+    """
+
+    axes: tuple[int, ...]
+    ids: Tensor
+    basis: Tensor
+    place: Tensor
+
+    def of(self, basis: Basis) -> Tensor | None:
+        """Int64 [copies, dim]: where the channels of one basis lie; None if they are not all there equally often."""
+        here = (self.basis[self.ids] == basis.index).nonzero()[:, 0]
+        place = self.place[self.ids[here]]
+        order, counts = here[place.argsort(stable=True)], torch.bincount(place, minlength=basis.dim)
+        return order.reshape(basis.dim, -1).T if len(here) and bool((counts == counts[0]).all()) else None
+
+
 @dataclass(frozen=True)
 class Bases:
     """What the analysis found.
 
     Attributes:
         all: the bases in the order in which the graph makes them.
-        at: node → (basis, index int64 [size]): position i of the value's last axis carries channel index[i].
+        at: node → where the channels of its value lie.
     """
 
     all: tuple[Basis, ...]
-    at: dict[fx.Node, tuple[Basis, Tensor]]
+    at: dict[fx.Node, Placement]
 
     def reading(self, parameter: str) -> Basis | None:
-        """The basis that a parameter reads, if it reads one and nothing else."""
-        found = [b for b in self.all if any(e.parameter == parameter for e in b.readers)]
+        """The basis that a linear's weight reads, if it reads one and nothing else."""
+        found = [b for b in self.all if any(e.parameter == parameter and not e.dual for e in b.readers)]
         return found[0] if len(found) == 1 else None
-
-
-def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
-    """Walk the graph once and sort its channels into bases.
-
-    Args:
-        program: the exported model.
-        folded: gains to count as ones.
-    """
-    walk = Walk(program.parameters, folded)
-    for segment in program.segments:
-        for node in segment.nodes:
-            visit(walk, node)
-    for value in program.output.all_input_nodes:
-        walk.pin(value, "it is an output of the model")
-    pin_shared(walk)
-    return assemble(walk)
-
-
-def pin_shared(walk: Walk) -> None:
-    """A parameter that several nodes read would have to absorb several transforms at once."""
-    shared = {name for placeholder, name in walk.parameters.items() if len(placeholder.users) > 1}
-    for event in [e for e in walk.events if e.parameter in shared]:
-        walk.restrict(event.channels, Group.NONE, f"`{event.parameter}` is used more than once")
-
-
-def admissible_bases(program: Program) -> tuple[Basis, ...]:
-    """All bases, those behind norm gains with the group they have once the gains are folded into their readers."""
-    found = find_bases(program)
-    gains = frozenset(b.writers[0].parameter for b in found.all if is_foldable(b))
-    folded = {tuple(e.parameter for e in b.writers): b for b in find_bases(program, gains).all}
-    return tuple(unlocked(b, folded.get(tuple(e.parameter for e in b.writers)), gains) for b in found.all)
-
-
-def is_foldable(basis: Basis) -> bool:
-    """Whether a norm gain writes the basis and linears read it, so that they can absorb the gain."""
-    only_gain = len(basis.writers) == 1 and basis.writers[0].vector
-    return (
-        only_gain and Group.DIAGONAL in basis.group and not any(e.vector for e in basis.readers) and bool(basis.readers)
-    )
-
-
-def unlocked(basis: Basis, folded: Basis | None, gains: frozenset[str]) -> Basis:
-    """The basis as it is once its gains are folded, with their names."""
-    needed = tuple(e.parameter for e in basis.readers if e.parameter in gains)
-    return replace(folded, index=basis.index, gains=needed) if folded and needed else basis
-
-
-def assemble(walk: Walk) -> Bases:
-    """Components of channels that are one, then classes of components that are used alike."""
-    allocation = np.array(walk.allocation)
-    component, self_joined = components(walk, allocation)
-    events = [*walk.events, *self_joined]
-    hashes = signatures(component, events)
-    blocks = signatures(component, events, of_blocks=True)
-    first = np.full(len(hashes), len(allocation))
-    np.minimum.at(first, component, np.arange(len(allocation)))
-    order = np.lexsort((first, first_of_class(blocks, first), first_of_class(hashes, first)))
-    rank = np.empty_like(order)  # rank: component → place in that order
-    rank[order] = np.arange(len(order))
-    starts = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
-    return build(walk, events, rank[component], starts, blocks[order])
-
-
-def components(walk: Walk, allocation: np.ndarray) -> tuple[np.ndarray, list[Event]]:
-    """For each channel the number of its component; channels of one value that meet one another stay apart, pinned."""
-    count = len(allocation)
-    a, b = torch.cat(walk.joined, dim=1).numpy() if walk.joined else np.empty((2, 0), dtype=np.int64)
-    component = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(count, count)), directed=False)[1]
-    pairs, counts = np.unique(np.stack([component, allocation]), axis=1, return_counts=True)
-    mixed = np.isin(component, pairs[0][counts > 1])
-    if not mixed.any():
-        return component, []
-    apart = np.unique(np.where(mixed, count + np.arange(count), component), return_inverse=True)[1]
-    event = Event(torch.from_numpy(np.flatnonzero(mixed)), Group.NONE, "channels of it are added to one another")
-    return apart, [event]
-
-
-def signatures(component: np.ndarray, events: list[Event], of_blocks: bool = False) -> np.ndarray:
-    """A 64-bit hash for each component of the events (or of the blocks within events) that touch it.
-
-    A parameter counts as often as it touches the component, a restriction once.
-    """
-    rng, result = np.random.default_rng(0), np.zeros(component.max(initial=-1) + 1, dtype=np.uint64)
-    for event in events:
-        touched, blocks = component[event.channels.reshape(-1).numpy()], np.zeros(1, dtype=np.int64)
-        if of_blocks and event.blocks is None:
-            continue
-        if of_blocks and event.blocks is not None:
-            touched, blocks = np.unique(np.stack([touched, event.blocks.reshape(-1).numpy()]), axis=1)
-        elif not event.parameter:
-            touched = np.unique(touched)
-        salt = rng.integers(1 << 63, size=blocks.max(initial=0) + 1, dtype=np.uint64)
-        np.add.at(result, touched, salt[blocks])
-    return result
-
-
-def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """For each component the first channel of its class, so that classes sort in graph order."""
-    classes, inverse = np.unique(hashes, return_inverse=True)
-    lowest = np.full(len(classes), first.max(initial=0))
-    np.minimum.at(lowest, inverse, first)
-    return lowest[inverse]
-
-
-def build(walk: Walk, events: list[Event], rank: np.ndarray, starts: np.ndarray, blocks: np.ndarray) -> Bases:
-    """Bases from sorted components: basis b holds the ranks from starts[b] to starts[b + 1]."""
-    ends = np.append(starts[1:], len(blocks))
-    of_channel = torch.from_numpy(np.searchsorted(starts, rank, side="right") - 1)
-    place = torch.from_numpy(rank - starts[of_channel.numpy()])
-    touching: list[list[Event]] = [[] for _ in starts]
-    for event in events:
-        for b in of_channel[event.channels.reshape(-1)].unique().tolist():
-            touching[b].append(event)
-    bases = tuple(
-        make_basis(b, touching[b], of_channel, place, blocks[start:end])
-        for b, (start, end) in enumerate(zip(starts, ends, strict=True))
-    )
-    at = {
-        node: (bases[int(of_channel[ids[0]])], place[ids])
-        for node, ids in walk.at.items()
-        if bool((of_channel[ids] == of_channel[ids[0]]).all())
-    }
-    return Bases(bases, at)
-
-
-def make_basis(index: int, events: list[Event], of_channel: Tensor, place: Tensor, blocks: np.ndarray) -> Basis:
-    """One basis from the events that touch it."""
-    dim, starts = len(blocks), np.flatnonzero(np.diff(blocks, prepend=~blocks[:1]))
-    heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
-    edges = [(e, make_edge(e, of_channel[e.channels] == index, place, dim)) for e in events if e.parameter]
-    return Basis(
-        index,
-        dim,
-        heads,
-        functools.reduce(operator.and_, (e.group for e in events), Group.LINEAR),
-        tuple(edge for e, edge in edges if not e.reads),
-        tuple(edge for e, edge in edges if e.reads),
-        tuple(dict.fromkeys(e.reason for e in events if e.reason)),
-    )
-
-
-def make_edge(event: Event, here: Tensor, place: Tensor, dim: int) -> Edge:
-    """Where along the parameter's axis the channels of one basis lie, copy by copy."""
-    positions = here.nonzero()[:, 0]
-    by_channel = positions[place[event.channels[positions]].argsort(stable=True)]
-    return Edge(event.parameter, event.axis, by_channel.reshape(dim, -1).T.contiguous(), event.vector)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from quantize.graph.linears import input_of
 from quantize.graph.program import Program
 
 Values = dict[fx.Node, Any]
@@ -50,7 +51,7 @@ def run_node(program: Program, node: fx.Node, values: Values, state: State) -> A
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
     if replaced := state.linears.get(node):
-        return replaced(values[node.all_input_nodes[0]])
+        return replaced(values[input_of(node)])
 
     def value_of(n: fx.Node) -> Any:
         if n in program.parameters:

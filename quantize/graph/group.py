@@ -6,12 +6,17 @@ from enum import Flag
 
 
 class Group(Flag):
-    """Which matrices T may act on a basis; `A in B`: B allows every A; `A & B`: what both allow."""
+    """Which matrices T may act on a basis; `A in B`: B allows every A; `A & B`: what both allow.
+
+    `CENTRED_ORTHOGONAL` are the orthogonal matrices with T 1 = 1, which keep the mean of the channels as well as their
+    mean square; so a LayerNorm lets them through as it is.
+    """
 
     NONE = 0
-    ORTHOGONAL = 1
-    POSITIVE_DIAGONAL = 2
-    DIAGONAL = 4 | POSITIVE_DIAGONAL
+    CENTRED_ORTHOGONAL = 1
+    ORTHOGONAL = 2 | CENTRED_ORTHOGONAL
+    POSITIVE_DIAGONAL = 4
+    DIAGONAL = 8 | POSITIVE_DIAGONAL
     LINEAR = ORTHOGONAL | DIAGONAL
 
     def __str__(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from quantize.graph.group import Group
+from quantize.graph.views import Region, View, indices
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,17 @@ class Event:
     """Something that happens to channels: a parameter writes or reads them, or an operator restricts their group.
 
     Attributes:
-        channels: int64 ids, one for each index of the parameter's axis, or the channels restricted.
+        channels: int64 ids, one for each index of the parameter's axis that takes part, or the channels restricted.
         group: what the event leaves of the admissible group.
         reason: why, in words; empty where nothing is restricted.
         parameter, axis: what writes or reads, along which axis; empty for a mere restriction.
         reads: the parameter reads the channels (it writes them otherwise).
         vector: the parameter is one-dimensional along its axis and can only scale (a gain).
+        offset: the gain is the parameter plus this number.
+        positions: where along the axis the channels lie.
+        region: the part of the parameter that takes part.
         blocks: for each channel the block (attention head) outside of which it must not mix, or None.
+        counted: a channel counts as often as it occurs (in a sum over channels); else once.
     """
 
     channels: Tensor
@@ -33,7 +38,11 @@ class Event:
     axis: int = 0
     reads: bool = False
     vector: bool = False
+    offset: float = 0.0
+    positions: Tensor | None = None
+    region: Region = ()
     blocks: Tensor | None = None
+    counted: bool = False
 
 
 @dataclass
@@ -44,43 +53,103 @@ class Walk:
         parameters: placeholder → parameter name.
         folded: gains that count as ones, since a pass has folded them away.
         labels: node → int64 ids in the shape of its value (example sizes); a node without channels has none.
-        squares: node → labels of the value it is the square of.
+        squares, means: node → labels of the value it is the square, or the mean over channels, of.
+        views: node → the parameter it is, or a part of one; for several results a tuple.
         joined: pairs of ids that are one channel, since their values are added.
-        allocation: for each id the number of the value that it was made for.
-        at: node → ids along its last axis, kept for every value whose labels vary along that axis only.
+        paired: pairs of ids that are multiplied and summed up: what T does to one, T⁻ᵀ must do to the other.
+        sizes: for each value that channels were made for, how many; ids count on from one to the next.
+        uses: parameter → what uses it, each with the part that takes part.
+        accounted: (node, parameter): a rule has dealt with this node's use of the parameter.
+        at: node → axes along which its channels lie, and the ids along them.
     """
 
     parameters: dict[fx.Node, str]
     folded: frozenset[str] = frozenset()
     labels: dict[fx.Node, Tensor] = field(default_factory=dict)
     squares: dict[fx.Node, Tensor] = field(default_factory=dict)
+    means: dict[fx.Node, Tensor] = field(default_factory=dict)
+    views: dict[fx.Node, Any] = field(default_factory=dict)
     joined: list[Tensor] = field(default_factory=list)
+    paired: list[Tensor] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    allocation: list[int] = field(default_factory=list)
-    at: dict[fx.Node, Tensor] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    uses: dict[str, list[tuple[fx.Node, Region]]] = field(default_factory=dict)
+    accounted: set[tuple[fx.Node, str]] = field(default_factory=set)
+    at: dict[fx.Node, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    count: int = 0
 
-    def fresh(self, node: fx.Node) -> Tensor:
-        """New channels along the last axis of a node's value, written to `labels`; returns their ids."""
-        shape, first = shape_of(node), len(self.allocation)
-        number = self.allocation[-1] + 1 if self.allocation else 0
-        self.allocation += [number] * shape[-1]
-        ids = torch.arange(first, first + shape[-1])
-        self.labels[node] = ids.expand(shape)
+    def __post_init__(self) -> None:
+        self.views |= {node: View.whole(name, shape_of(node)) for node, name in self.parameters.items()}
+
+    def fresh(self, node: fx.Node, axis: int = -1) -> Tensor:
+        """New channels along an axis of a node's value, written to `labels`; returns their ids."""
+        shape = shape_of(node)
+        ids = torch.arange(self.count, self.count + shape[axis])
+        self.sizes.append(shape[axis])
+        self.count += shape[axis]
+        self.labels[node] = along_axis(ids, axis % len(shape), len(shape)).expand(shape)
         return ids
 
-    def restrict(self, labels: Tensor, group: Group, reason: str, blocks: Tensor | None = None) -> None:
-        """Leave the channels of a label tensor at most `group`."""
-        self.events.append(Event(labels.unique() if blocks is None else labels, group, reason, blocks=blocks))
+    def restrict(
+        self, labels: Tensor, group: Group, reason: str, blocks: Tensor | None = None, counted: bool = False
+    ) -> None:
+        """Leave the channels of a label tensor at most `group`; `blocks` is of its shape."""
+        for axis in set(range(labels.dim())) - set(channel_axes(labels)):
+            labels = labels.narrow(axis, 0, 1)
+            blocks = blocks if blocks is None else blocks.narrow(axis, 0, 1)
+        self.events.append(Event(labels.reshape(-1), group, reason, blocks=blocks, counted=counted))
 
     def pin(self, node: fx.Node, reason: str) -> None:
         """Rule out every transform of the channels of a node's value; no channels, nothing to do."""
-        for labels in (self.labels.get(node), self.squares.get(node)):
-            if labels is not None:
-                self.restrict(labels, Group.NONE, reason)
+        for labels in (self.labels.get(node), self.squares.get(node), self.means.get(node)):
+            for one in labels if isinstance(labels, list | tuple) else [labels]:
+                if one is not None:
+                    self.restrict(one, Group.NONE, reason)
 
-    def parameter(self, node: Any) -> str | None:
-        """Name of the parameter that an argument is, if it is one."""
-        return self.parameters.get(node) if isinstance(node, fx.Node) else None
+    def pin_derived(self, node: fx.Node, reason: str) -> None:
+        """Pin the channels whose square or mean a node's value is."""
+        if node not in self.labels:
+            self.pin(node, reason)
+
+    def touches(self, node: fx.Node) -> bool:
+        """Whether a node's value has channels, or is made of ones that must not be forgotten."""
+        return node in self.labels or node in self.squares or node in self.means
+
+    def use(self, node: fx.Node, view: View, axis: int, ids: Tensor, reads: bool = False, gain: str = "") -> None:
+        """Note that an axis of a parameter (or of a part of it) reads or writes channels.
+
+        Args:
+            node: what uses it.
+            view, axis: the parameter, and the axis of the view.
+            ids: the channels, one for each index of that axis.
+            reads: it reads them; else it writes them.
+            gain: why it can only scale them; empty for what can mix them.
+        """
+        region, along = view.region(), view.along(axis)
+        if along is None or region is None or len(ids) != view.size[axis]:
+            return self.restrict(ids, Group.NONE, f"`{view.name}` is used in another shape than it is stored in")
+        group, positions = Group.DIAGONAL if gain else Group.LINEAR, indices(along[1], view.shape[along[0]])
+        self.events.append(
+            Event(ids, group, gain, view.name, along[0], reads, bool(gain), view.offset, positions, region)
+        )
+        self.uses.setdefault(view.name, []).append((node, region))
+        self.accounted.add((node, view.name))
+
+    def alike(self, labels: Tensor, axis: int = -1) -> Tensor:
+        """One id for each index of an axis: a parameter along it treats all that stands there alike, so it is one."""
+        rows = labels.movedim(axis, -1)
+        for d in range(rows.dim() - 1):
+            if d not in channel_axes(rows):
+                rows = rows.narrow(d, 0, 1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        if len(rows) > 1:
+            self.joined.append(torch.stack([rows[:1].expand_as(rows[1:]).reshape(-1), rows[1:].reshape(-1)]))
+        return rows[0].clone()
+
+    def view(self, node: Any) -> View | None:
+        """The parameter, or the part of one, that an argument is."""
+        found = self.views.get(node) if isinstance(node, fx.Node) else None
+        return found if isinstance(found, View) else None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -89,8 +158,13 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
 
 
 def concrete(value: Any) -> Any:
-    """A symbolic size at the example sizes."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else value
+    """A symbolic size at the example sizes; one that depends on data is taken as 2."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    if value.node.has_hint():
+        return int(value.node.hint)
+    expression, known = value.node.expr, value.node.shape_env.replacements
+    return int(expression.xreplace(known).xreplace(dict.fromkeys(expression.free_symbols, 2)))
 
 
 def move(walk: Walk, node: fx.Node) -> Any:
@@ -100,23 +174,41 @@ def move(walk: Walk, node: fx.Node) -> Any:
         return walk.labels[n] if n in walk.labels else concrete(n.meta["val"])
 
     args, kwargs = map_arg(node.args, substitute), map_arg(node.kwargs, substitute)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    target = torch.ops.aten.reshape.default if node.target in VIEWS else node.target  # labels may be laid out otherwise
+    return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def last_axis(labels: Tensor) -> Tensor | None:
-    """The ids along the last axis if no other axis changes them, else None."""
-    if not labels.numel():
-        return None
-    rows = labels.reshape(-1, labels.shape[-1])
-    return rows[0].clone() if bool((rows == rows[0]).all()) else None
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
+
+def varying(labels: Tensor) -> Tensor:
+    """The labels with every axis along which they do not change cut to one."""
+    for axis in (d for d in range(labels.dim()) if labels.shape[d] > 1):
+        if labels.stride(axis) == 0 or bool((labels.narrow(axis, 0, 1) == labels).all()):
+            labels = labels.narrow(axis, 0, 1)
+    return labels
 
 
 def channel_axes(labels: Tensor) -> list[int]:
     """Axes along which the channel changes."""
-    return [d for d in range(labels.dim()) if bool((labels != labels.narrow(d, 0, 1)).any())]
+    return [d for d, size in enumerate(varying(labels).shape) if size > 1]
 
 
-def axis_index(labels: Tensor, axis: int) -> Tensor:
-    """For each element its index along an axis."""
-    shape = [-1 if d == axis else 1 for d in range(labels.dim())]
-    return torch.arange(labels.shape[axis]).reshape(shape).expand(labels.shape)
+def last_axis(labels: Tensor) -> Tensor | None:
+    """The ids along the last axis if no other axis changes them, else None."""
+    if not labels.numel() or any(d != labels.dim() - 1 for d in channel_axes(labels)):
+        return None
+    return labels[(0,) * (labels.dim() - 1)].clone()
+
+
+def along_axis(values: Tensor, axis: int, dims: int) -> Tensor:
+    """A vector as a tensor of `dims` axes that varies along one of them."""
+    return values.reshape([-1 if d == axis else 1 for d in range(dims)])
+
+
+def axis_index(labels: Tensor, axes: list[int]) -> Tensor:
+    """For each element its index along some axes, counted through."""
+    index = torch.zeros((), dtype=torch.int64)
+    for axis in axes:
+        index = index * labels.shape[axis] + along_axis(torch.arange(labels.shape[axis]), axis, labels.dim())
+    return index.expand(labels.shape)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -14,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from quantize.errors import QuantizeError, reason
+from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
+from quantize.graph.linears import ATEN, NOT_ALONE, VIEWS, Linear, find_linear, irreplaceable
 
-LINEAR = torch.ops.aten.linear.default
+MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,6 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A linear whose weight is a parameter: its module's path, its node, its input, and its parameters' names."""
-
-    path: str
-    node: fx.Node
-    source: fx.Node
-    weight: str
-    bias: str | None
-
-
-@dataclass(frozen=True)
 class Program:
     """The exported graph of one forward pass.
 
@@ -58,6 +51,8 @@ class Program:
         inputs: argument of forward → its placeholder, the main input first.
         segments: all other nodes but the output, in order.
         output: the node that returns.
+        handed_on: outputs that are no result: an encoder's states beside a decoder's output, which the decoder reads.
+        refused: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
     module: fx.GraphModule
@@ -67,22 +62,43 @@ class Program:
     inputs: dict[str, fx.Node]
     segments: tuple[Segment, ...]
     output: fx.Node
+    handed_on: frozenset[fx.Node] = frozenset()
+    refused: str = ""
+
+    @property
+    def refusal(self) -> str:
+        """What it means that the model cannot be exported, as a line to show."""
+        return f"the model cannot be exported ({self.refused}): only online transforms are used"
+
+    def export_record(self) -> dict[str, object]:
+        """Plain data for JSON: whether the model could be exported, and why not."""
+        return {"exported": not self.refused, "reason": self.refused}
 
     @property
     def vocabulary(self) -> int:
         """Rows of the smallest table that the inputs index; token ids lie below it."""
-        readers = [n for tokens in self.inputs.values() for n in tokens.users]
-        tables = [n.args[0] for n in readers if n.target is torch.ops.aten.embedding.default]
-        return min([int(table.meta["val"].shape[0]) for table in tables] or [2**31])  # type: ignore[union-attr]
+        ids, tables = set(self.inputs.values()), list[Any]()
+        for node in self.module.graph.nodes:
+            if node.target in VIEWS | MOVES and node.args[0] in ids:
+                ids.add(node)
+            if node.target is ATEN.embedding.default and node.args[1] in ids:
+                tables.append(node.args[0])
+        return min([int(table.meta["val"].shape[0]) for table in tables] or [2**31])
 
     def linears(self, segment: Segment) -> list[Linear]:
-        """The linears of a segment, in order."""
-        return [self._linear(n) for n in segment.nodes if n.target is LINEAR and n.args[1] in self.parameters]
+        """The linears of a segment that a quantized one can stand in for, in order."""
+        found = (self._linears[node] for node in segment.nodes if node in self._linears)
+        return [linear for linear in found if linear.weight not in self.irreplaceable]
 
-    def _linear(self, node: fx.Node) -> Linear:
-        source, weight, *bias = (n for n in node.args if isinstance(n, fx.Node))
-        name = self.parameters[weight]
-        return Linear(name.removesuffix(".weight"), node, source, name, self.parameters[bias[0]] if bias else None)
+    @functools.cached_property
+    def irreplaceable(self) -> dict[str, str]:
+        """The weights of all other linears, and why."""
+        return dict.fromkeys(irreplaceable(self.module.graph, self._linears.values(), self.parameters), NOT_ALONE)
+
+    @functools.cached_property
+    def _linears(self) -> dict[fx.Node, Linear]:
+        found = ((node, find_linear(node, self.parameters)) for segment in self.segments for node in segment.nodes)
+        return {node: linear for node, linear in found if linear is not None}
 
     @functools.cached_property
     def last_use(self) -> dict[fx.Node, fx.Node]:
@@ -97,7 +113,7 @@ def export_program(skeleton: nn.Module) -> Program:
         skeleton: parameters on the meta device, buffers real; its parameters are untied in place.
 
     Raises:
-        QuantizeError: the exporter refuses the model; the message carries its reason.
+        ExportError: the exporter refuses the model; the message carries its reason.
     """
     buffers = dict(skeleton.named_buffers())
     untie(skeleton)
@@ -111,13 +127,14 @@ def export_program(skeleton: nn.Module) -> Program:
         with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the exporter meets in a stranger's code
-        raise QuantizeError(f"the model cannot be exported as a graph: {reason(error)}") from error
+        raise ExportError(reason(error)) from error
     return from_exported(exported, buffers, switches, tuple(inputs))
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` where the model knows that switch: one pass over whole sequences needs no cache."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    """`use_cache=False` where forward takes that switch: one pass over whole sequences needs no cache."""
+    known = hasattr(getattr(model, "config", None), "use_cache")
+    return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def untie(model: nn.Module) -> None:
@@ -129,10 +146,15 @@ def untie(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter warns of its own deprecations, which a user cannot act on."""
-    with warnings.catch_warnings():
+    """Others warn of deprecations and masks, and the exporter prints half a graph where it fails: nothing to act on."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def from_exported(
@@ -145,6 +167,7 @@ def from_exported(
     module, signature = exported.graph_module, exported.graph_signature
     drop_assertions(module)
     move_to_cpu(module)
+    count_in_floats(module)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
     values = {by_name[p]: buffers[name] for p, name in signature.inputs_to_buffers.items()}
@@ -152,7 +175,16 @@ def from_exported(
     constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
     output = next(n for n in module.graph.nodes if n.op == "output")
     inputs = {name: by_name[name] for name in names}
-    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output)
+    handed_on = frozenset(node for name, node in named_outputs(exported, output) if name.startswith("encoder_"))
+    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, handed_on)
+
+
+def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:
+    """What the graph returns, each with its key where the model returns a dictionary."""
+    spec, nodes = exported.call_spec.out_spec, output.all_input_nodes
+    keys = spec.context if isinstance(getattr(spec, "context", None), list) else []
+    names = [str(key) for key in keys] if len(keys) == len(nodes) else [""] * len(nodes)
+    return list(zip(names, nodes, strict=True))
 
 
 def drop_assertions(module: fx.GraphModule) -> None:
@@ -176,6 +208,15 @@ def move_to_cpu(module: fx.GraphModule) -> None:
         graph_module.recompile()
 
 
+def count_in_floats(module: fx.GraphModule) -> None:
+    """Let histograms count floats: the CPU has none of integers, which other devices choose."""
+    for node in (n for n in module.graph.nodes if n.target is torch.ops.aten.histc.default):
+        with module.graph.inserting_before(node):
+            cast = module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
+        cast.meta.update(node.args[0].meta)
+        node.args = (cast, *node.args[1:])
+
+
 def cut(module: fx.GraphModule, parameters: dict[fx.Node, str]) -> tuple[Segment, ...]:
     """Cut the graph where it enters or leaves an item of the outermost list of modules."""
     runs: list[tuple[str, list[fx.Node]]] = []
@@ -194,7 +235,11 @@ def block_of(node: fx.Node) -> str | None:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
-    path = next(reversed(stack.values()))[0]
+    return block_at(next(reversed(stack.values()))[0])
+
+
+def block_at(path: str) -> str:
+    """Path of the outermost list item that a module lies in; '' outside of all."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
     return found.group() if found else ""
 

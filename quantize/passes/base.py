@@ -26,7 +26,7 @@ class Pass(Data):
     Attributes:
         name: what recipes call it.
         legal: a basis must admit this group.
-        needs: the statistic of linear inputs that `transform` is given, by module path; None for none.
+        needs: the statistic of linear inputs that `transform` is given, by weight; None for none.
         folds_gains: after the pass the gains that write its sites are ones.
     """
 
@@ -47,7 +47,7 @@ class Pass(Data):
 
         Args:
             basis: what T acts on.
-            statistics: of the inputs of the block's linears, by module path.
+            statistics: of the inputs of the block's linears, by the name of the weight; other readers have none.
             weights: the block's parameters by name.
             seed: a private generator, the same for the same recipe and basis.
         """

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Statistic
 from quantize.errors import QuantizeError
 from quantize.fold import Diagonal, Transform
-from quantize.graph.basis import Basis, is_foldable
+from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.passes.base import PASSES, Pass
 
@@ -28,7 +28,7 @@ class FoldNorms(Pass):
 
     def acts_on(self, basis: Basis) -> bool:
         """Bases that one gain writes."""
-        return is_foldable(basis)
+        return basis.gain is not None
 
     def transform(
         self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
@@ -39,8 +39,9 @@ class FoldNorms(Pass):
             QuantizeError: a gain is zero.
         """
         del statistics, seed
-        (edge,) = basis.writers
-        gain = weights[edge.parameter].double()[edge.index[0]]
+        edge = basis.gain
+        assert edge is not None
+        gain = weights[edge.parameter].double()[edge.index[0]] + edge.offset
         if not bool(gain.all()):
             raise QuantizeError(
                 f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Statistic
-from quantize.fold import Rotation, Transform
+from quantize.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.linear import OnlineHadamard
@@ -27,22 +27,25 @@ class Rotate(Pass):
             heads in front of those that read rotated heads.
     """
 
-    legal: ClassVar[Group] = Group.ORTHOGONAL
+    legal: ClassVar[Group] = Group.CENTRED_ORTHOGONAL
     residual: bool = True
     heads: bool = True
     online_hadamard: bool = True
 
     def acts_on(self, basis: Basis) -> bool:
-        """Heads, or whole bases, as switched on."""
+        """Heads of values, or whole bases, as switched on."""
+        if any(edge.dual for edge in basis.readers):
+            return False  # queries and keys: nothing that is quantized gains
         return self.heads if basis.heads > 1 else self.residual
 
     def transform(
         self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
     ) -> Transform:
-        """T = diag(random signs) · (I ⊗ H), H as large as a head."""
+        """T = diag(random signs) · (I ⊗ H), H as large as a head; where a norm takes the mean, one that keeps it."""
         del statistics, weights
         signs = torch.randint(0, 2, (basis.dim,), generator=seed).double() * 2 - 1
-        return Rotation(signs, basis.dim // basis.heads)
+        kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
+        return kind(signs, basis.dim // basis.heads)
 
     def online(self, basis: Basis | None, columns: int) -> OnlineHadamard | None:
         """The part of a full rotation that no weight absorbed."""

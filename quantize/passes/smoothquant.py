@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,7 +30,7 @@ class SmoothQuant(Pass):
 
     def acts_on(self, basis: Basis) -> bool:
         """Bases that linears read."""
-        return not any(edge.vector for edge in basis.readers)
+        return not any(edge.vector or edge.dual for edge in basis.readers)
 
     def transform(
         self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
@@ -39,10 +39,10 @@ class SmoothQuant(Pass):
         del seed
         X, W = torch.zeros(basis.dim, dtype=torch.float64), torch.zeros(basis.dim, dtype=torch.float64)
         for edge in basis.readers:
-            seen = statistics[edge.parameter.removesuffix(".weight")]
-            columns = weights[edge.parameter].abs().amax(dim=0)
+            seen: Any = statistics.get(edge.parameter)
+            columns = weights[edge.parameter].abs().movedim(edge.axis, -1).flatten(0, -2).amax(dim=0)
             for index in edge.index:
-                X = torch.maximum(X, seen.value[index].double())  # type: ignore[attr-defined]
+                X = X if seen is None else torch.maximum(X, seen.value[index].double())
                 W = torch.maximum(W, columns[index].double())
         s = X**self.alpha / W ** (1 - self.alpha)
         return Diagonal(1 / torch.where((X > 0) & (W > 0), s, torch.ones_like(s)))

@@ -2,67 +2,108 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Event, Walk, axis_index, channel_axes, last_axis, shape_of
-from quantize.graph.rules.movement import origin
-from quantize.graph.rules.norms import squared
-from quantize.graph.rules.table import arguments, name_of, pin_all, rule
+from quantize.graph.labels import Walk, axis_index, channel_axes, shape_of
+from quantize.graph.rules.movement import as_value, origin
+from quantize.graph.rules.norms import mean_square, squared
+from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
+from quantize.graph.views import View
 
 
-@rule("add", "add_", "sub")
+@rule("add", "add_", "sub", "sub_", operands=2, kind=SOURCES)
 def added(walk: Walk, node: fx.Node) -> None:
     """Residual sums make two channels one; a parameter added writes; anything else that is added pins."""
     x, y = arguments(node)[:2]
-    known = [n for n in (x, y) if n in walk.labels]
-    if any(n in walk.squares for n in (x, y)):
-        return pin_all(walk, node, "its square is added to something")
-    if len(known) == 2:
-        return join(walk, node, walk.labels[x], walk.labels[y])
-    other = y if known[0] is x else x
-    labels, name = walk.labels[known[0]], walk.parameter(other)
-    ids = last_axis(labels)
-    if name is None or ids is None or shape_of(other)[-1] != len(ids):
-        return walk.pin(known[0], "something that no weight writes is added to it")
-    walk.events.append(Event(ids, parameter=name, axis=len(shape_of(other)) - 1))
-    walk.labels[node] = labels.expand(shape_of(node))
+    if offset_gain(walk, node, x, y) or not any(isinstance(n, fx.Node) and walk.touches(n) for n in (x, y)):
+        return
+    if x in walk.labels and y in walk.means and name_of(node) == "sub":
+        return centred(walk, node, x, y)
+    if any(n in walk.squares or n in walk.means for n in (x, y)):
+        return pin_all(walk, node, "its square or mean is added to something")
+    a, b = as_value(walk, x), as_value(walk, y)
+    if a is not None and b is not None:
+        return join(walk, node, a, b)
+    known, other = (x, y) if b is None else (y, x)
+    what = f"{origin(other)}, which no weight writes," if isinstance(other, fx.Node) else "a number"
+    walk.pin(known, f"{what} is added to it")
+    walk.labels[node] = walk.labels[known].expand(shape_of(node))
+
+
+def offset_gain(walk: Walk, node: fx.Node, x: Any, y: Any) -> bool:
+    """Whether the sum is a parameter plus a number, such as the gain 1 + w."""
+    view, number = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
+    if view is None or not isinstance(number, int | float) or name_of(node) != "add" or node.kwargs:
+        return False
+    walk.views[node] = replace(view, offset=view.offset + number)
+    return True
+
+
+def centred(walk: Walk, node: fx.Node, x: fx.Node, mean: fx.Node) -> None:
+    """The mean over the channels is subtracted."""
+    labels = walk.labels[x]
+    if walk.means[mean] is not labels:
+        return pin_all(walk, node, "the mean of other channels is subtracted from it")
+    reduced = [d for d, (n, m) in enumerate(zip(shape_of(x), shape_of(mean), strict=True)) if m != n]
+    mean_square(walk, labels, reduced, Group.CENTRED_ORTHOGONAL)
+    walk.labels[node] = labels
 
 
 def join(walk: Walk, node: fx.Node, a: Tensor, b: Tensor) -> None:
     """The channels of two summands are the same channels."""
     a, b = torch.broadcast_tensors(a, b)
-    walk.joined.append(torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1))
-    walk.labels[node] = a
+    axes = channel_axes(a), channel_axes(b)
+    walk.labels[node] = a if len(axes[0]) <= len(axes[1]) else b
+    for axis in set(range(a.dim())) - set(axes[0]) - set(axes[1]):
+        a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
+    walk.joined.append(torch.stack([a.reshape(-1), b.reshape(-1)]))
 
 
-@rule("mul", "mul_", "div")
+@rule("mul", "mul_", "div", "div_", operands=2, kind=SOURCES)
 def scaled(walk: Walk, node: fx.Node) -> None:
     """A number or a factor for each token changes nothing; a factor for each channel commutes with diagonals only."""
     x, y = arguments(node)[:2]
     if x is y and x in walk.labels and name_of(node) == "mul":
         return squared(walk, node)
-    if any(n in walk.squares for n in (x, y)):
-        return pin_all(walk, node, "its square is scaled")
-    if y in walk.labels and (x in walk.labels or name_of(node) == "div"):
+    if not any(isinstance(n, fx.Node) and walk.touches(n) for n in (x, y)):
+        return scale_unknown(walk, node, x, y)
+    if any(n in walk.squares or n in walk.means for n in (x, y)):
+        return pin_all(walk, node, "its square or mean is scaled")
+    if y in walk.labels and (x in walk.labels or name_of(node).startswith("div")):
         walk.pin(x if x in walk.labels else y, f"`{name_of(node)}` combines it with other channels")
-        if name_of(node) == "div":
+        if name_of(node).startswith("div"):
             return walk.pin(y, "something is divided by it")
     known, other = (y, x) if y in walk.labels else (x, y)
     scale(walk, node, known, other)
 
 
+def scale_unknown(walk: Walk, node: fx.Node, x: Any, y: Any) -> None:
+    """A gain that scales what has no channels writes some; other products without channels are no concern."""
+    view, other = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
+    if isinstance(other, fx.Node) and walk.view(other) is None and is_gain(view, node):
+        gain(walk, node, None, view)
+
+
+def is_gain(view: View | None, node: fx.Node) -> TypeGuard[View]:
+    """Whether a parameter holds one factor for each index of the last axis of a product."""
+    if view is None or not view.size or name_of(node) != "mul":
+        return False
+    return max(view.size) == view.size[-1] == shape_of(node)[-1] > 1
+
+
 def scale(walk: Walk, node: fx.Node, known: fx.Node, other: Any) -> None:
     """`known` has channels and `other` multiplies it."""
-    labels = walk.labels[known]
+    labels, view = walk.labels[known], walk.view(other)
     if not isinstance(other, fx.Node) or not hasattr(other.meta["val"], "shape"):
         walk.labels[node] = labels
-    elif (name := walk.parameter(other)) and shape_of(other) == labels.shape[-1:]:
-        gain(walk, node, known, name)
+    elif is_gain(view, node) and labels.shape[-1] == view.size[-1]:
+        gain(walk, node, labels, view)
     else:
         factor(walk, node, labels, other)
 
@@ -71,9 +112,10 @@ def factor(walk: Walk, node: fx.Node, labels: Tensor, other: fx.Node) -> None:
     """A computed factor: harmless where it is one number for all channels of a block."""
     labels = labels.expand(shape_of(node))
     size = (1,) * (labels.dim() - len(shape_of(other))) + shape_of(other)
-    varying = [d for d in channel_axes(labels) if size[d] != 1]
-    if varying == [1] and labels.dim() == 4:
-        walk.restrict(labels, Group.LINEAR, "", blocks=axis_index(labels, 1))
-    elif varying:
+    axes = channel_axes(labels)
+    apart = [d for d in axes if size[d] != 1]
+    if apart and apart == axes:
         walk.restrict(labels, Group.DIAGONAL, f"{origin(other)} scales its channels one by one")
+    elif apart:
+        walk.restrict(labels, Group.LINEAR, "", blocks=axis_index(labels, apart))
     walk.labels[node] = labels

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
+from typing import Any
 
-from quantize.graph.labels import Walk, move
-from quantize.graph.rules.table import RULES, TRANSPARENT, name_of, rule
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from quantize.graph.labels import Walk, concrete, last_axis, move, shape_of
+from quantize.graph.rules.table import RULES, SOURCES, TRANSPARENT, arguments, name_of, pin_all, rule
+from quantize.graph.views import as_view
 
 
 @rule(
@@ -25,43 +29,123 @@ from quantize.graph.rules.table import RULES, TRANSPARENT, name_of, rule
     "split_with_sizes",
     "chunk",
     "unbind",
-    "stack",
-    "contiguous",
-    "clone",
-    "alias",
-    "detach",
     "repeat",
     "repeat_interleave",
     "narrow",
     "flatten",
     "unflatten",
     "movedim",
+    "roll",
+    "flip",
     "getitem",
     kind=TRANSPARENT,
 )
 def moved(walk: Walk, node: fx.Node) -> None:
     """Data movement: channels go where their elements go."""
-    if any(n in walk.squares for n in node.all_input_nodes):
-        return walk.pin(node.all_input_nodes[0], f"its square passes through `{name_of(node)}`")
-    walk.labels[node] = move(walk, node)
+    first = node.all_input_nodes[0]
+    if first in walk.squares or first in walk.means:
+        return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
+    if first in walk.labels:
+        walk.labels[node] = move(walk, node)
+    elif first in walk.views:
+        move_view(walk, node)
 
 
-@rule("cat")
-def concatenated(walk: Walk, node: fx.Node) -> None:
-    """Data movement if every part has channels; parts that no weight writes cannot absorb anything."""
-    if all(n in walk.labels for n in node.all_input_nodes):
-        return moved(walk, node)
-    for source in node.all_input_nodes:
-        walk.pin(source, "it is joined (`cat`) with values that no weight writes")
-
-
-@rule("dropout", "to", "_to_copy", "type_as", "float", "neg", "dropout_", kind=TRANSPARENT)
-def same(walk: Walk, node: fx.Node) -> None:
-    """Casts, signs and inactive dropout: the same channels, up to one common factor."""
+def move_view(walk: Walk, node: fx.Node) -> None:
+    """A parameter, taken apart or turned around, stays that parameter."""
     source = node.all_input_nodes[0]
-    for table in (walk.labels, walk.squares):
+    view = walk.views[source]
+    if name_of(node) == "getitem":
+        walk.views[node] = view[arguments(node)[1]]
+        return
+    base = view.stand_in()
+    args = map_arg(node.args, lambda n: base if n is source else concrete(n.meta["val"]))
+    moved: Any = as_view(node.target(*args, **node.kwargs), view, base)  # type: ignore[operator]
+    if moved is not None:
+        walk.views[node] = moved
+
+
+@rule("dropout", "to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias", "detach", "neg", "dropout_",
+      "lift_fresh_copy", operands=2, kind=TRANSPARENT)  # fmt: skip
+def same(walk: Walk, node: fx.Node) -> None:
+    """Casts (to the type of another value, too), signs and inactive dropout: the same channels, up to one factor."""
+    source = node.all_input_nodes[0]
+    for table in (walk.labels, walk.squares, walk.means):
         if source in table:
             table[node] = table[source]
+    if name_of(node) != "neg" and source in walk.views:
+        walk.views[node] = walk.views[source]
+
+
+SOURCES |= {moved, same}  # they carry parameters, too
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full",
+      "sym_size", "sym_numel", "sym_stride")  # fmt: skip
+def measured(walk: Walk, node: fx.Node) -> None:
+    """Only the shape and the type of a value are used."""
+
+
+@rule("view_as", "reshape_as", "expand_as", operands=2)
+def shaped_like(walk: Walk, node: fx.Node) -> None:
+    """Data movement to the shape of another value."""
+    if (labels := walk.labels.get(arguments(node)[0])) is None:
+        return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
+    shape = shape_of(node)
+    walk.labels[node] = labels.expand(shape) if name_of(node) == "expand_as" else labels.reshape(shape)
+
+
+@rule("cat", "stack")
+def concatenated(walk: Walk, node: fx.Node) -> None:
+    """Data movement if every part has channels; parts that no weight writes cannot absorb anything."""
+    parts = [as_value(walk, n) for n in arguments(node)[0]]
+    if any(labels is None for labels in parts):
+        return pin_all(walk, node, f"it is joined (`{name_of(node)}`) with values that no weight writes")
+    target: Any = node.target
+    walk.labels[node] = target(parts, *arguments(node)[1:])
+
+
+@rule("index", "index_select", "cumsum", "constant_pad_nd", "pad", kind=SOURCES)
+def tokenwise(walk: Walk, node: fx.Node) -> None:
+    """Operators that pick or sum tokens do the same to each channel, if they leave the axis of the channels alone."""
+    x, size = arguments(node)[0], shape_of(node)
+    labels = as_value(walk, x)
+    if labels is None and not any(walk.touches(n) for n in node.all_input_nodes):
+        return
+    ids = last_axis(labels) if labels is not None else None
+    if ids is None or not size or touches_last_axis(node, len(shape_of(x))) or size[-1] != len(ids):
+        return pin_all(walk, node, f"`{name_of(node)}` picks among its channels")
+    walk.labels[node] = ids.expand(size)
+
+
+def touches_last_axis(node: fx.Node, dims: int) -> bool:
+    """Whether such an operator acts along the last axis, or changes more than where tokens stand."""
+    _, where, *rest = arguments(node)
+    if name_of(node) == "index":
+        return len(where) >= dims
+    if name_of(node) in ("constant_pad_nd", "pad"):
+        return any(where[:2]) or any(rest)
+    return bool(where % dims == dims - 1)
+
+
+@rule("masked_fill")
+def masked(walk: Walk, node: fx.Node) -> None:
+    """Tokens masked out by zeros: a factor of zero for all channels of a token."""
+    x, mask, value = arguments(node)[:3]
+    if x not in walk.labels or value != 0 or (shape_of(mask) or (1,))[-1] != 1 or last_axis(walk.labels[x]) is None:
+        return pin_all(walk, node, "`masked_fill` puts numbers in its place")
+    walk.labels[node] = walk.labels[x]
+
+
+def as_value(walk: Walk, node: Any) -> Tensor | None:
+    """Labels of an operand; a parameter that is an operand itself writes channels along its last axis."""
+    if not isinstance(node, fx.Node) or node in walk.labels:
+        return walk.labels.get(node)
+    view = walk.view(node)
+    if view is None or not view.size or view.offset or view.region() is None or view.along(-1) is None:
+        return None
+    walk.use(node, view, -1, walk.fresh(node))
+    return walk.labels[node]
 
 
 def source_of(node: fx.Node) -> fx.Node:

@@ -9,11 +9,13 @@ from quantize.graph.labels import Walk
 from quantize.graph.rules.table import arguments, name_of, pin_all, rule
 
 
-@rule("relu", "relu_")
-def relu(walk: Walk, node: fx.Node) -> None:
-    """max(x, 0) commutes with positive factors."""
-    labels = walk.labels[arguments(node)[0]]
-    walk.restrict(labels, Group.POSITIVE_DIAGONAL, "`relu` commutes with positive factors only")
+@rule("relu", "relu_", "leaky_relu", "abs")
+def positive(walk: Walk, node: fx.Node) -> None:
+    """Functions with f(d x) = d f(x) for d > 0."""
+    labels = walk.labels.get(arguments(node)[0])
+    if labels is None:
+        return pin_all(walk, node, f"`{name_of(node)}` acts on its square or mean")
+    walk.restrict(labels, Group.POSITIVE_DIAGONAL, f"`{name_of(node)}` commutes with positive factors only")
     walk.labels[node] = labels
 
 
@@ -26,10 +28,12 @@ def relu(walk: Walk, node: fx.Node) -> None:
     "softmax",
     "_softmax",
     "softplus",
+    "mish",
+    "elu",
+    "hardswish",
     "erf",
     "hardtanh",
     "clamp",
-    "abs",
     "log",
     "rsqrt",
     "sqrt",

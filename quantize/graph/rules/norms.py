@@ -1,12 +1,12 @@
-"""Norms: the mean square keeps rotations, a mean keeps nothing; gains scale."""
+"""Norms: the mean square keeps rotations, subtracting the mean keeps those that keep it; gains scale."""
 
 from __future__ import annotations
 
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Event, Walk, axis_index, channel_axes
-from quantize.graph.rules.table import arguments, name_of, pin_all, rule
+from quantize.graph.labels import Walk, axis_index, channel_axes
+from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
 
 
@@ -20,47 +20,92 @@ def squared(walk: Walk, node: fx.Node) -> None:
 
 @rule("mean", "sum")
 def averaged(walk: Walk, node: fx.Node) -> None:
-    """The mean square over the channels is invariant under rotations of the channels averaged together."""
-    x, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else None
-    labels = walk.squares.get(x)
-    if labels is None or axes not in ([-1], [labels.dim() - 1]):
+    """Over tokens it is the same for each channel; the mean square over channels is invariant under rotations."""
+    x, labels = arguments(node)[0], walk.labels.get(arguments(node)[0])
+    reduced = reduced_axes(node, walk)
+    if labels is not None and not set(reduced) & set(channel_axes(labels)):
+        walk.labels[node] = without(labels, reduced, keepdim(node))
+    elif labels is not None and name_of(node) == "mean" and keepdim(node):
+        walk.means[node] = labels
+    elif x in walk.squares and set(reduced) & set(channel_axes(walk.squares[x])):
+        mean_square(walk, walk.squares[x], reduced)
+    else:
+        pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
+
+
+def reduced_axes(node: fx.Node, walk: Walk) -> list[int]:
+    """The axes that a reduction sums over."""
+    x = arguments(node)[0]
+    dims = next(t[x] for t in (walk.labels, walk.squares, walk.means) if x in t).dim()
+    axes = arguments(node)[1] if len(arguments(node)) > 1 else None
+    return [axis % dims for axis in ([axes] if isinstance(axes, int) else axes or range(dims))]
+
+
+def keepdim(node: fx.Node) -> bool:
+    """Whether a reduction leaves axes of size one."""
+    return bool(arguments(node)[2]) if len(arguments(node)) > 2 else bool(node.kwargs.get("keepdim"))
+
+
+def without(labels: Tensor, axes: list[int], keep: bool) -> Tensor:
+    """Labels with some axes, along which they do not change, reduced."""
+    for axis in sorted(axes, reverse=True):
+        labels = labels.narrow(axis, 0, 1) if keep else labels.select(axis, 0)
+    return labels
+
+
+@rule("var", "std", "linalg_vector_norm", "norm")
+def deviation(walk: Walk, node: fx.Node) -> None:
+    """Variance and length over the channels: the one keeps rotations that keep the mean, the other all."""
+    x, second, *rest = arguments(node)
+    labels, is_norm = walk.labels.get(x), "norm" in name_of(node)
+    axes = rest[0] if is_norm and rest else second
+    if labels is None or not isinstance(axes, list) or (is_norm and second != 2) or "correction" in node.kwargs:
         return pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
-    mean_square(walk, labels)
+    group = Group.ORTHOGONAL if is_norm else Group.CENTRED_ORTHOGONAL
+    mean_square(walk, labels, [a % labels.dim() for a in axes], group)
 
 
-@rule("rms_norm")
+@rule("rms_norm", kind=SOURCES)
 def rms_norm(walk: Walk, node: fx.Node) -> None:
     """RMSNorm as one operator: the mean square and the gain."""
-    x, _, *rest = arguments(node)
-    if (labels := walk.labels.get(x)) is None:
-        return pin_all(walk, node, "its square is normalized")
-    mean_square(walk, labels)
-    name = walk.parameter(rest[0]) if rest else None
-    walk.labels[node] = labels
-    if name is not None:
-        gain(walk, node, x, name)
+    normalize(walk, node, Group.ORTHOGONAL)
 
 
-@rule("layer_norm")
+@rule("layer_norm", kind=SOURCES)
 def layer_norm(walk: Walk, node: fx.Node) -> None:
-    """LayerNorm pins what it normalizes (it subtracts the mean over the channels); its gain and bias write anew."""
-    x, _, *rest = arguments(node)
-    walk.pin(x, "a LayerNorm subtracts the mean over its channels")
-    names = [walk.parameter(p) for p in rest[:2]]
-    if names and names[0]:
-        written = walk.fresh(node)
-        reason = f"it is written by the gain `{names[0]}`, which can only scale"
-        walk.events.append(Event(written, Group.DIAGONAL, reason, parameter=names[0], vector=True))
-        walk.events += [Event(written, parameter=name) for name in names[1:] if name]
+    """LayerNorm keeps rotations that keep the mean over the channels; its bias writes what its gain has scaled."""
+    normalize(walk, node, Group.CENTRED_ORTHOGONAL)
+    bias = arguments(node)[3] if len(arguments(node)) > 3 else None
+    if bias is None or node not in walk.labels:
+        return
+    if (view := walk.view(bias)) is None:
+        walk.restrict(walk.labels[node], Group.NONE, "the bias of a norm is no parameter")
+    else:
+        walk.use(node, view, -1, walk.alike(walk.labels[node]))
 
 
-def rms_blocks(labels: Tensor) -> Tensor | None:
-    """Blocks that are averaged apart, where channels lie along other axes as well."""
-    others = [d for d in channel_axes(labels) if d != labels.dim() - 1]
-    return axis_index(labels, others[0]) if others else None
+def normalize(walk: Walk, node: fx.Node, group: Group) -> None:
+    """A norm over the last axis, and its gain."""
+    x, size, *rest = arguments(node)
+    labels, parameter = walk.labels.get(x), rest[0] if rest else None
+    view = walk.view(parameter)
+    if len(size) != 1 or (parameter is not None and view is None):
+        return pin_all(walk, node, f"`{name_of(node)}` normalizes several axes, or with a gain that is no parameter")
+    walk.pin_derived(x, "its square or mean is normalized")
+    if labels is not None:
+        mean_square(walk, labels, [labels.dim() - 1], group)
+        walk.labels[node] = labels
+    if view is not None:
+        gain(walk, node, labels, view)
 
 
-def mean_square(walk: Walk, labels: Tensor) -> None:
-    """The channels of each block are averaged together."""
-    reason = "its root mean square is taken, which only rotations keep"
-    walk.restrict(labels, Group.ORTHOGONAL, reason, rms_blocks(labels))
+def mean_square(walk: Walk, labels: Tensor, reduced: list[int], group: Group = Group.ORTHOGONAL) -> None:
+    """The channels along the reduced axes are averaged together, apart for each index of the others."""
+    apart = [d for d in channel_axes(labels) if d not in reduced]
+    walk.restrict(labels, group, REASONS[group], axis_index(labels, apart) if apart else None, counted=True)
+
+
+REASONS = {
+    Group.ORTHOGONAL: "its root mean square is taken, which only rotations keep",
+    Group.CENTRED_ORTHOGONAL: "its mean and variance are taken, which only rotations that keep the mean keep",
+}

@@ -1,59 +1,90 @@
-"""Linears and tables: parameters read channels and write new ones."""
+"""Products with parameters, and tables: parameters read channels and write new ones."""
 
 from __future__ import annotations
 
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Event, Walk, last_axis
-from quantize.graph.rules.movement import origin
-from quantize.graph.rules.table import SOURCES, arguments, pin_all, rule
+from quantize.graph.labels import Walk, shape_of
+from quantize.graph.rules.movement import as_value, origin
+from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
+from quantize.graph.views import View
 
 
 @rule("linear", kind=SOURCES)
 def linear(walk: Walk, node: fx.Node) -> None:
     """A linear y = x Wᵀ + b: W reads the channels of x with its columns and writes new ones with its rows."""
-    x, weight, *rest = arguments(node)
-    name = walk.parameter(weight)
-    if name is None:
+    x, weight, *bias = arguments(node)
+    multiply(walk, node, x, walk.view(weight), (-1, 0), *bias)
+
+
+@rule("addmm", operands=2, kind=SOURCES)
+def addmm(walk: Walk, node: fx.Node) -> None:
+    """A linear y = b + x W whose weight is stored [in, out]."""
+    bias, x, weight = arguments(node)
+    scaled = set(node.kwargs) & {"alpha", "beta"}
+    multiply(walk, node, x, None if scaled else walk.view(weight), (0, 1), bias)
+
+
+@rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback", kind=SOURCES)
+def grouped(walk: Walk, node: fx.Node) -> None:
+    """Experts as a batch of linears: rows of x, sorted by expert, times W [experts, in, out]."""
+    x, weight, *_ = arguments(node)
+    multiply(walk, node, x, walk.view(weight), (-2, -1))
+
+
+def multiply(
+    walk: Walk, node: fx.Node, x: fx.Node, weight: View | None, axes: tuple[int, int], bias: fx.Node | None = None
+) -> None:
+    """A product over the channels of x with `axes` (in, out) of a weight, and a bias that is added."""
+    region = weight.region() if weight else None
+    if weight is None or region is None or weight.offset:
         return pin_all(walk, node, "it is multiplied with a matrix that is no parameter")
-    ids = read_channels(walk, x)
-    if ids is not None:
-        walk.events.append(Event(ids, parameter=name, axis=1, reads=True))
+    walk.use(node, weight, axes[0], read_channels(walk, x), reads=True)
     written = walk.fresh(node)
-    walk.events.append(Event(written, parameter=name, axis=0))
-    if rest and (bias := walk.parameter(rest[0])):
-        walk.events.append(Event(written, parameter=bias, axis=0))
+    walk.use(node, weight, axes[1], written)
+    if (found := walk.view(bias)) is not None:
+        walk.use(node, found, -1, written)
+    elif bias is not None:
+        walk.pin(bias, "it is added as a bias")
+        walk.restrict(written, Group.NONE, "its bias is no parameter")
 
 
-def read_channels(walk: Walk, x: fx.Node) -> Tensor | None:
+def read_channels(walk: Walk, x: fx.Node) -> Tensor:
     """The channels in front of a linear; an input that no weight writes is given channels pinned from birth."""
-    if x in walk.squares:
-        walk.pin(x, "its square is read by a weight")
-    elif x not in walk.labels:
+    walk.pin_derived(x, "its square or mean is read by a weight")
+    if as_value(walk, x) is None:
         walk.restrict(walk.fresh(x), Group.NONE, f"no weight writes it: it is {origin(x)}")
-    if x not in walk.labels:
-        return None
-    if (ids := last_axis(walk.labels[x])) is None:
-        walk.pin(x, "a weight reads other channels of it at other positions")
-    return ids
+    return walk.alike(walk.labels[x])
 
 
 @rule("embedding", kind=SOURCES)
 def embedding(walk: Walk, node: fx.Node) -> None:
     """A table writes new channels with its columns."""
-    if name := walk.parameter(arguments(node)[0]):
-        walk.events.append(Event(walk.fresh(node), parameter=name, axis=1))
+    if table := walk.view(arguments(node)[0]):
+        walk.use(node, table, -1, walk.fresh(node))
 
 
-def gain(walk: Walk, node: fx.Node, known: fx.Node, name: str) -> None:
-    """A parameter vector scales the channels: it reads them and writes new ones, unless it was folded to ones."""
-    if name in walk.folded:
-        walk.labels[node] = walk.labels[known]
-    elif (ids := last_axis(walk.labels[known])) is None:
-        walk.pin(known, f"the gain `{name}` scales more than one axis of it")
-    else:
-        reason = f"the gain `{name}` scales its channels one by one"
-        walk.events.append(Event(ids, Group.DIAGONAL, reason, parameter=name, reads=True, vector=True))
-        reason = f"it is written by the gain `{name}`, which can only scale"
-        walk.events.append(Event(walk.fresh(node), Group.DIAGONAL, reason, parameter=name, vector=True))
+@rule("conv1d", "conv2d", "conv3d", "convolution", kind=SOURCES)
+def convolution(walk: Walk, node: fx.Node) -> None:
+    """A convolution reads channels along axis 1 and writes new ones, at each place the same."""
+    x, weight, bias = (*arguments(node), None)[:3]
+    view = walk.view(weight)
+    if view is None or view.size[1] != shape_of(x)[1]:
+        return pin_all(walk, node, f"`{name_of(node)}` reads its channels in groups")
+    walk.pin_derived(x, "its square or mean is read by a weight")
+    if x in walk.labels:
+        walk.use(node, view, 1, walk.alike(walk.labels[x], 1), reads=True)
+    written = walk.fresh(node, axis=1)
+    for parameter in (p for p in (view, walk.view(bias)) if p):
+        walk.use(node, parameter, 0, written)
+
+
+def gain(walk: Walk, node: fx.Node, labels: Tensor | None, view: View) -> None:
+    """A parameter vector scales channels, or what has none: it reads them and writes new ones, unless it is folded."""
+    if labels is not None and view.name in walk.folded:
+        walk.labels[node] = labels.expand(shape_of(node))
+        return
+    if labels is not None:
+        walk.use(node, view, -1, walk.alike(labels), reads=True, gain=f"the gain `{view.name}` scales its channels")
+    walk.use(node, view, -1, walk.fresh(node), gain=f"the gain `{view.name}` sits between it and what writes it")

@@ -1,0 +1,104 @@
+"""Where a transform is legal: walk the exported graph, and sort its channels into bases.
+
+Channels that are added are one channel; channels with the same writers, readers and restrictions form a basis. So a
+fused projection falls apart into the ranges that are used differently, with no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from quantize.graph.assemble import assemble
+from quantize.graph.basis import Bases, Basis
+from quantize.graph.group import Group
+from quantize.graph.labels import Walk, shape_of
+from quantize.graph.program import Program
+from quantize.graph.rules import visit
+from quantize.graph.views import disjoint
+
+
+def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
+    """Walk the graph once and sort its channels into bases.
+
+    Args:
+        program: the exported model.
+        folded: gains to count as ones.
+    """
+    walk = Walk(program.parameters, folded)
+    for segment in program.segments:
+        for node in segment.nodes:
+            visit(walk, node)
+    for value in (n for n in program.output.all_input_nodes if n not in program.handed_on):
+        walk.pin(value, "it is an output of the model")
+    share(walk)
+    return assemble(walk)
+
+
+def share(walk: Walk) -> None:
+    """Make what a parameter that is used several times touches one: it can absorb a transform only once."""
+    placeholders = {name: node for node, name in walk.parameters.items()}
+    by_axis: dict[tuple[str, int, bool], list[int]] = {}
+    for i, event in enumerate(walk.events):
+        if event.parameter:
+            by_axis.setdefault((event.parameter, event.axis, event.vector and event.reads), []).append(i)
+    for name in walk.uses:
+        if any((user, name) not in walk.accounted for user in consumers(walk, placeholders[name])):
+            pin_uses(walk, name, "is also used in a way that has no rule")
+    for (name, _, _), found in by_axis.items():
+        shape = shape_of(placeholders[name])
+        for n, i in enumerate(found):
+            part = walk.events[i].region
+            share_one(walk, i, [j for j in found[:n] if not disjoint(part, walk.events[j].region, shape)])
+
+
+def share_one(walk: Walk, i: int, others: list[int]) -> None:
+    """Join the channels of one event with those of an earlier one that takes the same part of the parameter."""
+    event = walk.events[i]
+    for other in (walk.events[j] for j in others):
+        if other.region != event.region:
+            return pin_uses(walk, event.parameter, "is used several times, each time another part of it")
+    if others:
+        other = walk.events[others[0]]
+        meet = walk.joined if other.reads is event.reads else walk.paired
+        meet.append(torch.stack([other.channels, event.channels]))
+        walk.events[i] = replace(event, parameter="", counted=True)
+
+
+def pin_uses(walk: Walk, name: str, why: str) -> None:
+    """Rule out every transform that a parameter would have to absorb."""
+    for event in [e for e in walk.events if e.parameter == name]:
+        walk.restrict(event.channels, Group.NONE, f"`{name}` {why}")
+
+
+def consumers(walk: Walk, node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that compute with a parameter, behind those that only take it apart or turn it around."""
+    for user in node.users:
+        if user in walk.views:
+            yield from consumers(walk, user)
+        else:
+            yield user
+
+
+def admissible_bases(program: Program) -> tuple[Basis, ...]:
+    """All bases, those behind norm gains with the group they have once the gains are folded into their readers."""
+    found = find_bases(program)
+    gains = frozenset(b.gain.parameter for b in found.all if b.gain)
+    folded = {origin_of(b): b for b in find_bases(program, gains).all if b.writers} if gains else {}
+    return tuple(unlocked(b, folded, gains) for b in found.all)
+
+
+def origin_of(basis: Basis) -> tuple[str, int, int]:
+    """What tells a basis with writers from others in another walk: where its first channel is written."""
+    edge = basis.writers[0]
+    return edge.parameter, edge.axis, int(edge.index[0, 0])
+
+
+def unlocked(basis: Basis, folded: dict[tuple[str, int, int], Basis], gains: frozenset[str]) -> Basis:
+    """The basis as it is once its gains are folded, with their names."""
+    needed = tuple(e.parameter for e in basis.readers if e.parameter in gains)
+    found = folded.get(origin_of(basis)) if basis.writers and needed else None
+    return replace(found, index=basis.index, gains=needed) if found else basis

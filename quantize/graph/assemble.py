@@ -1,0 +1,188 @@
+"""From a walk to bases: channels that are one, and classes of channels that are used alike."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from quantize.graph.basis import Bases, Basis, Edge, Placement
+from quantize.graph.group import Group
+from quantize.graph.labels import Event, Walk
+
+
+@dataclass(frozen=True)
+class Channels:
+    """For each channel: its component, and how it belongs to it.
+
+    Attributes:
+        component: int64 number; channels of one component are transformed as one.
+        dual: T⁻ᵀ acts on the channel where T acts on the component.
+        copy: a value may hold a component several times (grouped queries, halves that are rotated against each other):
+            which time this is.
+        value: number of the value that the channel was made for.
+        itself: whether plain and dual of the component meet, so that T must equal T⁻ᵀ.
+    """
+
+    component: np.ndarray
+    dual: np.ndarray
+    copy: np.ndarray
+    value: np.ndarray
+    itself: np.ndarray
+
+    @property
+    def side(self) -> np.ndarray:
+        """Dual and copy as one number."""
+        return np.asarray(self.copy * 2 + self.dual)
+
+
+def assemble(walk: Walk) -> Bases:
+    """Components of channels that are one, then classes of components that are used alike."""
+    channels = find_components(walk)
+    itself = torch.from_numpy(np.flatnonzero(channels.itself))
+    events = [*walk.events, Event(itself, Group.ORTHOGONAL, "it is multiplied with itself")]
+    hashes = signatures(channels, events) + meetings(channels, [*walk.joined, *walk.paired])
+    blocks = block_signatures(channels.component, events)
+    first = np.full(len(hashes), walk.count)
+    np.minimum.at(first, channels.component, np.arange(walk.count))
+    order = np.lexsort((first, first_of_class(blocks, first), first_of_class(hashes, first)))
+    rank = np.empty_like(order)  # rank: component → place in that order
+    rank[order] = np.arange(len(order))
+    starts = np.flatnonzero(np.diff(hashes[order], prepend=~hashes[order[:1]]))
+    return build(walk, events, channels, rank[channels.component], starts, blocks[order])
+
+
+def find_components(walk: Walk) -> Channels:
+    """Sort channels into components.
+
+    Every channel is taken twice, plain and dual: a sum joins plain with plain and dual with dual, a product plain with
+    dual.
+    """
+    count, (joined, paired) = walk.count, (pairs(found) for found in (walk.joined, walk.paired))
+    a = np.concatenate([joined[0], joined[0] + count, paired[0], paired[0] + count])
+    b = np.concatenate([joined[1], joined[1] + count, paired[1] + count, paired[1]])
+    both = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(2 * count, 2 * count)), directed=False)[1]
+    plain, twin = both[:count], both[count:]
+    component = np.unique(np.minimum(plain, twin), return_inverse=True)[1]
+    dual, value = plain > twin, np.repeat(np.arange(len(walk.sizes)), walk.sizes)
+    several = np.flatnonzero(np.bincount(component)[component] > 1)
+    copy = np.zeros(count, dtype=np.int64)
+    copy[several] = occurrence(((component * 2 + dual) * len(walk.sizes) + value)[several])
+    return Channels(component, dual, copy, value, plain == twin)
+
+
+def occurrence(keys: np.ndarray) -> np.ndarray:
+    """For each element how many equal ones stand before it."""
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
+    counted = np.empty_like(keys)
+    counted[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
+    return counted
+
+
+def pairs(found: list[Tensor]) -> np.ndarray:
+    """Int64 [2, count] of a list of such."""
+    return torch.cat(found, dim=1).numpy() if found else np.empty((2, 0), dtype=np.int64)
+
+
+def signatures(channels: Channels, events: list[Event]) -> np.ndarray:
+    """A 64-bit hash for each component of the events that touch it, and on which side.
+
+    A parameter, and a sum over channels, counts as often as it touches the component, another restriction once.
+    """
+    rng, result = np.random.default_rng(0), np.zeros(channels.component.max(initial=-1) + 1, dtype=np.uint64)
+    side = channels.side
+    for event in events:
+        ids = event.channels.reshape(-1).numpy()
+        if not event.parameter and not event.counted:
+            ids = np.unique(ids)
+        salt = rng.integers(1 << 63, size=side[ids].max(initial=0) + 1, dtype=np.uint64)
+        np.add.at(result, channels.component[ids], salt[side[ids]])
+    return result
+
+
+def meetings(channels: Channels, found: list[Tensor]) -> np.ndarray:
+    """A 64-bit hash for each component of where its copies meet: all of a class must do so alike, copy with copy."""
+    rng, result = np.random.default_rng(2), np.zeros(channels.component.max(initial=-1) + 1, dtype=np.uint64)
+    for a, b in (pair.numpy() for pair in found):
+        if channels.copy[a].any() or channels.copy[b].any():
+            kinds = np.stack([channels.value[a], channels.copy[a], channels.value[b], channels.copy[b]])
+            kind = np.unique(kinds, axis=1, return_inverse=True)[1].reshape(-1)
+            seen = np.unique(np.stack([channels.component[a], kind]), axis=1)
+            np.add.at(result, seen[0], rng.integers(1 << 63, size=kind.max() + 1, dtype=np.uint64)[seen[1]])
+    return result
+
+
+def block_signatures(component: np.ndarray, events: list[Event]) -> np.ndarray:
+    """A 64-bit hash for each component of the blocks that it lies in."""
+    rng, result = np.random.default_rng(1), np.zeros(component.max(initial=-1) + 1, dtype=np.uint64)
+    for event in (e for e in events if e.blocks is not None):
+        inside = np.stack([component[event.channels.reshape(-1).numpy()], event.blocks.reshape(-1).numpy()])  # type: ignore[union-attr]
+        touched, blocks = np.unique(inside, axis=1)
+        np.add.at(result, touched, rng.integers(1 << 63, size=blocks.max(initial=0) + 1, dtype=np.uint64)[blocks])
+    return result
+
+
+def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """For each component the first channel of its class, so that classes sort in graph order."""
+    classes, inverse = np.unique(hashes, return_inverse=True)
+    lowest = np.full(len(classes), first.max(initial=0))
+    np.minimum.at(lowest, inverse, first)
+    return lowest[inverse]
+
+
+def build(
+    walk: Walk, events: list[Event], channels: Channels, rank: np.ndarray, starts: np.ndarray, blocks: np.ndarray
+) -> Bases:
+    """Bases from sorted components: basis b holds the ranks from starts[b] to starts[b + 1]."""
+    of_channel = np.searchsorted(starts, rank, side="right") - 1
+    place = rank - starts[of_channel]
+    touching: list[list[Event]] = [[] for _ in starts]
+    for event in events:
+        for b in np.flatnonzero(np.bincount(of_channel[event.channels.reshape(-1).numpy()])):
+            touching[b].append(event)
+    ends = np.append(starts[1:], len(blocks))
+    bases = tuple(
+        make_basis(b, touching[b], (of_channel, place, channels), blocks[start:end])
+        for b, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
+    found = torch.from_numpy(of_channel), torch.from_numpy(place)
+    at = {node: Placement(axes, ids, *found) for node, (axes, ids) in walk.at.items()}
+    return Bases(bases, at)
+
+
+Where = tuple[np.ndarray, np.ndarray, Channels]  # for each channel its basis, its place in it, and how it belongs to it
+
+
+def make_basis(index: int, events: list[Event], where: Where, blocks: np.ndarray) -> Basis:
+    """One basis from the events that touch it."""
+    dim, starts = len(blocks), np.flatnonzero(np.diff(blocks, prepend=~blocks[:1]))
+    heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
+    group = functools.reduce(operator.and_, (e.group for e in events), Group.LINEAR)
+    writers: list[Edge] = []
+    readers: list[Edge] = []
+    for event in (e for e in events if e.parameter):
+        for dual in (False, True):
+            ids = event.channels.numpy()
+            here = np.flatnonzero((where[0][ids] == index) & (where[2].dual[ids] == dual))
+            if len(here):
+                (readers if event.reads is not dual else writers).append(make_edge(event, here, dual, where, dim))
+    pins = tuple(dict.fromkeys(e.reason for e in events if e.reason))
+    return Basis(
+        index, dim, heads, group & Group.DIAGONAL if heads == dim else group, tuple(writers), tuple(readers), pins
+    )
+
+
+def make_edge(event: Event, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:
+    """Where along the parameter's axis the channels of one basis lie, copy by copy."""
+    ids = event.channels.numpy()[here]
+    here = here[np.lexsort((here, where[2].copy[ids], where[1][ids]))]
+    positions = torch.from_numpy(here) if event.positions is None else event.positions[here]
+    index = positions.reshape(dim, -1).T.contiguous()
+    return Edge(event.parameter, event.axis, index, event.vector, event.offset, event.region, dual and not event.reads)

@@ -1,0 +1,155 @@
+"""Linears: products with a parameter, and whether a quantized linear can stand in for the module that computes one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from quantize.graph.labels import shape_of
+
+ATEN = torch.ops.aten
+LINEAR = ATEN.linear.default
+VIEWS = {  # other shapes of the same elements in the same order
+    ATEN.view.default,
+    ATEN.reshape.default,
+    ATEN._unsafe_view.default,
+    ATEN.flatten.using_ints,
+    ATEN.unflatten.int,
+    ATEN.contiguous.default,
+}
+NOT_ALONE = "its module computes more than this product"
+
+
+class Form(NamedTuple):
+    """Places of a product's operands, and whether it takes the weight as [K, N]."""
+
+    source: int
+    weight: int
+    bias: int | None
+    transposed: bool
+
+
+FORMS: dict[Any, Form] = {
+    LINEAR: Form(0, 1, 2, False),
+    ATEN.addmm.default: Form(1, 2, 0, True),
+    ATEN.mm.default: Form(0, 1, None, True),
+    ATEN.matmul.default: Form(0, 1, None, True),
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear whose weight is a parameter.
+
+    Attributes:
+        path: the module that owns the weight.
+        node, source: the product, and its input [..., K].
+        weight, bias: names of its parameters.
+        columns: K.
+        transposed: the weight is stored as [K, N].
+    """
+
+    path: str
+    node: fx.Node
+    source: fx.Node
+    weight: str
+    bias: str | None
+    columns: int
+    transposed: bool
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """The weight as [N, K] from how it is stored, and back."""
+        return weight.T if self.transposed else weight
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """The input of a product."""
+    return node.args[FORMS[node.target].source]  # type: ignore[return-value]
+
+
+def find_linear(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | None:
+    """The linear that a node computes: x Wᵀ + b or x W + b, W and b parameters, b [N] or none; None if it does not."""
+    form = FORMS.get(node.target)
+    if form is None or any(factor != 1 for factor in node.kwargs.values()):  # alpha, beta
+        return None
+    weight, bias = operand(node, form.weight), operand(node, form.bias)
+    size = parameter_size(weight, parameters)
+    if len(size) != 2:
+        return None
+    rows, columns = reversed(size) if form.transposed else size
+    if bias is not None and parameter_size(bias, parameters) != (rows,):
+        return None
+    name, bias_name = parameters[weight], None if bias is None else parameters[bias]
+    return Linear(name.rpartition(".")[0], node, input_of(node), name, bias_name, columns, form.transposed)
+
+
+def operand(node: fx.Node, place: int | None) -> Any:
+    """An operand of a product, None if it has none there."""
+    return node.args[place] if place is not None and place < len(node.args) else None
+
+
+def parameter_size(node: Any, parameters: Mapping[fx.Node, str]) -> tuple[int, ...]:
+    """Shape of a parameter; () for anything else."""
+    return tuple(node.meta["val"].shape) if isinstance(node, fx.Node) and node in parameters else ()
+
+
+def irreplaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapping[fx.Node, str]) -> set[str]:
+    """Weights of linears whose module computes anything else, so that no other module can stand in for it."""
+    by_name, inside = {name: node for node, name in parameters.items()}, nodes_inside(graph)
+    groups: dict[str, list[Linear]] = defaultdict(list)  # a module may be called several times
+    for linear in linears:
+        groups[linear.weight].append(linear)
+    return {
+        weight
+        for weight, group in groups.items()
+        if modules_of(group[0].node) and not stands_alone(group, inside[group[0].path], by_name)
+    }
+
+
+def nodes_inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:
+    """Module path → the nodes that it or a module in it computes, but for sizes."""
+    inside: dict[str, set[fx.Node]] = defaultdict(set)
+    for node in graph.nodes:
+        for path in () if isinstance(node.meta.get("val"), int | torch.SymInt) else modules_of(node):
+            inside[path].add(node)
+    return inside
+
+
+def modules_of(node: fx.Node) -> list[str]:
+    """Paths of the modules that a node lies in, from the outermost to the innermost; [] where none is known."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def stands_alone(calls: list[Linear], inside: Collection[fx.Node], by_name: Mapping[str, fx.Node]) -> bool:
+    """Whether a module computes one product a call, on rows that stay as they are, and shares its parameters."""
+    chains = [chain(linear, inside) for linear in calls]
+    computed = {node for nodes in chains for node in nodes}
+    owned = {by_name[name] for name in (calls[0].weight, calls[0].bias) if name is not None}
+    below = {node for name, node in by_name.items() if name.startswith(f"{calls[0].path}.")}
+    used = {user for node in owned for user in node.users}
+    return computed == set(inside) and used <= computed and below == owned and all(map(keeps_rows, chains))
+
+
+def chain(linear: Linear, inside: Collection[fx.Node]) -> list[fx.Node]:
+    """A product with the views in front of it and behind it, as far as they lie inside and nothing else reads them."""
+    nodes = [linear.node]
+    while (before := first_input(nodes[0])) in inside and before.target in VIEWS and len(before.users) == 1:
+        nodes.insert(0, before)
+    while len(nodes[-1].users) == 1 and (after := next(iter(nodes[-1].users))) in inside and after.target in VIEWS:
+        nodes.append(after)
+    return nodes
+
+
+def first_input(node: fx.Node) -> fx.Node:
+    """The input of a product or view."""
+    return input_of(node) if node.target in FORMS else node.args[0]  # type: ignore[return-value]
+
+
+def keeps_rows(nodes: list[fx.Node]) -> bool:
+    """Whether a chain turns [..., K] into [..., N]."""
+    return shape_of(first_input(nodes[0]))[:-1] == shape_of(nodes[-1])[:-1]

@@ -1,0 +1,94 @@
+"""Parameters as operands: as they are stored, or a part of them, or with their axes in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Region = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """Elements of a contiguous parameter: element (i₀, i₁, …) lies at `first + Σ stride · i`.
+
+    Attributes:
+        name, shape: the parameter.
+        size, stride, first: which of its elements, in which order.
+        offset: a number added to every element (a gain 1 + w).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    first: int = 0
+    offset: float = 0.0
+
+    @classmethod
+    def whole(cls, name: str, shape: Sequence[int]) -> View:
+        """A parameter as it is stored."""
+        return cls(name, tuple(shape), tuple(shape), contiguous(shape))
+
+    def moved(self, result: Tensor, base: Tensor) -> View | None:
+        """The view that an operator made of `base`, a stand-in for this one; None if it copied."""
+        if result is not base and result._base is not base:
+            return None
+        return replace(
+            self, size=tuple(result.shape), stride=result.stride(), first=self.first + int(result.storage_offset())
+        )
+
+    def stand_in(self) -> Tensor:
+        """A tensor without memory that is laid out alike."""
+        return torch.empty_strided(self.size, self.stride, device="meta")
+
+    def along(self, axis: int) -> tuple[int, slice] | None:
+        """The parameter's axis, and the part of it, that an axis of the view runs along; None if not just one."""
+        size, step = self.size[axis], self.stride[axis]
+        strides = contiguous(self.shape)
+        axes = [a for a, s in enumerate(strides) if self.shape[a] > 1 and 0 < s <= step]
+        if size == 1 or not axes or step % strides[axes[0]]:
+            return None
+        step, start = step // strides[axes[0]], self.start(axes[0])
+        stop = start + step * (size - 1) + 1
+        return (axes[0], slice(start, stop, step)) if stop <= self.shape[axes[0]] else None
+
+    def start(self, axis: int) -> int:
+        """Where along an axis of the parameter the first element lies."""
+        return self.first // contiguous(self.shape)[axis] % self.shape[axis]
+
+    def region(self) -> Region | None:
+        """The part of the parameter that is covered, axis by axis; None if that is no block."""
+        covered: dict[int, slice] = {a: slice(self.start(a), self.start(a) + 1) for a in range(len(self.shape))}
+        for axis in (d for d, size in enumerate(self.size) if size > 1 and self.stride[d]):
+            found = self.along(axis)
+            if found is None:
+                return None
+            covered[found[0]] = found[1]
+        return tuple(covered.values())
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return torch.empty(tuple(shape), device="meta").stride()
+
+
+def disjoint(a: Region, b: Region, shape: Sequence[int]) -> bool:
+    """Whether two parts of a parameter have no element in common."""
+    return any(not set(range(n)[x]) & set(range(n)[y]) for x, y, n in zip(a, b, shape, strict=True))
+
+
+def indices(part: slice, size: int) -> Tensor:
+    """A slice as int64 indices."""
+    return torch.arange(size)[part]
+
+
+def as_view(result: Any, view: View, base: Tensor) -> Any:
+    """Views of what an operator returned, a tensor or several."""
+    if isinstance(result, Tensor):
+        return view.moved(result, base)
+    return tuple(as_view(part, view, base) for part in result)

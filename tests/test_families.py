@@ -1,0 +1,80 @@
+"""The analysis on eleven architectures, of which it knows none by name: sound, not lazy, and complete."""
+
+import re
+from pathlib import Path
+
+import pytest
+from soundness import CONFIGS, describe, family, lazy_pins, violations
+
+from quantize.graph.analysis import admissible_bases, find_bases
+from quantize.graph.group import Group
+
+SITES = Path(__file__).parents[1] / "docs" / "sites.md"
+GROUPS = {
+    "diagonal": Group.DIAGONAL,
+    "positive diagonal": Group.POSITIVE_DIAGONAL,
+    "orthogonal": Group.ORTHOGONAL,
+    "centred orthogonal": Group.CENTRED_ORTHOGONAL,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_admissible_preserves_the_function_and_what_is_not_changes_it(name):
+    case = family(name)
+    bases = find_bases(case.program)
+    assert not violations(case, bases)
+    assert not lazy_pins(case, bases)
+    assert all(b.pins for b in bases.all if b.group is Group.NONE)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_so_it_is_once_gains_are_folded(name):
+    folded, gains = family(name).with_unit_gains()
+    bases = find_bases(folded.program, gains)
+    assert not violations(folded, bases)
+    assert not lazy_pins(folded, bases)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_operator_that_touches_channels_has_a_rule_or_is_named(name):
+    pins = {pin for basis in find_bases(family(name).program).all for pin in basis.pins}
+    assert not [pin for pin in pins if "form that is not known" in pin]
+    assert {pin for pin in pins if "has no rule" in pin} <= {"`topk` has no rule"}
+
+
+def rows():
+    """The table in docs/sites.md: model, method, written by, read by, group or reason."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in SITES.read_text().splitlines() if "|" in line]
+    return [row for row in cells if row[0] in CONFIGS]
+
+
+def short(name):
+    """`…layers.0.self_attn.v_proj.weight` → `v_proj`."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: "-".join(row[:4]).replace(" ", "-"))
+def test_the_sites_of_the_literature(row):
+    name, _, writer, readers, answer = row
+    for layer in (0, 1) if "{i}" in writer else (0,):
+        path, wanted = re.escape(writer.strip("`").format(i=layer)), set(re.findall(r"\w+", readers))
+        bases = [
+            b
+            for b in admissible_bases(family(name).program)
+            if any(re.search(rf"(^|\.){path}(\.weight)?$", e.parameter) for e in b.writers)
+        ]
+        bases.sort(key=lambda b: not wanted <= {short(e.parameter) for e in b.readers})
+        basis = bases[0]
+        if answer in GROUPS:
+            assert {short(e.parameter) for e in basis.readers} == wanted, describe(basis)
+            assert GROUPS[answer] in basis.group, describe(basis)
+            stronger = {"positive diagonal": Group.DIAGONAL, "centred orthogonal": Group.ORTHOGONAL}.get(answer)
+            assert stronger is None or stronger not in basis.group
+        else:
+            quoted = re.findall(r"`([^`]+)`", answer)
+            assert basis.group in (Group.NONE,), describe(basis)
+            assert all(any(part.format(i=layer) in pin for pin in basis.pins) for part in quoted), describe(basis)
+
+
+def test_the_table_covers_every_family_and_method():
+    assert {(row[0], row[1]) for row in rows()} == {(n, m) for n in CONFIGS for m in ("smoothing", "R1", "R2", "CLE")}
