@@ -5,6 +5,10 @@ PYTHON := $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.demo
 
+# Time and memory of the analysis of a 32-layer, 8B-shaped model
+bench-analysis: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_analysis
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -24,4 +28,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo test format
+.PHONY: demo bench-analysis test format

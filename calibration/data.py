@@ -1,40 +1,60 @@
-"""Token ids to calibrate and evaluate on, from a text file or rows of JSON."""
+"""Samples to calibrate and evaluate on; token ids from a text file or rows of JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError, UsageError
 
+T = TypeVar("T")
+Row = Mapping[str, Tensor]
 Tokenize = Callable[[str], list[int]]
 BUNDLED = Path(__file__).with_name("books.txt")  # public-domain prose
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of token ids, int64, each its own length, and the hash of the file they come from."""
+    """What a model is run on.
 
-    rows: tuple[Tensor, ...]
+    Attributes:
+        rows: for each sample the inputs by argument of forward, without a batch axis; token ids int64 [length].
+        sha256: hash of the file they come from.
+    """
+
+    rows: tuple[Row, ...]
     sha256: str
 
-    def batches(self, size: int) -> list[Tensor]:
-        """Neighbouring rows of equal length stacked to [≤ size, length], in order."""
-        batches: list[list[Tensor]] = []
+    @property
+    def tokens(self) -> int:
+        """How many token ids there are."""
+        return sum(x.numel() for row in self.rows for x in row.values() if not x.is_floating_point())
+
+    def batches(self, size: int) -> list[Row]:
+        """Neighbouring rows of equal shapes stacked along a first axis ≤ size, in order."""
+        batches: list[list[Row]] = []
         for row in self.rows:
-            if not batches or len(batches[-1]) == size or len(batches[-1][0]) != len(row):
+            if not batches or len(batches[-1]) == size or shapes(batches[-1][0]) != shapes(row):
                 batches.append([])
             batches[-1].append(row)
-        return [torch.stack(batch) for batch in batches]
+        return [{name: torch.stack([row[name] for row in batch]) for name in batch[0]} for batch in batches]
 
 
-def read_samples(path: Path, seqlen: int, limit: int | None, tokenize: Tokenize | None, vocabulary: int) -> Samples:
+def shapes(row: Row) -> dict[str, torch.Size]:
+    """Shape of each input."""
+    return {name: x.shape for name, x in row.items()}
+
+
+def read_samples(
+    path: Path, seqlen: int, limit: int | None, tokenize: Tokenize | None, vocabulary: int, name: str = "input_ids"
+) -> Samples:
     """Windows of `seqlen` tokens of a `.txt`, or the rows (cut to `seqlen`) of a `.jsonl`.
 
     Args:
@@ -43,6 +63,7 @@ def read_samples(path: Path, seqlen: int, limit: int | None, tokenize: Tokenize 
         limit: at most this many rows, spread evenly over the file; None for all.
         tokenize: text → ids; ids need none.
         vocabulary: ids must lie below it.
+        name: the argument of forward that takes them.
 
     Raises:
         UsageError: missing file, unknown kind, malformed row.
@@ -56,10 +77,14 @@ def read_samples(path: Path, seqlen: int, limit: int | None, tokenize: Tokenize 
         if path.suffix == ".jsonl"
         else read_text(path, content, seqlen, tokenize)
     )
-    check_ids(path, rows, vocabulary)
-    if limit is not None and len(rows) > limit:
-        rows = [rows[i * len(rows) // limit] for i in range(limit)]
-    return Samples(tuple(torch.tensor(row) for row in rows), hashlib.sha256(content).hexdigest())
+    check_ids(path, min(map(min, rows)), max(map(max, rows)), vocabulary)
+    chosen = tuple({name: torch.tensor(row)} for row in spread(rows, limit))
+    return Samples(chosen, hashlib.sha256(content).hexdigest())
+
+
+def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
+    """At most so many rows, evenly spread."""
+    return rows if limit is None or len(rows) <= limit else [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None) -> list[list[int]]:
@@ -109,8 +134,7 @@ def require(tokenize: Tokenize | None, path: Path) -> Tokenize:
     return tokenize
 
 
-def check_ids(path: Path, rows: list[list[int]], vocabulary: int) -> None:
-    """All ids lie in the vocabulary."""
-    low, high = min(map(min, rows)), max(map(max, rows))
+def check_ids(path: Path, low: int, high: int, vocabulary: int) -> None:
+    """The lowest and the highest id lie in the vocabulary."""
     if low < 0 or high >= vocabulary:
         raise UsageError(f"{path} holds the token id {low if low < 0 else high}; the model knows 0 to {vocabulary - 1}")

@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from quantize.calibration.statistics import Statistic
 from quantize.graph.execute import State, Values, advance, start
-from quantize.graph.program import Linear, Program, Segment
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program, Segment
 
 
 class Runner:
@@ -63,11 +64,11 @@ class Runner:
     def preview(
         self, segment: Segment, state: State, targets: Iterable[Linear], make: Callable[[], Statistic]
     ) -> dict[str, Statistic]:
-        """Statistics of the inputs of a segment's linears, by module path, without advancing."""
+        """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing."""
         collected: dict[str, Statistic] = {}
         for values in self.values:
             ahead = Runner.of(self.program, [dict(values)])
             for group in ahead.stops(segment, state, targets):
                 for linear in group:
-                    collected.setdefault(linear.path, make()).update(ahead.values[0][linear.source])
+                    collected.setdefault(linear.weight, make()).update(ahead.values[0][linear.source])
         return collected

@@ -57,7 +57,8 @@ def main() -> None:
 
 def rows(model: Path, scratch: Path, console: Console) -> Iterator[tuple[str, ...]]:
     """One row for the float model, then two a scheme."""
-    batches = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31).batches(BATCH)
+    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
+    batches = [batch["input_ids"] for batch in samples.batches(BATCH)]
     reference = open_checkpoint(model).load()
     base = score_language(reference, batches).loss
     yield "float", "", f"{base:.4f}", "", "", "", f"{stored_bytes(model):,}"

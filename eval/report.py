@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import read_pairs, score_pairs
+from quantize.graph.inputs import example_inputs
 from quantize.tokenizer import load_tokenize, load_tokenizer
 
 BATCH_TOKENS = 4096
@@ -54,7 +55,9 @@ def check_kinds(
     Raises:
         UsageError: they cannot, or it does not.
     """
-    predicts, pairs = kind_of(model)[0], text.suffix == ".tsv"
+    predicts, pairs, takes = kind_of(model)[0], text.suffix == ".tsv", list(example_inputs(model))
+    if takes != ["input_ids"]:
+        raise UsageError(f"{directory} takes {' and '.join(takes)}; measured are models that take input_ids alone")
     if reference is not None and kind_of(model) != kind_of(reference):
         raise UsageError(f"{directory} and {against} cannot be compared: they are of another kind or vocabulary")
     if predicts and pairs:
@@ -85,9 +88,8 @@ def evaluate_language(
 ) -> dict[str, Any]:
     """Loss and divergence on windows of a text."""
     vocabulary = kind_of(model)[1]
-    batches = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary).batches(
-        BATCH_TOKENS // seqlen or 1
-    )
+    samples = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary)
+    batches = [batch["input_ids"] for batch in samples.batches(BATCH_TOKENS // seqlen or 1)]
     found = score_language(model, batches, reference)
     scores = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     if reference is not None:
@@ -112,25 +114,3 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
     return table
-
-
-def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
-    """One row a basis: what it admits, who writes and reads it, and why it admits no more."""
-    table = Table("dim", "heads", "group", "writers", "readers", "why no more")
-    for basis in bases:
-        pins = [*basis["pins"], *(f"once the gain {gain} is folded" for gain in basis["after_folding"][:1])]
-        table.add_row(
-            str(basis["dim"]),
-            str(basis["heads"]),
-            basis["group"],
-            shortened(basis["writers"]),
-            shortened(basis["readers"]),
-            "\n".join(pins),
-            end_section=True,
-        )
-    return table
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    return "\n".join([*names[:3], *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])

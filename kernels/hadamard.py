@@ -31,10 +31,11 @@ def hadamard_transform(x: Tensor, size: int, stride: int = 1) -> Tensor:
 def kronecker_transform(x: Tensor, a: Tensor, b: Tensor, stride: int = 1) -> Tensor:
     """`x @ (a ⊗ b ⊗ I_stride)` on blocks of the last axis: two small matmuls, K·(|a| + |b|) multiply-adds a token."""
     shape, (n, m) = x.shape, (a.shape[0], b.shape[0])
-    x = a.T @ x.reshape(*shape[:-1], -1, n, m * stride)
+    blocks = shape[-1] // (n * m * stride)  # not left to be inferred: an x without rows is legal
+    x = a.T @ x.reshape(*shape[:-1], blocks, n, m * stride)
     if stride == 1:
         return (x @ b).reshape(shape)
-    return (b.T @ x.reshape(*shape[:-1], -1, n, m, stride)).reshape(shape)
+    return (b.T @ x.reshape(*shape[:-1], blocks, n, m, stride)).reshape(shape)
 
 
 @functools.cache

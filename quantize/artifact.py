@@ -184,8 +184,23 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
-    files = index_tensors(directory, PROBE)
     model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
+    return fill(model, directory, settings, dtype)
+
+
+def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Put the tensors of an artifact into its architecture.
+
+    Args:
+        model: the architecture; its weights are replaced.
+        directory: an artifact, complete but for the manifest.
+        settings: its quantization settings.
+        dtype: of all parameters that are not integers.
+
+    Raises:
+        QuantizeError: damaged files, or those of another model.
+    """
+    files = index_tensors(directory, PROBE)
     try:
         for path in settings["modules"]:
             model.set_submodule(path, read_linear(path, settings, files, dtype))

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantize.calibration.data import Samples
+from quantize.calibration.data import Row, Samples
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
 from quantize.graph.execute import State
-from quantize.graph.program import Linear, Program, Segment
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program, Segment
 from quantize.linear import HadamardTransform, OnlineHadamard, QuantizedLinear
 from quantize.plan import Plan
 from quantize.transforming import Transformer, float_state
@@ -30,6 +31,7 @@ class BlockRun:
 
     Attributes:
         modules: path → entry of the artifact's quantization settings.
+        probe_inputs: two different inputs that prove what is made.
         untied: some parameter no longer equals the one it was tied to.
     """
 
@@ -37,8 +39,8 @@ class BlockRun:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
         needed = plan.quantizer.needs_gram or any(step.handler.needs for step in plan.steps)
         batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
-        self.probe_tokens = probe_tokens(samples, program.vocabulary, plan.recipe.seed)
-        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_tokens)
+        self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
+        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_inputs)
         self.transformer = Transformer(program, plan.steps, self.calibration, self.probes, plan.recipe.seed)
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
@@ -50,14 +52,12 @@ class BlockRun:
         weights, online = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
         linears = self.program.linears(segment)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
-        kept = {
-            name: weights[name].to(t.dtype)
-            for name, t in stored.items()
-            if name not in {linear.weight for linear in targets}
-        }
+        replaced = {linear.weight for linear in targets}
+        kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in replaced}
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
         state = float_state(weights, linears, online)
-        tensors: dict[str, Tensor] = {}
+        biases = {linear.bias: f"{linear.path}.bias" for linear in targets if linear.bias}
+        tensors = {name: kept.pop(bias) for bias, name in biases.items()}
         for group in self.calibration.stops(segment, state, targets):
             gram = self._gram(group[0], online.get(group[0].path))
             for linear in group:
@@ -92,7 +92,8 @@ class BlockRun:
         """Quantize one linear and let the block run with it from here on."""
         recipe = self.plan.recipe
         try:
-            weight = self.plan.quantizer.quantize(state.weights[linear.weight], recipe.weights, gram, dtype)
+            W = linear.oriented(state.weights[linear.weight])
+            weight = self.plan.quantizer.quantize(W, recipe.weights, gram, dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{linear.path}: {error}") from None
         bias = state.weights.get(linear.bias or "")
@@ -119,8 +120,16 @@ class BlockRun:
         return len(self.checkpoint.ties.get(name, ())) > 1
 
 
-def probe_tokens(samples: Samples, vocabulary: int, seed: int) -> list[Tensor]:
-    """Two different inputs [1, tokens]: the start of the last sample, and random ids."""
-    text = samples.rows[-1][None, :PROBE_TOKENS]
+def probe_inputs(row: Row, vocabulary: int, seed: int) -> list[Row]:
+    """Two different inputs of batch 1: a sample, of its token ids the start, and random data of the same shapes."""
+    given = {name: (x if x.is_floating_point() else x[:PROBE_TOKENS])[None] for name, x in row.items()}
     rng = np.random.default_rng(seed)
-    return [text, torch.from_numpy(rng.integers(vocabulary, size=text.shape))]
+    return [given, {name: random_like(x, vocabulary, rng) for name, x in given.items()}]
+
+
+def random_like(x: Tensor, vocabulary: int, rng: np.random.Generator) -> Tensor:
+    """Ids below the vocabulary, or normal numbers with the mean and deviation of x (1 where it is constant)."""
+    if not x.is_floating_point():
+        return torch.from_numpy(rng.integers(vocabulary, size=x.shape))
+    deviation = float(x.std(correction=0)) or 1.0
+    return torch.from_numpy(rng.normal(float(x.mean()), deviation, size=x.shape)).float()

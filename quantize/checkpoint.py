@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.renaming import names_in_files
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -30,6 +31,7 @@ class Checkpoint:
         directory: where the files are; None for a module in memory.
         config: the config as a dict; empty for a module that has none.
         files: tensor name → safetensors file.
+        stored: tensor name → name in its file.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
     """
@@ -39,6 +41,7 @@ class Checkpoint:
     files: dict[str, Path] = field(default_factory=dict)
     module: nn.Module | None = None
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """The model with parameters on the meta device, tied ones shared, and real buffers."""
@@ -63,7 +66,7 @@ class Checkpoint:
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.files), None)
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        return read_tensor(self.files[stored], stored)
+        return read_tensor(self.files[stored], self.stored[stored])
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
@@ -121,7 +124,11 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     config = read_config(directory)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    return Checkpoint(directory, config, index_tensors(directory), None, ties_of(build_skeleton(config)))
+    model, files = build_skeleton(config), index_tensors(directory)
+    stored = names_in_files(model, files)
+    return Checkpoint(
+        directory, config, {name: files[there] for name, there in stored.items()}, None, ties_of(model), stored
+    )
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def inspect(model: str, as_json: bool) -> None:
     bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
-    from quantize.eval.report import bases_table
+    from quantize.eval.bases import bases_table
 
     if program.refused:
         click.echo(program.refusal)

@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from quantize import gate
 from quantize.artifact import METHOD, ArtifactWriter, as_json, load, sha256
 from quantize.blocks import BlockRun
-from quantize.calibration.data import BUNDLED, Samples, read_samples
-from quantize.checkpoint import Checkpoint, check_weights, open_checkpoint, side_files
+from quantize.calibration.data import BUNDLED, Samples
+from quantize.calibration.tensors import read_calibration
+from quantize.checkpoint import Checkpoint, build_skeleton, check_weights, open_checkpoint, side_files
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.graph.program import Program, Segment, export_program
+from quantize.graph.inputs import example_inputs
+from quantize.graph.program import Program, Segment
+from quantize.graph.unexported import Unexported, make_program
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.progress import track
 from quantize.recipe import Recipe, load_recipe
 from quantize.tokenizer import load_tokenize
-from quantize.verify import parity
+from quantize.verify import at_last_token, parity, written_output
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ class Artifact:
         """One sentence: what was made of how much."""
         done = sum(how == "quantized" for how in self.manifest["coverage"].values())
         size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
+        how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
         return (
             f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters "
-            f"quantized, {size:,} bytes, largest difference at the gate {worst:.1e}, "
+            f"quantized, {how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
             f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
         )
 
@@ -80,10 +84,12 @@ def quantize_model(
     """Quantize a model into a new directory.
 
     Args:
-        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence].
+        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; one of transformers
+            also with other inputs.
         output_dir: the artifact; must not exist.
         scheme: `W8A8`, `W4A16`, `W4A8` or `W4A4`; None takes the recipe's.
-        calibration: `.txt`, or `.jsonl` with rows of `text` or `input_ids`; None takes the bundled prose.
+        calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
+            for each input; None takes the bundled prose.
         recipe: TOML file, or its content, that changes the scheme's default recipe.
         nsamples, seqlen: calibration windows, and tokens in each.
         group_size: columns that share a scale; 0 is per-channel.
@@ -109,10 +115,11 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
     skeleton = checkpoint.skeleton()
     check_weights(checkpoint, skeleton)
     check_length(checkpoint.config, recipe)
-    program = export_program(skeleton)
+    inputs = example_inputs(skeleton)
+    program = make_program(checkpoint, skeleton)
     plan = make_plan(recipe, program)
     tokenize = load_tokenize(checkpoint.directory)
-    samples = read_samples(calibration or BUNDLED, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
     return Prepared(checkpoint, program, plan, samples)
 
 
@@ -130,11 +137,11 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     announce(prepared, bool(blocks.calibration.values), console)
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
-        writer.add(shard.format(number), process(blocks, segment, plan.recipe))
+        writer.add(shard.format(number), process(blocks, segment))
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
     settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
     write_side_files(prepared, writer, blocks, settings)
-    proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_tokens, blocks.outputs(), console)
+    proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_inputs, blocks.outputs(), console)
     return Artifact(
         writer.output,
         writer.commit(
@@ -142,6 +149,7 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
                 "scheme": plan.recipe.scheme,
                 "seed": plan.recipe.seed,
                 "versions": versions(),
+                "export": program.export_record() | {"not_compared": not_compared(blocks)},
                 "calibration": calibration_record(blocks, prepared.samples),
                 "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
                 "parity": proof,
@@ -154,24 +162,26 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
 
 
 def announce(prepared: Prepared, used: bool, console: Console | None) -> None:
-    """Say what is calibrated on, above all if it is not the user's own text or less than asked for."""
+    """Say what the exporter refused, and what is calibrated on, above all if it is not the user's own text."""
+    if console is not None and prepared.program.refused:
+        console.print(prepared.program.refusal, soft_wrap=True, markup=False)
     if console is None or not used:
         return
-    rows, wanted = prepared.samples.rows, prepared.plan.recipe.nsamples
-    line = f"quantizing on {len(rows)} calibration rows of {wanted} asked for, {sum(map(len, rows))} tokens"
+    rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples
+    line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.tokens} tokens"
     bundled = prepared.samples.sha256 == sha256(BUNDLED)
     source = ", bundled prose: give --calibration for text of your own" if bundled else ""
     console.print(line + source, soft_wrap=True)
 
 
-def process(blocks: BlockRun, segment: Segment, recipe: Recipe) -> dict[str, Tensor]:
+def process(blocks: BlockRun, segment: Segment) -> dict[str, Tensor]:
     """One block, or the reason why it does not run."""
     try:
         return blocks.process(segment)
     except (IndexError, RuntimeError) as error:  # an operator refuses its operands
         raise QuantizeError(
-            f"{segment.name} does not run on windows of {recipe.seqlen} tokens ({reason(error)}); "
-            "if that is more than the model has positions, give a smaller --seqlen"
+            f"{segment.name} does not run on the calibration data ({reason(error)}); "
+            "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
         ) from error
 
 
@@ -188,21 +198,34 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
     if checkpoint.directory is not None:
         for path in side_files(checkpoint.directory):
             writer.write(path, (checkpoint.directory / path).read_bytes())
-    first = len(prepared.program.output.all_input_nodes)
-    last_token = torch.cat([output[:, -1] for output in blocks.outputs()[::first]])
-    writer.add_probe({"input_ids": torch.cat(blocks.probe_tokens), "output": last_token})
+    given = {name: torch.cat([probe[name] for probe in blocks.probe_inputs]) for name in blocks.probe_inputs[0]}
+    if prepared.program.refused:
+        fresh = build_skeleton(checkpoint.config) if checkpoint.config else checkpoint.skeleton()
+        output = written_output(fresh, writer.directory, settings, given)
+    else:
+        first = len(prepared.program.output.all_input_nodes)
+        output = torch.cat([at_last_token(found) for found in blocks.outputs()[::first]])
+    writer.add_probe({**given, "output": output})
 
 
 def calibration_record(blocks: BlockRun, samples: Samples) -> dict[str, Any]:
     """Which data was used, and how much of it."""
     used = bool(blocks.calibration.values)
-    rows = samples.rows if used else ()
-    return {"sha256": samples.sha256, "rows": len(rows), "tokens": sum(len(row) for row in rows)}
+    rows, tokens = (len(samples.rows), samples.tokens) if used else (0, 0)
+    return {"sha256": samples.sha256, "rows": rows, "tokens": tokens}
+
+
+def not_compared(blocks: BlockRun) -> list[str]:
+    """Quantized linears that ran on no probe, so that neither gate nor parity saw them; an exported graph runs all."""
+    program = blocks.program
+    idle = program.idle(blocks.outputs()) if isinstance(program, Unexported) else []
+    return [path for path in idle if path in blocks.modules]
 
 
 def coverage(plan: Plan, blocks: BlockRun) -> dict[str, str]:
     """Every parameter: quantized, or the reason why not."""
-    done = {f"{path}.weight": "quantized" for path in blocks.modules}
+    linears = (linear for segment in blocks.program.segments for linear in blocks.program.linears(segment))
+    done = {linear.weight: "quantized" for linear in linears if linear.path in blocks.modules}
     return dict(sorted((plan.skipped | done).items()))
 
 
@@ -217,8 +240,9 @@ def describe(prepared: Prepared) -> str:
     plan, program = prepared.plan, prepared.program
     what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
     lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
+    lines += [program.refusal] if program.refused else []
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
     lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]
-    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {sum(map(len, prepared.samples.rows))} tokens")
+    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {prepared.samples.tokens} tokens")
     return "\n".join([*lines, "", plan.recipe.to_toml()])

@@ -14,7 +14,8 @@ from quantize.calibration.runner import Runner
 from quantize.fold import Transform, fold
 from quantize.graph.basis import Basis
 from quantize.graph.execute import State, Values
-from quantize.graph.program import Linear, Program, Segment
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program, Segment
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.linear import HadamardTransform, OnlineHadamard
 from quantize.plan import Step
@@ -116,11 +117,11 @@ def rotated_columns(
 ) -> dict[str, Tensor]:
     """The weights that read transformed inputs: W T⁻ᵀ = W T for T orthogonal."""
     return {
-        linear.weight: hadamard_transform(
-            weights[linear.weight].double(), online[linear.path].size, online[linear.path].stride
-        ).float()
+        linear.weight: linear.oriented(
+            hadamard_transform(linear.oriented(weights[linear.weight]).double(), site.size, site.stride).float()
+        )
         for linear in linears
-        if linear.path in online
+        if (site := online.get(linear.path))
     }
 
 
@@ -129,9 +130,8 @@ def float_state(weights: dict[str, Tensor], linears: Sequence[Linear], online: M
     runs: dict[fx.Node, FloatLinear] = {}
     for linear in linears:
         if linear.path in online:
-            runs[linear.node] = FloatLinear(
-                HadamardTransform(online[linear.path]), weights[linear.weight], weights.get(linear.bias or "")
-            )
+            weight, bias = linear.oriented(weights[linear.weight]), weights.get(linear.bias or "")
+            runs[linear.node] = FloatLinear(HadamardTransform(online[linear.path]), weight, bias)
     return State(weights, dict(runs))
 
 

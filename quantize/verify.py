@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize import gate
-from quantize.artifact import PROBE, check_hashes, load, read_linear, read_manifest
+from quantize.artifact import PROBE, check_hashes, fill, load, read_linear, read_manifest
 from quantize.calibration.runner import Runner
 from quantize.checkpoint import index_tensors, read_tensor
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, reason
 from quantize.graph.execute import State
-from quantize.graph.program import Program, Segment
+from quantize.graph.program import Program, Segment, forward_switches, quiet
 from quantize.linear import QuantizedLinear
 from quantize.progress import track
 
@@ -42,7 +42,7 @@ def parity(
     directory: Path,
     settings: Mapping[str, Any],
     ties: Mapping[str, tuple[str, ...]],
-    probes: list[Tensor],
+    probes: Sequence[Mapping[str, Tensor]],
     expected: list[Tensor],
     console: Console | None,
 ) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def parity(
         directory: the files, complete but for the manifest.
         settings: the artifact's quantization settings.
         ties: names of the same parameter, of which one is stored.
-        probes: token ids [1, tokens], different ones.
+        probes: two different inputs by name.
         expected: the outputs on them while quantizing.
         console: where progress is shown.
 
@@ -81,15 +81,15 @@ def stored_state(
     ties: Mapping[str, tuple[str, ...]],
 ) -> State:
     """One block as it was written."""
-    linears = {linear.node: linear.path for linear in program.linears(segment) if linear.path in settings["modules"]}
-    quantized = {f"{path}.weight" for path in linears.values()}
+    linears = [linear for linear in program.linears(segment) if linear.path in settings["modules"]]
+    replaced = {name for linear in linears for name in (linear.weight, linear.bias)}
     names = {
         name: next(n for n in (name, *ties.get(name, ())) if n in files)
         for name in segment.parameters
-        if name not in quantized
+        if name not in replaced
     }
     weights = {name: read_tensor(files[stored], stored).float() for name, stored in names.items()}
-    modules = {node: Compared(read_linear(path, settings, files, torch.float32)) for node, path in linears.items()}
+    modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
     return State(weights, dict(modules))
 
 
@@ -102,14 +102,39 @@ def verify_artifact(directory: Path) -> dict[str, Any]:
     """
     files = check_hashes(directory)
     probe = load_file(directory / PROBE)
-    with torch.no_grad():
-        output = first_output(load(directory)(probe["input_ids"]))[:, -1]
-    found = gate.relative(output, probe["output"])
+    output = probe.pop("output")
+    found = gate.relative(last_token(load(directory), probe), output)
     if found > LOAD_TOLERANCE:
         raise QuantizeError(f"{directory} loads, but its output differs from the recorded one by {found:.1e}")
     return {"files": files, "difference": found, "parity": read_manifest(directory)["parity"]}
 
 
-def first_output(result: Any) -> Tensor:
-    """The first tensor that a model returns."""
-    return result if isinstance(result, Tensor) else result[0]
+def written_output(
+    skeleton: nn.Module, directory: Path, settings: dict[str, Any], given: Mapping[str, Tensor]
+) -> Tensor:
+    """What the model of written files gives for the last token of each input [batch, ...].
+
+    Raises:
+        QuantizeError: it does not run, so one of its linears is more than a linear.
+    """
+    model = fill(skeleton, directory, settings)
+    try:
+        with quiet():
+            return last_token(model, given)
+    except Exception as error:  # whatever a stranger's code raises
+        raise QuantizeError(
+            f"the quantized model does not run ({reason(error)}); leave out with --ignore the linear at fault"
+        ) from error
+
+
+@torch.no_grad()
+def last_token(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    """The first tensor that a model returns at the last token, sample by sample, as they were recorded."""
+    samples = zip(*(x.split(1) for x in given.values()), strict=True)
+    results = [model(**dict(zip(given, sample, strict=True)), **forward_switches(model)) for sample in samples]
+    return torch.cat([at_last_token(found if isinstance(found, Tensor) else found[0]) for found in results])
+
+
+def at_last_token(output: Tensor) -> Tensor:
+    """Of an output [batch, tokens, channels] the last token, which depends on all others; any other output whole."""
+    return (output[:, -1] if output.dim() == 3 else output).contiguous()

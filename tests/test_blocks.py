@@ -37,5 +37,5 @@ def test_looking_ahead_does_not_advance(stories):
     seen = runner.preview(block, state, program.linears(block), Absmax)
     assert runner.values[0] == before
     assert {path: statistic.value.shape for path, statistic in seen.items()} == {
-        linear.path: (state.weights[linear.weight].shape[1],) for linear in program.linears(block)
+        linear.weight: (state.weights[linear.weight].shape[1],) for linear in program.linears(block)
     }

@@ -23,14 +23,15 @@ def write(path, *rows):
 
 
 def ids(samples):
-    return [row.tolist() for row in samples.rows]
+    return [row["input_ids"].tolist() for row in samples.rows]
 
 
 def test_text_is_cut_into_whole_windows_in_order(tmp_path):
     path = write(tmp_path / "a.txt", "abcdefghij")
     samples = read_samples(path, 4, None, letters, 26)
     assert ids(samples) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert all(row.dtype == torch.int64 for row in samples.rows)
+    assert all(row["input_ids"].dtype == torch.int64 for row in samples.rows)
+    assert samples.tokens == 8
     assert samples.sha256 == hashlib.sha256(b"abcdefghij").hexdigest()
     assert ids(read_samples(path, 10, None, letters, 26)) == [list(range(10))]
 
@@ -54,7 +55,7 @@ def test_rows_of_less_than_two_tokens_are_left_out(tmp_path):
 def test_batches_hold_neighbours_of_equal_length_and_nothing_is_lost(tmp_path):
     rows = [[1, 2], [3, 4], [5, 6], [1, 2, 3], [7, 8]]
     samples = read_samples(write(tmp_path / "a.jsonl", *({"input_ids": row} for row in rows)), 8, None, None, 26)
-    batches = samples.batches(2)
+    batches = [batch["input_ids"] for batch in samples.batches(2)]
     assert [list(batch.shape) for batch in batches] == [[2, 2], [1, 2], [1, 3], [1, 2]]
     assert [row.tolist() for batch in batches for row in batch] == rows
 
@@ -128,7 +129,7 @@ def test_a_directory_is_no_text(tmp_path):
 
 def test_bundled_text_fills_the_default_windows_of_a_real_tokenizer(books):
     samples = read_samples(BUNDLED, 256, 128, load_tokenize(books), 4096)
-    assert {len(row) for row in samples.rows} == {256}
+    assert {len(row["input_ids"]) for row in samples.rows} == {256}
     assert len(samples.rows) == 128
 
 

@@ -34,7 +34,8 @@ def planted(books, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def windows(books, books_heldout):
-    return read_samples(books_heldout, 256, 16, load_tokenize(books), 4096).batches(16)
+    samples = read_samples(books_heldout, 256, 16, load_tokenize(books), 4096)
+    return [batch["input_ids"] for batch in samples.batches(16)]
 
 
 def test_planting_leaves_the_function(books, planted, windows):

@@ -29,6 +29,11 @@ def test_transform_equals_the_dense_matrix(size, stride, columns):
     assert torch.allclose(hadamard_transform(x, size, stride), x @ dense, atol=1e-12)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_rows_stay_no_rows(stride):
+    assert hadamard_transform(torch.empty(2, 0, 24), 12, stride).shape == (2, 0, 24)
+
+
 def test_which_orders_paley_gives():
     assert [m for m in range(4, 120, 4) if not is_paley(m)] == [16, 40, 56, 64, 88, 92, 96, 112, 116]
     assert prime_power(343) == (7, 3)

@@ -152,14 +152,3 @@ def test_a_weight_that_is_not_finite_is_named(small_run, module, tmp_path, value
 def test_a_module_needs_ids_and_says_so(small_run, module):
     with pytest.raises(QuantizeError, match=r"the model has no tokenizer; give a \.jsonl"):
         small_run(module(), calibration=None)
-
-
-def test_what_cannot_be_exported_is_one_sentence_with_the_reason(small_run, tmp_path):
-    class Chooses(HandWritten):
-        def forward(self, tokens):
-            return super().forward(tokens) if int(tokens.sum()) > 3 else self.embed(tokens)
-
-    with pytest.raises(QuantizeError, match=r"the model cannot be exported as a graph: .+") as raised:
-        small_run(Chooses())
-    assert "\n" not in str(raised.value)
-    assert not list(tmp_path.iterdir())

@@ -33,7 +33,7 @@ def test_smoothquant_by_hand():
     site = basis(3, [edge("norm.weight", 0, 3, vector=True)], [edge("a.weight", 1, 3), edge("b.weight", 1, 3)])
     weights = {"a.weight": torch.tensor([[1 / 16, 0.5, 1.0]]), "b.weight": torch.tensor([[-1 / 32, 1.0, 0.0]])}
     seen = Absmax(torch.tensor([16.0, 1.0, 0.0]))
-    transform = PASSES["smoothquant"](alpha=0.75).transform(site, {"a": seen, "b": seen}, weights, SEED)
+    transform = PASSES["smoothquant"](alpha=0.75).transform(site, {"a.weight": seen, "b.weight": seen}, weights, SEED)
     assert isinstance(transform, Diagonal)
     assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0, 1.0], dtype=torch.float64))
 
@@ -41,7 +41,7 @@ def test_smoothquant_by_hand():
 def test_smoothquant_with_alpha_one_flattens_activations():
     site = basis(2, [edge("n", 0, 2)], [edge("a.weight", 1, 2)])
     transform = PASSES["smoothquant"](alpha=1.0).transform(
-        site, {"a": Absmax(torch.tensor([8.0, 0.5]))}, {"a.weight": torch.tensor([[3.0, 3.0]])}, SEED
+        site, {"a.weight": Absmax(torch.tensor([8.0, 0.5]))}, {"a.weight": torch.tensor([[3.0, 3.0]])}, SEED
     )
     assert torch.allclose(transform.write(torch.tensor([8.0, 0.5])), torch.ones(2))
 

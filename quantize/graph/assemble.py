@@ -69,7 +69,8 @@ def find_components(walk: Walk) -> Channels:
     b = np.concatenate([joined[1], joined[1] + count, paired[1] + count, paired[1]])
     both = connected_components(coo_array((np.ones(len(a)), (a, b)), shape=(2 * count, 2 * count)), directed=False)[1]
     plain, twin = both[:count], both[count:]
-    component = np.unique(np.minimum(plain, twin), return_inverse=True)[1]
+    lowest = np.minimum(plain, twin)
+    component = (np.cumsum(np.bincount(lowest) > 0) - 1)[lowest]
     dual, value = plain > twin, np.repeat(np.arange(len(walk.sizes)), walk.sizes)
     several = np.flatnonzero(np.bincount(component)[component] > 1)
     copy = np.zeros(count, dtype=np.int64)
@@ -101,7 +102,7 @@ def signatures(channels: Channels, events: list[Event]) -> np.ndarray:
     for event in events:
         ids = event.channels.reshape(-1).numpy()
         if not event.parameter and not event.counted:
-            ids = np.unique(ids)
+            ids = distinct(ids)
         salt = rng.integers(1 << 63, size=side[ids].max(initial=0) + 1, dtype=np.uint64)
         np.add.at(result, channels.component[ids], salt[side[ids]])
     return result
@@ -112,10 +113,11 @@ def meetings(channels: Channels, found: list[Tensor]) -> np.ndarray:
     rng, result = np.random.default_rng(2), np.zeros(channels.component.max(initial=-1) + 1, dtype=np.uint64)
     for a, b in (pair.numpy() for pair in found):
         if channels.copy[a].any() or channels.copy[b].any():
-            kinds = np.stack([channels.value[a], channels.copy[a], channels.value[b], channels.copy[b]])
-            kind = np.unique(kinds, axis=1, return_inverse=True)[1].reshape(-1)
-            seen = np.unique(np.stack([channels.component[a], kind]), axis=1)
-            np.add.at(result, seen[0], rng.integers(1 << 63, size=kind.max() + 1, dtype=np.uint64)[seen[1]])
+            ends = (channels.value[a], channels.copy[a], channels.value[b], channels.copy[b])
+            kind = np.zeros(len(a), dtype=np.uint64)
+            for end, salt in zip(ends, rng.integers(1 << 63, size=len(ends), dtype=np.uint64), strict=True):
+                kind += scrambled(end, salt)
+            np.add.at(result, channels.component[a], scrambled(kind, np.uint64(0)))
     return result
 
 
@@ -123,10 +125,25 @@ def block_signatures(component: np.ndarray, events: list[Event]) -> np.ndarray:
     """A 64-bit hash for each component of the blocks that it lies in."""
     rng, result = np.random.default_rng(1), np.zeros(component.max(initial=-1) + 1, dtype=np.uint64)
     for event in (e for e in events if e.blocks is not None):
-        inside = np.stack([component[event.channels.reshape(-1).numpy()], event.blocks.reshape(-1).numpy()])  # type: ignore[union-attr]
-        touched, blocks = np.unique(inside, axis=1)
-        np.add.at(result, touched, rng.integers(1 << 63, size=blocks.max(initial=0) + 1, dtype=np.uint64)[blocks])
+        touched, salt = component[event.channels.reshape(-1).numpy()], rng.integers(1 << 63, dtype=np.uint64)
+        np.add.at(result, touched, scrambled(event.blocks.reshape(-1).numpy(), salt))  # type: ignore[union-attr]
     return result
+
+
+def distinct(ids: np.ndarray) -> np.ndarray:
+    """The different ones of ids that lie close together, sorted."""
+    if not len(ids):
+        return ids
+    low = int(ids.min())
+    return np.flatnonzero(np.bincount(ids - low)) + low
+
+
+def scrambled(x: np.ndarray, salt: np.uint64) -> np.ndarray:
+    """A 64-bit hash of each integer (the finalizer of SplitMix64, Steele et al. 2014)."""
+    z = x.astype(np.uint64) + salt
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
 
 
 def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
@@ -173,10 +190,13 @@ def make_basis(index: int, events: list[Event], where: Where, blocks: np.ndarray
             here = np.flatnonzero((where[0][ids] == index) & (where[2].dual[ids] == dual))
             if len(here):
                 (readers if event.reads is not dual else writers).append(make_edge(event, here, dual, where, dim))
-    pins = tuple(dict.fromkeys(e.reason for e in events if e.reason))
-    return Basis(
-        index, dim, heads, group & Group.DIAGONAL if heads == dim else group, tuple(writers), tuple(readers), pins
-    )
+    reasons = [e.reason for e in events if e.reason]
+    if heads == dim and group & Group.ORTHOGONAL:
+        group, reasons = (
+            group & Group.DIAGONAL,
+            [*reasons, "factors or heads set each of its channels apart from the others"],
+        )
+    return Basis(index, dim, heads, group, tuple(writers), tuple(readers), tuple(dict.fromkeys(reasons)))
 
 
 def make_edge(event: Event, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:

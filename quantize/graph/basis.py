@@ -71,7 +71,8 @@ class Basis:
             "heads": self.heads,
             "pins": list(self.pins),
             "writers": [e.parameter for e in self.writers],
-            "readers": [e.parameter for e in self.readers],
+            "readers": [e.parameter for e in self.readers if not e.dual],
+            "paired": [e.parameter for e in self.readers if e.dual],
             "after_folding": list(self.gains),
         }
 

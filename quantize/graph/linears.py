@@ -23,6 +23,7 @@ VIEWS = {  # other shapes of the same elements in the same order
     ATEN.contiguous.default,
 }
 NOT_ALONE = "its module computes more than this product"
+READ_ITSELF = "the model reads it itself, not through its module"
 
 
 class Form(NamedTuple):
@@ -126,7 +127,7 @@ def modules_of(node: fx.Node) -> list[str]:
 
 
 def stands_alone(calls: list[Linear], inside: Collection[fx.Node], by_name: Mapping[str, fx.Node]) -> bool:
-    """Whether a module computes one product a call, on rows that stay as they are, and shares its parameters."""
+    """Whether a module computes one product a call, on rows that stay as they are, with parameters of its own."""
     chains = [chain(linear, inside) for linear in calls]
     computed = {node for nodes in chains for node in nodes}
     owned = {by_name[name] for name in (calls[0].weight, calls[0].bias) if name is not None}

@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from torch.fx.node import map_aggregate
 
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
-from quantize.graph.linears import ATEN, NOT_ALONE, VIEWS, Linear, find_linear, irreplaceable
+from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, irreplaceable
+from quantize.graph.standin import read_past_forward
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
@@ -52,6 +53,7 @@ class Program:
         segments: all other nodes but the output, in order.
         output: the node that returns.
         handed_on: outputs that are no result: an encoder's states beside a decoder's output, which the decoder reads.
+        read: names of weights that the model reads itself beside their product.
         refused: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
@@ -63,6 +65,7 @@ class Program:
     segments: tuple[Segment, ...]
     output: fx.Node
     handed_on: frozenset[fx.Node] = frozenset()
+    read: frozenset[str] = frozenset()
     refused: str = ""
 
     @property
@@ -93,7 +96,8 @@ class Program:
     @functools.cached_property
     def irreplaceable(self) -> dict[str, str]:
         """The weights of all other linears, and why."""
-        return dict.fromkeys(irreplaceable(self.module.graph, self._linears.values(), self.parameters), NOT_ALONE)
+        more = irreplaceable(self.module.graph, self._linears.values(), self.parameters)
+        return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE)
 
     @functools.cached_property
     def _linears(self) -> dict[fx.Node, Linear]:
@@ -128,7 +132,10 @@ def export_program(skeleton: nn.Module) -> Program:
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # whatever the exporter meets in a stranger's code
         raise ExportError(reason(error)) from error
-    return from_exported(exported, buffers, switches, tuple(inputs))
+    program = from_exported(exported, buffers, switches, tuple(inputs))
+    linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    with quiet():
+        return replace(program, read=read_past_forward(skeleton, linears, example))
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:

@@ -21,12 +21,11 @@ from quantize.errors import ExportError
 from quantize.graph import program as exported
 from quantize.graph.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.inputs import BATCH, example_inputs
-from quantize.graph.linears import LINEAR
+from quantize.graph.linears import LINEAR, READ_ITSELF
 from quantize.graph.program import Program, Segment
 from quantize.graph.trial import vocabulary, weights_read
 
 KEPT_ROWS = 32  # of each linear's output, to compare; all rows of all linears would not fit into memory
-READ_ITSELF = "the model reads it itself, not through its module"
 Linears = list[tuple[str, nn.Linear]]
 
 

@@ -39,8 +39,11 @@ class GPTQ(Quantizer):
 
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K] to the least error of W X, X the inputs that `gram` saw."""
-        if gram is None or gram.value is None:
-            raise QuantizeError("GPTQ needs calibration data, and none reached this layer")
+        if gram is None or gram.value is None or not gram.rows:
+            raise QuantizeError(
+                "GPTQ needs calibration data, and none reached this layer; leave it out with --ignore, "
+                'or round without data (quantizer = { name = "rtn" })'
+            )
         H = gram.value.double() / gram.rows
         scale, zero_point = find_grid(W, args, scale_dtype, self.mse, H.diagonal().sqrt().float())
         dead = H.diagonal() == 0
