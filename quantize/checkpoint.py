@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.renaming import names_in_files
+from quantize.renaming import Source, sources
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -30,8 +30,8 @@ class Checkpoint:
     Attributes:
         directory: where the files are; None for a module in memory.
         config: the config as a dict; empty for a module that has none.
-        files: tensor name → safetensors file.
-        stored: tensor name → name in its file.
+        files: name in a safetensors file → the file.
+        sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
     """
@@ -41,13 +41,13 @@ class Checkpoint:
     files: dict[str, Path] = field(default_factory=dict)
     module: nn.Module | None = None
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    stored: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """The model with parameters on the meta device, tied ones shared, and real buffers."""
         if self.module is None:
             model = build_skeleton(self.config)
-            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.files]
+            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             model.load_state_dict({name: self.tensor(name) for name in buffers}, strict=False, assign=True)
             return model
         memo: dict[int, Any] = {
@@ -63,10 +63,10 @@ class Checkpoint:
         """
         if self.module is not None:
             return self.module.get_parameter(name).detach()
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.files), None)
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        return read_tensor(self.files[stored], self.stored[stored])
+        return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
@@ -125,10 +125,7 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
     model, files = build_skeleton(config), index_tensors(directory)
-    stored = names_in_files(model, files)
-    return Checkpoint(
-        directory, config, {name: files[there] for name, there in stored.items()}, None, ties_of(model), stored
-    )
+    return Checkpoint(directory, config, files, None, ties_of(model), sources(model, files))
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

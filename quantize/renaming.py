@@ -1,28 +1,66 @@
-"""Names of tensors in files that are older than the model's code."""
+"""Tensors in files that are older than the model's code: under other names, or in parts that are put together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
 
-def names_in_files(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Name in the model → name in its files, where transformers renames tensors as it loads and saves them.
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of a model lies in its files.
+
+    Attributes:
+        names: in the files, the parts in order.
+        patterns: for each part, which of the converter's patterns it fits.
+        converter: what transformers makes of the parts; None for a tensor that is stored as it is.
+    """
+
+    names: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+    converter: WeightConverter | None = None
+
+    def read(self, target: str, read: Callable[[str], Tensor]) -> Tensor:
+        """The tensor; `read` gives a part by its name in the files."""
+        if self.converter is None:
+            return read(self.names[0])
+        converter = copy.deepcopy(self.converter)
+        for name, pattern in zip(self.names, self.patterns, strict=True):
+            converter.add_tensor(target, name, pattern, read(name))
+        made = converter.convert(target)[target]
+        tensor: Tensor = made[0] if isinstance(made, list) else made
+        return tensor
+
+
+def sources(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Source]:
+    """Name in the model → where it lies, where transformers renames or merges tensors as it loads and saves them.
 
     Args:
         model: without weights.
         stored: names in the files; one that fits the model stays.
     """
-    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
-    known = model.state_dict().keys()
-    return {name if name in known else renamed(name, renamings): name for name in stored}
+    steps, known = get_model_conversion_mapping(model), model.state_dict().keys()
+    found: dict[str, Source] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern, converter = (name, "", None) if name in known else converted(name, steps)
+        before = found.get(target, Source(()))
+        found[target] = Source((*before.names, name), (*before.patterns, pattern), converter)
+    return found
 
 
-def renamed(name: str, renamings: Iterable[WeightRenaming]) -> str:
-    """A name after all renamings."""
-    for renaming in renamings:
-        name, _ = renaming.rename_source_key(name)
-    return name
+def converted(name: str, steps: Iterable[WeightRenaming | WeightConverter]) -> tuple[str, str, WeightConverter | None]:
+    """A name after all renamings, and which step merges it into which tensor."""
+    merging = [step for step in steps if isinstance(step, WeightConverter) and len(step.target_patterns) == 1]
+    for step in (step for step in steps if isinstance(step, WeightRenaming)):
+        name, _ = step.rename_source_key(name)
+    for step in merging:
+        target, pattern = step.rename_source_key(name)
+        if pattern is not None:
+            return target, pattern, step
+    return name, "", None

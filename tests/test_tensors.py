@@ -135,7 +135,7 @@ def test_names_that_transformers_changes_are_found(given):
     """The files of this model still hold the names of an older version of its code."""
     directory = given("vision") / "model"
     checkpoint, model = open_checkpoint(directory), transformers.ViTForImageClassification.from_pretrained(directory)
-    changed = [name for name, there in checkpoint.stored.items() if name != there]
+    changed = [name for name, source in checkpoint.sources.items() if source.names != (name,)]
     assert changed
     for name, parameter in model.named_parameters():
         assert torch.equal(checkpoint.tensor(name), parameter), name

@@ -23,6 +23,7 @@ VIEWS = {  # other shapes of the same elements in the same order
     ATEN.contiguous.default,
 }
 NOT_ALONE = "its module computes more than this product"
+STACK = "a stack of matrices, as experts and convolutions have them, which is not quantized"
 READ_ITSELF = "the model reads it itself, not through its module"
 
 
@@ -110,6 +111,11 @@ def irreplaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mappin
         for weight, group in groups.items()
         if modules_of(group[0].node) and not stands_alone(group, inside[group[0].path], by_name)
     }
+
+
+def stacks(parameters: Mapping[fx.Node, str]) -> dict[str, str]:
+    """Parameters of three and more axes, with the reason why they stay in floating point."""
+    return {name: STACK for node, name in parameters.items() if sum(n > 1 for n in node.meta["val"].shape) > 2}
 
 
 def nodes_inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
-from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, irreplaceable
+from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, irreplaceable, stacks
 from quantize.graph.standin import read_past_forward
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
@@ -95,9 +95,9 @@ class Program:
 
     @functools.cached_property
     def irreplaceable(self) -> dict[str, str]:
-        """The weights of all other linears, and why."""
+        """The weights of all other linears, and stacks of them, and why."""
         more = irreplaceable(self.module.graph, self._linears.values(), self.parameters)
-        return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE)
+        return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE) | stacks(self.parameters)
 
     @functools.cached_property
     def _linears(self) -> dict[fx.Node, Linear]:
