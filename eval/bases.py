@@ -15,7 +15,9 @@ MOST = 8  # names in a cell; a residual stream has few kinds of writers, however
 
 def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
     """One row for bases that are alike in every layer: what they admit, who writes and reads them, and why no more."""
-    table = Table("bases", "dim", "group", "written by", "read by", "why no more")
+    table = Table("bases", "dim", "group")
+    for name in ("written by", "read by", "why no more"):
+        table.add_column(name, overflow="fold", ratio=1)
     rows = Counter(as_row(basis) for basis in bases)
     for (dim, group, *columns), count in rows.items():
         cells = [
@@ -36,5 +38,5 @@ def as_row(basis: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def anonymous(text: str) -> str:
-    """`layers.{i}.mlp.weight` for `layers.7.mlp.weight`."""
-    return re.sub(r"\.\d+\.", ".{i}.", text)
+    """`layers.{i}.mlp` for `layers.7.mlp.weight`."""
+    return re.sub(r"\.\d+\.", ".{i}.", text).removesuffix(".weight")

@@ -6,6 +6,7 @@ from soundness import make_case, violations
 from torch import nn
 
 from quantize import gate
+from quantize.eval.bases import bases_table
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.execute import State, advance, start
 from quantize.graph.group import Group
@@ -89,3 +90,18 @@ def test_the_program_computes_what_the_model_computes():
     for segment in program.segments:
         advance(program, segment.nodes, values, State(weights))
     assert gate.relative(values[program.output.all_input_nodes[0]].flatten(), expected) < 1e-5
+
+
+def test_bases_that_are_alike_in_every_layer_are_one_row():
+    bases = [b.as_dict() for b in admissible_bases(export_program(transformers.LlamaForCausalLM(LLAMA)))]
+    table = bases_table(bases)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert sum(int(row[0]) for row in rows) == len(bases) > len(rows)
+    gain = next(row for row in rows if row[3] == "model.layers.{i}.post_attention_layernorm")
+    assert gain[:3] == ("2", "32", "diagonal")
+    assert gain[4].split("\n") == ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"]
+    assert "sits between it and what writes it" in gain[5]
+    residual = next(row for row in rows if row[3].startswith("model.embed_tokens"))
+    assert "only once `model.layers.{i}.input_layernorm.weight` is folded" in residual[5].split("\n")
+    queries = next(row for row in rows if row[3] == "model.layers.{i}.self_attn.q_proj")
+    assert queries[4] == "↔ model.layers.{i}.self_attn.k_proj"

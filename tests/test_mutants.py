@@ -13,7 +13,7 @@ from types import CodeType
 import pytest
 from soundness import CONFIGS, describe, family
 from test_families import check_site, rows
-from test_rules import BODIES, case, check
+from test_rules import BODIES, case, check_body
 
 from quantize.graph import rules as package
 from quantize.graph.analysis import admissible_bases, find_bases
@@ -88,7 +88,7 @@ def is_caught():
     try:
         for name in BODIES:
             if found(case(name).program) != ORIGINAL["body", name]:
-                check(name)
+                check_body(name)
         for name in CONFIGS:
             if found(family(name).program) != ORIGINAL["family", name]:
                 bases = admissible_bases(family(name).program)

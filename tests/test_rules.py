@@ -207,7 +207,7 @@ def case(name):
     return make_case(Net(BODIES[name][0]))
 
 
-def check(name):
+def check_body(name):
     """The group of a body is as expected, and no transform that is admitted changes the function."""
     bases = find_bases(case(name).program)
     _, group, heads, *parameter = BODIES[name]
@@ -219,7 +219,7 @@ def check(name):
 
 @pytest.mark.parametrize("name", BODIES)
 def test_the_group_is_as_expected_and_sound(name):
-    check(name)
+    check_body(name)
 
 
 def test_an_operator_without_a_rule_is_named():

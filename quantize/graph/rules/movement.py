@@ -122,7 +122,8 @@ def touches_last_axis(node: fx.Node, dims: int) -> bool:
     """Whether such an operator acts along the last axis, or changes more than where tokens stand."""
     _, where, *rest = arguments(node)
     if name_of(node) == "index":
-        return len(where) >= dims
+        found = [None if i is None else i.meta["val"] for i in where]
+        return sum(i.dim() if i is not None and i.dtype is torch.bool else 1 for i in found) >= dims
     if name_of(node) in ("constant_pad_nd", "pad"):
         return any(where[:2]) or any(rest)
     return bool(where % dims == dims - 1)
