@@ -56,6 +56,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
         UsageError: a pattern matches nothing, a group size does not divide, a pass is unknown or mis-set.
     """
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    if recipe.ignore is None:
+        recipe = recipe.model_copy(update={"ignore": output_head(program, linears)})
     targets, skipped = select(recipe, linears)
     chosen = [linear for linear in linears if linear.path in targets]
     check_groups(recipe, chosen)
@@ -65,7 +67,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.irreplaceable | skipped
     resolved = recipe.model_copy(
         update={
-            "ignore": ignored_patterns(recipe, linears),
+            "ignore": ignored_patterns(recipe),
             "ignore_also": (),
             "passes": tuple(settings(handler) for handler in handlers),
             "quantizer": settings(quantizer),
@@ -80,16 +82,22 @@ def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     return {"name": chosen.name, **chosen.model_dump()}
 
 
-def ignored_patterns(recipe: Recipe, linears: Iterable[Linear]) -> tuple[str, ...]:
-    """The recipe's patterns; by default the output head, where a model has one."""
-    head = ("lm_head",) if any(matches("lm_head", linear.path) for linear in linears) else ()
-    return (head if recipe.ignore is None else recipe.ignore) + recipe.ignore_also
+def output_head(program: Program, linears: list[Linear]) -> tuple[str, ...]:
+    """The last linear, if it scores the vocabulary: by default it stays in floating point."""
+    sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
+    last = linears[-1:]
+    return tuple(linear.path for linear in last if sizes[linear.weight] == linear.columns * program.vocabulary)
+
+
+def ignored_patterns(recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's patterns and those of the caller."""
+    return (recipe.ignore or ()) + recipe.ignore_also
 
 
 def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Paths to quantize, and weights left out with the reason."""
     paths = [linear.path for linear in linears]
-    ignore = ignored_patterns(recipe, linears)
+    ignore = ignored_patterns(recipe)
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
         for pattern in patterns:
             require_match(kind, pattern, paths)

@@ -24,7 +24,7 @@ class Recipe(Data):
         scheme: the field's name; it fixes the bits of `weights` and `activations`.
         weights, activations: how they become integers.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
-        ignore: linears to leave alone; None ignores `lm_head` where there is one.
+        ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
         ignore_also: more of them.
         nsamples, seqlen: calibration windows, and tokens in each.
         seed: of every random choice.

@@ -42,7 +42,7 @@ MODELS = {
         transformers.WhisperForConditionalGeneration,
         SPEECH,
         {"input_features": (8, 8, 32), "decoder_input_ids": (8, 12)},
-        6 + 10 + 1,
+        6 + 10,
     ),
     "text": (
         transformers.T5ForConditionalGeneration,
