@@ -80,10 +80,12 @@ def halves(h):
     return torch.cat([a + b, a - b], dim=-1)
 
 
-def crossed(h):
-    """The halves meet in another order in the one part than in the other."""
-    a, b = h.chunk(2, dim=-1)
-    return torch.cat([a[..., :5] + b[..., :5], b[..., 5:] - a[..., 5:], h[..., :10]], dim=-1)
+def crossed(net, h, x):
+    """The halves meet those of others in one order in the first part, in the other order in the second."""
+    (a, b), (c, d) = h.chunk(2, dim=-1), net.gate(x).chunk(2, dim=-1)
+    first = torch.cat([a[..., :5] + c[..., :5], a[..., 5:] + d[..., 5:]], dim=-1)
+    second = torch.cat([b[..., :5] + d[..., :5], b[..., 5:] + c[..., 5:]], dim=-1)
+    return torch.cat([first + second, first - second], dim=-1)
 
 
 def standardized(h, deviation):
@@ -150,6 +152,7 @@ BODIES = {
     "mean of others": (lambda n, h, x: n.norm(n.gate(x)) - h.mean(-1, keepdim=True), NONE, 1),
     "sum as a factor": (lambda n, h, x: h * h.sum(-1, keepdim=True), NONE, 1),
     "halves": (lambda n, h, x: halves(h), LINEAR, 1),
+    "halves crossed": (crossed, LINEAR, 1),
     "one to all": (lambda n, h, x: h + h[..., :1], DIAGONAL, 1),
     "parameter added": (lambda n, h, x: h + n.places[: h.shape[1]], LINEAR, 1),
     "parameter put in front": (
