@@ -22,7 +22,7 @@ from quantize.checkpoint import Checkpoint, build_skeleton, check_weights, open_
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program, Segment
-from quantize.graph.unexported import Unexported, make_program
+from quantize.graph.unexported import make_program
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.progress import track
 from quantize.recipe import Recipe, load_recipe
@@ -216,10 +216,8 @@ def calibration_record(blocks: BlockRun, samples: Samples) -> dict[str, Any]:
 
 
 def not_compared(blocks: BlockRun) -> list[str]:
-    """Quantized linears that ran on no probe, so that neither gate nor parity saw them; an exported graph runs all."""
-    program = blocks.program
-    idle = program.idle(blocks.outputs()) if isinstance(program, Unexported) else []
-    return [path for path in idle if path in blocks.modules]
+    """Quantized linears that ran on no probe, so that neither gate nor parity saw them."""
+    return [path for path in blocks.program.idle(blocks.outputs()) if path in blocks.modules]
 
 
 def coverage(plan: Plan, blocks: BlockRun) -> dict[str, str]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.group import Group
-from quantize.graph.labels import Walk, shape_of
+from quantize.graph.labels import Walk, meeting, shape_of
 from quantize.graph.program import Program
 from quantize.graph.rules import visit
 from quantize.graph.views import disjoint
@@ -64,7 +63,7 @@ def share_one(walk: Walk, i: int, others: list[int]) -> None:
     if others:
         other = walk.events[others[0]]
         meet = walk.joined if other.reads is event.reads else walk.paired
-        meet.append(torch.stack([other.channels, event.channels]))
+        meet.append(meeting(other.channels, event.channels))
         walk.events[i] = replace(event, parameter="", counted=True)
 
 

@@ -192,10 +192,8 @@ def make_basis(index: int, events: list[Event], where: Where, blocks: np.ndarray
                 (readers if event.reads is not dual else writers).append(make_edge(event, here, dual, where, dim))
     reasons = [e.reason for e in events if e.reason]
     if heads == dim and group & Group.ORTHOGONAL:
-        group, reasons = (
-            group & Group.DIAGONAL,
-            [*reasons, "factors or heads set each of its channels apart from the others"],
-        )
+        group &= Group.DIAGONAL
+        reasons.append("factors or heads set each of its channels apart from the others")
     return Basis(index, dim, heads, group, tuple(writers), tuple(readers), tuple(dict.fromkeys(reasons)))
 
 
@@ -203,6 +201,6 @@ def make_edge(event: Event, here: np.ndarray, dual: bool, where: Where, dim: int
     """Where along the parameter's axis the channels of one basis lie, copy by copy."""
     ids = event.channels.numpy()[here]
     here = here[np.lexsort((here, where[2].copy[ids], where[1][ids]))]
-    positions = torch.from_numpy(here) if event.positions is None else event.positions[here]
-    index = positions.reshape(dim, -1).T.contiguous()
+    assert event.positions is not None  # every event of a parameter has them
+    index = event.positions[here].reshape(dim, -1).T.contiguous()
     return Edge(event.parameter, event.axis, index, event.vector, event.offset, event.region, dual and not event.reads)

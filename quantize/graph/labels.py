@@ -25,7 +25,7 @@ class Event:
         reads: the parameter reads the channels (it writes them otherwise).
         vector: the parameter is one-dimensional along its axis and can only scale (a gain).
         offset: the gain is the parameter plus this number.
-        positions: where along the axis the channels lie.
+        positions: where along the parameter's axis the channels lie.
         region: the part of the parameter that takes part.
         blocks: for each channel the block (attention head) outside of which it must not mix, or None.
         counted: a channel counts as often as it occurs (in a sum over channels); else once.
@@ -143,7 +143,7 @@ class Walk:
                 rows = rows.narrow(d, 0, 1)
         rows = rows.reshape(-1, rows.shape[-1])
         if len(rows) > 1:
-            self.joined.append(torch.stack([rows[:1].expand_as(rows[1:]).reshape(-1), rows[1:].reshape(-1)]))
+            self.joined.append(meeting(rows[:1].expand_as(rows[1:]), rows[1:]))
         return rows[0].clone()
 
     def view(self, node: Any) -> View | None:
@@ -199,6 +199,18 @@ def last_axis(labels: Tensor) -> Tensor | None:
     if not labels.numel() or any(d != labels.dim() - 1 for d in channel_axes(labels)):
         return None
     return labels[(0,) * (labels.dim() - 1)].clone()
+
+
+def trimmed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two label tensors of one shape, with every axis along which neither changes cut to one."""
+    for axis in set(range(a.dim())) - set(channel_axes(a)) - set(channel_axes(b)):
+        a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
+    return a, b
+
+
+def meeting(a: Tensor, b: Tensor) -> Tensor:
+    """Int64 [2, count]: which ids of two label tensors of one shape meet."""
+    return torch.stack([a.reshape(-1), b.reshape(-1)])
 
 
 def along_axis(values: Tensor, axis: int, dims: int) -> Tensor:

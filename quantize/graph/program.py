@@ -99,6 +99,11 @@ class Program:
         more = irreplaceable(self.module.graph, self._linears.values(), self.parameters)
         return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE) | stacks(self.parameters)
 
+    def idle(self, outputs: list[Tensor]) -> list[str]:
+        """Linears that none of some runs has reached; an exported graph runs all."""
+        del outputs
+        return []
+
     @functools.cached_property
     def _linears(self) -> dict[fx.Node, Linear]:
         found = ((node, find_linear(node, self.parameters)) for segment in self.segments for node in segment.nodes)

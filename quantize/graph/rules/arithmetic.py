@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Walk, axis_index, channel_axes, shape_of
+from quantize.graph.labels import Walk, axis_index, channel_axes, meeting, shape_of, trimmed
 from quantize.graph.rules.movement import as_value, origin
 from quantize.graph.rules.norms import mean_square, squared
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
@@ -58,11 +58,8 @@ def centred(walk: Walk, node: fx.Node, x: fx.Node, mean: fx.Node) -> None:
 def join(walk: Walk, node: fx.Node, a: Tensor, b: Tensor) -> None:
     """The channels of two summands are the same channels."""
     a, b = torch.broadcast_tensors(a, b)
-    axes = channel_axes(a), channel_axes(b)
-    walk.labels[node] = a if len(axes[0]) <= len(axes[1]) else b
-    for axis in set(range(a.dim())) - set(axes[0]) - set(axes[1]):
-        a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
-    walk.joined.append(torch.stack([a.reshape(-1), b.reshape(-1)]))
+    walk.labels[node] = a if len(channel_axes(a)) <= len(channel_axes(b)) else b
+    walk.joined.append(meeting(*trimmed(a, b)))
 
 
 @rule("mul", "mul_", "div", "div_", operands=2, kind=SOURCES)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from quantize.graph.group import Group
-from quantize.graph.labels import Walk, axis_index, channel_axes, shape_of
+from quantize.graph.labels import Walk, axis_index, channel_axes, meeting, shape_of, trimmed
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import multiply
 
@@ -54,10 +54,8 @@ def pair(walk: Walk, q: fx.Node, k: fx.Node, token_axis: int) -> None:
     a, b = rows[0], rows[1]
     for d in (d for d in range(a.dim() - 1) if b.shape[d] not in (1, a.shape[d])):  # grouped queries
         b = b.repeat_interleave(a.shape[d] // b.shape[d], dim=d)
-    a, b = torch.broadcast_tensors(a, b)
-    for axis in set(range(a.dim())) - set(channel_axes(a)) - set(channel_axes(b)):
-        a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
-    walk.paired.append(torch.stack([a.reshape(-1), b.reshape(-1)]))
+    a, b = trimmed(*torch.broadcast_tensors(a, b))
+    walk.paired.append(meeting(a, b))
     apart = [d for d in range(a.dim() - 1) if a.shape[d] > 1]
     for side in (a, b):
         walk.restrict(side, Group.LINEAR, "", axis_index(side, apart), counted=True)
