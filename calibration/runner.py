@@ -62,13 +62,22 @@ class Runner:
         self.run(segment.nodes[done:], state)
 
     def preview(
-        self, segment: Segment, state: State, targets: Iterable[Linear], make: Callable[[], Statistic]
+        self,
+        segment: Segment,
+        state: State,
+        targets: Iterable[Linear],
+        make: Callable[[], Statistic],
+        behind: Mapping[str, Callable[[Tensor], Tensor]],
     ) -> dict[str, Statistic]:
-        """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing."""
+        """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
+
+        What a linear's input goes through before it counts is in `behind`, by path.
+        """
         collected: dict[str, Statistic] = {}
         for values in self.values:
             ahead = Runner.of(self.program, [dict(values)])
             for group in ahead.stops(segment, state, targets):
                 for linear in group:
-                    collected.setdefault(linear.weight, make()).update(ahead.values[0][linear.source])
+                    x = behind[linear.path](ahead.values[0][linear.source])
+                    collected.setdefault(linear.weight, make()).update(x)
         return collected

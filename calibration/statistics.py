@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -38,21 +38,68 @@ class Absmax:
 
 @dataclass
 class Gram:
-    """Sum of outer products: `value` = Σ xᵀx [K, K], over `rows` rows; GPTQ's Hessian is twice it."""
+    """Sums of outer products over `rows` rows.
+
+    Attributes:
+        value: Σ xᵀx [K, K]; GPTQ's Hessian is twice it.
+        drift: Σ (x' - x)ᵀ x [K, K], x' what x would be in the float model; None where that was not given.
+    """
 
     value: Tensor | None = None
     rows: int = 0
+    drift: Tensor | None = None
 
-    def update(self, x: Tensor) -> None:
-        """Take in [..., K]; summed in float32."""
+    def update(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take in x [..., K], and x' of the same shape; summed in float32."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self._add(x.T @ x, len(x))
+        drift = None if exact is None else (exact.detach().reshape(x.shape).float() - x).T @ x
+        self._add(x.T @ x, len(x), drift)
 
     def merge(self, other: Self) -> None:
         """The sum of both."""
         if other.value is not None:
-            self._add(other.value, other.rows)
+            self._add(other.value, other.rows, other.drift)
 
-    def _add(self, value: Tensor, rows: int) -> None:
+    def _add(self, value: Tensor, rows: int, drift: Tensor | None) -> None:
         self.value = value if self.value is None else self.value.add_(value)
+        if drift is not None:
+            self.drift = drift if self.drift is None else self.drift.add_(drift)
         self.rows += rows
+
+
+@dataclass
+class Rows:
+    """A sample of rows, and the largest magnitude of each channel over all rows.
+
+    The sample are the `LIMIT` rows of smallest digest; so it does not depend on the order in which data comes, and
+    merging gives what one accumulator would have seen. Equal rows count once each time they come.
+
+    Attributes:
+        value: float32 [rows ≤ LIMIT, K].
+        absmax: [K] ≥ 0.
+    """
+
+    LIMIT: ClassVar[int] = 512
+    value: Tensor | None = None
+    absmax: Absmax = field(default_factory=Absmax)
+
+    def update(self, x: Tensor) -> None:
+        """Take in [..., K]."""
+        self.absmax.update(x)
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        rows = rows if self.value is None else torch.cat([self.value, rows])
+        self.value = rows[digests(rows).argsort(stable=True)[: self.LIMIT]]
+
+    def merge(self, other: Self) -> None:
+        """The smallest digests of both."""
+        if other.value is not None:
+            self.update(other.value)
+            self.absmax.merge(other.absmax)
+
+
+def digests(rows: Tensor) -> Tensor:
+    """int64 [n]: a number for each row of float32 [n, K], spread evenly, from its bits alone."""
+    bits = rows.contiguous().view(torch.int32).long()
+    odd = torch.arange(1, 2 * rows.shape[1], 2) * 0x9E3779B1
+    mixed = (bits * odd).sum(-1) * 0x5851F42D4C957F2D
+    return (mixed ^ (mixed >> 29)) * 0x14057B7EF767814F

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from quantize.checkpoint import assign, build_skeleton, index_tensors, read_config, read_tensor
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
-from quantize.linear import OnlineHadamard, QuantizedLinear
-from quantize.scheme import Scheme
+from quantize.linear import QuantizedLinear
+from quantize.online import Online, restore
+from quantize.scheme import ActivationArgs, Scheme
 
 METHOD = "quantize-model"
 PROBE = "probe.safetensors"  # inputs and outputs, no part of the model
@@ -225,5 +226,13 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
     weight = QTensor(data, scale.to(dtype), get("zero_point"), entry["columns"], scheme.weights)
-    online = OnlineHadamard(**entry["hadamard"]) if "hadamard" in entry else None
+    if "activations" in entry:
+        scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
+    online = [read_online(f"{path}.transform.{i}.", given, files) for i, given in enumerate(entry.get("online", ()))]
     return QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+
+
+def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path]) -> Online:
+    """One online transform, its tensors those whose names start with `prefix`."""
+    names = [name for name in files if name.startswith(prefix)]
+    return restore(given, {name.removeprefix(prefix): read_tensor(files[name], name) for name in names})

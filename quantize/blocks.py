@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from quantize.calibration.data import Row, Samples
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.formats.qtensor import QTensor
 from quantize.graph.execute import State
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
-from quantize.linear import HadamardTransform, OnlineHadamard, QuantizedLinear
+from quantize.linear import QuantizedLinear
+from quantize.online import Front
 from quantize.plan import Plan
+from quantize.scheme import ActivationArgs, Scheme
+from quantize.survey import survey
 from quantize.transforming import Transformer, float_state
 
 BATCH_TOKENS = 4096  # calibration tokens that run together
@@ -41,7 +43,11 @@ class BlockRun:
         batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
         self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_inputs)
-        self.transformer = Transformer(program, plan.steps, self.calibration, self.probes, plan.recipe.seed)
+        self.exact = Runner(program, batches if plan.quantizer.needs_exact else [])
+        scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches)
+        self.transformer = Transformer(
+            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys
+        )
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
         self._tied: dict[str, str] = {}
@@ -49,20 +55,22 @@ class BlockRun:
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; returns what is stored of it."""
         stored = {name: self.checkpoint.tensor(name) for name in segment.parameters}
-        weights, online = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
+        weights, fronts = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
         linears = self.program.linears(segment)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
-        replaced = {linear.weight for linear in targets}
+        replaced = {name for linear in targets for name in (linear.weight, linear.bias)}
+        exact = float_state(dict(weights), linears, fronts)
         kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in replaced}
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
-        state = float_state(weights, linears, online)
-        biases = {linear.bias: f"{linear.path}.bias" for linear in targets if linear.bias}
-        tensors = {name: kept.pop(bias) for bias, name in biases.items()}
-        for group in self.calibration.stops(segment, state, targets):
-            gram = self._gram(group[0], online.get(group[0].path))
-            for linear in group:
-                weight = self._quantize(linear, state, gram, online.get(linear.path), stored[linear.weight].dtype)
-                tensors |= {f"{linear.path}.{name}": t for name, t in weight.tensors().items()}
+        biases = {x.path: weights[x.bias].to(stored[x.bias].dtype) for x in targets if x.bias}
+        state, tensors = float_state(weights, linears, fronts), dict[str, Tensor]()
+        for group, _ in zip(
+            self.calibration.stops(segment, state, targets), self.exact.stops(segment, exact, targets), strict=True
+        ):
+            grams = self._grams(group, fronts)
+            for linear, gram in zip(group, grams, strict=True):
+                front, bias = fronts[linear.path], biases.get(linear.path)
+                tensors |= self._quantize(linear, state, gram, front, bias, stored[linear.weight].dtype)
         self.probes.run(segment.nodes, state)
         return tensors | self._kept(kept)
 
@@ -76,32 +84,46 @@ class BlockRun:
         """The model's outputs on the probes, once all blocks are done."""
         return self.probes.outputs()
 
-    def _gram(self, linear: Linear, online: OnlineHadamard | None) -> Gram | None:
-        """Gram matrix of a linear's input behind its online transform."""
+    def _grams(self, group: Sequence[Linear], fronts: Mapping[str, Front]) -> list[Gram | None]:
+        """Gram matrix of the input of each linear behind its rotations, made once for all that share these."""
         if not self.plan.quantizer.needs_gram:
-            return None
-        transform = HadamardTransform(online) if online else torch.nn.Identity()
+            return [None for _ in group]
+        keys, made = [self._seen(fronts[linear.path]) for linear in group], dict[object, Gram]()
+        for linear, key in zip(group, keys, strict=True):
+            if key not in made:
+                made[key] = self._gram(linear.source, fronts[linear.path])
+        return [made[key] for key in keys]
+
+    def _seen(self, front: Front) -> object:
+        """What a Gram matrix depends on."""
+        return front if self.plan.quantizer.needs_exact else front.rotations
+
+    def _gram(self, source: fx.Node, front: Front) -> Gram:
+        """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
         gram = Gram()
-        for values in self.calibration.values:
-            gram.update(transform(values[linear.source]))
+        if not self.plan.quantizer.needs_exact:
+            for values in self.calibration.values:
+                gram.update(front.rotate(values[source]))
+        for values, exact in zip(self.calibration.values, self.exact.values, strict=False):
+            gram.update(front.quantized(values[source]), front.rotate(exact[source]))
         return gram
 
     def _quantize(
-        self, linear: Linear, state: State, gram: Gram | None, online: OnlineHadamard | None, dtype: torch.dtype
-    ) -> QTensor:
-        """Quantize one linear and let the block run with it from here on."""
+        self, linear: Linear, state: State, gram: Gram | None, front: Front, bias: Tensor | None, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Quantize one linear and let the block run with it from here on; returns its tensors."""
         recipe = self.plan.recipe
         try:
             W = linear.oriented(state.weights[linear.weight])
             weight = self.plan.quantizer.quantize(W, recipe.weights, gram, dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{linear.path}: {error}") from None
-        bias = state.weights.get(linear.bias or "")
-        state.linears[linear.node] = QuantizedLinear(weight, bias, recipe.linear_scheme, online)
-        entry: dict[str, object] = {"columns": weight.columns}
-        self.modules[linear.path] = entry | ({"hadamard": asdict(online)} if online else {})
+        scheme = Scheme(weights=recipe.weights, activations=front.activations)
+        module = QuantizedLinear(weight, front.bias(weight.dequantize(), bias), scheme, front.online)
+        state.linears[linear.node] = module
+        self.modules[linear.path] = describe(module, recipe.activations)
         self.untied |= self._is_tied(linear.weight)
-        return weight
+        return {f"{linear.path}.{name}": tensor for name, tensor in module.state_dict().items()}
 
     def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""
@@ -133,3 +155,13 @@ def random_like(x: Tensor, vocabulary: int, rng: np.random.Generator) -> Tensor:
         return torch.from_numpy(rng.integers(vocabulary, size=x.shape))
     deviation = float(x.std(correction=0)) or 1.0
     return torch.from_numpy(rng.normal(float(x.mean()), deviation, size=x.shape)).float()
+
+
+def describe(module: QuantizedLinear, default: ActivationArgs | None) -> dict[str, object]:
+    """A quantized linear's entry in the artifact's quantization settings."""
+    entry: dict[str, object] = {"columns": module.in_features}
+    if len(module.transform):
+        entry["online"] = [transform.settings() for transform in module.online]
+    if module.scheme.activations != default and module.scheme.activations is not None:
+        entry["activations"] = module.scheme.activations.model_dump()
+    return entry

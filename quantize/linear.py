@@ -1,42 +1,17 @@
-"""The linear layer of a quantized model: online transform, activation quantizer, integer product."""
+"""The linear layer of a quantized model: online transforms, activation quantizer, integer product."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
-from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
-from quantize.kernels.ops import dequantize, quantize_per_token, quantized_linear, unpack_int4
+from quantize.kernels.ops import dequantize, quantized_linear, runtime_smooth_linear, unpack_int4
+from quantize.online import Online
+from quantize.rounding import fake_quantize
 from quantize.scheme import Scheme
-
-
-@dataclass(frozen=True)
-class OnlineHadamard:
-    """`x @ (H ⊗ I_stride)` in front of a linear, H orthogonal of order `size`; see `kernels/hadamard.py`."""
-
-    size: int
-    stride: int = 1
-
-
-class HadamardTransform(nn.Module):
-    """An `OnlineHadamard` with its two Kronecker factors as buffers, which are never saved."""
-
-    a: Tensor
-    b: Tensor
-
-    def __init__(self, online: OnlineHadamard) -> None:
-        super().__init__()
-        self.online = online
-        a, b = hadamard_factors(online.size)
-        self.register_buffer("a", a.float(), persistent=False)
-        self.register_buffer("b", b.float(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., K]."""
-        return kronecker_transform(x, self.a.to(x), self.b.to(x), self.online.stride)
 
 
 class QuantizedLinear(nn.Module):
@@ -50,15 +25,14 @@ class QuantizedLinear(nn.Module):
     zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(
-        self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: OnlineHadamard | None = None
-    ) -> None:
+    def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
         for name, tensor in {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point}.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
-        self.transform = HadamardTransform(online) if online else nn.Identity()
+        self.online = tuple(online)
+        self.transform = nn.Sequential(*self.online)
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -66,29 +40,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        x, q, activations = self.transform(x), self.weight_integers(), self.scheme.activations
-        if activations is None:
+        x, q, args = self.transform(x), self.weight_integers(), self.scheme.activations
+        if args is None:
             weight = dequantize(q, self.scale, self.zero_point).to(x)
             return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
-        return quantized_linear(
-            x,
-            q,
-            self.scale,
-            self.zero_point,
-            self.bias,
-            activations.num_bits,
-            activations.symmetric,
-            activations.clip_ratio,
-        )
+        operands = (x, q, self.scale, self.zero_point, self.bias, args.num_bits, args.symmetric, args.clip_ratio)
+        if smooth := args.runtime_smooth:
+            return runtime_smooth_linear(*operands, smooth.group_size, smooth.normalize_tokens)
+        return quantized_linear(*operands)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
-        x, activations = self.transform(x), self.scheme.activations
-        if activations is not None:
-            q, scale, zero_point = quantize_per_token(
-                x, activations.num_bits, activations.symmetric, activations.clip_ratio
-            )
-            x = (q.to(x) - zero_point.to(x)) * scale
-        return torch.nn.functional.linear(
-            x, dequantize(self.weight_integers(), self.scale, self.zero_point).to(x), self.bias
-        )
+        x = fake_quantize(self.transform(x), self.scheme.activations)
+        weight = dequantize(self.weight_integers(), self.scale, self.zero_point).to(x)
+        return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))

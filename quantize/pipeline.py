@@ -152,6 +152,7 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
                 "export": program.export_record() | {"not_compared": not_compared(blocks)},
                 "calibration": calibration_record(blocks, prepared.samples),
                 "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
+                "online": blocks.transformer.changed,
                 "parity": proof,
                 "untied": blocks.untied,
                 "coverage": coverage(plan, blocks),

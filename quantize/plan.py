@@ -12,7 +12,7 @@ from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
-from quantize.linear import OnlineHadamard
+from quantize.ordering import check_order
 from quantize.passes import PASSES, Pass
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe import Recipe, validated
@@ -22,12 +22,17 @@ NO_LINEAR = "no weight of a linear"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass: its sites on the analysis it acts on, and what it puts in front of linears, by module path."""
+    """One pass: its sites on the analysis it acts on, and the paths of the linears it may put something in front of.
+
+    Attributes:
+        surveyed: weights of linears whose inputs must be seen in the whole float model before the first block.
+    """
 
     handler: Pass
     bases: Bases
     sites: tuple[Basis, ...]
-    online: dict[str, OnlineHadamard]
+    online: tuple[str, ...]
+    surveyed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     chosen = [linear for linear in linears if linear.path in targets]
     check_groups(recipe, chosen)
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
+    check_order(handlers)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
     reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.irreplaceable | skipped
@@ -149,21 +155,29 @@ def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) ->
     """The passes with their sites; a pass that folds gains changes the analysis of those after it."""
     steps, folded = [], frozenset[str]()
     for handler in handlers:
-        bases = find_bases(program, folded)
-        sites = handler.sites(bases.all)
-        if handler.needs is not None:
-            quantized = {linear.weight for linear in linears}
-            sites = tuple(b for b in sites if in_one_segment(b, program.segments) and is_read_by(b, quantized))
-        online = {linear.path: handler.online(bases.reading(linear.weight), linear.columns) for linear in linears}
-        steps.append(Step(handler, bases, sites, {path: o for path, o in online.items() if o}))
+        step = make_step(handler, find_bases(program, folded), program, linears)
+        steps.append(step)
         if handler.folds_gains:
-            folded |= {basis.gain.parameter for basis in sites if basis.gain}
+            folded |= {basis.gain.parameter for basis in step.sites if basis.gain}
     return tuple(steps)
 
 
-def is_read_by(basis: Basis, weights: set[str]) -> bool:
-    """Whether any of some weights reads a basis."""
-    return any(edge.parameter in weights for edge in basis.readers)
+def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear]) -> Step:
+    """One pass with its sites: where it needs statistics, those that quantized linears read."""
+    quantized, sites = {linear.weight for linear in linears}, handler.sites(bases.all)
+    spanning: tuple[Basis, ...] = ()
+    if handler.needs is not None:
+        sites = tuple(b for b in sites if quantized & reading(b))
+        spanning = tuple(b for b in sites if not in_one_segment(b, program.segments))
+        sites = sites if handler.spans else tuple(b for b in sites if b not in spanning)
+    surveyed = frozenset[str]().union(*map(reading, spanning if handler.spans else ()))
+    online = (x.path for x in linears if handler.goes_online(bases.reading(x.weight), x.columns))
+    return Step(handler, bases, sites, tuple(dict.fromkeys(online)), surveyed)
+
+
+def reading(basis: Basis) -> frozenset[str]:
+    """Names of the parameters that read a basis."""
+    return frozenset(edge.parameter for edge in basis.readers)
 
 
 def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:

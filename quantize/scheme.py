@@ -27,6 +27,18 @@ class WeightArgs(Data):
     group_size: int = Field(0, ge=0)
 
 
+class RuntimeSmoothArgs(Data):
+    """Channels divided by their current maximum (`kernels/runtime_smooth.py`).
+
+    Attributes:
+        group_size: channels, sorted by maximum, that share a scale.
+        normalize_tokens: take maxima of tokens of the same root mean square; False is the paper's rule.
+    """
+
+    group_size: int = Field(128, ge=1)
+    normalize_tokens: bool = True
+
+
 class ActivationArgs(Data):
     """Integer activations, dynamic, one scale for each token.
 
@@ -34,11 +46,13 @@ class ActivationArgs(Data):
         num_bits: 4 or 8.
         symmetric: no zero point.
         clip_ratio: part of the token's range that the grid spans.
+        runtime_smooth: divide channels by their current maximum first; None does not.
     """
 
     num_bits: Literal[4, 8]
     symmetric: bool = True
     clip_ratio: float = Field(1.0, gt=0, le=1)
+    runtime_smooth: RuntimeSmoothArgs | None = None
 
 
 class Scheme(Data):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import torch
+from torch import nn
 
 import quantize
 from quantize.calibration.runner import Runner
@@ -34,7 +35,8 @@ def test_looking_ahead_does_not_advance(stories):
     state = State({name: checkpoint.tensor(name) for name in (*head.parameters, *block.parameters)})
     runner.run(head.nodes, state)
     before = dict(runner.values[0])
-    seen = runner.preview(block, state, program.linears(block), Absmax)
+    linears = program.linears(block)
+    seen = runner.preview(block, state, linears, Absmax, {linear.path: nn.Identity() for linear in linears})
     assert runner.values[0] == before
     assert {path: statistic.value.shape for path, statistic in seen.items()} == {
         linear.weight: (state.weights[linear.weight].shape[1],) for linear in program.linears(block)

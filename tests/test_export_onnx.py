@@ -17,9 +17,9 @@ from quantize.export.onnx import OPSET, distance, export_onnx, open_session, par
 from quantize.export.onnx_linear import BlockLinear, IntegerLinear, lower
 from quantize.formats.qtensor import QTensor
 from quantize.graph.program import quiet
-from quantize.kernels.hadamard import hadamard_transform
 from quantize.kernels.reference import quantized_linear, round_to_grid, scale_and_zero_point
-from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.linear import QuantizedLinear
+from quantize.online import Front, Hadamard
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
 
 LLAMA = Path(__file__).parent / "models" / "books-llama-6m"
@@ -34,9 +34,9 @@ def scheme(bits, activations=None, group_size=0, symmetric=True):
     )
 
 
-def round_to_nearest(weight, bias, scheme, online=None):
+def round_to_nearest(weight, bias, scheme, online=()):
     args = scheme.weights
-    weight = hadamard_transform(weight, online.size, online.stride) if online else weight
+    weight = Front(tuple(online)).absorb(weight)
     groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
     scale, zero_point = scale_and_zero_point(*groups.aminmax(dim=-1, keepdim=True), args.num_bits, args.symmetric)
     q = round_to_grid(groups, scale, zero_point, args.num_bits).flatten(1)
@@ -47,7 +47,7 @@ def round_to_nearest(weight, bias, scheme, online=None):
 def quantized(model, scheme, hadamard=False):
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            online = OnlineHadamard(layer.in_features // 2, stride=2) if hadamard else None
+            online = [Hadamard(layer.in_features // 2, stride=2)] if hadamard else []
             bias = None if layer.bias is None else layer.bias.detach()
             model.set_submodule(name, round_to_nearest(layer.weight.detach(), bias, scheme, online))
     return model
@@ -144,7 +144,7 @@ def test_a_wrong_operator_is_noticed(tmp_path, monkeypatch):
         export_onnx(quantized(llama(layers=1), scheme(4)), tmp_path)
 
 
-def random_linear(columns, scheme, online=None):
+def random_linear(columns, scheme, online=()):
     generator = torch.Generator().manual_seed(columns)
     weight, bias = torch.randn(24, columns, generator=generator), torch.randn(24, generator=generator)
     return round_to_nearest(weight + 0.3, bias, scheme, online)
@@ -170,7 +170,7 @@ INTEGERS = {
     "W4A4 asymmetric": random_linear(37, scheme(4, ASYMMETRIC_4, symmetric=False)),
     "W4A4 in groups": random_linear(36, scheme(4, ASYMMETRIC_4, 12, symmetric=False)),
     "W8A4": random_linear(36, scheme(8, ASYMMETRIC_4)),
-    "with Hadamard": random_linear(48, scheme(4, ASYMMETRIC_4), OnlineHadamard(12, stride=2)),
+    "with Hadamard": random_linear(48, scheme(4, ASYMMETRIC_4), [Hadamard(12, stride=2)]),
 }
 LAYERS = {**BLOCKS, **PADDED_BLOCKS, **INTEGERS}
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from quantize import load
-from quantize.calibration.statistics import Absmax
+from quantize.calibration.statistics import Absmax, Rows
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
 from quantize.fold import Diagonal
@@ -19,10 +19,13 @@ from quantize.graph.group import Group
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
 from quantize.graph.program import export_program
 from quantize.kernels.hadamard import hadamard_transform
-from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.linear import QuantizedLinear
+from quantize.online import Front, Hadamard
 from quantize.passes import PASSES
+from quantize.passes.base import Site
 from quantize.pipeline import quantize_model
-from quantize.transforming import float_state, rotated_columns
+from quantize.scheme import Scheme, WeightArgs
+from quantize.transforming import absorbed, float_state
 from quantize.verify import verify_artifact
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=3, n_positions=32, n_inner=40)
@@ -53,7 +56,7 @@ class Bare(Stored):
         return x @ self.matrix
 
 
-class Rows(Bare):
+class Flat(Bare):
     def forward(self, x):
         return torch.mm(x.flatten(0, 1), self.matrix).unflatten(0, x.shape[:2])
 
@@ -132,7 +135,7 @@ def analysed(model):
     return program, {linear.path: linear for segment in program.segments for linear in program.linears(segment)}
 
 
-@pytest.mark.parametrize("part", [Stored, Bare, Rows, lambda: nn.Linear(6, 4)])
+@pytest.mark.parametrize("part", [Stored, Bare, Flat, lambda: nn.Linear(6, 4)])
 def test_a_module_that_is_one_product_is_a_linear(part):
     program, found = analysed(Model(part()))
     assert list(found) == ["blocks.0", "head"]
@@ -213,7 +216,7 @@ def relative(model, reference, ids=IDS):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("part", [Stored, Bare, Rows])
+@pytest.mark.parametrize("part", [Stored, Bare, Flat])
 def test_rows_and_columns_are_not_mixed_up(small_run, part):
     """Integers on the grid of their output channel, so that rounding to nearest must find them again."""
     torch.manual_seed(0)
@@ -243,14 +246,14 @@ def test_the_group_size_must_divide_the_inputs(small_run):
 
 def test_a_rotated_weight_stays_as_it_is_stored():
     found = analysed(Model(Stored()))[1]
-    linear, site = found["blocks.0"], OnlineHadamard(2, 3)
+    linear, plain, front = found["blocks.0"], Front(), Front((Hadamard(2, 3),))
     rng = torch.Generator().manual_seed(0)
     weights = {"blocks.0.matrix": torch.randn(6, 4, generator=rng), "blocks.0.shift": torch.randn(4, generator=rng)}
-    rotated = rotated_columns(weights, [linear], {"blocks.0": site})["blocks.0.matrix"]
+    rotated = absorbed(weights, [linear], {"blocks.0": plain}, {"blocks.0": front})["blocks.0.matrix"]
     assert rotated.shape == (6, 4)
     torch.testing.assert_close(rotated.T, hadamard_transform(weights["blocks.0.matrix"].T.contiguous(), 2, 3))
     x = torch.randn(5, 6, generator=rng)
-    run = float_state(weights | {"blocks.0.matrix": rotated}, [linear], {"blocks.0": site}).linears[linear.node]
+    run = float_state(weights | {"blocks.0.matrix": rotated}, [linear], {"blocks.0": front}).linears[linear.node]
     torch.testing.assert_close(run(x), x @ weights["blocks.0.matrix"] + weights["blocks.0.shift"])
 
 
@@ -260,9 +263,12 @@ def test_smoothquant_takes_the_columns_of_a_transposed_weight():
     site = Basis(0, 2, 1, Group.LINEAR, (Edge("norm", 0, torch.arange(2)[None], vector=True),), (reader,), ())
     weights, seen = (
         {"a.matrix": torch.tensor([[1 / 16, 0.0, -1 / 32], [0.5, 1.0, 0.0]])},
-        Absmax(torch.tensor([16.0, 1.0])),
+        Rows(absmax=Absmax(torch.tensor([16.0, 1.0]))),
     )
-    transform = PASSES["smoothquant"](alpha=0.75).transform(site, {"a.matrix": seen}, weights, torch.Generator())
+    scheme = Scheme(weights=WeightArgs(num_bits=8))
+    transform = PASSES["smoothquant"](alpha=0.75).transform(
+        Site(site, {"a.matrix": seen}, weights, scheme, torch.Generator())
+    )
     assert isinstance(transform, Diagonal)
     assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0], dtype=torch.float64))
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import dequantize, pack_int4, quantize_per_token, quantized_linear, unpack_int4
 from quantize.kernels.reference import integer_matmul, scale_and_zero_point
-from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.linear import QuantizedLinear
+from quantize.online import Hadamard
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
 
 
@@ -71,7 +72,7 @@ def test_quantized_linear_equals_dequantized_product(group_size, symmetric):
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def make_linear(scheme, online=None, columns=16):
+def make_linear(scheme, online=(), columns=16):
     rng = torch.Generator().manual_seed(2)
     q = torch.randint(-8, 8, (6, columns), generator=rng)
     weight = QTensor.pack(q, torch.rand(6, 1, generator=rng) + 0.1, None, scheme.weights)
@@ -87,7 +88,7 @@ def test_weight_only_linear_keeps_activations_in_float():
 
 def test_online_transform_runs_before_the_quantizer():
     scheme = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4))
-    layer, rng = make_linear(scheme, OnlineHadamard(16))
+    layer, rng = make_linear(scheme, [Hadamard(16)])
     plain, _ = make_linear(scheme)
     x = torch.randn(2, 16, generator=rng)
     assert torch.allclose(layer(x), plain(layer.transform(x)), atol=1e-6)
@@ -96,6 +97,6 @@ def test_online_transform_runs_before_the_quantizer():
 
 def test_fake_quantization_is_the_same_function():
     scheme = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4, symmetric=False))
-    layer, rng = make_linear(scheme, OnlineHadamard(16))
+    layer, rng = make_linear(scheme, [Hadamard(16)])
     x = torch.randn(7, 16, generator=rng)
     assert torch.allclose(layer(x), layer.fake_quantized(x), atol=1e-4)

@@ -18,7 +18,8 @@ from quantize.graph.analysis import find_bases
 from quantize.graph.execute import State
 from quantize.graph.group import Group
 from quantize.graph.unexported import KEPT_ROWS, Unexported, make_program
-from quantize.linear import OnlineHadamard, QuantizedLinear
+from quantize.linear import QuantizedLinear
+from quantize.online import Hadamard
 from quantize.verify import verify_artifact
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
@@ -144,8 +145,8 @@ def test_every_linear_is_rotated_online_and_only_that(small_run, module):
     artifact = small_run(module(), recipe={"ignore": ["blocks.1.up"]})
     modules = artifact.manifest["quantization"]["modules"]
     sizes = {"blocks.0.up": 16, "blocks.0.down": 48, "blocks.1.down": 48, "head": 16}
-    assert {path: OnlineHadamard(**entry["hadamard"]) for path, entry in modules.items()} == {
-        path: OnlineHadamard(size) for path, size in sizes.items()
+    assert {path: entry["online"] for path, entry in modules.items()} == {
+        path: [Hadamard(size).settings()] for path, size in sizes.items()
     }
     assert artifact.manifest["coverage"]["blocks.1.up.weight"] == "ignored by 'blocks.1.up'"
     assert artifact.manifest["coverage"].keys() == dict(module().named_parameters()).keys()

@@ -1,23 +1,75 @@
-"""What a pass is."""
+"""What a pass is, and what it is given."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Statistic
-from quantize.fold import Transform
+from quantize.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
-from quantize.linear import OnlineHadamard
+from quantize.online import Front
 from quantize.registry import Registry
-from quantize.scheme import Data
+from quantize.scheme import Data, Scheme
 
 PASSES = Registry("pass")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A basis to transform.
+
+    Attributes:
+        basis: what T acts on.
+        statistics: of the inputs of linears, by the name of the weight; other readers have none.
+        weights: the block's parameters by name, after the passes before.
+        scheme: what the linears are quantized to.
+        generator: private, the same for the same recipe and basis.
+    """
+
+    basis: Basis
+    statistics: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    scheme: Scheme
+    generator: torch.Generator
+
+    def readers(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """For each parameter of the block that reads the basis: statistic, weight [N, K], index [copies, dim].
+
+        The index says which of the K columns are channels of the basis, as often as the parameter reads them.
+        """
+        for edge in self.basis.readers:
+            if edge.parameter in self.weights:
+                W = self.weights[edge.parameter].movedim(edge.axis, -1).flatten(0, -2)
+                yield self.statistics.get(edge.parameter), W, edge.index
+
+
+@dataclass(frozen=True)
+class Place:
+    """A linear that is quantized, and what is in front of it.
+
+    Attributes:
+        path: its module.
+        basis: what it reads, if that is one basis.
+        statistic: of its input behind `front`; None without `Pass.needs`.
+        weight: [N, K] behind `front`.
+        front: what the passes before have put there.
+        scheme: what it is quantized to.
+        generator: private, the same for all linears that share an input.
+    """
+
+    path: str
+    basis: Basis | None
+    statistic: Any
+    weight: Tensor
+    front: Front
+    scheme: Scheme
+    generator: torch.Generator
 
 
 class Pass(Data):
@@ -26,37 +78,46 @@ class Pass(Data):
     Attributes:
         name: what recipes call it.
         legal: a basis must admit this group.
-        needs: the statistic of linear inputs that `transform` is given, by weight; None for none.
+        needs: the statistic of linear inputs that `transform` and `front` are given; None for none.
+        spans: with `needs`, act on bases that run through several blocks as well; the float model is run once more.
         folds_gains: after the pass the gains that write its sites are ones.
+        never_after: names of passes that must not come before this one, and why.
     """
 
     name: ClassVar[str]
-    legal: ClassVar[Group]
+    legal: ClassVar[Group] = Group.NONE
     needs: ClassVar[type[Statistic] | None] = None
+    spans: ClassVar[bool] = False
     folds_gains: ClassVar[bool] = False
+    never_after: ClassVar[Mapping[str, str]] = {}
 
-    @abstractmethod
     def acts_on(self, basis: Basis) -> bool:
         """Whether to transform a basis that is legal, written and read."""
+        del basis
+        return False
 
-    @abstractmethod
-    def transform(
-        self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
-    ) -> Transform:
-        """T for one basis.
+    def transform(self, site: Site) -> Transform:
+        """T for one basis on which the pass acts."""
+        return Diagonal(torch.ones(site.basis.dim))
 
-        Args:
-            basis: what T acts on.
-            statistics: of the inputs of the block's linears, by the name of the weight; other readers have none.
-            weights: the block's parameters by name.
-            seed: a private generator, the same for the same recipe and basis.
-        """
-
-    def online(self, basis: Basis | None, columns: int) -> OnlineHadamard | None:
-        """What to run in front of a linear of `columns` inputs that reads `basis` (None: no single one)."""
+    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+        """Whether `front` may change what is in front of a linear of `columns` inputs that reads `basis`."""
         del basis, columns
-        return None
+        return False
+
+    def front(self, place: Place) -> Front:
+        """What shall be in front of a linear: `place.front`, or more."""
+        return place.front
 
     def sites(self, bases: tuple[Basis, ...]) -> tuple[Basis, ...]:
         """The bases to transform."""
         return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.acts_on(b))
+
+
+def input_error(place: Place, X: Tensor, front: Front) -> float:
+    """‖(X̂ - X) Wᵀ‖²: what the rounding of a linear's input X [rows, K] behind `place.front` costs its output.
+
+    `front` is `place.front` with other activation arguments, or one more transform that no weight absorbs.
+    """
+    behind = Front(front.online[len(place.front.online) :], front.activations)
+    return float(((behind.quantized(X) - X) @ place.weight.T).square().sum())

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from quantize.calibration.statistics import Statistic
 from quantize.errors import QuantizeError
 from quantize.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
-from quantize.passes.base import PASSES, Pass
+from quantize.passes.base import PASSES, Pass, Site
 
 
 @PASSES.register("fold_norms")
@@ -30,18 +25,15 @@ class FoldNorms(Pass):
         """Bases that one gain writes."""
         return basis.gain is not None
 
-    def transform(
-        self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
-    ) -> Transform:
+    def transform(self, site: Site) -> Transform:
         """T = diag(1/g).
 
         Raises:
             QuantizeError: a gain is zero.
         """
-        del statistics, seed
-        edge = basis.gain
+        edge = site.basis.gain
         assert edge is not None
-        gain = weights[edge.parameter].double()[edge.index[0]] + edge.offset
+        gain = site.weights[edge.parameter].double()[edge.index[0]] + edge.offset
         if not bool(gain.all()):
             raise QuantizeError(
                 f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from quantize.calibration.statistics import Statistic
 from quantize.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
-from quantize.linear import OnlineHadamard
-from quantize.passes.base import PASSES, Pass
+from quantize.online import Front, hadamard
+from quantize.passes.base import PASSES, Pass, Place, Site
 
 
 @PASSES.register("rotate")
@@ -38,20 +35,22 @@ class Rotate(Pass):
             return False  # queries and keys: nothing that is quantized gains
         return self.heads if basis.heads > 1 else self.residual
 
-    def transform(
-        self, basis: Basis, statistics: Mapping[str, Statistic], weights: Mapping[str, Tensor], seed: torch.Generator
-    ) -> Transform:
+    def transform(self, site: Site) -> Transform:
         """T = diag(random signs) · (I ⊗ H), H as large as a head; where a norm takes the mean, one that keeps it."""
-        del statistics, weights
-        signs = torch.randint(0, 2, (basis.dim,), generator=seed).double() * 2 - 1
+        basis = site.basis
+        signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
         kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
         return kind(signs, basis.dim // basis.heads)
 
-    def online(self, basis: Basis | None, columns: int) -> OnlineHadamard | None:
+    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+        """Where no weight absorbs a full rotation."""
+        del columns
+        return self.online_hadamard and (basis is None or not self.sites((basis,)) or basis.heads > 1)
+
+    def front(self, place: Place) -> Front:
         """The part of a full rotation that no weight absorbed."""
-        if not self.online_hadamard:
-            return None
+        basis, columns = place.basis, place.weight.shape[1]
         if basis is None or not self.sites((basis,)):
-            return OnlineHadamard(columns)
+            return place.front.then(hadamard(columns))
         head_dim = basis.dim // basis.heads
-        return OnlineHadamard(columns // head_dim, head_dim) if basis.heads > 1 else None
+        return place.front.then(hadamard(columns // head_dim, head_dim))

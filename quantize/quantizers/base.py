@@ -23,11 +23,13 @@ class Quantizer(Data):
     Attributes:
         name: what recipes call it.
         needs_gram: `quantize` is given the Gram matrix of the layer's input.
+        needs_exact: of its rounded input, and how that drifted from the float model's.
         mse: shrink each scale to the value that rounds the weights with the least error.
     """
 
     name: ClassVar[str]
     needs_gram: ClassVar[bool] = False
+    needs_exact: ClassVar[bool] = False
     mse: bool = False
 
     @abstractmethod
@@ -79,3 +81,10 @@ def grid_error(
     """Σ weighting · (w - round(w))² of each group, [N, G, 1]."""
     q = round_to_grid(groups, scale, zero_point, args.num_bits)
     return (weighting * ((q - zero_point) * scale - groups).square()).sum(-1, keepdim=True)
+
+
+def fake_quantize_weight(W: Tensor, args: WeightArgs) -> Tensor:
+    """W [N, K] rounded to nearest and back; what searches compare scales by."""
+    scale, zero_point = find_grid(W, args, W.dtype)
+    q = round_to_grid(grouped(W, args), scale[..., None], zero_point[..., None], args.num_bits)
+    return ((q - zero_point[..., None]) * scale[..., None]).flatten(1)

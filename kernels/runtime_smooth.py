@@ -1,0 +1,59 @@
+"""Runtime smooth: channels divided by their current maximum, which comes back as one scalar for each K tile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantize.kernels.reference import quantized_linear
+
+SMALLEST = 1e-5  # of a channel's scale
+
+
+def smooth_scales(x: Tensor, group_size: int, normalize_tokens: bool) -> tuple[Tensor, Tensor]:
+    """The channels by falling maximum, and the scale that each run of `group_size` of them shares.
+
+    Rotated Runtime Smooth (arXiv 2409.20361, section 3.2): s_j = max_t |x_tj|, sorted, the largest of each group. With
+    `normalize_tokens` each token is divided by its root mean square first; its own quantizer takes that factor up, and
+    a token with several spikes, which a rotation turns into a comb, no longer sets the scale of all others.
+
+    Args:
+        x: [..., K]; the maximum runs over all tokens, so the result of one depends on those it runs with.
+        group_size: channels that share a scale; the last group may be smaller.
+        normalize_tokens: False is the paper's rule.
+
+    Returns:
+        order int64 [K], and s [K] > 0 in that order.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if normalize_tokens:
+        rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=SMALLEST)
+    s = rows.abs().amax(dim=0).clamp(min=SMALLEST) if len(rows) else torch.ones_like(x.reshape(-1)[: x.shape[-1]])
+    order = s.argsort(descending=True, stable=True)
+    shared = s[order][::group_size].repeat_interleave(group_size)[: len(order)]
+    return order, shared
+
+
+def runtime_smooth_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: float,
+    group_size: int,
+    normalize_tokens: bool,
+) -> Tensor:
+    """`quantized_linear` of x / s, the scale of each group multiplied onto the group's integer sum.
+
+    Arguments as in `quantized_linear` and `smooth_scales`; weights have one scale a row, as sorting mixes groups.
+    """
+    order, s = smooth_scales(x.float(), group_size, normalize_tokens)
+    filled = -len(order) % group_size
+    x_sorted = torch.nn.functional.pad(x[..., order] / s.to(x), (0, filled))
+    q_sorted = torch.nn.functional.pad(q[:, order], (0, filled))
+    scales = scale * s[::group_size].to(scale)
+    zero_points = None if zero_point is None else zero_point.expand(scales.shape)
+    return quantized_linear(x_sorted, q_sorted, scales, zero_points, bias, num_bits, symmetric, clip_ratio)

@@ -1,0 +1,74 @@
+"""What passes that scale channels have in common, and how well a scale suits the linears that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.statistics import Rows, Statistic
+from quantize.graph.basis import Basis
+from quantize.graph.group import Group
+from quantize.passes.base import Pass, Site
+from quantize.quantizers.base import fake_quantize_weight
+from quantize.rounding import fake_quantize
+
+AFTER_ROTATION = "the rotation has spread the outliers over all channels, and scales found there bring them back"
+
+
+class Scaling(Pass):
+    """T = diag(1/s), s > 0, on every basis that linears read."""
+
+    legal: ClassVar[Group] = Group.POSITIVE_DIAGONAL
+    needs: ClassVar[type[Statistic] | None] = Rows
+    never_after: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("rotate", "adaptive_rotation", "learned_rotation"), AFTER_ROTATION
+    )
+
+    def acts_on(self, basis: Basis) -> bool:
+        """Bases that linears read."""
+        return not any(edge.vector or edge.dual for edge in basis.readers)
+
+
+def reach(site: Site) -> tuple[Tensor, Tensor]:
+    """max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads it."""
+    X, W = torch.zeros(site.basis.dim, dtype=torch.float64), torch.zeros(site.basis.dim, dtype=torch.float64)
+    for seen, weight, indices in site.readers():
+        largest = weight.abs().amax(dim=0).double()
+        for index in indices:
+            X = X if seen is None else torch.maximum(X, seen.absmax.value[index].double())
+            W = torch.maximum(W, largest[index])
+    return X, W
+
+
+def live(s: Tensor, X: Tensor, W: Tensor) -> Tensor:
+    """`s` where a channel is ever used, 1 elsewhere."""
+    return torch.where((X > 0) & (W > 0), s, torch.ones_like(s))
+
+
+def joint_error(site: Site, s: Tensor) -> float:
+    """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the linears that read a basis (AQAS, arXiv 2311.05161, equation 1).
+
+    Args:
+        site: with `Rows` of the linears' inputs.
+        s: [dim] > 0, what channels are divided by.
+    """
+    total = 0.0
+    for seen, W, indices in site.readers():
+        if seen is None:
+            continue
+        X, columns = seen.value, torch.ones(W.shape[1])
+        for index in indices:
+            columns[index] = s.float()
+        target = X @ W.T
+        W_hat = fake_quantize_weight(W * columns, site.scheme.weights)
+        found = fake_quantize(X / columns, site.scheme.activations) @ W_hat.T
+        total += float((found - target).square().sum() / target.square().sum().clamp(min=torch.finfo(X.dtype).tiny))
+    return total
+
+
+def best_scale(site: Site, candidates: Iterable[Tensor]) -> Tensor:
+    """The candidate of least `joint_error`, the first of equals."""
+    return min(candidates, key=lambda s: joint_error(site, s))

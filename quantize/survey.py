@@ -1,0 +1,50 @@
+"""Statistics of a whole model before its first block is quantized, for bases that run through all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from quantize.calibration.data import Row
+from quantize.calibration.runner import Runner
+from quantize.calibration.statistics import Statistic
+from quantize.checkpoint import Checkpoint
+from quantize.graph.program import Program
+from quantize.plan import Plan
+from quantize.transforming import Transformer, behind, float_state
+
+
+def survey(
+    checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row]
+) -> dict[int, dict[str, Statistic]]:
+    """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
+
+    The float model runs once more for each such step, block by block, with the steps before it applied.
+    """
+    found: dict[int, dict[str, Statistic]] = {}
+    for number, step in enumerate(plan.steps):
+        if step.surveyed:
+            calibration, steps = Runner(program, batches), plan.steps[:number]
+            transformer = Transformer(
+                program, steps, plan.recipe.linear_scheme, calibration, Runner(program, []), plan.recipe.seed, found
+            )
+            found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs)
+    return found
+
+
+def one_run(
+    checkpoint: Checkpoint, transformer: Transformer, weights: frozenset[str], make: type[Statistic] | None
+) -> dict[str, Statistic]:
+    """Statistics of the inputs of some linears in one run of the float model."""
+    assert make is not None
+    found: dict[str, Statistic] = {}
+    program, calibration = transformer.program, transformer.calibration
+    for segment in program.segments:
+        held, fronts = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
+        linears, transforms = program.linears(segment), behind(fronts)
+        targets = [linear for linear in linears if linear.weight in weights]
+        for group in calibration.stops(segment, float_state(held, linears, fronts), targets):
+            for linear in group:
+                found[linear.weight] = make()
+                for values in calibration.values:
+                    found[linear.weight].update(transforms[linear.path](values[linear.source]))
+    return found
