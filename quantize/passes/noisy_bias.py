@@ -1,0 +1,79 @@
+"""Add a fixed noisy bias to activations before they are rounded, and take it back in the output bias."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from quantize.calibration.statistics import Rows, Statistic
+from quantize.graph.basis import Basis
+from quantize.online import Front, Shift
+from quantize.passes.base import PASSES, Pass, Place, input_error
+
+AFTER_BIAS = "the bias was searched for inputs that are not rotated"
+
+
+@PASSES.register("noisy_bias")
+class NoisyBias(Pass):
+    """fq(X) = Q(W) Q(X + N) + B - Q(W) N, N fixed (NoisyQuant, Liu et al. 2022, arXiv 2211.16056, equations 7, 8).
+
+    N = m + n U(-1, 1) for each linear, in units of the inputs' mean quantization step. Mean shift m and amplitude n
+    are searched on one half of a sample of inputs, 0 among them, and kept where they lower the output error on the
+    other half; where they do not, nothing is put in front of the linear.
+
+    Attributes:
+        amplitude: largest n searched, in steps; 0 adds no noise.
+        steps: how many amplitudes and shifts are tried beside 0.
+        mean_shift: search m, too.
+    """
+
+    needs: ClassVar[type[Statistic] | None] = Rows
+    amplitude: float = Field(2.0, ge=0)
+    steps: int = Field(20, ge=1)
+    mean_shift: bool = False
+
+    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+        """In front of every linear."""
+        del basis, columns
+        return True
+
+    def front(self, place: Place) -> Front:
+        """With a shift, if one helps."""
+        if place.front.activations is None or place.statistic is None or place.front.shifts:
+            return place.front
+        search, held_out = place.statistic.value[::2], place.statistic.value[1::2]
+        step = mean_step(search, place.front.activations.num_bits)
+        noise = torch.rand(search.shape[1], generator=place.generator) * 2 - 1
+        m = torch.zeros_like(noise)
+        if self.mean_shift:
+            grid = [step * self.amplitude * (2 * i / self.steps - 1) for i in range(self.steps + 1)]
+            m = m + self._best(place, search, [m, *(m + value for value in grid)]).mean()
+        grid = [step * self.amplitude * i / self.steps for i in range(self.steps + 1)]
+        shift = self._best(place, search, [m + n * noise for n in grid])
+        front = place.front.then(Shift(shift))
+        helps = bool(shift.any()) and input_error(place, held_out, front) < input_error(place, held_out, place.front)
+        return front if helps else place.front
+
+    def _best(self, place: Place, X: Tensor, shifts: list[Tensor]) -> Tensor:
+        """The shift of least output error, the first of equals."""
+        return min(shifts, key=lambda shift: input_error(place, X, place.front.then(Shift(shift))))
+
+
+def mean_step(X: Tensor, num_bits: int) -> float:
+    """Mean distance of two levels of a symmetric grid for each row of X."""
+    return float(X.abs().amax(-1).mean()) / ((1 << (num_bits - 1)) - 1)
+
+
+def theorem_difference(x: float, n: float, b: float) -> float:
+    """E[(Q(X+N) - X - N)²] - (Q(X) - X)² = n²/3 - (b/n)(n - x)² (Theorem 1).
+
+    Args:
+        x: distance of X to the midpoint between two levels, 0 ≤ x ≤ n.
+        n: N ~ U(-n, n), n ≤ 2b - x.
+        b: half the distance between two levels. Negative, a gain, for x < n - n √(n / 3b).
+    """
+    return math.fsum((n * n / 3, -(b / n) * (n - x) ** 2))

@@ -1,0 +1,61 @@
+"""Divide channels by their current maximum while the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import Field
+
+from quantize.errors import UsageError
+from quantize.graph.basis import Basis
+from quantize.online import Front
+from quantize.passes.base import PASSES, Pass, Place
+from quantize.scheme import RuntimeSmoothArgs
+
+
+@PASSES.register("runtime_smooth")
+class RuntimeSmooth(Pass):
+    """Runtime Smooth, behind `rotate` Rotated Runtime Smooth (Yi et al. 2024, arXiv 2409.20361).
+
+    Nothing is folded: in front of each linear channels are sorted by their maximum over the tokens that run together,
+    and groups of them share a scale that comes back as one scalar for each K tile. So the result of a token depends on
+    the tokens it runs with.
+
+    Attributes:
+        group_size: channels that share a scale, the K tile of a kernel.
+        normalize_tokens: take maxima of tokens of the same root mean square, so that one token with several spikes
+            does not set the scale of all others; False is the paper's rule.
+    """
+
+    never_after: ClassVar[Mapping[str, str]] = {
+        "noisy_bias": "the bias was searched for the grid of inputs that are not smoothed",
+        "activation_clip": "the clipping was searched for the grid of inputs that are not smoothed",
+    }
+    group_size: int = Field(128, ge=1)
+    normalize_tokens: bool = True
+
+    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+        """Everywhere that there is more than one group."""
+        del basis
+        return columns > self.group_size
+
+    def front(self, place: Place) -> Front:
+        """The same, with activations smoothed before they are quantized.
+
+        Raises:
+            UsageError: activations are not quantized, or weights have several scales a row.
+        """
+        if place.front.activations is None:
+            raise UsageError(
+                "the pass `runtime_smooth` smooths activations that are quantized, and those of this scheme are not; "
+                "leave it out or take W4A8 or W4A4"
+            )
+        if place.scheme.weights.group_size:
+            raise UsageError(
+                f"the pass `runtime_smooth` sorts channels across the weights' groups of "
+                f"{place.scheme.weights.group_size}; give --group-size 0, one scale for each output channel"
+            )
+        args = RuntimeSmoothArgs(group_size=self.group_size, normalize_tokens=self.normalize_tokens)
+        return replace(place.front, activations=place.front.activations.model_copy(update={"runtime_smooth": args}))
