@@ -68,6 +68,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     check_groups(recipe, chosen)
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)
+    for handler in handlers:
+        handler.check(recipe.linear_scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
     reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.irreplaceable | skipped
@@ -85,7 +87,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     """A pass or quantizer with all its parameters, as a recipe writes it."""
-    return {"name": chosen.name, **chosen.model_dump()}
+    return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
 
 
 def output_head(program: Program, linears: list[Linear]) -> tuple[str, ...]:

@@ -48,6 +48,17 @@ class Site:
                 W = self.weights[edge.parameter].movedim(edge.axis, -1).flatten(0, -2)
                 yield self.statistics.get(edge.parameter), W, edge.index
 
+    def inputs(self) -> Tensor:
+        """Rows of the channels of the basis [rows, dim], from `Rows` of the inputs of all linears that read it."""
+        return torch.cat(
+            [
+                self.statistics[edge.parameter].value[:, index]
+                for edge in self.basis.readers
+                if edge.parameter in self.statistics
+                for index in edge.index
+            ]
+        )
+
 
 @dataclass(frozen=True)
 class Place:
@@ -90,6 +101,14 @@ class Pass(Data):
     spans: ClassVar[bool] = False
     folds_gains: ClassVar[bool] = False
     never_after: ClassVar[Mapping[str, str]] = {}
+
+    def check(self, scheme: Scheme) -> None:
+        """Refuse a scheme that the pass is not for.
+
+        Raises:
+            UsageError: why, and what to do.
+        """
+        del scheme
 
     def acts_on(self, basis: Basis) -> bool:
         """Whether to transform a basis that is legal, written and read."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from quantize.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.online import Front, hadamard
 from quantize.passes.base import PASSES, Pass, Place, Site
+
+AFTER_SEARCH = {
+    "noisy_bias": "the bias was searched for inputs that are not rotated",
+    "activation_clip": "the clipping was searched for inputs that are not rotated",
+    "runtime_smooth": "it smooths what reaches the quantizer, so the rotation must be in front of it",
+}
 
 
 @PASSES.register("rotate")
@@ -20,14 +29,18 @@ class Rotate(Pass):
     Attributes:
         residual: rotate bases that run through the whole model.
         heads: rotate values within each head.
-        online: a Hadamard transform in front of every quantized linear whose input no weight can rotate, and across
-            heads in front of those that read rotated heads.
+        online_hadamard: a Hadamard transform in front of every quantized linear whose input no weight can rotate, and
+            across heads in front of those that read rotated heads.
+        block_size: mix only so many neighbouring channels (where that divides them, else the largest common divisor),
+            0 all of them.
     """
 
     legal: ClassVar[Group] = Group.CENTRED_ORTHOGONAL
+    never_after: ClassVar[Mapping[str, str]] = AFTER_SEARCH
     residual: bool = True
     heads: bool = True
     online_hadamard: bool = True
+    block_size: int = Field(0, ge=0)
 
     def acts_on(self, basis: Basis) -> bool:
         """Heads of values, or whole bases, as switched on."""
@@ -40,17 +53,26 @@ class Rotate(Pass):
         basis = site.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
         kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
-        return kind(signs, basis.dim // basis.heads)
+        return kind(signs, self._order(basis.dim // basis.heads))
 
     def goes_online(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
         del columns
-        return self.online_hadamard and (basis is None or not self.sites((basis,)) or basis.heads > 1)
+        return self.online_hadamard and (self.unreached(basis) or (basis is not None and basis.heads > 1))
+
+    def unreached(self, basis: Basis | None) -> bool:
+        """Whether no weight rotates what a linear reads."""
+        return basis is None or not self.sites((basis,))
 
     def front(self, place: Place) -> Front:
         """The part of a full rotation that no weight absorbed."""
         basis, columns = place.basis, place.weight.shape[1]
-        if basis is None or not self.sites((basis,)):
-            return place.front.then(hadamard(columns))
+        if basis is None or self.unreached(basis):
+            return place.front.then(hadamard(self._order(columns)))
         head_dim = basis.dim // basis.heads
-        return place.front.then(hadamard(columns // head_dim, head_dim))
+        across = self._order(columns) // self._order(head_dim) if self.block_size else columns // head_dim
+        return place.front.then(hadamard(across, head_dim)) if across > 1 else place.front
+
+    def _order(self, columns: int) -> int:
+        """How many channels a rotation mixes."""
+        return math.gcd(columns, self.block_size) if self.block_size else columns

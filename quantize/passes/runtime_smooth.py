@@ -12,7 +12,7 @@ from quantize.errors import UsageError
 from quantize.graph.basis import Basis
 from quantize.online import Front
 from quantize.passes.base import PASSES, Pass, Place
-from quantize.scheme import RuntimeSmoothArgs
+from quantize.scheme import RuntimeSmoothArgs, Scheme
 
 
 @PASSES.register("runtime_smooth")
@@ -36,26 +36,26 @@ class RuntimeSmooth(Pass):
     group_size: int = Field(128, ge=1)
     normalize_tokens: bool = True
 
+    def check(self, scheme: Scheme) -> None:
+        """Activations must be quantized, and weights have one scale a row, as sorting mixes their groups."""
+        if scheme.activations is None:
+            raise UsageError(
+                "the pass `runtime_smooth` smooths activations that are quantized, and those of this scheme are not; "
+                "leave it out, or take W4A8 or W4A4"
+            )
+        if scheme.weights.group_size:
+            raise UsageError(
+                f"the pass `runtime_smooth` sorts channels across the weights' groups of {scheme.weights.group_size}; "
+                "give --group-size 0, one scale for each output channel"
+            )
+
     def goes_online(self, basis: Basis | None, columns: int) -> bool:
         """Everywhere that there is more than one group."""
         del basis
         return columns > self.group_size
 
     def front(self, place: Place) -> Front:
-        """The same, with activations smoothed before they are quantized.
-
-        Raises:
-            UsageError: activations are not quantized, or weights have several scales a row.
-        """
-        if place.front.activations is None:
-            raise UsageError(
-                "the pass `runtime_smooth` smooths activations that are quantized, and those of this scheme are not; "
-                "leave it out or take W4A8 or W4A4"
-            )
-        if place.scheme.weights.group_size:
-            raise UsageError(
-                f"the pass `runtime_smooth` sorts channels across the weights' groups of "
-                f"{place.scheme.weights.group_size}; give --group-size 0, one scale for each output channel"
-            )
+        """The same, with activations smoothed before they are quantized."""
+        assert place.front.activations is not None
         args = RuntimeSmoothArgs(group_size=self.group_size, normalize_tokens=self.normalize_tokens)
         return replace(place.front, activations=place.front.activations.model_copy(update={"runtime_smooth": args}))
