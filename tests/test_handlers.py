@@ -1,0 +1,307 @@
+"""Handlers that search, by hand-sized numbers and by the inequalities of their papers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_passes import basis, edge, maxima, place, site
+
+from quantize.calibration.statistics import Absmax, Rows
+from quantize.errors import UsageError
+from quantize.fold import Diagonal
+from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
+from quantize.online import Dual, Front, Hadamard, Shift
+from quantize.passes import PASSES
+from quantize.passes.base import input_error
+from quantize.passes.noisy_bias import theorem_difference
+from quantize.passes.scaling import joint_error
+from quantize.quantizers.base import fake_quantize_weight
+from quantize.rounding import fake_quantize
+from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+
+INT4 = ActivationArgs(num_bits=4)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows_of(X):
+    rows = Rows()
+    rows.update(X)
+    return rows
+
+
+def normal(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=rng(seed))
+
+
+# --- scales -------------------------------------------------------------------------------------------------------
+
+
+def scaled_site(seed=0):
+    """One linear on 32 channels, some of them large in the activations, some in the weights."""
+    X = normal(256, 32, seed) * torch.logspace(0, 1.5, 32)[torch.randperm(32, generator=rng(seed))]
+    W = normal(16, 32, seed + 1) * torch.logspace(0, 1, 32)
+    reader = basis(32, [edge("n", 0, 32)], [edge("a.weight", 1, 32)])
+    return site(reader, {"a.weight": W}, a=rows_of(X))
+
+
+def test_joint_error_by_hand():
+    """W = X = [7, 1] lie on their 4-bit grids; s = (1, 1/7) makes X [7, 7] and W [7, 1/7], which becomes [7, 0]."""
+    reader = basis(2, [edge("n", 0, 2)], [edge("a.weight", 1, 2)])
+    given = site(reader, {"a.weight": torch.tensor([[7.0, 1.0]])}, a=rows_of(torch.tensor([[7.0, 1.0]])))
+    assert joint_error(given, torch.ones(2)) == 0
+    assert joint_error(given, torch.tensor([1.0, 1 / 7])) == pytest.approx((1 / 50) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_aqas_is_no_worse_than_smoothquant_and_awq(seed):
+    """AQAS ≤ min(SmoothQuant, AWQ) by construction; strictly on data with both kinds of channels."""
+    given = scaled_site(seed)
+
+    def error(transform):
+        assert isinstance(transform, Diagonal)
+        return joint_error(given, 1 / transform.d)
+
+    aqas = error(PASSES["aqas"]().transform(given))
+    searched = error(PASSES["smoothquant"](alpha="search").transform(given))
+    fixed = [error(PASSES["smoothquant"](alpha=alpha).transform(given)) for alpha in (0.0, 0.5, 0.8)]
+    awq = [joint_error(given, given.statistics["a.weight"].absmax.value.double() ** a) for a in (0.25, 0.5)]
+    assert aqas <= searched <= min(fixed)
+    assert aqas < min([joint_error(given, torch.ones(32)), *fixed, *awq])
+
+
+def test_scales_come_before_rotations():
+    from quantize.ordering import check_order
+
+    order = [PASSES["rotate"](), PASSES["fold_norms"](), PASSES["smoothquant"]()]
+    with pytest.raises(
+        UsageError,
+        match=r"`smoothquant` must not come after `rotate`: .*; a legal order is `fold_norms`, `smoothquant`, `rotate`",
+    ):
+        check_order(order)
+    check_order([order[1], order[2], order[0]])
+
+
+# --- runtime smooth -----------------------------------------------------------------------------------------------
+
+
+def test_smooth_scales_by_hand():
+    x = torch.tensor([[1.0, -8.0, 2.0], [3.0, 4.0, 0.5]])
+    order, s = smooth_scales(x, 2, normalize_tokens=False)
+    assert order.tolist() == [1, 0, 2]  # maxima 3, 8, 2
+    assert s.tolist() == [8.0, 8.0, 2.0]  # the second group has one channel left
+
+
+def test_tokens_are_normalized_by_hand():
+    x = torch.tensor([[6.0, 8.0], [0.6, 0.8]])  # the same direction; root mean squares √50 and √0.5
+    _, s = smooth_scales(x, 1, normalize_tokens=True)
+    assert torch.allclose(s, torch.tensor([8.0, 6.0]) / math.sqrt(50))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", [128, 100])
+def test_runtime_smooth_is_fake_quantization_times_the_weight(symmetric, columns):
+    x, q = normal(9, columns), torch.randint(-8, 8, (5, columns), generator=rng(1), dtype=torch.int8)
+    scale, bias = torch.rand(5, 1, generator=rng(2)) + 0.1, normal(1, 5)[0]
+    zero_point = None if symmetric else torch.randint(-8, 8, (5, 1), generator=rng(3), dtype=torch.int8)
+    y = runtime_smooth_linear(x, q, scale, zero_point, bias, 4, symmetric, 1.0, 32, True)
+    args = ActivationArgs(num_bits=4, symmetric=symmetric, runtime_smooth=RuntimeSmoothArgs(group_size=32))
+    expected = fake_quantize(x, args) @ dequantize(q, scale, zero_point).T + bias
+    assert torch.allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def output_error(X, W, front, rows=slice(None)):
+    """Relative error of the output of a linear with 4-bit weights, one scale a row, behind a front."""
+    found = front.quantized(X) @ fake_quantize_weight(front.absorb(W), WeightArgs(num_bits=4)).T
+    return float((found - X @ W.T)[rows].square().sum() / (X @ W.T)[rows].square().sum())
+
+
+def smoothed(normalize=True, group_size=128):
+    smooth = RuntimeSmoothArgs(group_size=group_size, normalize_tokens=normalize)
+    return ActivationArgs(num_bits=4, runtime_smooth=smooth)
+
+
+K = 1024
+ROTATED = (Hadamard(K),)
+
+
+def channel_outliers(seed=0):
+    """16 channels that are 30 times as large, each always of one sign, as in language models."""
+    X = normal(256, K, seed)
+    sign = torch.where(torch.rand(16, generator=rng(seed)) < 0.5, -1.0, 1.0)
+    X[:, :16] = 30 * sign * (1 + 0.2 * X[:, :16])
+    return X, normal(256, K, seed + 1) / K**0.5
+
+
+def test_rotated_runtime_smooth_beats_rotation_on_signed_channels():
+    """Rotation and runtime smooth halve the error of plain rounding, both together leave 0.8 of rotation's."""
+    X, W = channel_outliers()
+    plain, rotated = output_error(X, W, Front((), INT4)), output_error(X, W, Front(ROTATED, INT4))
+    rs, rrs = output_error(X, W, Front((), smoothed())), output_error(X, W, Front(ROTATED, smoothed()))
+    assert rotated <= 0.5 * plain
+    assert rs <= 0.5 * plain
+    assert rrs <= 0.8 * rotated
+
+
+def spikes(count, seed=0):
+    """One token in sixteen with some equal spikes; the errors that matter are those of the others."""
+    X = normal(256, K, seed)
+    X[::16, :count] = 1000.0
+    others = torch.arange(256) % 16 != 0
+    return X, normal(64, K, seed + 1) / K**0.5, others
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_normalized_tokens_survive_spikes(count):
+    """At most 1.05 times the error of rotation alone."""
+    X, W, others = spikes(count)
+    rotated = output_error(X, W, Front(ROTATED, INT4), others)
+    assert output_error(X, W, Front(ROTATED, smoothed()), others) <= 1.05 * rotated
+
+
+def test_the_papers_rule_fails_with_two_spikes():
+    """Two equal spikes cancel on half of the rotated channels, and the other half sets scales that no token fits."""
+    X, W, others = spikes(2)
+    rotated = output_error(X, W, Front(ROTATED, INT4), others)
+    assert output_error(X, W, Front(ROTATED, smoothed(normalize=False)), others) > 5 * rotated
+    X, W, others = spikes(1)
+    assert output_error(X, W, Front(ROTATED, smoothed(normalize=False)), others) < 1.05 * rotated
+
+
+def test_a_token_depends_on_its_batch_mates():
+    X, _ = channel_outliers()
+    alone, together = fake_quantize(X[:1], smoothed()), fake_quantize(X[:2], smoothed())[:1]
+    assert not torch.equal(alone, together)
+    assert torch.equal(fake_quantize(X[:1], INT4), fake_quantize(X[:2], INT4)[:1])  # without, it does not
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        (Scheme(weights=WeightArgs(num_bits=4)), "those of this scheme are not; leave it out, or take W4A8 or W4A4"),
+        (Scheme(weights=WeightArgs(num_bits=4, group_size=64), activations=INT4), "groups of 64; give --group-size 0"),
+    ],
+)
+def test_runtime_smooth_refuses(scheme, message):
+    with pytest.raises(UsageError, match=message):
+        PASSES["runtime_smooth"]().check(scheme)
+
+
+# --- noisy bias ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("x", "n", "b"), [(0.1, 0.5, 1.0), (0.45, 0.5, 1.0), (0.0, 1.0, 0.8), (0.3, 0.4, 0.5)])
+def test_theorem_one_is_what_monte_carlo_finds(x, n, b):
+    """Levels 2b apart, X at distance x of the midpoint of two: the closed form, to 1e-3 of b²."""
+    X = b - x  # levels at 0 and 2b
+    N = (torch.rand(2_000_000, generator=rng(), dtype=torch.float64) * 2 - 1) * n
+    rounded = ((X + N) / (2 * b)).round() * 2 * b
+    found = float((rounded - X - N).square().mean()) - X**2
+    assert found == pytest.approx(theorem_difference(x, n, b), abs=1e-3 * b * b)
+    assert (theorem_difference(x, n, b) < 0) is (x < n - n * math.sqrt(n / (3 * b)))
+
+
+def test_a_shift_is_taken_back_exactly_and_makes_a_bias_where_there_is_none():
+    W, n, x = normal(3, 4), torch.tensor([0.5, -1.0, 2.0, 0.0]), normal(5, 4, 7)
+    front = Front((Hadamard(4), Shift(n)))
+    folded = front.absorb(W)
+    for bias in (None, torch.tensor([1.0, 2.0, 3.0])):
+        made = front.bias(folded, bias)
+        expected = x @ W.T + (0 if bias is None else bias)
+        assert torch.allclose(front.transform(x) @ folded.T + made, expected, atol=1e-5)
+    assert Front((Hadamard(4),)).bias(folded, None) is None
+
+
+def noisy_place(X, **arguments):
+    return place(None, X.shape[1], rows_of(X)), PASSES["noisy_bias"](**arguments)
+
+
+def test_noise_is_kept_only_where_it_helps():
+    """Inputs that all lie just above the midpoint of two levels gain; those on the levels cannot."""
+    columns = torch.full((512, 16), 0.05)
+    columns[:, 0] = 0.7  # step 0.1: everything else lies half a step from its two levels
+    given, handler = noisy_place(columns)
+    found = handler.front(given)
+    assert found.shifts
+    assert input_error(given, columns, found) < input_error(given, columns, given.front)
+    given, handler = noisy_place(torch.full((512, 16), 0.7))
+    assert handler.front(given) == given.front
+    given, handler = noisy_place(columns, amplitude=0.0)
+    assert handler.front(given) == given.front
+
+
+def test_a_constant_shift_is_searched_on_its_own():
+    X = torch.full((512, 16), 0.05)
+    X[:, 0] = 0.7
+    given, handler = noisy_place(X, amplitude=0.5, mean_shift=True)
+    n = handler.front(given).online[-1].n
+    assert abs(float(n.mean())) > 0.01
+
+
+def test_activation_clip_by_hand():
+    """A channel of 7 and 799 of 0.4: at a step of r ≤ 0.8 they cost 49 (1 - r)² + 799 (r - 0.4)², least at r = 0.45."""
+    X = torch.full((8, 800), 0.4)
+    X[:, 0] = 7.0
+    given = replace(place(None, 800, rows_of(X)), weight=torch.eye(800))
+    assert PASSES["activation_clip"]().front(given).activations.clip_ratio == pytest.approx(0.45)
+    exact = place(None, 4, rows_of(torch.tensor([[7.0, -3.0, 1.0, 0.0]])))
+    assert PASSES["activation_clip"]().front(exact).activations.clip_ratio == 1.0
+
+
+# --- rotations ----------------------------------------------------------------------------------------------------
+
+
+def test_blocks_of_a_rotation():
+    rotate = PASSES["rotate"](block_size=4)
+    residual = basis(16, [edge("e", 1, 16)], [edge("q.weight", 1, 16)])
+    assert rotate.transform(site(residual, {})).size == 4
+    assert rotate.front(place(None, 12)).online[0].settings() == Hadamard(4).settings()
+    heads = basis(16, [edge("v", 0, 16)], [edge("o.weight", 1, 16)], heads=2)
+    assert rotate.front(place(heads, 16)).online == ()  # within heads of 8 the weights rotate blocks of four
+
+
+def test_adaptive_rotation_by_the_papers_criterion():
+    """J < 1 takes the Hadamard matrix, J ≥ 1 the dual rotation."""
+    mild, wild = normal(64, 32) * 0.5, normal(64, 32)
+    wild[:, 3] *= 200
+    handler = PASSES["adaptive_rotation"](threshold=1.0)
+    assert isinstance(handler.front(place(None, 32, rows_of(mild))).online[0], Hadamard)
+    assert isinstance(handler.front(place(None, 32, rows_of(wild))).online[0], Dual)
+
+
+def test_a_dual_rotation_keeps_the_product():
+    X = normal(64, 32)
+    X[:, 3] *= 200
+    given = place(None, 32, rows_of(X))
+    front = PASSES["adaptive_rotation"](threshold=1.0).front(given)
+    assert torch.allclose(front.transform(X) @ front.absorb(given.weight).T, X @ given.weight.T, atol=1e-2)
+
+
+def test_learned_rotations_within_heads_stay_within_heads():
+    heads = basis(16, [edge("v", 0, 16)], [edge("a.weight", 1, 16)], heads=2)
+    given = site(heads, {}, a=rows_of(normal(64, 16)))
+    T = PASSES["learned_rotation"](steps=3).transform(given).write(torch.eye(16, dtype=torch.float64))
+    assert not T[:8, 8:].any()
+    assert torch.allclose(T @ T.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_does_not_depend_on_the_order_of_the_data():
+    X = normal(2000, 8)
+    whole, parts = rows_of(X), rows_of(X[1200:])
+    parts.merge(rows_of(X[:1200]))
+    assert len(whole.value) == Rows.LIMIT
+    assert torch.equal(whole.value.sort(dim=0).values, parts.value.sort(dim=0).values)
+    assert torch.equal(whole.absmax.value, X.abs().amax(0))
+    assert torch.equal(parts.absmax.value, whole.absmax.value)
+
+
+def test_a_sample_is_spread_over_the_data():
+    X = torch.arange(4096.0)[:, None].expand(-1, 4).contiguous()
+    assert 1800 < float(rows_of(X).value.mean()) < 2300
+    assert isinstance(maxima(1.0).absmax, Absmax)
