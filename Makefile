@@ -9,6 +9,10 @@ demo: $(VENV)/installed
 bench-analysis: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_analysis
 
+# Every outlier handler on easy and hard models: benchmarks/handlers.json and .md (resumes what it finds there)
+bench-handlers: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_handlers
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -28,4 +32,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo bench-analysis test format
+.PHONY: demo bench-analysis bench-handlers test format

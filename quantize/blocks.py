@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,17 +15,20 @@ from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
-from quantize.graph.execute import State
+from quantize.formats.qtensor import QTensor
+from quantize.graph.execute import State, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
-from quantize.scheme import ActivationArgs, Scheme
+from quantize.scheme import ActivationArgs, Scheme, TuneArgs
 from quantize.survey import survey
 from quantize.transforming import Transformer, float_state
+from quantize.tuning import Tuning, handed_on
 
 BATCH_TOKENS = 4096  # calibration tokens that run together
+TUNE_TOKENS = 1024  # in a step of tuning
 PROBE_TOKENS = 32
 
 
@@ -39,11 +43,12 @@ class BlockRun:
 
     def __init__(self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples) -> None:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
-        needed = plan.quantizer.needs_gram or any(step.handler.needs for step in plan.steps)
-        batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
+        needed = plan.quantizer.needs_gram or plan.recipe.tune or any(step.handler.needs for step in plan.steps)
+        batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
+        batches = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if needed else []
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
         self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_inputs)
-        self.exact = Runner(program, batches if plan.quantizer.needs_exact else [])
+        self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
         scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches)
         self.transformer = Transformer(
             program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys
@@ -64,13 +69,19 @@ class BlockRun:
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
         biases = {x.path: weights[x.bias].to(stored[x.bias].dtype) for x in targets if x.bias}
         state, tensors = float_state(weights, linears, fronts), dict[str, Tensor]()
+        starts = [dict(values) for values in self.calibration.values] if self.plan.recipe.tune else []
         for group, _ in zip(
             self.calibration.stops(segment, state, targets), self.exact.stops(segment, exact, targets), strict=True
         ):
-            grams = self._grams(group, fronts)
-            for linear, gram in zip(group, grams, strict=True):
-                front, bias = fronts[linear.path], biases.get(linear.path)
-                tensors |= self._quantize(linear, state, gram, front, bias, stored[linear.weight].dtype)
+            for linear, gram in zip(group, self._grams(group, fronts), strict=True):
+                front, dtype = fronts[linear.path], stored[linear.weight].dtype
+                weight = self._quantize(linear, state, gram, dtype)
+                tensors |= self._replace(linear, state, weight, front, biases.get(linear.path))
+        if self.plan.recipe.tune and targets:
+            for linear, weight in self._tune(segment, state, starts, targets, self.plan.recipe.tune):
+                tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
+            self.calibration.values = starts
+            self.calibration.run(segment.nodes, state)
         self.probes.run(segment.nodes, state)
         return tensors | self._kept(kept)
 
@@ -108,22 +119,35 @@ class BlockRun:
             gram.update(front.quantized(values[source]), front.rotate(exact[source]))
         return gram
 
-    def _quantize(
-        self, linear: Linear, state: State, gram: Gram | None, front: Front, bias: Tensor | None, dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Quantize one linear and let the block run with it from here on; returns its tensors."""
-        recipe = self.plan.recipe
+    def _quantize(self, linear: Linear, state: State, gram: Gram | None, dtype: torch.dtype) -> QTensor:
+        """Round the weight of one linear."""
         try:
             W = linear.oriented(state.weights[linear.weight])
-            weight = self.plan.quantizer.quantize(W, recipe.weights, gram, dtype)
+            return self.plan.quantizer.quantize(W, self.plan.recipe.weights, gram, dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{linear.path}: {error}") from None
-        scheme = Scheme(weights=recipe.weights, activations=front.activations)
+
+    def _replace(
+        self, linear: Linear, state: State, weight: QTensor, front: Front, bias: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Let the block run with a quantized linear from here on; returns its tensors."""
+        scheme = Scheme(weights=weight.args, activations=front.activations)
         module = QuantizedLinear(weight, front.bias(weight.dequantize(), bias), scheme, front.online)
         state.linears[linear.node] = module
-        self.modules[linear.path] = describe(module, recipe.activations)
+        self.modules[linear.path] = describe(module, self.plan.recipe.activations)
         self.untied |= self._is_tied(linear.weight)
         return {f"{linear.path}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+    def _tune(
+        self, segment: Segment, state: State, starts: Sequence[Values], linears: Sequence[Linear], args: TuneArgs
+    ) -> Iterator[tuple[Linear, QTensor]]:
+        """The linears of a block with weights that are rounded together."""
+        exact = {linear.node: linear.oriented(state.weights[linear.weight]) for linear in linears}
+        tuning = Tuning(self.program, segment, state, starts, [handed_on(v, segment) for v in self.exact.values])
+        seed = np.random.SeedSequence([self.plan.recipe.seed, zlib.crc32(segment.name.encode())])
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        tuned = tuning.run(exact, args, generator)
+        return ((linear, tuned[linear.node]) for linear in linears)
 
     def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""

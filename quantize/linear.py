@@ -34,6 +34,10 @@ class QuantizedLinear(nn.Module):
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
 
+    def weight(self) -> QTensor:
+        """What it was made with."""
+        return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, self.scheme.weights)
+
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
         return unpack_int4(self.qweight, self.in_features) if self.scheme.weights.num_bits == 4 else self.qweight

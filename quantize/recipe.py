@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from quantize.errors import UsageError
-from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, Scheme, SchemeName, WeightArgs
+from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, Scheme, SchemeName, TuneArgs, WeightArgs
 
 T = TypeVar("T")
 
@@ -30,6 +30,7 @@ class Recipe(Data):
         seed: of every random choice.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
+        tune: tune the rounding of each block afterwards; None does not.
     """
 
     scheme: SchemeName
@@ -42,6 +43,7 @@ class Recipe(Data):
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
     passes: tuple[dict[str, Any], ...] = ()
+    tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
 
     @property

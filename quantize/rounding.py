@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from quantize.kernels.ops import quantize_per_token, smooth_scales
@@ -12,15 +13,20 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
     """Activations [..., K] as the quantized linear sees them; unchanged where they are not quantized."""
     if args is None:
         return x
-    if args.runtime_smooth is None:
-        return on_grid(x, args)
+    s = smooth_scale(x, args)
+    q, scale, zero_point = quantize_per_token(x / s, args.num_bits, args.symmetric, args.clip_ratio)
+    return (q.to(x) - zero_point.to(x)) * scale * s
+
+
+def smoothed(x: Tensor, args: ActivationArgs | None) -> Tensor:
+    """Activations [..., K] as they meet their grid."""
+    return x if args is None else x / smooth_scale(x, args)
+
+
+def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
+    """What runtime smooth divides each channel by, [K]; ones without it."""
     smooth = args.runtime_smooth
+    if smooth is None:
+        return torch.ones_like(x[..., :1])
     order, s = smooth_scales(x.float(), smooth.group_size, smooth.normalize_tokens)
-    s = s[order.argsort()].to(x)
-    return on_grid(x / s, args) * s
-
-
-def on_grid(x: Tensor, args: ActivationArgs) -> Tensor:
-    """X [..., K] rounded to a grid for each token."""
-    q, scale, zero_point = quantize_per_token(x, args.num_bits, args.symmetric, args.clip_ratio)
-    return (q.to(x) - zero_point.to(x)) * scale
+    return s[order.argsort()].to(x)

@@ -55,6 +55,18 @@ class ActivationArgs(Data):
     runtime_smooth: RuntimeSmoothArgs | None = None
 
 
+class TuneArgs(Data):
+    """How the rounding of each block is tuned (`tuning.py`).
+
+    Attributes:
+        steps: of Adam, on batches of `TUNE_TOKENS` tokens.
+        learning_rate: at the first step, in quantization steps; it falls to zero as a cosine.
+    """
+
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(0.005, gt=0)
+
+
 class Scheme(Data):
     """Weights and input activations of a linear; no `activations` leaves them in floating point."""
 

