@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from quantize.kernels.halo import linear_with_int8_backward
 from quantize.kernels.packing import pack_int4, unpack_int4
 from quantize.kernels.reference import dequantize, quantize_per_token, quantized_linear
 from quantize.kernels.runtime_smooth import runtime_smooth_linear, smooth_scales
 
 __all__ = [
-    "dequantize", "pack_int4", "quantize_per_token", "quantized_linear", "runtime_smooth_linear", "smooth_scales",
+    "dequantize",
+    "linear_with_int8_backward",
+    "pack_int4",
+    "quantize_per_token",
+    "quantized_linear",
+    "runtime_smooth_linear",
+    "smooth_scales",
     "unpack_int4",
-]  # fmt: skip
+]
