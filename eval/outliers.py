@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from quantize.artifact import ArtifactWriter, as_json
-from quantize.checkpoint import open_checkpoint, side_files
+from quantize.artifact import ArtifactWriter
+from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
+from quantize.float_directory import write_float_model
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
@@ -48,7 +47,8 @@ def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, se
     rng = np.random.default_rng(seed)
     for basis in chosen:
         weights |= fold(basis, outliers(basis, factor, channels, rng), weights)
-    write_twin(model, output, weights)
+    with ArtifactWriter(output) as writer:
+        write_float_model(checkpoint, writer, weights)
 
 
 def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generator) -> Diagonal:
@@ -56,14 +56,3 @@ def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generato
     d = torch.ones(basis.dim, dtype=torch.float64)
     d[torch.from_numpy(rng.choice(basis.dim, channels, replace=False))] = factor
     return Diagonal(d)
-
-
-def write_twin(model: Path, output: Path, weights: dict[str, Tensor]) -> None:
-    """The model's directory with other weights."""
-    checkpoint = open_checkpoint(model)
-    with ArtifactWriter(output) as writer:
-        save_file(weights, writer.directory / "model.safetensors", {"format": "pt"})
-        writer.write("config.json", as_json(checkpoint.config | {"dtype": "float32"}))
-        for path in side_files(model):
-            writer.write(path, (model / path).read_bytes())
-        writer.publish()
