@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantize.artifact import load as load
+    from quantize.finetuning import finetune as finetune
     from quantize.pipeline import quantize_model as quantize_model
 
-__all__ = ["load", "quantize_model"]
-_HOME = {"load": "quantize.artifact", "quantize_model": "quantize.pipeline"}
+__all__ = ["finetune", "load", "quantize_model"]
+_HOME = {
+    "finetune": "quantize.finetuning",
+    "load": "quantize.artifact",
+    "quantize_model": "quantize.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:
