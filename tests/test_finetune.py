@@ -20,7 +20,7 @@ from quantize.eval.perplexity import score_language
 from quantize.finetuning import token_stream
 from quantize.kernels.halo import input_gradient, int8_product, linear_with_int8_backward
 from quantize.regularized import RegularizedLinear, best_clip, kurtosis, learned_clip
-from quantize.training import Batches, Settings, task_loss
+from quantize.training import Batches, Settings, mean_kurtosis, task_loss
 
 FEW = {"steps": 2, "batch_size": 2, "seqlen": 16}
 RTN = {
@@ -140,11 +140,11 @@ def certain(*rows):
 def test_task_losses_by_hand():
     model, teacher, ids = (
         certain([0.5, 0.5], [0.25, 0.75]),
-        certain([0.5, 0.5], [0.75, 0.25]),
-        torch.tensor([[0, 1, 1]]),
+        certain([0.5, 0.5], [0.9, 0.1]),
+        torch.tensor([[0, 1, 0]]),
     )
-    assert float(task_loss(model, None, ids)) == pytest.approx(-(math.log(0.5) + math.log(0.75)) / 2)
-    kl = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
+    assert float(task_loss(model, None, ids)) == pytest.approx(-(math.log(0.5) + math.log(0.25)) / 2)
+    kl = 0.9 * math.log(0.9 / 0.25) + 0.1 * math.log(0.1 / 0.75)
     assert float(task_loss(model, teacher, ids)) == pytest.approx(kl / 2)
 
 
@@ -178,6 +178,11 @@ def test_the_same_seed_gives_the_same_bytes_and_progress_is_shown(one_layer, sto
     assert tree(first) == tree(second)
     assert (first.losses, first.kurtosis) == (second.losses, second.kurtosis)
     assert tree(first).keys() == tree(one_layer).keys()
+    stream = torch.cat([row["input_ids"] for row in read_samples(stories_calibration, 16, None, None, 512).rows])
+    probe = Batches(stream, settings(quantized_backward="none", seed=0)).draw()
+    for model, place in ((one_layer, 0), (first.directory, 1)):
+        found = mean_kurtosis(open_checkpoint(model).load(), list(first.kurtosis), probe)
+        assert found == pytest.approx({path: both[place] for path, both in first.kurtosis.items()}, rel=1e-4)
     lines = shown.export_text()
     assert "fine-tuning 1/2 loss not known yet" in lines
     assert f"fine-tuning 2/2 loss {first.losses[0]:.4f}" in lines
