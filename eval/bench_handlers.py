@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,7 +50,7 @@ def main() -> None:
     (OUTPUT / "handlers.md").write_text(markdown(sorted(rows, key=position)))
 
 
-def position(row: Row) -> tuple[int, ...]:
+def position(row: Mapping[str, Any]) -> tuple[int, ...]:
     """Where a row stands: by scheme, model, twin and handler."""
     keys = (SCHEMES, tuple(MODELS), TWINS, tuple(HANDLERS))
     return tuple(
