@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from quantize.kernels.fp4 import decode_scale, encode_scale, pack_fp4, unpack_fp4
 from quantize.kernels.packing import pack_int4, unpack_int4
-from quantize.kernels.reference import dequantize, quantize_per_token, quantized_linear
+from quantize.kernels.reference import dequantize, quantize_activations, quantize_per_token, quantized_linear
 
-__all__ = ["dequantize", "pack_int4", "quantize_per_token", "quantized_linear", "unpack_int4"]
+__all__ = [
+    "decode_scale",
+    "dequantize",
+    "encode_scale",
+    "pack_fp4",
+    "pack_int4",
+    "quantize_activations",
+    "quantize_per_token",
+    "quantized_linear",
+    "unpack_fp4",
+    "unpack_int4",
+]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
-from quantize.kernels.ops import dequantize, quantize_per_token, quantized_linear, unpack_int4
-from quantize.scheme import Scheme
+from quantize.kernels.ops import dequantize, quantize_activations, quantized_linear
+from quantize.scheme import ActivationArgs, Scheme
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    unit: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -55,40 +56,39 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
-        for name, tensor in {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point}.items():
+        stored = {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point, "unit": weight.unit}
+        for name, tensor in stored.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
         self.transform = HadamardTransform(online) if online else nn.Identity()
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
-        return unpack_int4(self.qweight, self.in_features) if self.scheme.weights.num_bits == 4 else self.qweight
+        return self.weight().unpack()
+
+    def weight(self) -> QTensor:
+        """The buffers as they are now, in one piece."""
+        args = self.scheme.weights
+        return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        x, q, activations = self.transform(x), self.weight_integers(), self.scheme.activations
+        x, weight, activations = self.transform(x), self.weight(), self.scheme.activations
         if activations is None:
-            weight = dequantize(q, self.scale, self.zero_point).to(x)
-            return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+            bias = None if self.bias is None else self.bias.to(x)
+            return torch.nn.functional.linear(x, weight.dequantize().to(x), bias)
         return quantized_linear(
-            x,
-            q,
-            self.scale,
-            self.zero_point,
-            self.bias,
-            activations.num_bits,
-            activations.symmetric,
-            activations.clip_ratio,
+            x, weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias, *quantizer_arguments(activations)
         )
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
         x, activations = self.transform(x), self.scheme.activations
         if activations is not None:
-            q, scale, zero_point = quantize_per_token(
-                x, activations.num_bits, activations.symmetric, activations.clip_ratio
-            )
-            x = (q.to(x) - zero_point.to(x)) * scale
-        return torch.nn.functional.linear(
-            x, dequantize(self.weight_integers(), self.scale, self.zero_point).to(x), self.bias
-        )
+            x = dequantize(*quantize_activations(x, *quantizer_arguments(activations))).to(x)
+        return torch.nn.functional.linear(x, self.weight().dequantize().to(x), self.bias)
+
+
+def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, int]:
+    """What the kernels take: bits, symmetric, clip ratio, format, group size."""
+    return args.num_bits, args.symmetric, args.clip_ratio, args.format, args.group_size
