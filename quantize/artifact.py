@@ -211,7 +211,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # FP4 scales keep theirs
     tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
-    wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()} | held)
+    wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
     return model.eval()

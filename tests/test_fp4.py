@@ -140,6 +140,9 @@ def test_quantized_linear_equals_the_dequantized_product(name):
     assert scale.shape == (5, 96 // size)
     expected = dequantize(q, scale, None).double() @ weight.dequantize().double().T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    layer = QuantizedLinear(weight, bias, SCHEMES[name])
+    torch.testing.assert_close(layer(x), y, rtol=0, atol=0)
+    torch.testing.assert_close(layer.fake_quantized(x), y, rtol=1e-5, atol=1e-5)
 
 
 @FORMATS
