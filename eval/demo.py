@@ -18,7 +18,7 @@ from quantize.eval.outliers import plant
 from quantize.eval.perplexity import score_language
 from quantize.eval.report import stored_bytes
 from quantize.pipeline import quantize_model
-from quantize.scheme import SCHEME_NAMES
+from quantize.scheme import FP4_GROUP_SIZES, SCHEME_NAMES
 from quantize.tokenizer import load_tokenize
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -51,7 +51,7 @@ def main() -> None:
             for row in rows(model, Path(scratch) / name, console):
                 table.add_row(name, *row)
             table.add_section()
-    console.print(f"{MODEL.name}, per-channel weights, {WINDOWS} windows of {WINDOW} unseen tokens")
+    console.print(f"{MODEL.name}, integer weights per channel, {WINDOWS} windows of {WINDOW} unseen tokens")
     console.print(table)
 
 
@@ -79,7 +79,10 @@ def measured(
     batches: list[Tensor],
 ) -> tuple[str, ...]:
     """Figures of one artifact, loaded back from its directory."""
-    artifact = quantize_model(model, scheme=scheme, output_dir=output, recipe=recipe, group_size=0, seqlen=WINDOW)
+    group_size = None if scheme.lower() in FP4_GROUP_SIZES else 0
+    artifact = quantize_model(
+        model, scheme=scheme, output_dir=output, recipe=recipe, group_size=group_size, seqlen=WINDOW
+    )
     found = score_language(artifact.load(), batches, reference)
     size = f"{stored_bytes(artifact.directory):,}"
     return f"{found.loss:.4f}", f"{found.loss - base:+.4f}", f"{found.kl:.4f}", f"{found.top1:.3f}", size

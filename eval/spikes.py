@@ -8,11 +8,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantize.artifact import ArtifactWriter
 from quantize.calibration.runner import Runner
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.eval.outliers import write_twin
+from quantize.float_directory import write_float_model
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
@@ -58,7 +59,8 @@ def plant_kind(model: Path, output: Path, kind: Kind, factor: float = 30.0) -> N
     seen = inputs_of(program, weights, [row["input_ids"] for row in samples.batches(WINDOWS)])
     for basis in bases:
         weights |= fold(basis, Diagonal(factors(channels_of(basis, seen), kind, factor)), weights)
-    write_twin(model, output, {name: weights[name] for name in names})  # without the second name of what is tied
+    with ArtifactWriter(output) as writer:  # without the second name of what is tied
+        write_float_model(checkpoint, writer, {name: weights[name] for name in names})
 
 
 def chosen(bases: tuple[Basis, ...], gains: bool) -> list[Basis]:

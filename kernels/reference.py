@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantize.kernels.fp4 import quantize_fp4
+
 
 def integer_range(num_bits: int) -> tuple[int, int]:
     """Smallest and largest signed integer of `num_bits`."""
@@ -48,6 +50,20 @@ def quantize_per_token(
     return round_to_grid(x, scale, zero_point, num_bits).to(torch.int8), scale, zero_point.to(torch.int8)
 
 
+def quantize_activations(
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, number_format: str, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic activation quantization in any format: `quantize_per_token`, or `quantize_fp4` with zero points of 0.
+
+    Returns:
+        q [..., K] int8, scale [..., G] in the dtype of x, zero_point [..., 1] int8; G = 1 for integers.
+    """
+    if number_format == "int":
+        return quantize_per_token(x, num_bits, symmetric, clip_ratio)
+    q, scale = quantize_fp4(x.float(), number_format, group_size, clip_ratio)
+    return q, scale.to(x), torch.zeros_like(q[..., :1])
+
+
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b.T` of integers [..., K] and [N, K] held as int8 or int16, summed exactly; the result is float.
 
@@ -67,8 +83,12 @@ def quantized_linear(
     num_bits: int,
     symmetric: bool,
     clip_ratio: float,
+    number_format: str = "int",
+    group_size: int = 0,
 ) -> Tensor:
-    """`x @ Wᵀ + bias` with x quantized per token and W given as integers, accumulated in integers group by group.
+    """`x @ Wᵀ + bias` with x quantized and W given as integers, accumulated in integers group by group.
+
+    The sum over groups is in float32 at least, whatever the dtype of x.
 
     Args:
         x: activations [..., K].
@@ -78,27 +98,43 @@ def quantized_linear(
         bias: [N] or None.
         num_bits: bits of the activations.
         symmetric: whether the activations' zero point is fixed at 0.
-        clip_ratio: part of a token's range that its grid spans.
+        clip_ratio: part of a token's or group's range that its grid spans.
+        number_format: of the activations: `int`, `mxfp4` or `nvfp4`.
+        group_size: channels that share a scale of x, a multiple of the weights' group; 0 means all.
     """
-    q_x, scale_x, zero_x = quantize_per_token(x.float(), num_bits, symmetric, clip_ratio)
-    centred_x = q_x.to(torch.int16) - zero_x
-    centred_w = centred(q, zero_point)
-    group = q.shape[1] // scale.shape[1]
-    y = sum(
-        integer_matmul(centred_x[..., k : k + group], centred_w[:, k : k + group]).to(x.dtype)
-        * scale[:, k // group].to(x)
-        for k in range(0, q.shape[1], group)
+    q_x, scale_x, zero_x = quantize_activations(x.float(), num_bits, symmetric, clip_ratio, number_format, group_size)
+    centred_x, centred_w = q_x.to(torch.int16) - zero_x, centred(q, zero_point)
+    scale = scale.to(torch.promote_types(x.dtype, torch.float32))
+    span, group = q.shape[1] // scale_x.shape[-1], q.shape[1] // scale.shape[1]
+    y = scale.new_zeros(())
+    for k in range(0, q.shape[1], span):
+        of_w = scale[:, k // group : (k + span) // group]
+        part = grouped_product(centred_x[..., k : k + span], centred_w[:, k : k + span], of_w)
+        y = y + part * scale_x[..., k // span, None].to(scale)
+    return (y if bias is None else y + bias.to(y)).to(x.dtype)
+
+
+def grouped_product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+    """Integers [..., K] and [N, K], and scale [N, G] of w → [..., N]: each group summed exactly, then scaled."""
+    group = w.shape[1] // scale.shape[1]
+    products = (
+        integer_matmul(x[..., k : k + group], w[:, k : k + group]).to(scale) * scale[:, k // group]
+        for k in range(0, w.shape[1], group)
     )
-    y = y * scale_x.to(x)
-    return y if bias is None else y + bias.to(x)
+    return sum(products, scale.new_zeros(()))
 
 
 def centred(q: Tensor, zero_point: Tensor | None) -> Tensor:
-    """int16 [N, K]: the weights' integers less the zero point of their group."""
+    """int16 [..., K]: integers less the zero point [..., G] of their group."""
     wide = q.to(torch.int16)
-    return wide if zero_point is None else wide - zero_point.repeat_interleave(q.shape[1] // zero_point.shape[1], dim=1)
+    return wide if zero_point is None else wide - per_column(zero_point, q.shape[-1])
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """float32 [N, K]: (q - zero_point) · scale, group by group."""
-    return centred(q, zero_point).float() * scale.float().repeat_interleave(q.shape[1] // scale.shape[1], dim=1)
+    """float32 [..., K]: (q - zero_point) · scale, group by group, from scale and zero point [..., G]."""
+    return centred(q, zero_point).float() * per_column(scale.float(), q.shape[-1])
+
+
+def per_column(values: Tensor, columns: int) -> Tensor:
+    """[..., G] → [..., K] with K = `columns`: each group's value for each of its columns."""
+    return values.repeat_interleave(columns // values.shape[-1], dim=-1)

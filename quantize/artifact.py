@@ -207,7 +207,11 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
             model.set_submodule(path, read_linear(path, settings, files, dtype))
     except AttributeError as error:
         raise QuantizeError(f"{directory} does not fit the model: {error}") from None
-    tensors = {name: read_tensor(file, name) for name, file in files.items()}
+    modules = {path: model.get_submodule(path).state_dict() for path in settings["modules"]}
+    held = {
+        f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
+    }  # FP4 scales keep theirs
+    tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
     wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
@@ -225,7 +229,8 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
-    weight = QTensor(data, scale.to(dtype), get("zero_point"), entry["columns"], scheme.weights)
+    scale = scale.to(dtype) if scheme.weights.format == "int" else scale
+    weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("unit"))
     if "activations" in entry:
         scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
     online = [read_online(f"{path}.transform.{i}.", given, files) for i, given in enumerate(entry.get("online", ()))]

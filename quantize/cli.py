@@ -34,7 +34,7 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--group-size",
     type=click.IntRange(0),
-    help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0]",
+    help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")
 @click.option("--seed", type=click.IntRange(0), help="Of every random choice.  [default: 0]")

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
-from quantize.kernels.ops import dequantize, quantized_linear, runtime_smooth_linear, unpack_int4
+from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.online import Online
-from quantize.rounding import fake_quantize
+from quantize.rounding import fake_quantize, quantizer_arguments
 from quantize.scheme import Scheme
 
 
@@ -23,38 +23,42 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    unit: Tensor | None
     bias: Tensor | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
-        for name, tensor in {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point}.items():
+        stored = {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point, "unit": weight.unit}
+        for name, tensor in stored.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
 
-    def weight(self) -> QTensor:
-        """What it was made with."""
-        return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, self.scheme.weights)
-
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
-        return unpack_int4(self.qweight, self.in_features) if self.scheme.weights.num_bits == 4 else self.qweight
+        return self.weight().unpack()
+
+    def weight(self) -> QTensor:
+        """The buffers as they are now, in one piece."""
+        args = self.scheme.weights
+        return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        x, q, args = self.transform(x), self.weight_integers(), self.scheme.activations
+        x, weight, args = self.transform(x), self.weight(), self.scheme.activations
         if args is None:
-            weight = dequantize(q, self.scale, self.zero_point).to(x)
-            return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
-        operands = (x, q, self.scale, self.zero_point, self.bias, args.num_bits, args.symmetric, args.clip_ratio)
+            bias = None if self.bias is None else self.bias.to(x)
+            return torch.nn.functional.linear(x, weight.dequantize().to(x), bias)
+        operands = (x, weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
         if smooth := args.runtime_smooth:
-            return runtime_smooth_linear(*operands, smooth.group_size, smooth.normalize_tokens)
-        return quantized_linear(*operands)
+            grid = (args.num_bits, args.symmetric, args.clip_ratio)
+            return runtime_smooth_linear(*operands, *grid, smooth.group_size, smooth.normalize_tokens)
+        return quantized_linear(*operands, *quantizer_arguments(args))
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
         x = fake_quantize(self.transform(x), self.scheme.activations)
-        weight = dequantize(self.weight_integers(), self.scale, self.zero_point).to(x)
-        return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+        bias = None if self.bias is None else self.bias.to(x)
+        return torch.nn.functional.linear(x, self.weight().dequantize().to(x), bias)

@@ -87,7 +87,7 @@ def quantize_model(
         model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; one of transformers
             also with other inputs.
         output_dir: the artifact; must not exist.
-        scheme: `W8A8`, `W4A16`, `W4A8` or `W4A4`; None takes the recipe's.
+        scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
             for each input; None takes the bundled prose.
         recipe: TOML file, or its content, that changes the scheme's default recipe.

@@ -147,10 +147,10 @@ def check_groups(recipe: Recipe, linears: list[Linear]) -> None:
     if odd:
         path, columns = odd[0]
         more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
-        raise UsageError(
-            f"the group size {size} does not divide the {columns} columns of {path}{more}; "
-            "give a --group-size that does, 0 for per-channel weights, or --ignore it"
-        )
+        advice = "give a --group-size that does, 0 for per-channel weights, or --ignore it"
+        if recipe.weights.format != "int":
+            advice = f"leave out with --ignore what {recipe.scheme} does not fit"
+        raise UsageError(f"the group size {size} does not divide the {columns} columns of {path}{more}; {advice}")
 
 
 def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:

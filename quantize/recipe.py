@@ -12,7 +12,16 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from quantize.errors import UsageError
-from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, Scheme, SchemeName, TuneArgs, WeightArgs
+from quantize.scheme import (
+    FP4_GROUP_SIZES,
+    SCHEME_NAMES,
+    ActivationArgs,
+    Data,
+    Scheme,
+    SchemeName,
+    TuneArgs,
+    WeightArgs,
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -21,8 +30,8 @@ class Recipe(Data):
     """Everything that determines an artifact, beside model and data.
 
     Attributes:
-        scheme: the field's name; it fixes the bits of `weights` and `activations`.
-        weights, activations: how they become integers.
+        scheme: the field's name; it fixes the bits and the format of `weights` and `activations`.
+        weights, activations: how they are quantized.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
         ignore_also: more of them.
@@ -120,13 +129,28 @@ def validated(make: Callable[[], T], what: str) -> T:
         return make()
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        keys = (str(part) for part in first["loc"])
+        where = ".".join(key for key in keys if key.isidentifier() or key.isdigit())  # without the members of a union
+        if first["type"] == "value_error":  # a sentence of our own
+            raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
         raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {first['input']!r})") from None
 
 
 def check_bits(recipe: Recipe) -> None:
-    """The tables agree with the scheme's name."""
-    weights, _, activations = recipe.scheme[1:].partition("A")
+    """The tables agree with the scheme's name.
+
+    Raises:
+        UsageError: says what the name stands for.
+    """
+    fp4 = recipe.scheme.lower() in FP4_GROUP_SIZES
+    expected = recipe.scheme.lower() if fp4 else "int"
+    formats = [args.format for args in (recipe.weights, recipe.activations) if args]
+    if set(formats) != {expected}:
+        raise UsageError(
+            f"recipe: {recipe.scheme} stands for the format {expected}, the tables say {' and '.join(formats)}; "
+            "leave the format out"
+        )
+    weights, _, activations = ("4", "", "4") if fp4 else recipe.scheme[1:].partition("A")
     found = 16 if recipe.activations is None else recipe.activations.num_bits
     if (recipe.weights.num_bits, found) != (int(weights), int(activations)):
         raise UsageError(

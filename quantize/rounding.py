@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize.kernels.ops import quantize_per_token, smooth_scales
+from quantize.kernels.ops import dequantize, quantize_activations, smooth_scales
 from quantize.scheme import ActivationArgs
 
 
@@ -14,8 +14,7 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
     if args is None:
         return x
     s = smooth_scale(x, args)
-    q, scale, zero_point = quantize_per_token(x / s, args.num_bits, args.symmetric, args.clip_ratio)
-    return (q.to(x) - zero_point.to(x)) * scale * s
+    return dequantize(*quantize_activations(x / s, *quantizer_arguments(args))).to(x) * s
 
 
 def smoothed(x: Tensor, args: ActivationArgs | None) -> Tensor:
@@ -30,3 +29,8 @@ def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
         return torch.ones_like(x[..., :1])
     order, s = smooth_scales(x.float(), smooth.group_size, smooth.normalize_tokens)
     return s[order.argsort()].to(x)
+
+
+def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, int]:
+    """What the kernels take: bits, symmetric, clip ratio, format, group size."""
+    return args.num_bits, args.symmetric, args.clip_ratio, args.format, args.group_size

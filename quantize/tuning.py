@@ -13,8 +13,8 @@ from quantize.formats.qtensor import QTensor
 from quantize.gate import floating
 from quantize.graph.execute import State, Values, run_node
 from quantize.graph.program import Program, Segment
-from quantize.kernels.reference import integer_range
 from quantize.linear import QuantizedLinear
+from quantize.quantizers.base import nearest
 from quantize.rounding import fake_quantize
 from quantize.scheme import TuneArgs
 
@@ -30,17 +30,18 @@ class TunedLinear(nn.Module):
 
     def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
         super().__init__()
-        self.done, self.bits = done, done.scheme.weights.num_bits
-        weight = done.weight()
-        self.scale = weight.scale.float().repeat_interleave(W.shape[1] // weight.scale.shape[1], dim=1)
-        z = torch.zeros_like(weight.scale) if weight.zero_point is None else weight.zero_point
-        self.zero_point = z.float().repeat_interleave(W.shape[1] // z.shape[1], dim=1)
+        self.done, weight = done, done.weight()
+        scale, z = weight.unpack_scale().float(), weight.zero_point
+        self.scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
+        wide = torch.zeros_like(scale) if z is None else z.float()
+        self.zero_point = wide.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
         q = weight.unpack().float()
         self.u = nn.Parameter(q + (W / self.scale + self.zero_point - q).clamp(-CELL, CELL))
 
     def integers(self) -> Tensor:
         """[N, K], with a gradient to u."""
-        return passed(self.u, self.u.round()).clamp(*integer_range(self.bits))
+        one = torch.ones(1)
+        return passed(self.u, nearest(self.u, one, torch.zeros(1), self.done.scheme.weights))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], fake-quantized."""
@@ -122,4 +123,4 @@ def handed_on(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
 def repacked(linear: TunedLinear) -> QTensor:
     """The tuned integers on the grid they had."""
     weight = linear.done.weight()
-    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args)
+    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.unit)

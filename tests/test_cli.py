@@ -14,6 +14,7 @@ import torch
 
 from quantize.eval.report import load_any
 from quantize.recipe import load_recipe
+from quantize.scheme import SCHEME_NAMES
 
 
 def words(text):
@@ -34,8 +35,10 @@ def test_help_states_the_true_defaults(cli):
     shown, recipe = words(cli("quantize", "--help").out), load_recipe("W4A4", None)
     assert f"[default: {recipe.nsamples}]" in shown
     assert f"[default: {recipe.seqlen}]" in shown
-    assert f"[default: {recipe.weights.group_size}; W8A8: {load_recipe('W8A8', None).weights.group_size}]" in shown
-    assert "{W8A8|W4A16|W4A8|W4A4}" in shown or "[W8A8|W4A16|W4A8|W4A4]" in shown
+    others = {name: load_recipe(name, None).weights.group_size for name in SCHEME_NAMES}
+    others = ", ".join(f"{name}: {size}" for name, size in others.items() if size != recipe.weights.group_size)
+    assert f"[default: {recipe.weights.group_size}; {others}]" in shown
+    assert f"[{'|'.join(SCHEME_NAMES)}]" in shown
 
 
 def test_version(cli):

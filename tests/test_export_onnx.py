@@ -166,6 +166,7 @@ INTEGERS = {
     "W8A8": random_linear(37, scheme(8, SYMMETRIC_8)),
     "W8A8 asymmetric": random_linear(37, scheme(8, ASYMMETRIC_8, symmetric=False)),
     "W8A8 in groups": random_linear(36, scheme(8, ASYMMETRIC_8, 12, symmetric=False)),
+    "W6A6": random_linear(37, scheme(6, ActivationArgs(num_bits=6))),
     "W4A4": random_linear(37, scheme(4, ActivationArgs(num_bits=4))),
     "W4A4 asymmetric": random_linear(37, scheme(4, ASYMMETRIC_4, symmetric=False)),
     "W4A4 in groups": random_linear(36, scheme(4, ASYMMETRIC_4, 12, symmetric=False)),
@@ -252,6 +253,8 @@ def test_what_onnx_runtime_cannot_do_is_refused():
         lower(random_linear(48, scheme(4, SYMMETRIC_8, 24)))
     with pytest.raises(UsageError, match=r"8-bit weights with floating-point activations .* quantize with one of"):
         lower(random_linear(48, scheme(8)))
+    with pytest.raises(UsageError, match=r"^6-bit weights with floating-point activations .* one of W8A8, W6A6"):
+        lower(random_linear(48, scheme(6)))
 
 
 def test_a_rewritten_model_shares_its_weights():

@@ -305,3 +305,16 @@ def test_a_sample_is_spread_over_the_data():
     X = torch.arange(4096.0)[:, None].expand(-1, 4).contiguous()
     assert 1800 < float(rows_of(X).value.mean()) < 2300
     assert isinstance(maxima(1.0).absmax, Absmax)
+
+
+def test_blocks_follow_the_format():
+    """MXFP4 gains from blocks of 32, NVFP4 loses by any rotation, so it must be asked for."""
+    mxfp4 = Scheme(weights=WeightArgs(num_bits=4, format="mxfp4", group_size=32))
+    nvfp4 = Scheme(weights=WeightArgs(num_bits=4, format="nvfp4", group_size=16))
+    residual = replace(site(basis(64, [edge("e", 1, 64)], [edge("q.weight", 1, 64)]), {}), scheme=mxfp4)
+    assert PASSES["rotate"]().transform(residual).size == 32
+    assert PASSES["rotate"](block_size=0).transform(residual).size == 64
+    for name in ("rotate", "learned_rotation", "adaptive_rotation"):
+        with pytest.raises(UsageError, match=f"`{name}` makes NVFP4 worse, .*; leave it out, or give it a block_size"):
+            PASSES[name]().check(nvfp4)
+        PASSES[name](block_size=16).check(nvfp4)

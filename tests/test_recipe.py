@@ -11,7 +11,10 @@ from quantize.plan import make_plan, matches
 from quantize.recipe import Recipe, load_recipe, merge
 from quantize.scheme import SCHEME_NAMES
 
-BITS = {"W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4)}
+BITS = {
+    "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6), "MXFP4": (4, 4), "NVFP4": (4, 4)
+}  # fmt: skip
+GROUPS = {"W8A8": 0, "W6A6": 0, "MXFP4": 32, "NVFP4": 16}
 TABLES = '[weights]\nnum_bits = 4\n[activations]\nnum_bits = 8\nclip_ratio = 0.9\n[quantizer]\nname = "rtn"\n'
 
 
@@ -27,7 +30,9 @@ def test_a_scheme_alone_gives_the_promised_defaults(scheme):
     activations = 16 if recipe.activations is None else recipe.activations.num_bits
     assert (recipe.weights.num_bits, activations) == BITS[scheme]
     assert (recipe.nsamples, recipe.seqlen, recipe.seed) == (128, 512, 0)
-    assert recipe.weights.group_size == (0 if scheme == "W8A8" else 128)
+    assert recipe.weights.group_size == GROUPS.get(scheme, 128)
+    formats = {args.format for args in (recipe.weights, recipe.activations) if args}
+    assert formats == {scheme.lower() if "FP4" in scheme else "int"}
     assert Recipe(**tomllib.loads(recipe.to_toml())) == recipe
 
 
@@ -65,7 +70,7 @@ def test_a_table_that_names_its_method_replaces_the_default_method():
         ("trust_remote_code = true", "trust_remote_code: extra inputs are not permitted"),
         ("[weights]\ntrust_remote_code = true", r"weights\.trust_remote_code: extra"),
         ("[weights]\nnum_bit = 4", r"weights\.num_bit: extra inputs"),
-        ("[weights]\nnum_bits = 3", r"weights\.num_bits: input should be 4 or 8"),
+        ("[weights]\nnum_bits = 3", r"weights\.num_bits: input should be 4, 6 or 8"),
         ("[weights]\nnum_bits = 4", "W8A8 stands for 8-bit weights and 8-bit activations, the tables say 4 and 8"),
         ("[weights]\ngroup_size = -1", r"weights\.group_size: .* greater than or equal to 0"),
         ("[activations]\nclip_ratio = 0", r"activations\.clip_ratio: .* greater than 0"),
@@ -90,11 +95,14 @@ def test_a_wrong_recipe_is_refused_by_its_key(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"passes": [{"name": "rotat"}]}, "there is no pass 'rotat'; known are fold_norms, rotate, smoothquant"),
+        (
+            {"passes": [{"name": "rotat"}]},
+            "there is no pass 'rotat'; known are activation_clip, adaptive_rotation, ",
+        ),
         ({"passes": [{}]}, "there is no pass 'None'"),
         ({"passes": [{"name": "rotate", "angle": 1}]}, "pass 'rotate': angle: extra inputs"),
         ({"passes": [{"name": "smoothquant", "alpha": 2}]}, "pass 'smoothquant': alpha: .* less than or equal to 1"),
-        ({"quantizer": {"name": "awq"}}, "there is no quantizer 'awq'; known are gptq, rtn"),
+        ({"quantizer": {"name": "awq"}}, "there is no quantizer 'awq'; known are gptaq, gptq, rtn"),
         ({"quantizer": {"name": "gptq", "damp": -1}}, "quantizer: damp: .* greater than 0"),
         ({"ignore": ["q_prj"]}, "ignore: 'q_prj' matches no linear; near are q_proj"),
         ({"ignore": ["lm_head", "lm_heads"]}, "ignore: 'lm_heads' matches no linear; near are lm_head"),
@@ -113,7 +121,9 @@ def test_a_missing_recipe_and_a_missing_scheme(tmp_path):
         load_recipe("W8A8", tmp_path / "absent.toml")
     with pytest.raises(UsageError, match=r"scheme.* W8A8, W4A16, W4A8, W4A4"):
         load_recipe(None, {"nsamples": 3})
-    with pytest.raises(UsageError, match="unknown scheme 'W3A3'; known are W8A8, W4A16, W4A8, W4A4"):
+    with pytest.raises(
+        UsageError, match="unknown scheme 'W3A3'; known are W8A8, W4A16, W4A8, W4A4, W6A6, MXFP4, NVFP4"
+    ):
         load_recipe("W3A3", None)
 
 
@@ -160,5 +170,7 @@ def test_a_recipe_that_leaves_nothing_to_quantize_is_refused(program, changes):
 
 
 def test_a_scheme_must_come_from_somewhere():
-    with pytest.raises(UsageError, match="give --scheme, one of W8A8, W4A16, W4A8, W4A4, or a recipe with one"):
+    with pytest.raises(
+        UsageError, match=r"give --scheme, one of W8A8, .*, W4A4, W6A6, MXFP4, NVFP4, or a recipe with one"
+    ):
         load_recipe(None, {"seed": 1})

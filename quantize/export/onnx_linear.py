@@ -17,6 +17,7 @@ from quantize.scheme import ActivationArgs
 
 # ONNX Runtime also has blocks of 256; two of 128 with one scale are the same weights and a finer grid of activations.
 BLOCK_SIZES = (128, 64, 32, 16)
+RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8 and back
 MIDDLE = 128  # uint8 that stands for the int8 0: signed activations take a 20 times slower kernel
 
@@ -30,12 +31,16 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
         UsageError: if ONNX Runtime has no kernel for the layer's scheme.
     """
     weights, activations = layer.scheme.weights, layer.scheme.activations
+    if weights.format != "int":
+        raise UsageError(
+            f"ONNX Runtime's CPU kernels multiply no {weights.format} values; quantize with one of {RUNNABLE}"
+        )
     if weights.num_bits == 4 and (activations is None or activations.num_bits == 8):
         return BlockLinear(layer)
     if activations is None:
         raise UsageError(
-            "8-bit weights with floating-point activations have no fast kernel in ONNX Runtime, which runs W8A8, W4A8, "
-            "W4A4 and W4A16; quantize with one of those"
+            f"{weights.num_bits}-bit weights with floating-point activations have no fast kernel in ONNX Runtime; "
+            f"quantize with one of {RUNNABLE}"
         )
     return IntegerLinear(layer, activations)
 

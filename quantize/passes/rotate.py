@@ -9,12 +9,15 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from quantize.errors import UsageError
 from quantize.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.online import Front, hadamard
 from quantize.passes.base import PASSES, Pass, Place, Site
+from quantize.scheme import Scheme
 
+FORMAT_BLOCKS = {"mxfp4": 32}  # a group of its own scale (MR-GPTQ, arXiv 2509.23202, section 4)
 AFTER_SEARCH = {
     "noisy_bias": "the bias was searched for inputs that are not rotated",
     "activation_clip": "the clipping was searched for inputs that are not rotated",
@@ -32,7 +35,8 @@ class Rotate(Pass):
         online_hadamard: a Hadamard transform in front of every quantized linear whose input no weight can rotate, and
             across heads in front of those that read rotated heads.
         block_size: mix only so many neighbouring channels (where that divides them, else the largest common divisor),
-            0 all of them.
+            0 all of them; None is what suits the scheme's format: 32 for MXFP4, all for integers. NVFP4's fine groups
+            lose by rotation (`make bench-handlers`), so there it must be asked for.
     """
 
     legal: ClassVar[Group] = Group.CENTRED_ORTHOGONAL
@@ -40,7 +44,15 @@ class Rotate(Pass):
     residual: bool = True
     heads: bool = True
     online_hadamard: bool = True
-    block_size: int = Field(0, ge=0)
+    block_size: int | None = Field(None, ge=0)
+
+    def check(self, scheme: Scheme) -> None:
+        """NVFP4 is refused unless a block size asks for it."""
+        if scheme.weights.format == "nvfp4" and self.block_size is None:
+            raise UsageError(
+                f"the pass `{self.name}` makes NVFP4 worse, whose groups of 16 follow outliers by themselves; "
+                "leave it out, or give it a block_size"
+            )
 
     def acts_on(self, basis: Basis) -> bool:
         """Heads of values, or whole bases, as switched on."""
@@ -53,7 +65,7 @@ class Rotate(Pass):
         basis = site.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
         kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
-        return kind(signs, self._order(basis.dim // basis.heads))
+        return kind(signs, self._order(basis.dim // basis.heads, site.scheme))
 
     def goes_online(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
@@ -68,11 +80,12 @@ class Rotate(Pass):
         """The part of a full rotation that no weight absorbed."""
         basis, columns = place.basis, place.weight.shape[1]
         if basis is None or self.unreached(basis):
-            return place.front.then(hadamard(self._order(columns)))
+            return place.front.then(hadamard(self._order(columns, place.scheme)))
         head_dim = basis.dim // basis.heads
-        across = self._order(columns) // self._order(head_dim) if self.block_size else columns // head_dim
+        across = self._order(columns, place.scheme) // self._order(head_dim, place.scheme)
         return place.front.then(hadamard(across, head_dim)) if across > 1 else place.front
 
-    def _order(self, columns: int) -> int:
+    def _order(self, columns: int, scheme: Scheme) -> int:
         """How many channels a rotation mixes."""
-        return math.gcd(columns, self.block_size) if self.block_size else columns
+        block = FORMAT_BLOCKS.get(scheme.weights.format, 0) if self.block_size is None else self.block_size
+        return math.gcd(columns, block) if block else columns

@@ -12,8 +12,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
-from quantize.kernels.reference import round_to_grid
-from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid
+from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, nearest, pack
 from quantize.scheme import WeightArgs
 
 
@@ -22,7 +21,7 @@ class GPTQ(Quantizer):
     """Frantar et al. 2022, arXiv 2210.17323, algorithm 1, with activation order; grids are fixed beforehand.
 
     Attributes:
-        mse: shrink scales first, to the least rounding error weighted by the root mean square of each input.
+        mse: fit scales first, to the least rounding error weighted by the root mean square of each input.
         damp: part of the mean diagonal added to the Hessian.
         act_order: take columns by falling diagonal of the Hessian.
         block_size: columns between two updates of all the columns to come.
@@ -48,15 +47,15 @@ class GPTQ(Quantizer):
         scale, zero_point = find_grid(W, args, scale_dtype, self.mse, H.diagonal().sqrt().float())
         dead = H.diagonal() == 0
         H.diagonal()[dead] = 1
-        W = W.masked_fill(dead, 0)
+        given, W = W, W.masked_fill(dead, 0)
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
-        columns = Columns(scale, zero_point, order // (args.group_size or W.shape[1]), args.num_bits)
+        columns = Columns(scale, zero_point, order // (args.group_size or W.shape[1]), args)
         W, H = W[:, order], H[order][:, order]
         q = compensated(W, inverse_factor(H, self.damp), columns, self.block_size)
         H.diagonal().add_(self.damp * H.diagonal().mean())
         for _ in range(self.sweeps):
             q = swept(W, q, H.float(), columns, self.block_size)
-        return QTensor.pack(q[:, order.argsort()], scale.to(scale_dtype), None if args.symmetric else zero_point, args)
+        return pack(given, q[:, order.argsort()], scale, zero_point, args, scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,12 @@ class Columns:
     scale: Tensor
     zero_point: Tensor
     group: Tensor
-    num_bits: int
+    args: WeightArgs
 
     def round(self, w: Tensor, column: int) -> Tensor:
         """Integers [N] of one column w [N]."""
         g = self.group[column]
-        return round_to_grid(w, self.scale[:, g], self.zero_point[:, g], self.num_bits)
+        return nearest(w, self.scale[:, g], self.zero_point[:, g], self.args)
 
     def value(self, q: Tensor, column: int | slice) -> Tensor:
         """The weights that the integers of some columns stand for."""

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Gram
 from quantize.formats.qtensor import QTensor
-from quantize.kernels.reference import round_to_grid
-from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, grouped
+from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, grouped, nearest, pack
 from quantize.scheme import WeightArgs
 
 
@@ -20,5 +19,5 @@ class RoundToNearest(Quantizer):
         """Round W [N, K]."""
         del gram
         scale, zero_point = find_grid(W, args, scale_dtype, self.mse)
-        q = round_to_grid(grouped(W, args), scale[..., None], zero_point[..., None], args.num_bits).flatten(1)
-        return QTensor.pack(q, scale.to(scale_dtype), None if args.symmetric else zero_point, args)
+        q = nearest(grouped(W, args), scale[..., None], zero_point[..., None], args).flatten(1)
+        return pack(W, q, scale, zero_point, args, scale_dtype)
