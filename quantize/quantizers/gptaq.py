@@ -27,7 +27,7 @@ class GPTAQ(GPTQ):
     """
 
     needs_exact: ClassVar[bool] = True
-    alpha: float = Field(0.25, ge=0, le=1)
+    alpha: float = Field(0.5, ge=0, le=1)
 
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K] to the least error of Ŵ X against W X'."""
