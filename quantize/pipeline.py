@@ -90,7 +90,7 @@ def quantize_model(
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
             for each input; None takes the bundled prose.
-        recipe: TOML file, or its content, that changes the scheme's default recipe.
+        recipe: TOML file, name of a recipe of the package, or content of one, that changes the scheme's default recipe.
         nsamples, seqlen: calibration windows, and tokens in each.
         group_size: columns that share a scale; 0 is per-channel.
         ignore: further linears to leave alone: names, or `re:` and an expression.

@@ -24,6 +24,7 @@ from quantize.scheme import (
 )  # fmt: skip
 
 T = TypeVar("T")
+FOLDER = resources.files("quantize.recipes")
 
 
 class Recipe(Data):
@@ -77,7 +78,8 @@ def load_recipe(
 
     Args:
         scheme: scheme name; None takes the recipe's.
-        changes: a TOML file or its content: tables are merged into the default, lists replace those of the default.
+        changes: a TOML file, the name of a recipe of the package, or what stands in one: tables are merged into the
+            default, lists replace those of the default.
         ignore: further linears to leave alone.
         group_size: columns that share a scale.
         settings: `nsamples`, `seqlen`, `seed`; None leaves the recipe's.
@@ -91,7 +93,7 @@ def load_recipe(
         raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
-    default = tomllib.loads(resources.files("quantize.recipes").joinpath(f"{name.lower()}.toml").read_text())
+    default = tomllib.loads(shipped(name.lower()))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
     merged = merge(merge(merge(default, given), single), table)
@@ -101,13 +103,24 @@ def load_recipe(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A recipe file's settings."""
+    """Settings of a recipe file, or of the one that comes with the package and has this name."""
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_text() if path.suffix or path.exists() else shipped(str(path))
+        return tomllib.loads(text)
     except OSError:
-        raise UsageError(f"no such recipe: {path}") from None
+        raise UsageError(f"no such recipe: {path}; give a .toml file or one of {', '.join(names())}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {path} is no TOML: {error}") from None
+
+
+def names() -> list[str]:
+    """The recipes of the package."""
+    return sorted(file.name.removesuffix(".toml") for file in FOLDER.iterdir() if file.name.endswith(".toml"))
+
+
+def shipped(name: str) -> str:
+    """Text of a recipe of the package."""
+    return FOLDER.joinpath(f"{name}.toml").read_text()
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

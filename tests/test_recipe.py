@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
 from quantize.errors import UsageError
 from quantize.plan import make_plan, matches
-from quantize.recipe import Recipe, load_recipe, merge
+from quantize.recipe import Recipe, load_recipe, merge, names, shipped
 from quantize.scheme import SCHEME_NAMES
 
 BITS = {
@@ -174,3 +175,19 @@ def test_a_scheme_must_come_from_somewhere():
         UsageError, match=r"give --scheme, one of W8A8, .*, W4A4, W6A6, MXFP4, NVFP4, or a recipe with one"
     ):
         load_recipe(None, {"seed": 1})
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_of_the_package_fits_and_says_where_it_comes_from(name, program):
+    text = shipped(name)
+    assert text.startswith("# ") and " 20" in text.partition("scheme =")[0]
+    groups = {"mxfp4": 32, "nvfp4": 16}.get(name, 0)
+    ignore = ("down_proj",) if groups else ()  # whose 172 columns no group divides
+    plan = make_plan(load_recipe(None, Path(name), group_size=groups, ignore=ignore), program)
+    assert plan.recipe.scheme.lower() == name.split("-")[0]
+    assert plan.targets
+
+
+def test_an_unknown_recipe_is_answered_with_those_there_are():
+    with pytest.raises(UsageError, match=r"no such recipe: w4a5; give a \.toml file or one of mxfp4, nvfp4, w4a16, "):
+        load_recipe(None, Path("w4a5"))
