@@ -17,6 +17,10 @@ bench-handlers: $(VENV)/installed
 bench-vit: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.vit
 
+# How ranges of activations move with the length of sequences, and what calibrating at another length costs
+bench-lengths: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.lengths
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -36,4 +40,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo bench-analysis bench-handlers bench-vit test format
+.PHONY: demo bench-analysis bench-handlers bench-vit bench-lengths test format

@@ -7,6 +7,7 @@ from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import find_grid
+from quantize.quantizers.gptaq import correction
 from quantize.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
@@ -139,3 +140,43 @@ def test_statistics_merge(statistic):
     second.update(X[100:])
     first.merge(second)
     assert (first.value - whole.value).abs().max() <= 1e-5 * whole.value.abs().max()
+
+
+def drifted(tokens=2048, columns=64, seed=2):
+    """The float model's inputs, and the same with an error that earlier layers have left in them."""
+    exact = correlated(tokens, columns)
+    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+    noise = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    return exact + 0.3 * exact @ mix + 0.1 * noise * exact.std(), exact
+
+
+def test_gptaq_makes_up_for_what_earlier_layers_got_wrong():
+    """arXiv 2504.02692: on tokens kept back at most 0.8 of GPTQ's error against the float model's output."""
+    W, (X, exact) = weights(), drifted()
+    gram = Gram()
+    gram.update(X[:1024], exact[:1024])
+
+    def error(quantizer):
+        W_hat = quantizer.quantize(W, PER_CHANNEL, gram, torch.float32).dequantize()
+        return float((X @ W_hat.T - exact @ W.T)[1024:].square().mean())
+
+    gptq = error(QUANTIZERS["gptq"]())
+    assert error(QUANTIZERS["gptaq"](alpha=1.0)) < error(QUANTIZERS["gptaq"]()) <= 0.8 * gptq
+    assert error(QUANTIZERS["gptaq"](alpha=0.0)) == gptq
+
+
+def test_the_correction_by_hand():
+    """One column: X' = 2 X, so D = X² and W + W D / H = 2 W without damping."""
+    W, H = torch.tensor([[3.0]]), torch.tensor([[4.0]])
+    assert correction(W, H, torch.tensor([[4.0]]), damp=0.0).tolist() == [[3.0]]
+
+
+def test_grams_with_drift_merge():
+    X, exact = drifted()
+    whole, parts, rest = Gram(), Gram(), Gram()
+    whole.update(X, exact)
+    parts.update(X[:100], exact[:100])
+    rest.update(X[100:], exact[100:])
+    parts.merge(rest)
+    assert torch.allclose(parts.drift, whole.drift, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(whole.drift, (exact - X).T @ X, rtol=1e-4, atol=1e-3)

@@ -160,7 +160,7 @@ def test_a_resolved_recipe_gives_the_same_artifact(one_layer, small_run, tree, t
     written = tomllib.loads((tmp_path / "out" / "recipe.toml").read_text())
     assert written["ignore"] == ["lm_head", "re:.*k_proj"]
     assert written["passes"][0] == {"name": "smoothquant", "alpha": 0.3}
-    assert {"rotate", "gptq"} == {written["passes"][1]["name"], written["quantizer"]["name"]}
+    assert {"rotate", "gptaq"} == {written["passes"][1]["name"], written["quantizer"]["name"]}
     assert (written["seed"], written["nsamples"], written["weights"]["group_size"]) == (3, 2, 0)
 
 
