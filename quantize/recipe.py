@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from quantize.errors import UsageError
-from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, Scheme, SchemeName, WeightArgs
+from quantize.scheme import SCHEME_NAMES, ActivationArgs, Data, KVCacheArgs, Scheme, SchemeName, WeightArgs
 
 T = TypeVar("T")
 
@@ -23,6 +23,7 @@ class Recipe(Data):
     Attributes:
         scheme: the field's name; it fixes the bits of `weights` and `activations`.
         weights, activations: how they become integers.
+        kv_cache: how keys and values do; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
         ignore_also: more of them.
@@ -35,6 +36,7 @@ class Recipe(Data):
     scheme: SchemeName
     weights: WeightArgs
     activations: ActivationArgs | None = None
+    kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
     ignore_also: tuple[str, ...] = ()

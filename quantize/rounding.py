@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from quantize.kernels.ops import quantize_per_token, smooth_scales
-from quantize.scheme import ActivationArgs
+from quantize.scheme import ActivationArgs, KVCacheArgs
 
 
 def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
@@ -20,7 +20,7 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
     return on_grid(x / s, args) * s
 
 
-def on_grid(x: Tensor, args: ActivationArgs) -> Tensor:
-    """X [..., K] rounded to a grid for each token."""
+def on_grid(x: Tensor, args: ActivationArgs | KVCacheArgs) -> Tensor:
+    """X [..., K] rounded to a grid for each row."""
     q, scale, zero_point = quantize_per_token(x, args.num_bits, args.symmetric, args.clip_ratio)
     return (q.to(x) - zero_point.to(x)) * scale
