@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.execute import State
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.kv_cache import check_hadamard, quantized_attention
 from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
@@ -63,7 +65,7 @@ class BlockRun:
         kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in replaced}
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
         biases = {x.path: weights[x.bias].to(stored[x.bias].dtype) for x in targets if x.bias}
-        state, tensors = float_state(weights, linears, fronts), dict[str, Tensor]()
+        state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
         for group, _ in zip(
             self.calibration.stops(segment, state, targets), self.exact.stops(segment, exact, targets), strict=True
         ):
@@ -73,6 +75,15 @@ class BlockRun:
                 tensors |= self._quantize(linear, state, gram, front, bias, stored[linear.weight].dtype)
         self.probes.run(segment.nodes, state)
         return tensors | self._kept(kept)
+
+    def _with_kv_cache(self, segment: Segment, state: State) -> State:
+        """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""
+        args = self.plan.recipe.kv_cache
+        operators = quantized_attention(segment, args)
+        if args is not None and args.hadamard and operators:
+            found = check_hadamard(self.program, segment, state, self.probes.values)
+            self.transformer.differences.setdefault("kv_cache", {})[segment.name] = found
+        return replace(state, operators=operators)
 
     def unused(self) -> dict[str, Tensor]:
         """Parameters that the forward pass never reads, and buffers, as they are stored."""
