@@ -67,7 +67,7 @@ class KVCacheArgs(Data):
 
     num_bits: Literal[4, 8]
     symmetric: bool = False
-    clip_ratio: float = Field(1.0, gt=0, le=1)
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
     hadamard: bool = True
 
 
