@@ -34,14 +34,35 @@ def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, se
     Raises:
         UsageError: the model has no diagonal basis, or the output exists.
     """
-    checkpoint = open_checkpoint(model)
-    bases = find_bases(export_program(checkpoint.skeleton())).all
-    chosen = [
-        b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group and b.writers and b.readers
-    ]
-    chosen = [b for b in chosen if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
+    bases = diagonal_bases(model)
+    chosen = [b for b in bases if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
+    scale(model, output, chosen, factor, channels, seed)
+
+
+def plant_keys(model: Path, output: Path, factor: float = 30.0, channels: int = 4, seed: int = 0) -> None:
+    """Scale a few channels of all keys up and those of the queries down, which leaves the scores as they are.
+
+    Where positions rotate pairs of channels, a channel here is such a pair. Arguments as for `plant`.
+
+    Raises:
+        UsageError: no queries and keys of the model can be scaled, or the output exists.
+    """
+    chosen = [b for b in diagonal_bases(model) if any(edge.dual for edge in b.readers)]
+    scale(model, output, chosen, 1 / factor, channels, seed)  # the basis is that of the queries
+
+
+def diagonal_bases(model: Path) -> list[Basis]:
+    """The bases whose channels can be scaled one by one, and not rotated."""
+    bases = find_bases(export_program(open_checkpoint(model).skeleton())).all
+    legal = (b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group)
+    return [b for b in legal if b.writers and b.readers]
+
+
+def scale(model: Path, output: Path, chosen: list[Basis], factor: float, channels: int, seed: int) -> None:
+    """Write the twin with a few channels of each basis scaled."""
     if not chosen:
         raise UsageError(f"{model} has no basis in which outliers could be planted")
+    checkpoint = open_checkpoint(model)
     names = [name for name, _ in checkpoint.skeleton().named_parameters()]
     weights = {name: checkpoint.tensor(name).float() for name in names}
     rng = np.random.default_rng(seed)

@@ -19,9 +19,11 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quantize.attention import set_kv_cache
 from quantize.checkpoint import assign, build_skeleton, index_tensors, read_config, read_tensor
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
+from quantize.kv_cache import read_kv_cache
 from quantize.linear import QuantizedLinear
 from quantize.online import Online, restore
 from quantize.scheme import ActivationArgs, Scheme
@@ -215,6 +217,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
+    set_kv_cache(model, read_kv_cache(settings))
     return model.eval()
 
 

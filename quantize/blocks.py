@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.execute import State, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.kv_cache import check_hadamard, quantized_attention
 from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
@@ -68,7 +70,7 @@ class BlockRun:
         kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in replaced}
         weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
         biases = {x.path: weights[x.bias].to(stored[x.bias].dtype) for x in targets if x.bias}
-        state, tensors = float_state(weights, linears, fronts), dict[str, Tensor]()
+        state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
         starts = [dict(values) for values in self.calibration.values] if self.plan.recipe.tune else []
         for group, _ in zip(
             self.calibration.stops(segment, state, targets), self.exact.stops(segment, exact, targets), strict=True
@@ -84,6 +86,15 @@ class BlockRun:
             self.calibration.run(segment.nodes, state)
         self.probes.run(segment.nodes, state)
         return tensors | self._kept(kept)
+
+    def _with_kv_cache(self, segment: Segment, state: State) -> State:
+        """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""
+        args = self.plan.recipe.kv_cache
+        operators = quantized_attention(segment, args)
+        if args is not None and args.hadamard and operators:
+            found = check_hadamard(self.program, segment, state, self.probes.values)
+            self.transformer.differences.setdefault("kv_cache", {})[segment.name] = found
+        return replace(state, operators=operators)
 
     def unused(self) -> dict[str, Tensor]:
         """Parameters that the forward pass never reads, and buffers, as they are stored."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantize import gate
 from quantize.artifact import METHOD, ArtifactWriter, as_json, load, sha256
+from quantize.attention_check import attention_count, check_kv_cache
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples
 from quantize.calibration.tensors import read_calibration
@@ -118,6 +119,8 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton)
     plan = make_plan(recipe, program)
+    if recipe.kv_cache is not None:
+        check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory)
     samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
     return Prepared(checkpoint, program, plan, samples)
@@ -140,6 +143,8 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
         writer.add(shard.format(number), process(blocks, segment))
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
     settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
+    if plan.recipe.kv_cache is not None:
+        settings["kv_cache"] = plan.recipe.kv_cache.model_dump()
     write_side_files(prepared, writer, blocks, settings)
     proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_inputs, blocks.outputs(), console)
     return Artifact(
@@ -240,6 +245,8 @@ def describe(prepared: Prepared) -> str:
     what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
     lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
     lines += [program.refusal] if program.refused else []
+    if cache := plan.recipe.kv_cache:
+        lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
     lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]

@@ -17,6 +17,7 @@ from quantize.scheme import (
     SCHEME_NAMES,
     ActivationArgs,
     Data,
+    KVCacheArgs,
     Scheme,
     SchemeName,
     TuneArgs,
@@ -33,6 +34,7 @@ class Recipe(Data):
     Attributes:
         scheme: the field's name; it fixes the bits and the format of `weights` and `activations`.
         weights, activations: how they are quantized.
+        kv_cache: how keys and values are; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
         ignore_also: more of them.
@@ -46,6 +48,7 @@ class Recipe(Data):
     scheme: SchemeName
     weights: WeightArgs
     activations: ActivationArgs | None = None
+    kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
     ignore_also: tuple[str, ...] = ()

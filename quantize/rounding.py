@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize.kernels.ops import dequantize, quantize_activations, smooth_scales
-from quantize.scheme import ActivationArgs
+from quantize.kernels.ops import dequantize, quantize_activations, quantize_per_token, smooth_scales
+from quantize.scheme import ActivationArgs, KVCacheArgs
 
 
 def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
@@ -34,3 +34,9 @@ def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
 def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, int]:
     """What the kernels take: bits, symmetric, clip ratio, format, group size."""
     return args.num_bits, args.symmetric, args.clip_ratio, args.format, args.group_size
+
+
+def on_grid(x: Tensor, args: KVCacheArgs) -> Tensor:
+    """Keys or values [..., head_dim] rounded to a grid for each head of each token."""
+    q, scale, zero_point = quantize_per_token(x, args.num_bits, args.symmetric, args.clip_ratio)
+    return (q.to(x) - zero_point.to(x)) * scale

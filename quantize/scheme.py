@@ -98,6 +98,22 @@ class TuneArgs(Data):
     learning_rate: float = Field(0.005, gt=0)
 
 
+class KVCacheArgs(Data):
+    """Integer keys and values: one scale and zero point for each token of each head.
+
+    Attributes:
+        num_bits: 4 or 8.
+        symmetric: no zero point.
+        clip_ratio: part of the head vector's range that the grid spans.
+        hadamard: rotate queries and keys within each head first, which leaves their products.
+    """
+
+    num_bits: Literal[4, 8]
+    symmetric: bool = False
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
+    hadamard: bool = True
+
+
 class Scheme(Data):
     """Weights and input activations of a linear; no `activations` leaves them in floating point."""
 

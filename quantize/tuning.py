@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -81,7 +81,7 @@ class Tuning:
         token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
         """
         made = {node: TunedLinear(done, exact[node]) for node, done in self._linears(exact).items()}
-        live = State(self.state.weights, self.state.linears | made)
+        live = replace(self.state, linears=self.state.linears | made)
         adam = torch.optim.Adam([linear.u for linear in made.values()], args.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, args.steps)
         for batch in islice(shuffled(len(self.starts), generator), args.steps):

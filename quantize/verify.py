@@ -18,6 +18,7 @@ from quantize.checkpoint import index_tensors, read_tensor
 from quantize.errors import QuantizeError, reason
 from quantize.graph.execute import State
 from quantize.graph.program import Program, Segment, forward_switches, quiet
+from quantize.kv_cache import quantized_attention, read_kv_cache
 from quantize.linear import QuantizedLinear
 from quantize.progress import track
 
@@ -90,7 +91,7 @@ def stored_state(
     }
     weights = {name: read_tensor(files[stored], stored).float() for name, stored in names.items()}
     modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
-    return State(weights, dict(modules))
+    return State(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))
 
 
 def verify_artifact(directory: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quantize.attention import has_kv_cache
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.onnx_linear import lower
 from quantize.graph.inputs import example_inputs
@@ -53,6 +54,11 @@ def export_onnx(model: PreTrainedModel, output_dir: Path) -> dict[str, float]:
     """
     if (names := list(example_inputs(model))) != ["input_ids"]:
         raise UsageError(f"the model takes {' and '.join(names)}; exported are models that take input_ids alone")
+    if has_kv_cache(model):
+        raise UsageError(
+            "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input; "
+            "quantize without the table kv_cache, or run the artifact with quantize.load"
+        )
     inputs = [random_inputs(model, batch=2, length=7), random_inputs(model, batch=3, length=11)]
     path = output_dir / "model.onnx"
     write(model, inputs[0], path)

@@ -23,10 +23,12 @@ class State:
     Attributes:
         weights: parameter name → value.
         linears: linear node → what runs instead: input → output.
+        operators: any other node → what runs instead on the node's own arguments.
     """
 
     weights: dict[str, Tensor]
     linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
 
 
 def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
@@ -58,4 +60,5 @@ def run_node(program: Program, node: fx.Node, values: Values, state: State) -> A
             return state.weights[program.parameters[n]]
         return program.buffers[n] if n in program.buffers else values[n]
 
-    return node.target(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))  # type: ignore[operator]
+    run: Any = state.operators.get(node, node.target)
+    return run(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
