@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from quantize.checkpoint import assign, build_skeleton, index_tensors, read_config, read_tensor
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
+from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.online import Online, restore
+from quantize.prefixed import attach
 from quantize.scheme import ActivationArgs, Scheme
 
 METHOD = "quantize-model"
@@ -211,6 +213,8 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
+    if settings.get("prefix"):
+        attach(model, settings["prefix"])
     return model.eval()
 
 
@@ -229,7 +233,9 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     if "activations" in entry:
         scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
     online = [read_online(f"{path}.transform.{i}.", given, files) for i, given in enumerate(entry.get("online", ()))]
-    return QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+    linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+    linear.leading = Leading(tuple(settings.get("prefix", ())))
+    return linear
 
 
 def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path]) -> Online:

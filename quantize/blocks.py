@@ -17,6 +17,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.execute import State
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
@@ -34,19 +35,22 @@ class BlockRun:
     Attributes:
         modules: path → entry of the artifact's quantization settings.
         probe_inputs: two different inputs that prove what is made.
+        leading: the tokens in front of every sequence, also of the probes'.
         untied: some parameter no longer equals the one it was tied to.
     """
 
     def __init__(self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples) -> None:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
         needed = plan.quantizer.needs_gram or any(step.handler.needs for step in plan.steps)
-        batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
+        self.leading = Leading(plan.recipe.prefix_tokens)
+        given = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)) if needed else []
+        batches = self.leading.batches(given)
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
-        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_inputs)
+        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
         self.exact = Runner(program, batches if plan.quantizer.needs_exact else [])
         scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches)
         self.transformer = Transformer(
-            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys
+            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, leading=self.leading
         )
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
@@ -84,6 +88,10 @@ class BlockRun:
         """The model's outputs on the probes, once all blocks are done."""
         return self.probes.outputs()
 
+    def probes_run(self) -> list[dict[str, Tensor]]:
+        """The probes as they run, with the prefix in front."""
+        return self.leading.batches(self.probe_inputs)
+
     def _grams(self, group: Sequence[Linear], fronts: Mapping[str, Front]) -> list[Gram | None]:
         """Gram matrix of the input of each linear behind its rotations, made once for all that share these."""
         if not self.plan.quantizer.needs_gram:
@@ -100,12 +108,12 @@ class BlockRun:
 
     def _gram(self, source: fx.Node, front: Front) -> Gram:
         """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
-        gram = Gram()
+        gram, rest = Gram(), self.leading.rest
         if not self.plan.quantizer.needs_exact:
             for values in self.calibration.values:
-                gram.update(front.rotate(values[source]))
+                gram.update(front.rotate(rest(values[source])))
         for values, exact in zip(self.calibration.values, self.exact.values, strict=False):
-            gram.update(front.quantized(values[source]), front.rotate(exact[source]))
+            gram.update(front.quantized(rest(values[source])), front.rotate(rest(exact[source])))
         return gram
 
     def _quantize(
@@ -120,7 +128,7 @@ class BlockRun:
             raise QuantizeError(f"{linear.path}: {error}") from None
         scheme = Scheme(weights=recipe.weights, activations=front.activations)
         module = QuantizedLinear(weight, front.bias(weight.dequantize(), bias), scheme, front.online)
-        state.linears[linear.node] = module
+        module.leading, state.linears[linear.node] = self.leading, module
         self.modules[linear.path] = describe(module, recipe.activations)
         self.untied |= self._is_tied(linear.weight)
         return {f"{linear.path}.{name}": tensor for name, tensor in module.state_dict().items()}

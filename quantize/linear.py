@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import dequantize, quantized_linear, runtime_smooth_linear, unpack_int4
+from quantize.leading import Leading
 from quantize.online import Online
 from quantize.rounding import fake_quantize
 from quantize.scheme import Scheme
@@ -18,6 +19,9 @@ class QuantizedLinear(nn.Module):
     """Drop-in for `nn.Linear` that holds packed integers.
 
     Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+
+    Attributes:
+        leading: the tokens in front of each sequence, whose activations are not quantized.
     """
 
     qweight: Tensor
@@ -33,6 +37,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
+        self.leading = Leading()
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -40,10 +45,18 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        x, q, args = self.transform(x), self.weight_integers(), self.scheme.activations
+        return self.leading.apart(self.transform(x), self._exact, self._rounded)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """The product with activations as they are."""
+        weight = dequantize(self.weight_integers(), self.scale, self.zero_point).to(x)
+        return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The product with activations quantized as the scheme says."""
+        q, args = self.weight_integers(), self.scheme.activations
         if args is None:
-            weight = dequantize(q, self.scale, self.zero_point).to(x)
-            return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+            return self._exact(x)
         operands = (x, q, self.scale, self.zero_point, self.bias, args.num_bits, args.symmetric, args.clip_ratio)
         if smooth := args.runtime_smooth:
             return runtime_smooth_linear(*operands, smooth.group_size, smooth.normalize_tokens)
@@ -51,6 +64,5 @@ class QuantizedLinear(nn.Module):
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
-        x = fake_quantize(self.transform(x), self.scheme.activations)
-        weight = dequantize(self.weight_integers(), self.scale, self.zero_point).to(x)
-        return torch.nn.functional.linear(x, weight, None if self.bias is None else self.bias.to(x))
+        args = self.scheme.activations
+        return self._exact(self.leading.apart(self.transform(x), lambda first: first, lambda x: fake_quantize(x, args)))
