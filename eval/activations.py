@@ -82,9 +82,9 @@ def place(largest: Activation, count: int) -> dict[str, Any]:
 
 def activations_table(found: list[dict[str, Any]]) -> Table:
     """One row a block."""
-    table = Table("block", "median |h|")
-    table.add_column("largest |h|, × median, token @ position, channel", no_wrap=True)
-    table.add_column("flagged: token, channel (how often)", overflow="fold")
+    table = Table("block", "median")
+    table.add_column("largest |h|, × median,\ntoken @ position, channel", no_wrap=True)
+    table.add_column("flagged: token,\nchannel (how often)", overflow="fold")
     for block in found:
         top = [
             f"{a['value']:.1f}, {a['ratio']:,.0f} ×, {a['token']} @ {a['position']}, {a['channel']}"
