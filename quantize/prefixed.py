@@ -63,6 +63,7 @@ class Prefixed:
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         held = 0 if cache is None else int(cache.get_seq_length())
         check_mask(kwargs.get("attention_mask"), ids.shape[1], max(0, held - p))
+        check_positions(kwargs.get("position_ids"), held, p)
         self.leading.absent, self.leading.shape = held > 0, (len(ids), p + ids.shape[1])
         if isinstance(head_of(module), QuantizedLinear):  # all its rows, to know which are the prefix
             self.keep = int(kwargs.pop("logits_to_keep", 0))
@@ -90,8 +91,21 @@ def check_mask(mask: Any, tokens: int, held: int) -> None:
     """
     if isinstance(mask, Tensor) and (mask.dim() != 2 or mask.shape[1] != held + tokens):
         raise UsageError(
-            f"the attention_mask has the shape {list(mask.shape)} for {tokens} tokens behind {held} in the cache; a "
-            f"model with a prefix takes [batch, {held + tokens}], and `generate` no cache of an earlier call"
+            f"the attention_mask has the shape {list(mask.shape)} for {tokens} tokens behind {held} in the cache; give "
+            f"[batch, {held + tokens}], without the prefix, and `generate` no cache of an earlier call"
+        )
+
+
+def check_positions(positions: Any, held: int, p: int) -> None:
+    """Tokens behind a cache do not leave out any: `generate` takes the prefix in the cache of an earlier call for text.
+
+    Raises:
+        UsageError: they do.
+    """
+    if held and isinstance(positions, Tensor) and int(positions[..., 0].max()) > held - p:
+        raise UsageError(
+            f"the tokens begin at position {int(positions[..., 0].max())} behind {held - p} in the cache; a model with "
+            "a prefix continues where they end, so give `generate` no cache of an earlier call"
         )
 
 

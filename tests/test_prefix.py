@@ -133,6 +133,17 @@ def test_all_that_comes_back_is_of_the_tokens_given(w4a4):
 
 
 @torch.no_grad()
+def test_tokens_behind_a_cache(w4a4):
+    """With and without mask and positions, which know of no prefix."""
+    model = w4a4.load()
+    expected = model(IDS).logits[:, 4:]
+    for given in ({}, {"attention_mask": torch.ones_like(IDS), "position_ids": torch.arange(4, 6)[None]}):
+        first = model(IDS[:, :4], use_cache=True)
+        held = {name: first[name] for name in CACHES[:1] if name in first} or {CACHES[1]: first[CACHES[1]]}
+        assert distance(model(IDS[:, 4:], **held, **given).logits, expected) < 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("ignore", [None, []])
 def test_generate_with_and_without_cache(one_layer, small_run, ignore):
     """Also where the head is quantized, which is asked for the last logits alone."""
@@ -324,8 +335,14 @@ def test_calls_that_cannot_be_right(w4a4):
     first = model.generate(IDS, return_dict_in_generate=True, attention_mask=torch.ones_like(IDS), **GREEDY)
     held = {name: first[name] for name in CACHES[:1] if name in first} or {CACHES[1]: first[CACHES[1]]}
     longer = torch.cat([first.sequences, IDS], dim=1)
-    with pytest.raises(UsageError, match="and `generate` no cache of an earlier call"):
-        model.generate(longer, attention_mask=torch.ones_like(longer), **held, **GREEDY)
+    for hidden, words in (
+        (0, "begin at position 15 behind 13 in the cache; "),
+        (1, "for 5 tokens behind 13 in the cach"),
+    ):
+        mask = torch.ones_like(longer)
+        mask[0, :hidden] = 0
+        with pytest.raises(UsageError, match=words):
+            model.generate(longer, attention_mask=mask, **copy.deepcopy(held), **GREEDY)
 
 
 def test_onnx_export_is_refused(cli, w4a4, tmp_path):
