@@ -24,8 +24,10 @@ from quantize.checkpoint import assign, build_skeleton, index_tensors, read_conf
 from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
 from quantize.kv_cache import read_kv_cache
+from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.online import Online, restore
+from quantize.prefixed import attach
 from quantize.scheme import ActivationArgs, Scheme
 
 METHOD = "quantize-model"
@@ -218,6 +220,8 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
     set_kv_cache(model, read_kv_cache(settings))
+    if settings.get("prefix"):
+        attach(model, settings["prefix"])
     return model.eval()
 
 
@@ -237,7 +241,9 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     if "activations" in entry:
         scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
     online = [read_online(f"{path}.transform.{i}.", given, files) for i, given in enumerate(entry.get("online", ()))]
-    return QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+    linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+    linear.leading = Leading(tuple(settings.get("prefix", ())))
+    return linear
 
 
 def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path]) -> Online:

@@ -21,6 +21,7 @@ from quantize.graph.execute import State, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.kv_cache import check_hadamard, quantized_attention
+from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
@@ -40,6 +41,7 @@ class BlockRun:
     Attributes:
         modules: path → entry of the artifact's quantization settings.
         probe_inputs: two different inputs that prove what is made.
+        leading: the tokens in front of every sequence, also of the probes'.
         untied: some parameter no longer equals the one it was tied to.
     """
 
@@ -47,13 +49,15 @@ class BlockRun:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
         needed = plan.quantizer.needs_gram or plan.recipe.tune or any(step.handler.needs for step in plan.steps)
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
-        batches = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if needed else []
+        self.leading = Leading(plan.recipe.prefix_tokens)
+        given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if needed else []
+        batches = self.leading.batches(given)
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
-        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probe_inputs)
+        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
         self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
         scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches)
         self.transformer = Transformer(
-            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys
+            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, leading=self.leading
         )
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
@@ -106,6 +110,10 @@ class BlockRun:
         """The model's outputs on the probes, once all blocks are done."""
         return self.probes.outputs()
 
+    def probes_run(self) -> list[dict[str, Tensor]]:
+        """The probes as they run, with the prefix in front."""
+        return self.leading.batches(self.probe_inputs)
+
     def _grams(self, group: Sequence[Linear], fronts: Mapping[str, Front]) -> list[Gram | None]:
         """Gram matrix of the input of each linear behind its rotations, made once for all that share these."""
         if not self.plan.quantizer.needs_gram:
@@ -122,12 +130,12 @@ class BlockRun:
 
     def _gram(self, source: fx.Node, front: Front) -> Gram:
         """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
-        gram = Gram()
+        gram, rest = Gram(), self.leading.rest
         if not self.plan.quantizer.needs_exact:
             for values in self.calibration.values:
-                gram.update(front.rotate(values[source]))
+                gram.update(front.rotate(rest(values[source])))
         for values, exact in zip(self.calibration.values, self.exact.values, strict=False):
-            gram.update(front.quantized(values[source]), front.rotate(exact[source]))
+            gram.update(front.quantized(rest(values[source])), front.rotate(rest(exact[source])))
         return gram
 
     def _quantize(self, linear: Linear, state: State, gram: Gram | None, dtype: torch.dtype) -> QTensor:
@@ -144,7 +152,7 @@ class BlockRun:
         """Let the block run with a quantized linear from here on; returns its tensors."""
         scheme = Scheme(weights=weight.args, activations=front.activations)
         module = QuantizedLinear(weight, front.bias(weight.dequantize(), bias), scheme, front.online)
-        state.linears[linear.node] = module
+        module.leading, state.linears[linear.node] = self.leading, module
         self.modules[linear.path] = describe(module, self.plan.recipe.activations)
         self.untied |= self._is_tied(linear.weight)
         return {f"{linear.path}.{name}": tensor for name, tensor in module.state_dict().items()}

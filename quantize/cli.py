@@ -71,8 +71,10 @@ def quantize(
 
 @click.command()
 @click.argument("model")
+@click.option("--activations", is_flag=True, help="Show which activations of the float model are massive instead.")
+@click.option("--calibration", type=PATH, help="Text for --activations.  [default: bundled prose]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
     """Show where in MODEL transforms are legal, and why not elsewhere."""
     from quantize.checkpoint import open_checkpoint
     from quantize.graph.analysis import admissible_bases
@@ -80,6 +82,13 @@ def inspect(model: str, as_json: bool) -> None:
 
     checkpoint = open_checkpoint(model)
     program = make_program(checkpoint, checkpoint.skeleton())
+    if activations:
+        from quantize.eval.activations import activations_table, measure
+
+        found = measure(checkpoint, program, calibration)
+        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(activations_table(found))
+    if calibration is not None:
+        raise UsageError("--calibration is text for --activations; give both or neither")
     bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
+from quantize.leading import Leading
 from quantize.online import Online
 from quantize.rounding import fake_quantize, quantizer_arguments
 from quantize.scheme import Scheme
@@ -18,6 +19,9 @@ class QuantizedLinear(nn.Module):
     """Drop-in for `nn.Linear` that holds packed integers.
 
     Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+
+    Attributes:
+        leading: the tokens in front of each sequence, whose activations are not quantized.
     """
 
     qweight: Tensor
@@ -35,6 +39,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
+        self.leading = Leading()
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -47,10 +52,18 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        x, weight, args = self.transform(x), self.weight(), self.scheme.activations
+        return self.leading.apart(self.transform(x), self._exact, self._rounded)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """The product with activations as they are."""
+        bias = None if self.bias is None else self.bias.to(x)
+        return torch.nn.functional.linear(x, self.weight().dequantize().to(x), bias)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """The product with activations quantized as the scheme says."""
+        weight, args = self.weight(), self.scheme.activations
         if args is None:
-            bias = None if self.bias is None else self.bias.to(x)
-            return torch.nn.functional.linear(x, weight.dequantize().to(x), bias)
+            return self._exact(x)
         operands = (x, weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
         if smooth := args.runtime_smooth:
             grid = (args.num_bits, args.symmetric, args.clip_ratio)
@@ -59,6 +72,9 @@ class QuantizedLinear(nn.Module):
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
-        x = fake_quantize(self.transform(x), self.scheme.activations)
-        bias = None if self.bias is None else self.bias.to(x)
-        return torch.nn.functional.linear(x, self.weight().dequantize().to(x), bias)
+        return self._exact(self.fake_input(x))
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        """What of x reaches the product: behind the online transforms, quantized and dequantized."""
+        args = self.scheme.activations
+        return self.leading.apart(self.transform(x), lambda first: first, lambda rest: fake_quantize(rest, args))

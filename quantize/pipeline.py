@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program, Segment
 from quantize.graph.unexported import make_program
 from quantize.plan import NO_LINEAR, Plan, make_plan
+from quantize.prefix import check_prefix, settle_prefix
 from quantize.progress import track
 from quantize.recipe import Recipe, load_recipe
 from quantize.tokenizer import load_tokenize
@@ -119,6 +120,7 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton)
     plan = make_plan(recipe, program)
+    check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory)
@@ -129,24 +131,36 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
     """The windows fit the model's positions."""
     longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and recipe.seqlen > longest:
-        raise UsageError(f"--seqlen {recipe.seqlen} is more than the {longest} positions of the model")
+    p = len(recipe.prefix_tokens)
+    if isinstance(longest, int) and recipe.seqlen + p > longest:
+        more = f" with the prefix of {p}" if p else ""
+        raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
 
 
 def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> Artifact:
     """Quantize block by block into an open writer, verify what was written, and commit."""
-    plan, program, checkpoint = prepared.plan, prepared.program, prepared.checkpoint
+    program, checkpoint = prepared.program, prepared.checkpoint
+    plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console)
+    check_length(checkpoint.config, plan.recipe)
+    prepared = replace(prepared, plan=plan)
     blocks = BlockRun(checkpoint, program, plan, prepared.samples)
     announce(prepared, bool(blocks.calibration.values), console)
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
         writer.add(shard.format(number), process(blocks, segment))
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
-    settings = {"quant_method": METHOD, "scheme": plan.recipe.linear_scheme.model_dump(), "modules": blocks.modules}
+    settings: dict[str, Any] = {
+        "quant_method": METHOD,
+        "scheme": plan.recipe.linear_scheme.model_dump(),
+        "modules": blocks.modules,
+    }
+    if plan.recipe.prefix:
+        settings["prefix"] = list(plan.recipe.prefix_tokens)
     if plan.recipe.kv_cache is not None:
         settings["kv_cache"] = plan.recipe.kv_cache.model_dump()
     write_side_files(prepared, writer, blocks, settings)
-    proof = parity(program, writer.directory, settings, checkpoint.ties, blocks.probe_inputs, blocks.outputs(), console)
+    probes, outputs = blocks.probes_run(), blocks.outputs()
+    proof = parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     return Artifact(
         writer.output,
         writer.commit(
@@ -160,6 +174,7 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
                 "online": blocks.transformer.changed,
                 "parity": proof,
                 "untied": blocks.untied,
+                **({"prefix": prefix} if prefix else {}),
                 "coverage": coverage(plan, blocks),
                 "quantization": settings,
             }

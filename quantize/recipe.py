@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from quantize.errors import UsageError
 from quantize.scheme import (
@@ -28,6 +28,25 @@ T = TypeVar("T")
 FOLDER = resources.files("quantize.recipes")
 
 
+class PrefixArgs(Data):
+    """Tokens that run in front of every sequence (PrefixQuant, arXiv 2410.05265): ids, or `search` for them.
+
+    Attributes:
+        tokens: ids ≥ 0, in order.
+        search: take those that carry massive activations on the calibration data.
+    """
+
+    tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    search: bool = False
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> Self:
+        """Either is given, not both."""
+        if bool(self.tokens) == self.search:
+            raise ValueError("give either tokens, a list of ids, or search = true")
+        return self
+
+
 class Recipe(Data):
     """Everything that determines an artifact, beside model and data.
 
@@ -40,6 +59,7 @@ class Recipe(Data):
         ignore_also: more of them.
         nsamples, seqlen: calibration windows, and tokens in each.
         seed: of every random choice.
+        prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: tune the rounding of each block afterwards; None does not.
@@ -55,6 +75,7 @@ class Recipe(Data):
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
+    prefix: PrefixArgs | None = None
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
@@ -63,6 +84,11 @@ class Recipe(Data):
     def linear_scheme(self) -> Scheme:
         """What a quantized linear is made with."""
         return Scheme(weights=self.weights, activations=self.activations)
+
+    @property
+    def prefix_tokens(self) -> tuple[int, ...]:
+        """Ids of the prefix; () for none, or before they are found."""
+        return self.prefix.tokens if self.prefix else ()
 
     def to_toml(self) -> str:
         """The recipe as TOML text."""

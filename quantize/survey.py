@@ -9,6 +9,7 @@ from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Statistic
 from quantize.checkpoint import Checkpoint
 from quantize.graph.program import Program
+from quantize.leading import Leading
 from quantize.plan import Plan
 from quantize.transforming import Transformer, behind, float_state
 
@@ -24,8 +25,9 @@ def survey(
     for number, step in enumerate(plan.steps):
         if step.surveyed:
             calibration, steps = Runner(program, batches), plan.steps[:number]
+            scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, Leading(plan.recipe.prefix_tokens)
             transformer = Transformer(
-                program, steps, plan.recipe.linear_scheme, calibration, Runner(program, []), plan.recipe.seed, found
+                program, steps, scheme, calibration, Runner(program, []), seed, found, leading=leading
             )
             found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs)
     return found
@@ -40,7 +42,7 @@ def one_run(
     program, calibration = transformer.program, transformer.calibration
     for segment in program.segments:
         held, fronts = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
-        linears, transforms = program.linears(segment), behind(fronts)
+        linears, transforms = program.linears(segment), behind(fronts, transformer.leading)
         targets = [linear for linear in linears if linear.weight in weights]
         for group in calibration.stops(segment, float_state(held, linears, fronts), targets):
             for linear in group:

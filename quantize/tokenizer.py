@@ -25,13 +25,30 @@ def load_tokenizer(directory: Path) -> Any:
         raise QuantizeError(f"the tokenizer in {directory} cannot be read: {reason(error)}") from None
 
 
+def has_tokenizer(directory: Path | None) -> bool:
+    """Whether a directory has a tokenizer."""
+    return directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
+
+
+def bos_token(directory: Path | None) -> int | None:
+    """Id of the token that begins a text; None where the directory's tokenizer has none, or there is no tokenizer.
+
+    Raises:
+        QuantizeError: there is one and it cannot be read.
+    """
+    if directory is None or not has_tokenizer(directory):
+        return None
+    found: int | None = load_tokenizer(directory).bos_token_id
+    return found
+
+
 def load_tokenize(directory: Path | None) -> Tokenize | None:
     """Text → token ids without special tokens; None where the directory has no tokenizer.
 
     Raises:
         QuantizeError: there is one and it cannot be read.
     """
-    if directory is None or not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if directory is None or not has_tokenizer(directory):
         return None
     tokenizer = load_tokenizer(directory)
     return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

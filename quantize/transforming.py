@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from quantize.graph.basis import Basis
 from quantize.graph.execute import State, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.leading import Leading
 from quantize.online import Front
 from quantize.passes.base import Place, Site
 from quantize.plan import Step
@@ -39,6 +40,7 @@ class Transformer:
         probes: two other inputs that the gate compares.
         seed: of the private generators.
         surveys: for steps that need it, statistics of the whole float model (`survey`).
+        leading: the tokens in front of each sequence, which statistics leave out.
         sites: for each step the transforms made so far; one that spans blocks is made on the first and kept.
         differences: for each pass the largest difference that the gate saw in each block.
         changed: for each pass the linears that it put something in front of.
@@ -51,6 +53,7 @@ class Transformer:
     probes: Runner
     seed: int
     surveys: Surveys = field(default_factory=dict)
+    leading: Leading = field(default_factory=Leading)
     sites: list[dict[Basis, Transform]] = field(default_factory=list)
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
@@ -118,7 +121,7 @@ class Transformer:
         if needs is None or (not reached and all(basis in self.sites[number] for basis in touched)):
             return found
         ahead = Runner.of(self.program, (self._undo(values, number) for values in self.calibration.values))
-        return found | ahead.preview(segment, state, self.program.linears(segment), needs, behind(fronts))
+        return found | ahead.preview(segment, state, self.program.linears(segment), needs, behind(fronts, self.leading))
 
     def _undo(self, values: Values, number: int) -> Values:
         """Values in front of a block, which all steps have transformed, as they were before step `number`."""
@@ -144,9 +147,9 @@ class Transformer:
         gate.require(step.handler.name, found, blame, segment)
 
 
-def behind(fronts: Fronts) -> dict[str, Any]:
-    """For each linear, by path, what its input has gone through when it meets the weight."""
-    return {path: front.transform for path, front in fronts.items()}
+def behind(fronts: Fronts, leading: Leading) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For each linear, by path, what its input has gone through when it meets the weight, without the prefix's rows."""
+    return {path: lambda x, front=front: front.transform(leading.rest(x)) for path, front in fronts.items()}  # type: ignore[misc]
 
 
 def absorbed(

@@ -15,7 +15,6 @@ from quantize.graph.execute import State, Values, run_node
 from quantize.graph.program import Program, Segment
 from quantize.linear import QuantizedLinear
 from quantize.quantizers.base import nearest
-from quantize.rounding import fake_quantize
 from quantize.scheme import TuneArgs
 
 CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
@@ -45,9 +44,8 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], fake-quantized."""
-        x = self.done.transform(x)
         W = (self.integers() - self.zero_point) * self.scale
-        return nn.functional.linear(passed(x, fake_quantize(x, self.done.scheme.activations)), W, self.done.bias)
+        return nn.functional.linear(passed(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias)
 
 
 def passed(x: Tensor, rounded: Tensor) -> Tensor:
@@ -72,6 +70,7 @@ class Tuning:
     starts: Sequence[Values]
     targets: Sequence[Mapping[fx.Node, Tensor]]
 
+    @torch.enable_grad()
     def run(
         self, exact: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
     ) -> dict[fx.Node, QTensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantize.artifact import ArtifactWriter, as_json, check_hashes, load, sha256
+from quantize.artifact import ArtifactWriter, as_json, check_hashes, load, read_manifest, sha256
 from quantize.checkpoint import side_files
+from quantize.errors import UsageError
 from quantize.export.onnx import SESSION_CONFIG, export_onnx
 
 
@@ -26,6 +27,8 @@ def export_artifact(directory: Path, target: str, output: Path) -> dict[str, flo
         QuantizeError: damaged artifact, or the export computes something else.
     """
     check_hashes(directory)
+    if read_manifest(directory)["quantization"].get("prefix"):
+        raise UsageError(f"{directory} has a prefix, which ONNX cannot run; quantize without `prefix` in the recipe")
     with ArtifactWriter(output) as writer:
         parity = export_onnx(load(directory), writer.directory)
         for path in [*side_files(directory), Path("config.json")]:

@@ -17,6 +17,7 @@ BATCH = 512  # tokens of a step
 STEPS, LEARNING_RATE = 200, 3e-3
 
 
+@torch.enable_grad()
 def learn_rotation(
     X: Tensor,
     objective: Objective,
