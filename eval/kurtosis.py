@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from rich.table import Table
 from torch import Tensor, nn
 
 from quantize.linear import QuantizedLinear
@@ -38,6 +39,28 @@ def input_kurtosis(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[s
         for hook in hooks:
             hook.remove()
     return found
+
+
+def kurtosis_table(
+    model: nn.Module, reference: nn.Module, inputs: Mapping[str, Tensor], modules: Mapping[str, Any]
+) -> Table:
+    """One row for the linears that read the same basis: the kurtosis of their input in the float model, and now.
+
+    Args:
+        model: quantized.
+        reference: the float model.
+        inputs: arguments of forward.
+        modules: the artifact's quantized linears by path.
+    """
+    before, after = (input_kurtosis(m, inputs, list(modules)) for m in (reference, model))
+    rows: dict[tuple[float, float], list[str]] = {}
+    for path in modules:
+        rows.setdefault((before[path], after[path]), []).append(path)
+    table = Table("input of", "kurtosis before", "after")
+    for (old, new), paths in rows.items():
+        ends = ", ".join(path.rpartition(".")[2] for path in paths[1:])
+        table.add_row(", ".join([paths[0], *([ends] if ends else [])]), f"{old:.1f}", f"{new:.1f}")
+    return table
 
 
 def seen(module: nn.Module, x: Tensor) -> Tensor:

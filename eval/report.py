@@ -10,16 +10,18 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantize.artifact import PROBE, load
+from quantize.artifact import PROBE, load, read_manifest
 from quantize.calibration.data import read_samples
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
+from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
 from quantize.tokenizer import load_tokenize, load_tokenizer
 
 BATCH_TOKENS = 4096
+ROWS = 16  # of a text, on which kurtosis is measured
 
 
 def evaluate(
@@ -45,6 +47,24 @@ def evaluate(
     else:
         scores = evaluate_language(model, reference, directory, text, seqlen, nsamples)
     return scores | {"bytes": stored_bytes(directory)}
+
+
+def kurtosis_report(directory: Path, against: str, text: Path, seqlen: int = 256) -> Table:
+    """Kurtosis of what quantizers see, before and after, on the first rows of a text.
+
+    Raises:
+        UsageError: the directory is no artifact, or text and model do not fit.
+    """
+    modules = read_manifest(directory)["quantization"]["modules"]
+    model, reference = load_any(directory), load_any(against)
+    check_kinds(directory, model, against, reference, text)
+    if text.suffix == ".tsv":
+        sentences = [first for _, first, _ in read_pairs(text)[:ROWS]]
+        inputs = dict(load_tokenizer(directory)(sentences, padding=True, truncation=True, return_tensors="pt"))
+    else:
+        samples = read_samples(text, seqlen, ROWS, load_tokenize(directory), kind_of(model)[1])
+        inputs = {"input_ids": samples.batches(ROWS)[0]["input_ids"]}
+    return kurtosis_table(model, reference, inputs, modules)
 
 
 def check_kinds(

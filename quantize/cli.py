@@ -107,11 +107,18 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 )
 @click.option("--nsamples", type=click.IntRange(1), help="Windows, spread evenly over the text.  [default: all]")
 @click.option("--seqlen", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
+@click.option("--kurtosis", is_flag=True, help="Show how heavy the tails of linears' inputs were, and are, instead.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object.")
 def evaluate(
-    directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, as_json: bool
+    directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, kurtosis: bool, as_json: bool
 ) -> None:
     """Measure a model or artifact on a text."""
+    if kurtosis:
+        from quantize.eval.report import kurtosis_report
+
+        if against is None:
+            raise UsageError("--kurtosis compares with the float model; give --against")
+        return Console().print(kurtosis_report(directory, against, text, seqlen))
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
