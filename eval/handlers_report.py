@@ -20,14 +20,33 @@ each token, as a part of those of the linears. **Bold** is the best of a column;
 """
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table for each scheme and model."""
+CLAIMS = """
+## What papers say, and what holds here
+
+Synthetic data from seeded generators (`python -m quantize.eval.claims`); a claim is *left ≤ factor · right*, and
+`tests/test_claims.py` holds each to what stands here.
+
+| claim | paper | left | right | factor | holds |
+|---|---|---|---|---|---|"""
+
+
+def markdown(rows: Sequence[Row], claims: Iterable[Row]) -> str:
+    """One table for each scheme and model, and one of the claims."""
     parts = [HEAD]
     for scheme, model in dict.fromkeys((row["scheme"], row["model"]) for row in rows):
         chosen = [row for row in rows if (row["scheme"], row["model"]) == (scheme, model)]
         parts.append(f"\n## {model}, {scheme}\n")
         parts += table(chosen)
+    parts.append(CLAIMS)
+    parts += ["| " + " | ".join(map(figure, claim.values())) + " |" for claim in claims]
     return "\n".join(parts) + "\n"
+
+
+def figure(value: object) -> str:
+    """A value of a claim as it is shown."""
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

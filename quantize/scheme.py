@@ -29,7 +29,7 @@ class WeightArgs(Data):
     num_bits: Literal[4, 6, 8]
     format: Format = "int"
     symmetric: bool = True
-    group_size: int = Field(0, ge=0)
+    group_size: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check_fp4(self) -> Self:
@@ -50,7 +50,7 @@ class RuntimeSmoothArgs(Data):
         normalize_tokens: take maxima of tokens of the same root mean square; False is the paper's rule.
     """
 
-    group_size: int = Field(128, ge=1)
+    group_size: int = Field(default=128, ge=1)
     normalize_tokens: bool = True
 
 
@@ -68,7 +68,7 @@ class ActivationArgs(Data):
     num_bits: Literal[4, 6, 8]
     format: Format = "int"
     symmetric: bool = True
-    clip_ratio: float = Field(1.0, gt=0, le=1)
+    clip_ratio: float = Field(default=1.0, gt=0, le=1)
     runtime_smooth: RuntimeSmoothArgs | None = None
 
     @property
@@ -94,8 +94,8 @@ class TuneArgs(Data):
         learning_rate: at the first step, in quantization steps; it falls to zero as a cosine.
     """
 
-    steps: int = Field(200, ge=1)
-    learning_rate: float = Field(0.005, gt=0)
+    steps: int = Field(default=200, ge=1)
+    learning_rate: float = Field(default=0.005, gt=0)
 
 
 class KVCacheArgs(Data):

@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from quantize.eval.claims import CLAIMS, sample
+from quantize.eval.claims import CLAIMS
 from quantize.eval.codebooks import dint4, error, min_max, nearest, powers, scaled, tlq, uniform
+from quantize.eval.format_claims import sample
 from quantize.eval.synthetic import kmeans, sparse_error, top_gates
 
 REFUTED = {
+    "RRS, paper's rule ≤ 1.05 rotation (two spikes)": (0.520, 0.0405),
+    "noise and shift ≤ a zero point": (0.1276, 0.0455),
+    "dual rotation ≤ Hadamard (one 200 × channel)": (0.00963, 0.00347),
     "TLQ < clipped uniform (Gaussian, 3 bits)": (0.0472, 0.0402),
     "POST < powers of two (Gaussian, 3 bits)": (0.0681, 0.0467),
     "POST < uniform (Gaussian, 3 bits)": (0.0681, 0.0402),
