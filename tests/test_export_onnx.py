@@ -19,8 +19,9 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.program import quiet
 from quantize.kernels.reference import quantized_linear, round_to_grid, scale_and_zero_point
 from quantize.linear import QuantizedLinear
-from quantize.online import Front, Hadamard
-from quantize.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.online import Dual, Front, Hadamard, Shift
+from quantize.rotations.dual import dual_rotation
+from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 
 LLAMA = Path(__file__).parent / "models" / "books-llama-6m"
 ASYMMETRIC_4 = ActivationArgs(num_bits=4, symmetric=False, clip_ratio=0.9)
@@ -248,9 +249,27 @@ def test_the_scheme_decides_the_operator():
     assert {kinds[name] for name in INTEGERS} == {IntegerLinear}
 
 
+def test_a_shift_and_a_dual_rotation_are_exported(tmp_path):
+    """What stands in front of a linear goes along: the bias of noise, and rotations that are no Hadamard matrices."""
+    rng = torch.Generator().manual_seed(0)
+    X = torch.randn(64, 48, generator=rng)
+    found = dual_rotation(X, rng, steps=8)
+    online = (Dual(found.first, found.permutation, found.second), Shift(torch.linspace(-1, 1, 48)))
+    for activations in (SYMMETRIC_8, ASYMMETRIC_4):
+        layer = random_linear(48, scheme(4, activations), online)
+        lowered = lower(layer).eval()
+        path = tmp_path / f"{activations.num_bits}.onnx"
+        torch.onnx.export(lowered, (X,), path, opset_version=23, dynamo=True, verbose=False)
+        output = open_session(path).run(None, {open_session(path).get_inputs()[0].name: X.numpy()})[0]
+        assert np.linalg.norm(output - lowered(X).numpy()) < 0.02 * np.linalg.norm(output)
+
+
 def test_what_onnx_runtime_cannot_do_is_refused():
     with pytest.raises(UsageError, match=r"groups of 24 columns do not fit .* multiples of 16; quantize with a group"):
         lower(random_linear(48, scheme(4, SYMMETRIC_8, 24)))
+    smooth = SYMMETRIC_8.model_copy(update={"runtime_smooth": RuntimeSmoothArgs()})
+    with pytest.raises(UsageError, match=r"runtime smooth sorts .* quantize without the pass `runtime_smooth`"):
+        lower(random_linear(48, scheme(4, smooth)))
     with pytest.raises(UsageError, match=r"8-bit weights with floating-point activations .* quantize with one of"):
         lower(random_linear(48, scheme(8)))
     with pytest.raises(UsageError, match=r"^6-bit weights with floating-point activations .* one of W8A8, W6A6"):

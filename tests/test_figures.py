@@ -11,18 +11,21 @@ from quantize.eval.perplexity import score_language
 from quantize.eval.report import evaluate
 from quantize.tokenizer import load_tokenize
 
-GOALS = {"W8A8": 0.001, "W4A16": 0.075, "W4A8": 0.080, "W4A4": 0.190}
+GOALS = {
+    "w8a8": 0.001, "w4a16": 0.060, "w4a8": 0.065, "w4a4": 0.145,
+    "w4a16-tuned": 0.050, "w4a8-tuned": 0.050, "w4a4-tuned": 0.120,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", sorted(GOALS))
-def test_loss_increase_on_stories(scheme, stories, stories_calibration, stories_dev, tmp_path):
+@pytest.mark.parametrize("recipe", GOALS)
+def test_loss_increase_on_stories(recipe, stories, stories_calibration, stories_dev, tmp_path):
     """Nats per token above the float model."""
     artifact = quantize.quantize_model(
-        stories, scheme=scheme, output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0, seqlen=256
+        stories, recipe=recipe, output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0, seqlen=256
     )
     scores = evaluate(artifact.directory, str(stories), stories_dev)
     assert scores["loss_against"] == pytest.approx(1.286, abs=1e-3)
-    assert scores["loss_increase"] < GOALS[scheme]
+    assert scores["loss_increase"] < GOALS[recipe]
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +54,14 @@ def test_w4a4_survives_planted_outliers(planted, windows, tmp_path):
         planted, scheme="W4A4", output_dir=tmp_path / "out", group_size=0, seqlen=256, nsamples=64
     )
     scores, base = score_language(artifact.load(), windows, float_model), score_language(float_model, windows).loss
-    assert scores.loss - base < 0.028
-    assert scores.kl < 0.05
+    assert scores.loss - base < 0.020
+    assert scores.kl < 0.03
 
 
-def test_minilm_keeps_its_spearman_at_w4a8(minilm, sts, tmp_path):
-    artifact = quantize.quantize_model(minilm, scheme="W4A8", output_dir=tmp_path / "out", nsamples=32, seqlen=128)
+@pytest.mark.parametrize(("scheme", "part"), [("W4A8", 0.98), ("W4A4", 0.95)])
+def test_minilm_keeps_its_spearman(scheme, part, minilm, sts, tmp_path):
+    artifact = quantize.quantize_model(
+        minilm, scheme=scheme, output_dir=tmp_path / "out", group_size=0, nsamples=32, seqlen=128
+    )
     for pairs in sts:
-        assert evaluate(artifact.directory, str(minilm), pairs)["retained"] >= 0.98
+        assert evaluate(artifact.directory, str(minilm), pairs)["retained"] >= part

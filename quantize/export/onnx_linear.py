@@ -35,6 +35,11 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
         raise UsageError(
             f"ONNX Runtime's CPU kernels multiply no {weights.format} values; quantize with one of {RUNNABLE}"
         )
+    if activations is not None and activations.runtime_smooth is not None:
+        raise UsageError(
+            "runtime smooth sorts channels anew for each batch, which no kernel of ONNX Runtime does; "
+            "quantize without the pass `runtime_smooth`"
+        )
     if weights.num_bits == 4 and (activations is None or activations.num_bits == 8):
         return BlockLinear(layer)
     if activations is None:
