@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,14 +20,15 @@ import torch
 
 from quantize.artifact import ArtifactWriter
 from quantize.eval import claims
-from quantize.eval.handlers import HANDLERS
+from quantize.eval.handlers import FINETUNED, HANDLERS, LANGUAGE_ONLY
 from quantize.eval.handlers_report import markdown
 from quantize.eval.judges import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.spikes import KINDS, plant_kind
-from quantize.pipeline import prepare, run
+from quantize.finetuning import finetune
+from quantize.pipeline import Prepared, prepare, run
 from quantize.plan import make_plan
-from quantize.recipe import load_recipe
+from quantize.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks"
@@ -35,6 +36,7 @@ MODELS = {"books-llama": ROOT / "tests" / "models" / "books-llama-6m", "MiniLM":
 SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
 WINDOW, WINDOWS = 256, 16
 CALIBRATION = {"books-llama": (32, 256), "MiniLM": (32, 128)}  # windows, and tokens in each
+STEPS = 50  # of fine-tuning
 Job = tuple[str, str, str, tuple[str, ...]]
 Row = dict[str, Any]
 
@@ -44,10 +46,8 @@ def main() -> None:
     path = OUTPUT / "handlers.json"
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
     jobs, start = missing(rows), time.perf_counter()
-    with ProcessPoolExecutor(
-        os.cpu_count(), mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        for done, found in enumerate(pool.map(measure_all, jobs), 1):
+    with get_context("spawn").Pool(os.cpu_count(), torch.set_num_threads, (1,)) as pool:
+        for done, found in enumerate(pool.imap(measure_all, jobs), 1):
             rows += found
             OUTPUT.mkdir(exist_ok=True)
             path.write_text(json.dumps(sorted(rows, key=position), indent=1, ensure_ascii=False) + "\n")
@@ -67,13 +67,17 @@ def position(row: Mapping[str, Any]) -> tuple[int, ...]:
 def missing(rows: list[Row]) -> list[Job]:
     """Models and schemes with the handlers that have no row."""
     done = {(row["model"], row["twin"], row["scheme"], row["handler"]) for row in rows}
-    jobs = [
-        (name, twin, scheme, tuple(handler for handler in HANDLERS if (name, twin, scheme, handler) not in done))
-        for scheme in SCHEMES
-        for name in MODELS
-        for twin in TWINS
-    ]
+    models = itertools.product(SCHEMES, MODELS, TWINS)
+    jobs = []
+    for scheme, name, twin in models:
+        left = tuple(handler for handler in fitting(name) if (name, twin, scheme, handler) not in done)
+        jobs.append((name, twin, scheme, left))
     return [job for job in jobs if job[-1]]
+
+
+def fitting(name: str) -> list[str]:
+    """The handlers for a model."""
+    return [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
 
 
 def measure_all(job: Job) -> list[Row]:
@@ -109,14 +113,22 @@ def measure(
     prepared, before = prepare(model, load_recipe(scheme, {}, **settings), None), dict[str, float]()
     for number, handler in enumerate(handlers):
         recipe = load_recipe(scheme, HANDLERS[handler], **settings)
+        given = finetuned(model, recipe, scratch) if handler == FINETUNED else prepared
         with ArtifactWriter(scratch / str(number)) as writer:
-            artifact = run(replace(prepared, plan=make_plan(recipe, prepared.program)), writer, None)
+            artifact = run(replace(given, plan=make_plan(recipe, given.program)), writer, None)
         quantized = artifact.load()
         paths = list(artifact.manifest["quantization"]["modules"])
         before = before or input_kurtosis(judge.reference, judge.sample, paths)
         after = input_kurtosis(quantized, judge.sample, paths)
         row = {"handler": handler, **judge.scores(quantized), "cost": online_cost(quantized)}
         yield row | {"kurtosis_before": mean(before.values()), "kurtosis": mean(after.values())}
+
+
+def finetuned(model: Path, recipe: Recipe, scratch: Path) -> Prepared:
+    """The model after a short fine-tune for the bits of its activations."""
+    assert recipe.activations is not None
+    done = finetune(model, output_dir=scratch / "finetuned", steps=STEPS, num_bits=recipe.activations.num_bits)
+    return prepare(done.directory, recipe, None)
 
 
 if __name__ == "__main__":

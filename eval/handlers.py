@@ -7,6 +7,7 @@ from typing import Any
 GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
 FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
 SYMMETRIC = {"symmetric": True}
+FINETUNED = "fine-tuned first: input clips, kurtosis penalty"
 
 
 def recipe(*passes: dict[str, Any], quantizer: dict[str, Any] = GPTQ, **more: Any) -> dict[str, Any]:
@@ -43,5 +44,8 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "noisy bias, symmetric inputs": recipe(named("noisy_bias"), activations=SYMMETRIC),
     "noisy bias and shift, symmetric inputs": recipe(named("noisy_bias", mean_shift=True), activations=SYMMETRIC),
     "Hadamard, activation clip": recipe(FOLD, ROTATE, named("activation_clip")),
+    "Hadamard, prefix tokens searched": recipe(FOLD, ROTATE, prefix={"search": True}),
+    FINETUNED: recipe(),
     "default recipe": {},
 }
+LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}

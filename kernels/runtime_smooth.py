@@ -54,6 +54,6 @@ def runtime_smooth_linear(
     filled = -len(order) % group_size
     x_sorted = torch.nn.functional.pad(x[..., order] / s.to(x), (0, filled))
     q_sorted = torch.nn.functional.pad(q[:, order], (0, filled))
-    scales = scale * s[::group_size].to(scale)
+    scales = scale.float() * s[::group_size]  # not in the scale's own dtype, which would round the product
     zero_points = None if zero_point is None else zero_point.expand(scales.shape)
     return quantized_linear(x_sorted, q_sorted, scales, zero_points, bias, num_bits, symmetric, clip_ratio)

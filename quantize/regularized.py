@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from quantize.kernels.ops import linear_with_int8_backward
+from quantize.rotations.kurtosis import kurtosis
 
 Backward = Literal["none", "int8", "int8_hadamard"]
-EPS = 1e-12  # so that an output of zeros has the kurtosis 0; no real variance comes near its root
+
 RATIOS = torch.linspace(0.05, 1, 20)
 
 
@@ -37,12 +38,6 @@ def best_clip(x: Tensor, num_bits: int) -> Tensor:
     clips = torch.stack([x.min().clamp(max=0), x.max().clamp(min=0)]) * RATIOS.to(x)[:, None]
     errors = [(learned_clip(x, clip, num_bits) - x).square().mean() for clip in clips]
     return clips[torch.stack(errors).argmin()]
-
-
-def kurtosis(y: Tensor) -> Tensor:
-    """E[(y - µ)⁴] / (σ⁴ + ε) over the last axis (arXiv 2404.03605): [..., N] → [...]; 3 for Gaussian features."""
-    squares = (y - y.mean(-1, keepdim=True)).square()
-    return squares.square().mean(-1) / (squares.mean(-1).square() + EPS)
 
 
 class RegularizedLinear(nn.Module):

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from quantize.errors import QuantizeError
 from quantize.graph.program import forward_switches
 from quantize.progress import track
-from quantize.regularized import Backward, RegularizedLinear, kurtosis
+from quantize.regularized import Backward, RegularizedLinear
+from quantize.rotations.kurtosis import kurtosis
 from quantize.scheme import Data
 
 MAX_NORM = 1.0  # of the gradient: a rounded input can cross many levels at once

@@ -19,7 +19,8 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.eval.perplexity import score_language
 from quantize.finetuning import token_stream
 from quantize.kernels.halo import input_gradient, int8_product, linear_with_int8_backward
-from quantize.regularized import RegularizedLinear, best_clip, kurtosis, learned_clip
+from quantize.regularized import RegularizedLinear, best_clip, learned_clip
+from quantize.rotations.kurtosis import kurtosis
 from quantize.training import Batches, Settings, mean_kurtosis, task_loss
 
 FEW = {"steps": 2, "batch_size": 2, "seqlen": 16}

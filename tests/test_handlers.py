@@ -100,11 +100,12 @@ def test_tokens_are_normalized_by_hand():
     assert torch.allclose(s, torch.tensor([8.0, 6.0]) / math.sqrt(50))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("columns", [128, 100])
-def test_runtime_smooth_is_fake_quantization_times_the_weight(symmetric, columns):
+def test_runtime_smooth_is_fake_quantization_times_the_weight(symmetric, columns, dtype):
     x, q = normal(9, columns), torch.randint(-8, 8, (5, columns), generator=rng(1), dtype=torch.int8)
-    scale, bias = torch.rand(5, 1, generator=rng(2)) + 0.1, normal(1, 5)[0]
+    scale, bias = (torch.rand(5, 1, generator=rng(2)) + 0.1).to(dtype), normal(1, 5)[0]
     zero_point = None if symmetric else torch.randint(-8, 8, (5, 1), generator=rng(3), dtype=torch.int8)
     y = runtime_smooth_linear(x, q, scale, zero_point, bias, 4, symmetric, 1.0, 32, True)
     args = ActivationArgs(num_bits=4, symmetric=symmetric, runtime_smooth=RuntimeSmoothArgs(group_size=32))
