@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, fx
 
 from quantize.calibration.data import Row, Samples
@@ -26,6 +27,7 @@ from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.plan import Plan
 from quantize.scheme import ActivationArgs, Scheme, TuneArgs
+from quantize.seeding import private_generator
 from quantize.survey import survey
 from quantize.transforming import Transformer, float_state
 from quantize.tuning import Tuning, handed_on
@@ -45,17 +47,18 @@ class BlockRun:
         untied: some parameter no longer equals the one it was tied to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, console: Console | None = None
+    ) -> None:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
-        needed = plan.quantizer.needs_gram or plan.recipe.tune or any(step.handler.needs for step in plan.steps)
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
         self.leading = Leading(plan.recipe.prefix_tokens)
-        given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if needed else []
+        given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if plan.calibrates else []
         batches = self.leading.batches(given)
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
         self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
         self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
-        scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches)
+        scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches, console)
         self.transformer = Transformer(
             program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, leading=self.leading
         )
@@ -163,9 +166,7 @@ class BlockRun:
         """The linears of a block with weights that are rounded together."""
         exact = {linear.node: linear.oriented(state.weights[linear.weight]) for linear in linears}
         tuning = Tuning(self.program, segment, state, starts, [handed_on(v, segment) for v in self.exact.values])
-        seed = np.random.SeedSequence([self.plan.recipe.seed, zlib.crc32(segment.name.encode())])
-        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
-        tuned = tuning.run(exact, args, generator)
+        tuned = tuning.run(exact, args, private_generator(self.plan.recipe.seed, zlib.crc32(segment.name.encode())))
         return ((linear, tuned[linear.node]) for linear in linears)
 
     def _kept(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from quantize import gate
 from quantize.artifact import METHOD, ArtifactWriter, as_json, load, sha256
@@ -22,7 +23,7 @@ from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import Checkpoint, build_skeleton, check_weights, open_checkpoint, side_files
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.graph.inputs import example_inputs
-from quantize.graph.program import Program, Segment
+from quantize.graph.program import Program
 from quantize.graph.unexported import make_program
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.prefix import check_prefix, settle_prefix
@@ -143,11 +144,14 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console)
     check_length(checkpoint.config, plan.recipe)
     prepared = replace(prepared, plan=plan)
-    blocks = BlockRun(checkpoint, program, plan, prepared.samples)
-    announce(prepared, bool(blocks.calibration.values), console)
+    announce(prepared, console)
+    with running("the model"):
+        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console)
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
-        writer.add(shard.format(number), process(blocks, segment))
+        with running(segment.name):
+            tensors = blocks.process(segment)
+        writer.add(shard.format(number), tensors)
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
     settings: dict[str, Any] = {
         "quant_method": METHOD,
@@ -182,11 +186,11 @@ def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> 
     )
 
 
-def announce(prepared: Prepared, used: bool, console: Console | None) -> None:
+def announce(prepared: Prepared, console: Console | None) -> None:
     """Say what the exporter refused, and what is calibrated on, above all if it is not the user's own text."""
     if console is not None and prepared.program.refused:
         console.print(prepared.program.refusal, soft_wrap=True, markup=False)
-    if console is None or not used:
+    if console is None or not prepared.plan.calibrates:
         return
     rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples
     line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.tokens} tokens"
@@ -195,13 +199,14 @@ def announce(prepared: Prepared, used: bool, console: Console | None) -> None:
     console.print(line + source, soft_wrap=True)
 
 
-def process(blocks: BlockRun, segment: Segment) -> dict[str, Tensor]:
-    """One block, or the reason why it does not run."""
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Turn an operator's refusal of its operands into the reason why a part of the model does not run."""
     try:
-        return blocks.process(segment)
-    except (IndexError, RuntimeError) as error:  # an operator refuses its operands
+        yield
+    except (IndexError, RuntimeError) as error:
         raise QuantizeError(
-            f"{segment.name} does not run on the calibration data ({reason(error)}); "
+            f"{name} does not run on the calibration data ({reason(error)}); "
             "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
         ) from error
 

@@ -53,6 +53,12 @@ class Plan:
     targets: tuple[str, ...]
     skipped: dict[str, str]
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether any part of it looks at data."""
+        tunes = self.recipe.tune is not None
+        return self.quantizer.needs_gram or tunes or any(step.handler.needs for step in self.steps)
+
 
 def make_plan(recipe: Recipe, program: Program) -> Plan:
     """Decide what happens where.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.console import Console
+
 from quantize.calibration.data import Row
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Statistic
@@ -11,11 +13,12 @@ from quantize.checkpoint import Checkpoint
 from quantize.graph.program import Program
 from quantize.leading import Leading
 from quantize.plan import Plan
+from quantize.progress import track
 from quantize.transforming import Transformer, behind, float_state
 
 
 def survey(
-    checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row]
+    checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row], console: Console | None = None
 ) -> dict[int, dict[str, Statistic]]:
     """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
 
@@ -29,18 +32,22 @@ def survey(
             transformer = Transformer(
                 program, steps, scheme, calibration, Runner(program, []), seed, found, leading=leading
             )
-            found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs)
+            found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs, console)
     return found
 
 
 def one_run(
-    checkpoint: Checkpoint, transformer: Transformer, weights: frozenset[str], make: type[Statistic] | None
+    checkpoint: Checkpoint,
+    transformer: Transformer,
+    weights: frozenset[str],
+    make: type[Statistic] | None,
+    console: Console | None,
 ) -> dict[str, Statistic]:
     """Statistics of the inputs of some linears in one run of the float model."""
     assert make is not None
     found: dict[str, Statistic] = {}
     program, calibration = transformer.program, transformer.calibration
-    for segment in program.segments:
+    for segment in track(program.segments, "surveying", lambda s: s.name, console):
         held, fronts = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
         linears, transforms = program.linears(segment), behind(fronts, transformer.leading)
         targets = [linear for linear in linears if linear.weight in weights]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -24,6 +23,7 @@ from quantize.online import Front
 from quantize.passes.base import Place, Site
 from quantize.plan import Step
 from quantize.scheme import Scheme
+from quantize.seeding import private_generator
 
 Fronts = Mapping[str, Front]
 Surveys = Mapping[int, Mapping[str, Statistic]]
@@ -80,7 +80,7 @@ class Transformer:
         after = dict(weights)
         for basis in touched:
             if basis not in self.sites[number]:
-                site = Site(basis, statistics, weights, self.scheme, self._generator(number, basis.index))
+                site = Site(basis, statistics, weights, self.scheme, private_generator(self.seed, number, basis.index))
                 self.sites[number][basis] = step.handler.transform(site)
             after |= fold(basis, self.sites[number][basis], after)
         changed = {x.path: self._front(number, x, after, fronts[x.path], statistics) for x in reached}
@@ -97,15 +97,10 @@ class Transformer:
     ) -> Front:
         """What a step wants in front of one linear."""
         step = self.steps[number]
-        generator = self._generator(number, zlib.crc32(linear.source.name.encode()))
+        generator = private_generator(self.seed, number, zlib.crc32(linear.source.name.encode()))
         W, basis = linear.oriented(weights[linear.weight]), step.bases.reading(linear.weight)
         statistic = statistics.get(linear.weight)
         return step.handler.front(Place(linear.path, basis, statistic, W, front, self.scheme, generator))
-
-    def _generator(self, number: int, index: int) -> torch.Generator:
-        """Private, for one step and one basis or input of linears."""
-        state = np.random.SeedSequence([self.seed, number, index]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
     def _statistics(
         self,

@@ -1,0 +1,12 @@
+"""Private random generators: the same for the same seed and keys, whatever else was drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def private_generator(seed: int, *keys: int) -> torch.Generator:
+    """A generator of its own for each seed ≥ 0 and keys ≥ 0."""
+    state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
