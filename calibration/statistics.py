@@ -84,7 +84,9 @@ class Rows:
     absmax: Absmax = field(default_factory=Absmax)
 
     def update(self, x: Tensor) -> None:
-        """Take in [..., K]."""
+        """Take in [..., K]; no rows change nothing."""
+        if not x.numel():
+            return
         self.absmax.update(x)
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         rows = rows if self.value is None else torch.cat([self.value, rows])

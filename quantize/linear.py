@@ -43,9 +43,9 @@ class QuantizedLinear(nn.Module):
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
-        return self.weight().unpack()
+        return self.qtensor().unpack()
 
-    def weight(self) -> QTensor:
+    def qtensor(self) -> QTensor:
         """The buffers as they are now, in one piece."""
         args = self.scheme.weights
         return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
@@ -57,11 +57,11 @@ class QuantizedLinear(nn.Module):
     def _exact(self, x: Tensor) -> Tensor:
         """The product with activations as they are."""
         bias = None if self.bias is None else self.bias.to(x)
-        return torch.nn.functional.linear(x, self.weight().dequantize().to(x), bias)
+        return torch.nn.functional.linear(x, self.qtensor().dequantize().to(x), bias)
 
     def _rounded(self, x: Tensor) -> Tensor:
         """The product with activations quantized as the scheme says."""
-        weight, args = self.weight(), self.scheme.activations
+        weight, args = self.qtensor(), self.scheme.activations
         if args is None:
             return self._exact(x)
         operands = (x, weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)

@@ -29,7 +29,7 @@ class TunedLinear(nn.Module):
 
     def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
         super().__init__()
-        self.done, weight = done, done.weight()
+        self.done, weight = done, done.qtensor()
         scale, z = weight.unpack_scale().float(), weight.zero_point
         self.scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
         wide = torch.zeros_like(scale) if z is None else z.float()
@@ -121,5 +121,5 @@ def handed_on(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
 @torch.no_grad()
 def repacked(linear: TunedLinear) -> QTensor:
     """The tuned integers on the grid they had."""
-    weight = linear.done.weight()
+    weight = linear.done.qtensor()
     return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.unit)

@@ -116,8 +116,8 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run", *output)
     assert shown.code == 0
     for line in [
-        "W4A4: 6 linears in 3 blocks, rounded by gptq",
-        "pass rotate: 2 bases offline, 2 linears online",
+        "W4A4: 6 linears in 3 blocks, rounded by gptaq",
+        "pass learned_rotation: 2 bases offline, 2 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
         "calibration: 2 rows, 32 tokens",

@@ -33,7 +33,7 @@ def refused(cli, program, stories_calibration, tmp_path, tree, monkeypatch):
         shown = cli(model, "--scheme", scheme, *data, "--output-dir", tmp_path / output, *arguments)
         assert tree(tmp_path) == before
         *progress, sentence = shown.err.strip().splitlines()
-        assert all(line.startswith(("quantizing ", "verifying ")) for line in progress)
+        assert all(line.startswith(("surveying ", "quantizing ", "verifying ")) for line in progress)
         assert sentence.startswith("error: ")
         assert not shown.out
         return shown.code, sentence

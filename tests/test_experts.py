@@ -30,7 +30,7 @@ def test_experts_stay_in_float_and_follow_the_rotation(tmp_path):
         tmp_path / "model", output_dir=out, scheme="W4A4", calibration=text, group_size=0, seqlen=16
     )
     assert artifact.manifest["coverage"]["model.layers.0.mlp.experts.down_proj"] == STACK
-    assert max(artifact.manifest["gate"]["passes"]["rotate"].values()) < 1e-5
+    assert max(artifact.manifest["gate"]["passes"]["learned_rotation"].values()) < 1e-5
     moved = artifact.load().model.layers[0].mlp.experts.down_proj - model.model.layers[0].mlp.experts.down_proj
     assert float(moved.detach().abs().max()) > 0.01
     with torch.no_grad():

@@ -252,7 +252,7 @@ def test_an_artifact_is_saved_loaded_and_verified(name, one_layer, small_run, fl
     for dtype in (torch.float32, torch.bfloat16):  # scales stay as they are in any dtype
         layer = load(artifact.directory, dtype).get_submodule(up)
         again = QTensor(layer.qweight, layer.scale, None, 64, ARGS[name], layer.unit)
-        torch.testing.assert_close(again.dequantize(), layer.weight().dequantize(), rtol=0, atol=0)
+        torch.testing.assert_close(again.dequantize(), layer.qtensor().dequantize(), rtol=0, atol=0)
         assert layer.scale.dtype == stored[f"{up}.scale"].dtype
     W = float_stories.get_submodule(up).weight
     assert (again.dequantize() - W).norm() < 0.25 * W.norm()

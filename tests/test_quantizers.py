@@ -126,9 +126,12 @@ def test_gptq_without_data_is_refused():
         QUANTIZERS["gptq"]().quantize(weights(), PER_CHANNEL, None, torch.float32)
 
 
-def test_infinite_activations_are_refused():
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_infinite_activations_are_refused(name):
+    gram, X = Gram(), correlated() * float("inf")
+    gram.update(X, X)
     with pytest.raises(QuantizeError, match="not positive definite"):
-        QUANTIZERS["gptq"]().quantize(weights(), PER_CHANNEL, gram_of(correlated() * float("inf")), torch.float32)
+        QUANTIZERS[name]().quantize(weights(), PER_CHANNEL, gram, torch.float32)
 
 
 @pytest.mark.parametrize("statistic", [Absmax, Gram])

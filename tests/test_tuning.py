@@ -31,7 +31,7 @@ def test_tuning_starts_at_what_was_rounded(scheme):
     done = rounded(scheme, W)
     tuned = TunedLinear(done, W)
     assert torch.allclose(tuned(x), done.fake_quantized(x), atol=1e-4)
-    again, before = repacked(tuned), done.weight()
+    again, before = repacked(tuned), done.qtensor()
     assert torch.equal(again.data, before.data)
     assert torch.equal(again.dequantize(), before.dequantize())
 

@@ -28,10 +28,11 @@ class ActivationClip(Pass):
 
     def front(self, place: Place) -> Front:
         """The same, with the grid clipped."""
-        if place.front.activations is None or place.statistic is None:
+        if place.front.activations is None or place.rows is None:
             return place.front
+        rows = place.rows
         fronts = [
             replace(place.front, activations=place.front.activations.model_copy(update={"clip_ratio": ratio}))
             for ratio in RATIOS
         ]
-        return min(fronts, key=lambda front: input_error(place, place.statistic.value, front))
+        return min(fronts, key=lambda front: input_error(place, rows, front))

@@ -39,9 +39,9 @@ class AdaptiveRotation(Rotate):
 
     def front(self, place: Place) -> Front:
         """The rotation that suits the input, or the part of one that no weight absorbed."""
-        if not self.unreached(place.basis) or place.statistic is None:
+        if not self.unreached(place.basis) or place.rows is None:
             return super().front(place)
-        found = adaptive_rotation(place.statistic.value, self.threshold, place.generator)
+        found = adaptive_rotation(place.rows, self.threshold, place.generator)
         if isinstance(found, Rotation):
             return super().front(place)
         return place.front.then(Dual(found.first, found.permutation, found.second))

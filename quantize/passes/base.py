@@ -82,6 +82,11 @@ class Place:
     scheme: Scheme
     generator: torch.Generator
 
+    @property
+    def rows(self) -> Tensor | None:
+        """The sample of a statistic `Rows`; None where none was asked for, or nothing reached the linear."""
+        return None if self.statistic is None else self.statistic.value
+
 
 class Pass(Data):
     """One outlier handler; its fields are the recipe's parameters, nothing else.

@@ -43,9 +43,9 @@ class NoisyBias(Pass):
 
     def front(self, place: Place) -> Front:
         """With a shift, if one helps."""
-        if place.front.activations is None or place.statistic is None or place.front.shifts:
+        if place.front.activations is None or place.rows is None or place.front.shifts:
             return place.front
-        search, held_out = place.statistic.value[::2], place.statistic.value[1::2]
+        search, held_out = place.rows[::2], place.rows[1::2]
         step = mean_step(search, place.front.activations.num_bits)
         noise = torch.rand(search.shape[1], generator=place.generator) * 2 - 1
         m = torch.zeros_like(noise)

@@ -31,13 +31,14 @@ class GPTAQ(GPTQ):
 
     def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
         """Round W [N, K] to the least error of Ŵ X against W X'."""
-        if gram is not None and gram.value is not None and gram.drift is not None:
+        if gram is not None and gram.value is not None and gram.drift is not None and bool(gram.value.any()):
             W = W + self.alpha * correction(W, gram.value, gram.drift, self.damp)
         return super().quantize(W, args, gram, scale_dtype)
 
 
 def correction(W: Tensor, H: Tensor, D: Tensor, damp: float) -> Tensor:
-    """W D H⁻¹ [N, K]: what brings W X nearest to W X' in least squares, H = X Xᵀ damped as in GPTQ."""
+    """W D H⁻¹ [N, K]: what brings W X nearest to W X' in least squares, H = X Xᵀ damped as in GPTQ, which checks it."""
     H = H.double()
     H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
-    return torch.linalg.solve(H, W.double() @ D.double(), left=False).to(W.dtype)  # type: ignore[no-any-return]
+    solved: Tensor = torch.linalg.solve_ex(H, W.double() @ D.double(), left=False)[0]
+    return solved.to(W.dtype)
