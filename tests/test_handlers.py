@@ -179,6 +179,15 @@ def test_noise_is_kept_only_where_it_helps():
     assert handler.front(given) == given.front
 
 
+def test_noise_that_helps_only_where_it_was_searched_is_not_kept():
+    X = torch.full((512, 16), 0.7)
+    X[::2, 1:] = 0.05  # the half on which it is searched gains, the other lies on its levels
+    given = place(None, 16, Rows(value=X))
+    shift = Shift(torch.linspace(-0.05, 0.05, 16))
+    assert input_error(given, X[1::2], given.front.then(shift)) > input_error(given, X[1::2], given.front)
+    assert PASSES["noisy_bias"]().front(given) == given.front
+
+
 def test_a_constant_shift_is_searched_on_its_own():
     X = torch.full((512, 16), 0.05)
     X[:, 0] = 0.7
