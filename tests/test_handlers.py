@@ -8,6 +8,7 @@ import torch
 from test_passes import basis, edge, maxima, place, site
 
 from quantize.calibration.statistics import Absmax, Rows
+from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.fold import Diagonal
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
@@ -16,8 +17,11 @@ from quantize.passes import PASSES
 from quantize.passes.base import input_error
 from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
+from quantize.plan import make_plan
+from quantize.recipe import load_recipe
 from quantize.rounding import fake_quantize
 from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.survey import survey
 
 INT4 = ActivationArgs(num_bits=4)
 
@@ -241,6 +245,18 @@ def test_learned_rotations_within_heads_stay_within_heads():
     T = PASSES["learned_rotation"](steps=3).transform(given).write(torch.eye(16, dtype=torch.float64))
     assert not T[:8, 8:].any()
     assert torch.allclose(T @ T.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
+
+
+def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
+    """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
+    plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
+    found = survey(open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}])
+    assert set(found) == {1}
+    readers = {name.rpartition(".")[0].rpartition(".")[2] for name in found[1]}
+    assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= readers
+    for rows in found[1].values():
+        assert len(rows.value) == 96
+        assert torch.allclose(rows.value.square().mean(-1), torch.ones(96), atol=1e-2)
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
