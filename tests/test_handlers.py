@@ -11,6 +11,7 @@ from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.fold import Diagonal
+from quantize.graph.group import Group
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
 from quantize.online import Dual, Front, Hadamard, Shift
 from quantize.passes import PASSES
@@ -19,6 +20,7 @@ from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
 from quantize.plan import make_plan
 from quantize.recipe import load_recipe
+from quantize.rotations.blocks import BlockRotation
 from quantize.rounding import fake_quantize
 from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.survey import survey
@@ -239,12 +241,14 @@ def test_a_dual_rotation_keeps_the_product():
     assert torch.allclose(front.transform(X) @ front.absorb(given.weight).T, X @ given.weight.T, atol=1e-2)
 
 
-def test_learned_rotations_within_heads_stay_within_heads():
-    heads = basis(16, [edge("v", 0, 16)], [edge("a.weight", 1, 16)], heads=2)
-    given = site(heads, {}, a=rows_of(normal(64, 16)))
-    T = PASSES["learned_rotation"](steps=3).transform(given).write(torch.eye(16, dtype=torch.float64))
-    assert not T[:8, 8:].any()
+def test_whole_bases_are_learned_and_heads_are_not():
+    learned, X = PASSES["learned_rotation"](steps=3), rows_of(normal(64, 16))
+    whole = basis(16, [edge("e", 1, 16)], [edge("a.weight", 1, 16)], Group.CENTRED_ORTHOGONAL)
+    T = learned.transform(site(whole, {}, a=X)).write(torch.eye(16, dtype=torch.float64))
     assert torch.allclose(T @ T.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
+    assert torch.allclose(T.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-10)  # a norm takes the mean
+    assert isinstance(learned.transform(site(replace(whole, group=Group.ORTHOGONAL), {}, a=X)), BlockRotation)
+    assert learned.transform(site(replace(whole, group=Group.LINEAR, heads=2), {}, a=X)).size == 8
 
 
 def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):

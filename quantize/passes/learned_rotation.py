@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
@@ -18,7 +17,10 @@ from quantize.rotations.learned import Objective, learn_rotation
 
 @PASSES.register("learned_rotation")
 class LearnedRotation(Rotate):
-    """As `rotate`, each rotation that weights absorb learned from the inputs of the linears that read its basis.
+    """As `rotate`, whole bases by a rotation that is learned from the inputs of all linears that read them.
+
+    Within heads it is a Hadamard matrix, to which the one that runs across heads online belongs: learned there, it was
+    flat before that mixing, not behind it (on MiniLM a loss of 1 % of Spearman).
 
     Attributes:
         objective: `whip` (DartQuant, arXiv 2511.04063) or `kurtosis` (KurTail, arXiv 2503.01483).
@@ -31,9 +33,8 @@ class LearnedRotation(Rotate):
     steps: int = Field(200, ge=0)
 
     def transform(self, site: Site) -> Transform:
-        """T = diag(R, …), one R for each head; R 1 = 1 where a norm takes the mean."""
+        """T = R, with R 1 = 1 where a norm takes the mean; within heads a random Hadamard matrix."""
+        if site.basis.heads > 1:
+            return super().transform(site)
         centred = Group.ORTHOGONAL not in site.basis.group
-        heads = site.inputs().unflatten(-1, (site.basis.heads, -1)).unbind(dim=1)
-        return BlockRotation(
-            torch.stack([learn_rotation(X, self.objective, site.generator, self.steps, centred=centred) for X in heads])
-        )
+        return BlockRotation(learn_rotation(site.inputs(), self.objective, site.generator, self.steps, centred=centred))
