@@ -15,8 +15,8 @@ norm gain (MiniLM: of every value basis) × 30, *token_sparse* the two most peak
 mean squares. A cell of books-llama is the increase of the loss in nats per token on 16 windows of 256 unseen tokens,
 (KL to the float model), and κ, the kurtosis of what the quantizers see; one of MiniLM the part of the float model's
 Spearman correlation on STS 2016 answer-answer that is left, and κ. *Cost* is what runs online, in multiply-adds for
-each token, as a part of those of the linears. **Bold** is the best of a column; the seed moves books-llama by about
-0.002 and MiniLM by about 1 %.
+each token, as a part of those of the linears. At W4A8 each handler has one row, its variants only at W4A4. **Bold** is
+the best of a column; the seed moves books-llama by about 0.002 and MiniLM by about 1 %.
 """
 
 

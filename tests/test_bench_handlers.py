@@ -80,8 +80,8 @@ def test_what_is_measured_is_not_measured_again():
     row = {"model": "MiniLM", "twin": "channel", "scheme": "W4A8", "handler": "AQAS"}
     (shorter,) = [job for job in missing([row]) if job not in everything]
     assert shorter[:3] == ("MiniLM", "channel", "W4A8")
-    assert set(fitting("MiniLM")) - set(shorter[3]) == {"AQAS"}
-    assert set(fitting("books-llama")) - set(fitting("MiniLM")) == LANGUAGE_ONLY
+    assert set(fitting("MiniLM", "W4A8")) - set(shorter[3]) == {"AQAS"}
+    assert set(fitting("books-llama", "W4A4")) - set(fitting("MiniLM", "W4A4")) == LANGUAGE_ONLY
 
 
 def test_tables_mark_the_best_and_claims_that_do_not_hold():
