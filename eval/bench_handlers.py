@@ -20,7 +20,7 @@ import torch
 
 from quantize.artifact import ArtifactWriter
 from quantize.eval import claims
-from quantize.eval.handlers import AT_EIGHT_BITS, FINETUNED, HANDLERS, LANGUAGE_ONLY
+from quantize.eval.handlers import FINETUNED, HANDLERS, LANGUAGE_ONLY
 from quantize.eval.handlers_report import markdown
 from quantize.eval.judges import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
@@ -70,15 +70,14 @@ def missing(rows: list[Row]) -> list[Job]:
     models = itertools.product(SCHEMES, MODELS, TWINS)
     jobs = []
     for scheme, name, twin in models:
-        left = tuple(handler for handler in fitting(name, scheme) if (name, twin, scheme, handler) not in done)
+        left = tuple(handler for handler in fitting(name) if (name, twin, scheme, handler) not in done)
         jobs.append((name, twin, scheme, left))
     return [job for job in jobs if job[-1]]
 
 
-def fitting(name: str, scheme: str) -> list[str]:
-    """The handlers for a model and a scheme."""
-    handlers = AT_EIGHT_BITS if scheme == "W4A8" else HANDLERS
-    return [handler for handler in handlers if name == "books-llama" or handler not in LANGUAGE_ONLY]
+def fitting(name: str) -> list[str]:
+    """The handlers for a model."""
+    return [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
 
 
 def measure_all(job: Job) -> list[Row]:

@@ -48,9 +48,4 @@ HANDLERS: dict[str, dict[str, Any]] = {
     FINETUNED: recipe(),
     "default recipe": {},
 }
-AT_EIGHT_BITS = (  # one row for each handler; their variants differ where activations have few levels
-    "nothing, RTN", "nothing", "nothing, GPTAQ", "SmoothQuant, α searched", "AQAS", "Hadamard", "adaptive rotation",
-    "learned rotation, whip", "rotated runtime smooth", "noisy bias, symmetric inputs", "Hadamard, activation clip",
-    "Hadamard, prefix tokens searched", FINETUNED, "default recipe",
-)  # fmt: skip
 LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}

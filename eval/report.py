@@ -16,7 +16,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
-from quantize.eval.similarity import read_pairs, score_pairs
+from quantize.eval.similarity import embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
 from quantize.tokenizer import load_tokenize, load_tokenizer
 
@@ -38,7 +38,7 @@ def evaluate(
 
     Returns:
         Flat: `loss`, `perplexity`, `tokens` or `spearman`, `bytes`; with `against` also `kl`, `top1`, `loss_against`,
-        `loss_increase` or `spearman_against`, `retained`.
+        `loss_increase` or `distance`, `spearman_against`, `retained`.
     """
     model, reference = load_any(directory), load_any(against) if against is not None else None
     check_kinds(directory, model, against, reference, text)
@@ -121,11 +121,12 @@ def evaluate_language(
 def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Path, text: Path) -> dict[str, Any]:
     """Spearman correlation on scored pairs of sentences."""
     pairs, tokenizer = read_pairs(text), load_tokenizer(directory)
-    scores = {"spearman": score_pairs(model, tokenizer, pairs), "pairs": len(pairs)}
-    if reference is not None:
-        base = score_pairs(reference, tokenizer, pairs)
-        scores |= {"spearman_against": base, "retained": scores["spearman"] / base}
-    return scores
+    if reference is None:
+        return {"spearman": score_pairs(model, tokenizer, pairs).spearman, "pairs": len(pairs)}
+    base = score_pairs(reference, tokenizer, pairs).spearman
+    found = score_pairs(model, tokenizer, pairs, embed_pairs(reference, tokenizer, pairs))
+    scores = {"spearman": found.spearman, "pairs": len(pairs), "distance": found.distance}
+    return scores | {"spearman_against": base, "retained": found.spearman / base}
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:

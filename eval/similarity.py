@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,21 @@ from torch.nn.functional import cosine_similarity
 from quantize.errors import UsageError
 
 BATCH = 64
+Pairs = Sequence[tuple[float, str, str]]
+
+
+@dataclass(frozen=True)
+class SimilarityScores:
+    """How an encoder ranks pairs, and how far its embeddings are from those of the float model.
+
+    Attributes:
+        spearman: correlation of cosine similarity with the gold scores, in [-1, 1].
+        distance: 1 - the cosine of an embedding with that of the float model, mean over all sentences, in [0, 2]; None
+            without a float model. It decides where a few hundred pairs cannot.
+    """
+
+    spearman: float
+    distance: float | None
 
 
 def read_pairs(path: Path) -> list[tuple[float, str, str]]:
@@ -51,8 +68,15 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
     return torch.stack(rows)
 
 
-def score_pairs(model: nn.Module, tokenizer: Any, pairs: list[tuple[float, str, str]]) -> float:
-    """Spearman correlation of cosine similarity with the gold scores, in [-1, 1]."""
-    scores, first, second = zip(*pairs, strict=True)
-    similarity = cosine_similarity(embed(model, tokenizer, list(first)), embed(model, tokenizer, list(second)))
-    return float(spearmanr(similarity.numpy(), scores).statistic)
+def embed_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> Tensor:
+    """Embeddings of the first and of the second sentences, [2, pairs, hidden]."""
+    _, first, second = zip(*pairs, strict=True)
+    return torch.stack([embed(model, tokenizer, list(sentences)) for sentences in (first, second)])
+
+
+def score_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs, expected: Tensor | None = None) -> SimilarityScores:
+    """Compare a model with the gold scores, and with the float model's `expected` embeddings of the same pairs."""
+    found = embed_pairs(model, tokenizer, pairs)
+    spearman = spearmanr(cosine_similarity(*found).numpy(), [pair[0] for pair in pairs]).statistic
+    distance = None if expected is None else float((1 - cosine_similarity(found, expected, dim=-1)).mean())
+    return SimilarityScores(float(spearman), distance)

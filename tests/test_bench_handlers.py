@@ -80,8 +80,8 @@ def test_what_is_measured_is_not_measured_again():
     row = {"model": "MiniLM", "twin": "channel", "scheme": "W4A8", "handler": "AQAS"}
     (shorter,) = [job for job in missing([row]) if job not in everything]
     assert shorter[:3] == ("MiniLM", "channel", "W4A8")
-    assert set(fitting("MiniLM", "W4A8")) - set(shorter[3]) == {"AQAS"}
-    assert set(fitting("books-llama", "W4A4")) - set(fitting("MiniLM", "W4A4")) == LANGUAGE_ONLY
+    assert set(fitting("MiniLM")) - set(shorter[3]) == {"AQAS"}
+    assert set(fitting("books-llama")) - set(fitting("MiniLM")) == LANGUAGE_ONLY
 
 
 def test_tables_mark_the_best_and_claims_that_do_not_hold():
@@ -89,13 +89,13 @@ def test_tables_mark_the_best_and_claims_that_do_not_hold():
     rows = [
         common | {"model": "books-llama", "twin": "as it is", "handler": "a", "increase": 0.2, "kl": 0.1},
         common | {"model": "books-llama", "twin": "as it is", "handler": "b", "increase": 0.1, "kl": 0.2},
-        common | {"model": "MiniLM", "twin": "channel", "handler": "a", "retained": 0.5},
-        common | {"model": "MiniLM", "twin": "channel", "handler": "b", "retained": 0.9},
+        common | {"model": "MiniLM", "twin": "channel", "handler": "a", "retained": 0.5, "distance": 0.2},
+        common | {"model": "MiniLM", "twin": "channel", "handler": "b", "retained": 0.9, "distance": 0.1},
     ]
     claim = {"claim": "x ≤ y", "paper": "p", "left": 2.0, "right": 1.0, "factor": 1.0, "holds": False}
     lines = markdown(rows, [claim]).splitlines()
     assert "| a | 5.0% | **+0.2000 (0.1000)** κ 3.0 |" in lines
-    assert "| b | 5.0% | **90.0%** κ 3.0 |" in lines
+    assert "| b | 5.0% | **90.0% (0.1000)** κ 3.0 |" in lines
     assert "| x ≤ y | p | 2 | 1 | 1 | **no** |" in lines
 
 

@@ -10,7 +10,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.perplexity import score_language
 from quantize.eval.report import evaluate
-from quantize.eval.similarity import read_pairs
+from quantize.eval.similarity import embed_pairs, read_pairs, score_pairs
 
 
 def table_model(rows):
@@ -40,6 +40,33 @@ def test_minilm_scores_as_published(minilm, sts):
     scores = evaluate(minilm, None, next(path for path in sts if "images" in path.name))
     assert scores["spearman"] == pytest.approx(0.9304, abs=5e-4)
     assert scores["pairs"] == 750
+
+
+class OneHot(torch.nn.Module):
+    """Hidden states that are the token's unit vector, turned by an angle in the plane of the first two."""
+
+    def __init__(self, angle):
+        super().__init__()
+        self.turn = torch.eye(8)
+        self.turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(last_hidden_state=torch.eye(8)[input_ids] @ self.turn.T)
+
+
+def letters(sentences, **_):
+    """The one letter of each sentence as a token."""
+    ids = torch.tensor([["abcdefgh".index(sentence)] for sentence in sentences])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_distance_of_embeddings_by_hand():
+    """A turn by 60 degrees leaves a cosine of 1/2 for a and b, and 1 for the other letters."""
+    pairs = [(5.0, "a", "a"), (1.0, "a", "c"), (4.0, "b", "b"), (0.0, "d", "b")]
+    found = score_pairs(OneHot(math.pi / 3), letters, pairs, embed_pairs(OneHot(0), letters, pairs))
+    assert found.distance == pytest.approx(0.5 * 6 / 8)
+    assert score_pairs(OneHot(0), letters, pairs).distance is None
+    assert found.spearman == pytest.approx(score_pairs(OneHot(0), letters, pairs).spearman)
 
 
 def test_pairs_without_a_score_are_skipped(tmp_path):
