@@ -48,31 +48,29 @@ class ArtifactWriter:
         if output.exists() or output.is_symlink():
             raise UsageError(f"{output} exists already; give a new --output-dir")
         self.output = output
+        self.weight_map: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         beside = next(parent for parent in self.output.absolute().parents if parent.exists())
         with disk_errors(self.output):
             self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=beside))
-        self.weight_map: dict[str, str] = {}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        except KeyboardInterrupt:  # somebody impatient: clean up all the same
-            shutil.rmtree(self.directory, ignore_errors=True)
-            raise
+        remove(self.directory)
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, and wait until it is on disk."""
         if tensors:
+            path = self.directory / name
             with disk_errors(self.output):
-                save_file(
-                    {k: t.contiguous() for k, t in sorted(tensors.items())}, self.directory / name, {"format": "pt"}
-                )
+                save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, path, {"format": "pt"})
+                flush(path)
             self.weight_map |= dict.fromkeys(tensors, name)
+            self.hashes[name] = sha256(path)
 
     def add_probe(self, tensors: dict[str, Tensor]) -> None:
         """Write the inputs and outputs that `quantize-model verify` compares with; they are no part of the model."""
@@ -87,9 +85,8 @@ class ArtifactWriter:
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Add the manifest with the hash of every file, flush all to disk, and rename; returns the whole manifest."""
-        files = {
-            str(p.relative_to(self.directory)): sha256(p) for p in sorted(self.directory.rglob("*")) if p.is_file()
-        }
+        paths = {str(p.relative_to(self.directory)): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
+        files = {name: self.hashes.get(name) or sha256(path) for name, path in paths.items()}
         manifest = {**manifest, "files": files}
         self.write("manifest.json", as_json(manifest))
         self.publish()
@@ -124,6 +121,15 @@ class disk_errors:  # noqa: N801  a context manager, used like a function
             )
             reason = "the disk is full" if full else f"writing failed ({error})"
             raise QuantizeError(f"{reason}; {self.output} was not made") from error
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory with all that is in it."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except KeyboardInterrupt:  # somebody impatient: clean up all the same
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def flush(path: Path) -> None:

@@ -24,6 +24,7 @@ from quantize.graph.program import Program, Segment
 from quantize.kv_cache import check_hadamard, quantized_attention
 from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
+from quantize.once import Once, always
 from quantize.online import Front
 from quantize.plan import Plan
 from quantize.scheme import ActivationArgs, Scheme, TuneArgs
@@ -45,10 +46,17 @@ class BlockRun:
         probe_inputs: two different inputs that prove what is made.
         leading: the tokens in front of every sequence, also of the probes'.
         untied: some parameter no longer equals the one it was tied to.
+        tied: hash of each tied parameter that was stored.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, console: Console | None = None
+        self,
+        checkpoint: Checkpoint,
+        program: Program,
+        plan: Plan,
+        samples: Samples,
+        console: Console | None = None,
+        once: Once = always,
     ) -> None:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
@@ -58,13 +66,14 @@ class BlockRun:
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
         self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
         self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
-        scheme, surveys = plan.recipe.linear_scheme, survey(checkpoint, program, plan, batches, console)
+        scheme = plan.recipe.linear_scheme
+        surveys = once("survey", lambda: survey(checkpoint, program, plan, batches, console))
         self.transformer = Transformer(
             program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, leading=self.leading
         )
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
-        self._tied: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; returns what is stored of it."""
@@ -174,11 +183,11 @@ class BlockRun:
         kept = dict(tensors)
         for name in (name for name in tensors if self._is_tied(name)):
             digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            others = [other for other in self.checkpoint.ties[name] if other in self._tied]
-            if others and self._tied[others[0]] == digest:
+            others = [other for other in self.checkpoint.ties[name] if other in self.tied]
+            if others and self.tied[others[0]] == digest:
                 del kept[name]
             self.untied |= bool(others) and name in kept
-            self._tied[name] = digest
+            self.tied[name] = digest
         return kept
 
     def _is_tied(self, name: str) -> bool:

@@ -38,6 +38,7 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")
 @click.option("--seed", type=click.IntRange(0), help="Of every random choice.  [default: 0]")
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed; keep what is done if this one is.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, and stop.")
 def quantize(
     model: str,
@@ -45,6 +46,7 @@ def quantize(
     output_dir: Path | None,
     recipe: Path | None,
     calibration: Path | None,
+    resume: bool,
     dry_run: bool,
     **settings: Any,
 ) -> None:
@@ -63,6 +65,7 @@ def quantize(
         scheme=scheme,
         calibration=calibration,
         recipe=recipe,
+        resume=resume,
         console=Console(stderr=True),
         **settings,
     )
@@ -186,17 +189,17 @@ def main() -> NoReturn:
     except click.UsageError as error:
         error.show()
         sys.exit(2)
-    except (KeyboardInterrupt, click.Abort):
-        pass
-    except Exception as error:
-        if not signals:  # else a library may have made another error of the interruption
+    except (KeyboardInterrupt, Exception) as error:
+        kept = getattr(error.__cause__ if isinstance(error, click.Abort) else error, "__notes__", [])
+        # a library may have made another error of the interruption
+        if not signals and not isinstance(error, KeyboardInterrupt | click.Abort):
             if not isinstance(error, QuantizeError):
                 raise
-            click.echo(f"error: {error}", err=True)
+            click.echo("; ".join([f"error: {error}", *kept]), err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    click.echo("interrupted; nothing was kept", err=True)
+    click.echo("; ".join(["interrupted", *(kept or ["nothing was kept"])]), err=True)
     sys.exit(1)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from quantize import gate
-from quantize.artifact import METHOD, ArtifactWriter, as_json, load, sha256
+from quantize.artifact import METHOD, ArtifactWriter, as_json, load, read_manifest, sha256
 from quantize.attention_check import attention_count, check_kv_cache
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples
@@ -25,6 +23,9 @@ from quantize.errors import QuantizeError, UsageError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.graph.unexported import make_program
+from quantize.identity import Identity, identity, versions
+from quantize.journal import Journal
+from quantize.partial import ResumableWriter
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.prefix import check_prefix, settle_prefix
 from quantize.progress import track
@@ -82,9 +83,13 @@ def quantize_model(
     group_size: int | None = None,
     ignore: Sequence[str] = (),
     seed: int | None = None,
+    resume: bool = False,
     console: Console | None = None,
 ) -> Artifact:
     """Quantize a model into a new directory.
+
+    The run works in `.NAME.partial` beside it. If the process is killed, that directory stays; the same call with
+    `resume` goes on behind the last finished block and gives the same bytes, on the same machine with as many threads.
 
     Args:
         model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; one of transformers
@@ -98,18 +103,23 @@ def quantize_model(
         group_size: columns that share a scale; 0 is per-channel.
         ignore: further linears to leave alone: names, or `re:` and an expression.
         seed: of every random choice.
+        resume: go on with a run that was killed or failed, if there is one; keep what is done if this one fails.
         console: where progress is shown; None is silent.
 
     Raises:
-        UsageError: wrong call, recipe or path.
-        QuantizeError: the run failed; nothing is left behind.
+        UsageError: wrong call, recipe or path; or what the run to be resumed depends on has changed.
+        QuantizeError: the run failed; nothing is left behind, unless with `resume`.
     """
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     resolved = load_recipe(
         scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
     )
-    with ArtifactWriter(Path(output_dir)) as writer:
-        return run(prepare(model, resolved, Path(calibration) if calibration else None), writer, console)
+    with ResumableWriter(Path(output_dir), resume) as writer:
+        prepared = prepare(model, resolved, Path(calibration) if calibration else None)
+        journal = writer.begin(identity_of(prepared))
+        if writer.finished:
+            return Artifact(writer.output, read_manifest(writer.output))
+        return run(prepared, writer, console, journal)
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None) -> Prepared:
@@ -138,20 +148,33 @@ def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
         raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
 
 
-def run(prepared: Prepared, writer: ArtifactWriter, console: Console | None) -> Artifact:
+def identity_of(prepared: Prepared) -> Identity:
+    """What the artifact of a run depends on."""
+    graph = str(prepared.program.module.graph)
+    return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
+
+
+def run(
+    prepared: Prepared, writer: ArtifactWriter, console: Console | None, journal: Journal | None = None
+) -> Artifact:
     """Quantize block by block into an open writer, verify what was written, and commit."""
+    journal = journal or Journal()
     program, checkpoint = prepared.program, prepared.checkpoint
-    plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console)
+    plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.once)
     check_length(checkpoint.config, plan.recipe)
     prepared = replace(prepared, plan=plan)
     announce(prepared, console)
     with running("the model"):
-        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console)
+        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console, journal.once)
+    done = journal.restore(blocks, writer)
+    if done and console is not None:
+        console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
-    for number, segment in enumerate(track(program.segments, "quantizing", lambda s: s.name, console), 1):
+    for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
             tensors = blocks.process(segment)
         writer.add(shard.format(number), tensors)
+        journal.record(number, blocks, writer)
     writer.add(shard.format(len(program.segments) + 1), blocks.unused())
     settings: dict[str, Any] = {
         "quant_method": METHOD,
@@ -251,12 +274,6 @@ def coverage(plan: Plan, blocks: BlockRun) -> dict[str, str]:
     linears = (linear for segment in blocks.program.segments for linear in blocks.program.linears(segment))
     done = {linear.weight: "quantized" for linear in linears if linear.path in blocks.modules}
     return dict(sorted((plan.skipped | done).items()))
-
-
-def versions() -> dict[str, str]:
-    """What the bytes may depend on."""
-    packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def describe(prepared: Prepared) -> str:

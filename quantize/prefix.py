@@ -19,6 +19,7 @@ from quantize.checkpoint import Checkpoint
 from quantize.errors import UsageError
 from quantize.graph.execute import State
 from quantize.graph.program import Program
+from quantize.once import Once, always
 from quantize.plan import Plan
 from quantize.progress import track
 from quantize.recipe import PrefixArgs
@@ -86,14 +87,26 @@ class Found:
 
 
 def settle_prefix(
-    plan: Plan, program: Program, checkpoint: Checkpoint, samples: Samples, console: Console | None
+    plan: Plan,
+    program: Program,
+    checkpoint: Checkpoint,
+    samples: Samples,
+    console: Console | None,
+    once: Once = always,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan with the ids of its prefix, and what the manifest says of them; {} where none is asked for."""
     prefix = plan.recipe.prefix
     if prefix is None or not prefix.search:
         return plan, {} if prefix is None else {"tokens": list(prefix.tokens), "searched": False}
     batches = samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen))
-    found = find_prefix(checkpoint, program, [batch["input_ids"] for batch in batches], console)
+    ids = [batch["input_ids"] for batch in batches]
+
+    def find() -> tuple[dict[int, int], int]:
+        found = find_prefix(checkpoint, program, ids, console)
+        return dict(found.counts), found.sequences
+
+    counts, sequences = once("prefix", find)
+    found = Found(Counter(counts), sequences)
     settled = PrefixArgs(tokens=found.tokens) if found.tokens else None
     recipe = plan.recipe.model_copy(update={"prefix": settled})
     counts = {str(token): n for token, n in found.counts.most_common()}

@@ -223,15 +223,15 @@ class Run:
         options = ["--scheme", "W4A4", "--group-size", "0", "--nsamples", "32", "--seqlen", "256"]
         directory.mkdir()
         self.number, self.directory = number, directory
-        command = [script, model, *options, "--calibration", data, "--output-dir", "out"]
-        self.process = subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True)
+        self.command = [script, model, *options, "--calibration", data, "--output-dir", "out"]
+        self.process = subprocess.Popen(self.command, cwd=directory, stderr=subprocess.PIPE, text=True)
 
     def stop(self):
         with self.process as process:
             seen = ""
             while "quantizing 2/" not in seen and (line := process.stderr.readline()):
                 seen += line
-            self.inside = sorted(path.name for path in self.directory.glob(".out.*/*"))
+            self.inside = sorted(path.name for path in self.directory.glob(".out.*/artifact/*"))
             process.send_signal(self.number)
             self.text = seen + process.stderr.read()
         self.code = process.returncode
@@ -258,11 +258,15 @@ def test_an_interrupted_run_leaves_nothing(stopped, number):
     assert not list(run.directory.iterdir())
 
 
-def test_a_killed_run_leaves_nothing_under_the_final_name(stopped):
+def test_a_killed_run_leaves_nothing_under_the_final_name_and_goes_on_with_resume(stopped, small_run, one_layer, tree):
     run = stopped[signal.SIGKILL]
     assert run.inside, run.text
     assert run.code == -signal.SIGKILL
     assert not (run.directory / "out").exists()
+    resumed = subprocess.run([*run.command, "--resume"], cwd=run.directory, capture_output=True, text=True)
+    assert "going on behind block 1 of 3" in resumed.stderr
+    assert [path.name for path in run.directory.iterdir()] == ["out"]
+    assert tree(run.directory / "out") == tree(small_run(one_layer, nsamples=32, seqlen=256))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

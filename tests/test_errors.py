@@ -190,7 +190,7 @@ def test_a_disk_that_is_full(refused, one_layer, largest_file, tmp_path, size):
     assert f"{tmp_path / 'out'} was not made" in sentence
 
 
-@pytest.mark.parametrize("step", ["save_file", "flush", "Path.write_bytes", "tempfile.mkdtemp"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "Path.write_bytes", "Path.mkdir"])
 def test_no_space_left_on_the_device(refused, one_layer, monkeypatch, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
