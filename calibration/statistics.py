@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
+
+STRIPE = 512  # rows of a Gram matrix that are summed at a time
 
 
 class Statistic(Protocol):
@@ -51,9 +54,19 @@ class Gram:
 
     def update(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Take in x [..., K], and x' of the same shape; summed in float32."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        drift = None if exact is None else (exact.detach().reshape(x.shape).float() - x).T @ x
-        self._add(x.T @ x, len(x), drift)
+        lefts, x = factors(x, exact)
+        for total, left in zip(self.totals(x.shape[1], len(lefts)), lefts, strict=True):
+            for rows in stripes(len(total)):
+                add_product(total, left, x, rows)
+        self.rows += len(x)
+
+    def totals(self, K: int, count: int) -> list[Tensor]:
+        """`value` and, for a `count` of two, `drift`; zeros where nothing was seen."""
+        if self.value is None:
+            self.value = torch.zeros(K, K)
+        if self.drift is None and count > 1:
+            self.drift = torch.zeros(K, K)
+        return [self.value] if self.drift is None else [self.value, self.drift]
 
     def merge(self, other: Self) -> None:
         """The sum of both."""
@@ -65,6 +78,22 @@ class Gram:
         if drift is not None:
             self.drift = drift if self.drift is None else self.drift.add_(drift)
         self.rows += rows
+
+
+def factors(x: Tensor, exact: Tensor | None) -> tuple[list[Tensor], Tensor]:
+    """What x [..., K] and x' add to a `Gram`: the left factors of each total, and the right one, float32 [rows, K]."""
+    x = x.detach().reshape(-1, x.shape[-1]).float()
+    return [x] if exact is None else [x, exact.detach().reshape(x.shape).float() - x], x
+
+
+def stripes(count: int) -> Iterator[slice]:
+    """Runs of neighbouring rows of a total, which several processes can work on one behind the other."""
+    return (slice(first, min(first + STRIPE, count)) for first in range(0, count, STRIPE))
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> None:
+    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both."""
+    total[rows].addmm_(left[:, rows].T, right)
 
 
 @dataclass

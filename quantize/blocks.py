@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, fx
 
-from quantize.calibration.data import Row, Samples
+from quantize.calibration.data import BATCH_TOKENS, Row, Samples
 from quantize.calibration.runner import Runner
-from quantize.calibration.statistics import Gram
+from quantize.calibration.statistics import Gram, factors
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
@@ -27,13 +27,13 @@ from quantize.linear import QuantizedLinear
 from quantize.once import Once, always
 from quantize.online import Front
 from quantize.plan import Plan
+from quantize.ranks import Ranks
 from quantize.scheme import ActivationArgs, Scheme, TuneArgs
 from quantize.seeding import private_generator
 from quantize.survey import survey
-from quantize.transforming import Transformer, float_state
+from quantize.transforming import Surveys, Transformer, float_state
 from quantize.tuning import Tuning, handed_on
 
-BATCH_TOKENS = 4096  # calibration tokens that run together
 TUNE_TOKENS = 1024  # in a step of tuning
 PROBE_TOKENS = 32
 
@@ -47,6 +47,8 @@ class BlockRun:
         leading: the tokens in front of every sequence, also of the probes'.
         untied: some parameter no longer equals the one it was tied to.
         tied: hash of each tied parameter that was stored.
+        ranks: the processes that share the calibration data.
+        first_batch: number of this one's first batch among those of all ranks.
     """
 
     def __init__(
@@ -57,20 +59,26 @@ class BlockRun:
         samples: Samples,
         console: Console | None = None,
         once: Once = always,
+        ranks: Ranks | None = None,
+        collected: Surveys | None = None,
     ) -> None:
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
+        self.ranks = ranks or Ranks()
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
         self.leading = Leading(plan.recipe.prefix_tokens)
-        given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if plan.calibrates else []
-        batches = self.leading.batches(given)
+        runs = plan.calibrates and collected is None
+        given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if runs else []
+        self.first_batch = self.ranks.first_of(len(given))
+        batches = self.leading.batches(self.ranks.share(given))
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
         self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
         self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
         scheme = plan.recipe.linear_scheme
-        surveys = once("survey", lambda: survey(checkpoint, program, plan, batches, console))
+        surveys = collected or once("survey", lambda: survey(checkpoint, program, plan, batches, self.ranks, console))
         self.transformer = Transformer(
-            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, leading=self.leading
-        )
+            program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, self.leading,
+            self.ranks,
+        )  # fmt: skip
         self.modules: dict[str, dict[str, object]] = {}
         self.untied = False
         self.tied: dict[str, str] = {}
@@ -133,22 +141,29 @@ class BlockRun:
         keys, made = [self._seen(fronts[linear.path]) for linear in group], dict[object, Gram]()
         for linear, key in zip(group, keys, strict=True):
             if key not in made:
-                made[key] = self._gram(linear.source, fronts[linear.path])
+                made[key] = self._gram(linear.source, linear.columns, fronts[linear.path])
         return [made[key] for key in keys]
 
     def _seen(self, front: Front) -> object:
         """What a Gram matrix depends on."""
         return front if self.plan.quantizer.needs_exact else front.rotations
 
-    def _gram(self, source: fx.Node, front: Front) -> Gram:
+    def _gram(self, source: fx.Node, columns: int, front: Front) -> Gram:
         """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
-        gram, rest = Gram(), self.leading.rest
-        if not self.plan.quantizer.needs_exact:
-            for values in self.calibration.values:
-                gram.update(front.rotate(rest(values[source])))
-        for values, exact in zip(self.calibration.values, self.exact.values, strict=False):
-            gram.update(front.quantized(rest(values[source])), front.rotate(rest(exact[source])))
+        gram, exact = Gram(), self.plan.quantizer.needs_exact
+        totals = gram.totals(columns, 1 + exact)
+        self.ranks.sum_products(totals, (factors(*seen) for seen in self._inputs(source, front)))
+        seen = sum(self.leading.rest(values[source]).numel() for values in self.calibration.values) // columns
+        gram.rows = sum(self.ranks.gather(seen))
         return gram
+
+    def _inputs(self, source: fx.Node, front: Front) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What `Gram.update` takes, batch by batch."""
+        rest = self.leading.rest
+        if not self.plan.quantizer.needs_exact:
+            return ((front.rotate(rest(values[source])), None) for values in self.calibration.values)
+        pairs = zip(self.calibration.values, self.exact.values, strict=True)
+        return ((front.quantized(rest(v[source])), front.rotate(rest(exact[source]))) for v, exact in pairs)
 
     def _quantize(self, linear: Linear, state: State, gram: Gram | None, dtype: torch.dtype) -> QTensor:
         """Round the weight of one linear."""

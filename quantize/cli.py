@@ -39,6 +39,8 @@ PATH = click.Path(path_type=Path)
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")
 @click.option("--seed", type=click.IntRange(0), help="Of every random choice.  [default: 0]")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed; keep what is done if this one is.")
+@click.option("--stats", type=PATH, help="Statistics to use in place of calibration data, as merge-stats writes them.")
+@click.option("--collect-stats", type=PATH, help="Write the data's statistics to this new file, and stop.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen, and stop.")
 def quantize(
     model: str,
@@ -47,16 +49,25 @@ def quantize(
     recipe: Path | None,
     calibration: Path | None,
     resume: bool,
+    stats: Path | None,
+    collect_stats: Path | None,
     dry_run: bool,
     **settings: Any,
 ) -> None:
     """Quantize MODEL, a directory or hub id, into a new directory."""
     from quantize import pipeline
+    from quantize.ranks import first
     from quantize.recipe import load_recipe
 
     if dry_run:
         prepared = pipeline.prepare(model, load_recipe(scheme, recipe, **settings), calibration)
         return click.echo(pipeline.describe(prepared))
+    if collect_stats is not None:
+        chosen = load_recipe(scheme, recipe, **settings)
+        found = pipeline.collect_stats(
+            model, output=collect_stats, recipe=chosen, calibration=calibration, console=Console(stderr=True)
+        )
+        return click.echo(f"{collect_stats}: statistics of {found.record()['tokens']} tokens")
     if output_dir is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
     artifact = pipeline.quantize_model(
@@ -66,10 +77,12 @@ def quantize(
         calibration=calibration,
         recipe=recipe,
         resume=resume,
+        stats=stats,
         console=Console(stderr=True),
         **settings,
     )
-    click.echo(artifact.summary())
+    if first():
+        click.echo(artifact.summary())
 
 
 @click.command()
@@ -129,6 +142,17 @@ def evaluate(
     click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
 
 
+@click.command("merge-stats")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--output", type=PATH, required=True, help="New file.")
+def merge_stats(files: tuple[Path, ...], output: Path) -> None:
+    """Merge statistics that --collect-stats wrote for parts of the calibration data, perhaps on several machines."""
+    from quantize import collected
+
+    merged = collected.merge_stats(files, output)
+    click.echo(f"{output}: statistics of {merged.record()['tokens']} tokens in {len(merged.data)} parts")
+
+
 @click.command()
 @click.argument("directory", type=PATH)
 @click.option("--format", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True)
@@ -160,7 +184,7 @@ HELP = """Make a transformer 4-bit with the least loss, and prove each step.
 commands: click.Group = DefaultGroup(
     default="quantize",
     help=HELP,
-    commands=[quantize, inspect, evaluate, export, verify],
+    commands=[quantize, merge_stats, inspect, evaluate, export, verify],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(package_name="quantize-model")(commands)

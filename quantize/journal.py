@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from quantize.graph.execute import Values
 from quantize.graph.program import Program
 from quantize.identity import Identity, changes
 from quantize.once import always
+from quantize.ranks import Ranks
 from quantize.stored import read_stored, write_stored
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class KeptJournal(Journal):
 
     directory: Path
     output: Path
+    ranks: Ranks = field(default_factory=Ranks)
 
     def begin(self, found: Identity) -> None:
         """Start with what the run depends on, or compare it with what the run was started with.
@@ -80,24 +82,38 @@ class KeptJournal(Journal):
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             made = make()
-            self._place(path, lambda beside: write_stored(beside, made))
+            if self.ranks.first:
+                self._place(path, lambda beside: write_stored(beside, made))
             return made
         with self._damage():
             return read_stored(path)  # type: ignore[no-any-return]
 
     def record(self, done: int, blocks: BlockRun, writer: ArtifactWriter) -> None:
         """Store what is alive behind block number `done`, then forget the border before it."""
-        before = self._borders()
-        self._place(self.directory / f"border-{done:05}", lambda beside: self._write(beside, done, blocks, writer))
-        for path in before:
-            shutil.rmtree(path)
+        before, path = self._borders(), self.directory / f"border-{done:05}"
+        with disk_errors(self.output):
+            if self.ranks.first:
+                self._write_state(beside(path), blocks, writer)
+            self.ranks.gather(None)  # the folder is there
+            self._write_values(beside(path), done, blocks)
+            self.ranks.gather(None)  # all have written
+            if self.ranks.first:
+                self._rename(path)
+        for old in before if self.ranks.first else []:
+            shutil.rmtree(old)
 
-    def _write(self, folder: Path, done: int, blocks: BlockRun, writer: ArtifactWriter) -> None:
+    def _write_state(self, folder: Path, blocks: BlockRun, writer: ArtifactWriter) -> None:
+        """What all ranks share, in a new folder."""
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        write_stored(folder / "state.safetensors", state_of(blocks) | {"files": [writer.weight_map, writer.hashes]})
+        state = state_of(blocks) | {"files": [writer.weight_map, writer.hashes]}
+        write_stored(folder / "state.safetensors", state)
+
+    def _write_values(self, folder: Path, done: int, blocks: BlockRun) -> None:
+        """What this rank has alive; of the probes, which all have, the first rank's."""
         last = done == len(blocks.program.segments)  # nothing runs behind it but the comparison of the probes
-        for name, runner in runners(blocks).items():
-            for number, values in enumerate(runner.values):
+        for name, runner, first in runners(blocks):
+            for number, values in enumerate(runner.values if name != "probes" or self.ranks.first else [], first):
                 kept = plain_values({} if last and name != "probes" else values, blocks.program)
                 write_stored(folder / f"{name}-{number:05}.safetensors", kept)
 
@@ -114,26 +130,29 @@ class KeptJournal(Journal):
                 state = read_stored(borders[-1] / "state.safetensors")
                 files = state.pop("files")
                 restore_state(blocks, state)
-                for name, runner in runners(blocks).items():
+                for name, runner, first in runners(blocks):
                     for number in range(len(runner.values)):
-                        plain = read_stored(borders[-1] / f"{name}-{number:05}.safetensors")
+                        plain = read_stored(borders[-1] / f"{name}-{first + number:05}.safetensors")
                         runner.values[number] = values_of(plain, blocks.program)
-        restore_files(writer, *files)
+        if self.ranks.first:
+            restore_files(writer, *files)
         return int(borders[-1].name.removeprefix("border-")) if borders else 0
 
     def _borders(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("border-*") if not path.suffix)
 
     def _place(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file or folder beside its place, flush it, and rename it."""
-        beside = path.with_name(f"{path.name}.part")
+        """Write a file beside its place, flush it, and rename it."""
         with disk_errors(self.output):
-            shutil.rmtree(beside, ignore_errors=True)
-            write(beside)
-            for written in [*beside.rglob("*"), beside]:
-                flush(written)
-            beside.rename(path)
-            flush(self.directory)
+            write(beside(path))
+            self._rename(path)
+
+    def _rename(self, path: Path) -> None:
+        """Flush what lies beside its place, and rename it."""
+        for written in [*beside(path).rglob("*"), beside(path)]:
+            flush(written)
+        beside(path).rename(path)
+        flush(self.directory)
 
     def _damage(self) -> damaged:
         return damaged(self.directory.parent)
@@ -155,9 +174,15 @@ class damaged:  # noqa: N801  a context manager, used like a function
             ) from error
 
 
-def runners(blocks: BlockRun) -> dict[str, Runner]:
-    """All that is on its way through the blocks."""
-    return {"calibration": blocks.calibration, "exact": blocks.exact, "probes": blocks.probes}
+def beside(path: Path) -> Path:
+    """Where something is written before it is whole."""
+    return path.with_name(f"{path.name}.part")
+
+
+def runners(blocks: BlockRun) -> list[tuple[str, Runner, int]]:
+    """All that is on its way through the blocks, and the number of its first batch among those of all ranks."""
+    first = blocks.first_batch
+    return [("calibration", blocks.calibration, first), ("exact", blocks.exact, first), ("probes", blocks.probes, 0)]
 
 
 def plain_values(values: Values, program: Program) -> dict[str, Any]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from torch import Tensor
 
 from quantize.artifact import ArtifactWriter, disk_errors, remove
 from quantize.errors import UsageError
 from quantize.identity import Identity
 from quantize.journal import KeptJournal
+from quantize.ranks import Ranks
 
 
 class ResumableWriter(ArtifactWriter):
@@ -53,14 +57,16 @@ class ResumableWriter(ArtifactWriter):
                 self.directory.mkdir(exist_ok=True)
         return self
 
-    def begin(self, found: Identity) -> KeptJournal:
+    def begin(self, found: Identity, ranks: Ranks | None = None) -> KeptJournal:
         """The journal of this run, which depends on what was found.
 
         Raises:
             UsageError: the run to be resumed depended on something else.
         """
+        ranks = ranks or Ranks()
         self.journal.begin(found)
-        return self.journal
+        ranks.gather(None)  # from here on the others find it
+        return replace(self.journal, ranks=ranks)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,6 +90,39 @@ class ResumableWriter(ArtifactWriter):
             raise UsageError(
                 f"another run works in {self.partial}; wait for it, or give another --output-dir"
             ) from None
+
+
+class Onlooker(ArtifactWriter):
+    """What the other ranks have where the first one has a `ResumableWriter`: it writes nothing."""
+
+    finished = False
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.weight_map, self.hashes = output, {}, {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to remove."""
+
+    def begin(self, found: Identity, ranks: Ranks | None = None) -> KeptJournal:
+        """The journal that the first rank has begun.
+
+        Raises:
+            UsageError: it lies on a disk of another machine.
+        """
+        del found
+        partial, ranks = partial_directory(self.output), ranks or Ranks()
+        ranks.gather(None)
+        if not partial.exists():
+            raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")
+        return KeptJournal(partial / "journal", self.output, ranks)
+
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Leave it to the first rank."""
 
 
 def partial_directory(output: Path) -> Path:

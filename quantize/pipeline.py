@@ -19,16 +19,18 @@ from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED, Samples
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import Checkpoint, build_skeleton, check_weights, open_checkpoint, side_files
+from quantize.collected import Collected, collect, fitting, write_collected
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.graph.unexported import make_program
-from quantize.identity import Identity, identity, versions
+from quantize.identity import Identity, changes, identity, versions
 from quantize.journal import Journal
-from quantize.partial import ResumableWriter
+from quantize.partial import Onlooker, ResumableWriter
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.prefix import check_prefix, settle_prefix
 from quantize.progress import track
+from quantize.ranks import Ranks, joined
 from quantize.recipe import Recipe, load_recipe
 from quantize.tokenizer import load_tokenize
 from quantize.verify import at_last_token, parity, written_output
@@ -84,6 +86,7 @@ def quantize_model(
     ignore: Sequence[str] = (),
     seed: int | None = None,
     resume: bool = False,
+    stats: str | Path | None = None,
     console: Console | None = None,
 ) -> Artifact:
     """Quantize a model into a new directory.
@@ -104,6 +107,7 @@ def quantize_model(
         ignore: further linears to leave alone: names, or `re:` and an expression.
         seed: of every random choice.
         resume: go on with a run that was killed or failed, if there is one; keep what is done if this one fails.
+        stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         console: where progress is shown; None is silent.
 
     Raises:
@@ -114,12 +118,17 @@ def quantize_model(
     resolved = load_recipe(
         scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
     )
-    with ResumableWriter(Path(output_dir), resume) as writer:
+    output = Path(output_dir)
+    with joined() as ranks, ResumableWriter(output, resume) if ranks.first else Onlooker(output) as writer:
         prepared = prepare(model, resolved, Path(calibration) if calibration else None)
-        journal = writer.begin(identity_of(prepared))
-        if writer.finished:
-            return Artifact(writer.output, read_manifest(writer.output))
-        return run(prepared, writer, console, journal)
+        found = identity_of(prepared)
+        collected = fitting(Path(stats), found) if stats else None
+        found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
+        check_ranks(resolved, ranks, found)
+        journal = writer.begin(found, ranks)
+        if ranks.gather(writer.finished)[0]:
+            return Artifact(output, read_manifest(output))
+        return run(prepared, writer, console if ranks.first else None, journal, ranks, collected)
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None) -> Prepared:
@@ -148,6 +157,45 @@ def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
         raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
 
 
+def collect_stats(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path,
+    recipe: Recipe,
+    calibration: str | Path | None = None,
+    console: Console | None = None,
+) -> Collected:
+    """Write statistics of some calibration data, to be merged with those of other data by `merge_stats`.
+
+    Args:
+        model, calibration, console: as in `quantize_model`.
+        output: new file.
+        recipe: resolved (`load_recipe`); it rounds without data, and one of its passes asks for statistics.
+
+    Raises:
+        UsageError: wrong call, recipe or path.
+        QuantizeError: the run failed.
+    """
+    given = prepare(model, recipe, Path(calibration) if calibration else None)
+    with running("the model"):
+        found = collect(given.checkpoint, given.program, given.plan, given.samples, identity_of(given), console)
+    write_collected(Path(output), found)
+    return found
+
+
+def check_ranks(recipe: Recipe, ranks: Ranks, found: Identity) -> None:
+    """Several ranks can do what the recipe asks for, and see the same model, data and code.
+
+    Raises:
+        UsageError: they cannot, or do not.
+    """
+    if ranks.count > 1 and recipe.tune is not None:
+        raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
+    for rank, other in enumerate(ranks.gather(found)):
+        if changed := changes(other, found):
+            raise UsageError(f"{' and '.join(changed)} of rank {rank} differs from that of rank {ranks.rank}")
+
+
 def identity_of(prepared: Prepared) -> Identity:
     """What the artifact of a run depends on."""
     graph = str(prepared.program.module.graph)
@@ -155,27 +203,42 @@ def identity_of(prepared: Prepared) -> Identity:
 
 
 def run(
-    prepared: Prepared, writer: ArtifactWriter, console: Console | None, journal: Journal | None = None
+    prepared: Prepared,
+    writer: ArtifactWriter,
+    console: Console | None,
+    journal: Journal | None = None,
+    ranks: Ranks | None = None,
+    collected: Collected | None = None,
 ) -> Artifact:
     """Quantize block by block into an open writer, verify what was written, and commit."""
-    journal = journal or Journal()
+    journal, ranks = journal or Journal(), ranks or Ranks()
     program, checkpoint = prepared.program, prepared.checkpoint
     plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.once)
     check_length(checkpoint.config, plan.recipe)
     prepared = replace(prepared, plan=plan)
     announce(prepared, console)
     with running("the model"):
-        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console, journal.once)
+        surveys = None if collected is None else {collected.step: collected.statistics}
+        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console, journal.once, ranks, surveys)
     done = journal.restore(blocks, writer)
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
-    shard = f"model-{{:05}}-of-{len(program.segments) + 1:05}.safetensors"
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
             tensors = blocks.process(segment)
-        writer.add(shard.format(number), tensors)
+        writer.add(shard_name(program, number), tensors)
         journal.record(number, blocks, writer)
-    writer.add(shard.format(len(program.segments) + 1), blocks.unused())
+    data = calibration_record(prepared) if collected is None else collected.record()
+    manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.first else {}
+    return Artifact(writer.output, ranks.gather(manifest)[0])
+
+
+def finish(
+    prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, data: Mapping[str, Any], console: Console | None
+) -> dict[str, Any]:
+    """Add all that is no block, verify what was written, and commit; returns the manifest, with what is in `data`."""
+    program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
+    writer.add(shard_name(program, len(program.segments) + 1), blocks.unused())
     settings: dict[str, Any] = {
         "quant_method": METHOD,
         "scheme": plan.recipe.linear_scheme.model_dump(),
@@ -188,25 +251,26 @@ def run(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.probes_run(), blocks.outputs()
     proof = parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
-    return Artifact(
-        writer.output,
-        writer.commit(
-            {
-                "scheme": plan.recipe.scheme,
-                "seed": plan.recipe.seed,
-                "versions": versions(),
-                "export": program.export_record() | {"not_compared": not_compared(blocks)},
-                "calibration": calibration_record(blocks, prepared.samples),
-                "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
-                "online": blocks.transformer.changed,
-                "parity": proof,
-                "untied": blocks.untied,
-                **({"prefix": prefix} if prefix else {}),
-                "coverage": coverage(plan, blocks),
-                "quantization": settings,
-            }
-        ),
+    return writer.commit(
+        {
+            "scheme": plan.recipe.scheme,
+            "seed": plan.recipe.seed,
+            "versions": versions(),
+            "export": program.export_record() | {"not_compared": not_compared(blocks)},
+            "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
+            "online": blocks.transformer.changed,
+            "parity": proof,
+            "untied": blocks.untied,
+            **{name: record for name, record in data.items() if record},
+            "coverage": coverage(plan, blocks),
+            "quantization": settings,
+        }
     )
+
+
+def shard_name(program: Program, number: int) -> str:
+    """Of the file of a block, counted from 1, or of all that is left."""
+    return f"model-{number:05}-of-{len(program.segments) + 1:05}.safetensors"
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
@@ -257,10 +321,10 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
     writer.add_probe({**given, "output": output})
 
 
-def calibration_record(blocks: BlockRun, samples: Samples) -> dict[str, Any]:
+def calibration_record(prepared: Prepared) -> dict[str, Any]:
     """Which data was used, and how much of it."""
-    used = bool(blocks.calibration.values)
-    rows, tokens = (len(samples.rows), samples.tokens) if used else (0, 0)
+    samples = prepared.samples
+    rows, tokens = (len(samples.rows), samples.tokens) if prepared.plan.calibrates else (0, 0)
     return {"sha256": samples.sha256, "rows": rows, "tokens": tokens}
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, fx, nn
 
-from quantize.calibration.data import Samples
+from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.massive import UPPER, hidden_states, ratios, rows_are_tokens
 from quantize.calibration.runner import Runner
 from quantize.checkpoint import Checkpoint
@@ -24,8 +24,6 @@ from quantize.plan import Plan
 from quantize.progress import track
 from quantize.recipe import PrefixArgs
 from quantize.tokenizer import bos_token
-
-BATCH_TOKENS = 4096
 
 
 def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from quantize.calibration.statistics import Absmax, Gram, Rows
@@ -48,6 +48,23 @@ def read_stored(path: Path) -> Any:
         header = json.loads((file.metadata() or {})["stored"])
         windows = [aligned(file.get_tensor(str(i)), pad) for i, pad in enumerate(header["pads"])]
     return unflatten(header["value"], [placed(windows, **place) for place in header["tensors"]])
+
+
+def to_bytes(value: Any) -> bytes:
+    """As `write_stored`, for another process, which needs no more than the values of tensors."""
+    tensors: list[Tensor] = []
+    plain = flatten(value, tensors)
+    content: bytes = save(
+        {str(i): x.clone().contiguous() for i, x in enumerate(tensors)}, {"stored": json.dumps(plain)}
+    )
+    return content
+
+
+def from_bytes(content: bytes) -> Any:
+    """What `to_bytes` was given."""
+    tensors = load(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return unflatten(json.loads(header["__metadata__"]["stored"]), [tensors[str(i)] for i in range(len(tensors))])
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:

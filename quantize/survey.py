@@ -14,11 +14,17 @@ from quantize.graph.program import Program
 from quantize.leading import Leading
 from quantize.plan import Plan
 from quantize.progress import track
+from quantize.ranks import Ranks, merged
 from quantize.transforming import Transformer, behind, float_state
 
 
 def survey(
-    checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row], console: Console | None = None
+    checkpoint: Checkpoint,
+    program: Program,
+    plan: Plan,
+    batches: Sequence[Row],
+    ranks: Ranks,
+    console: Console | None = None,
 ) -> dict[int, dict[str, Statistic]]:
     """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
 
@@ -30,7 +36,7 @@ def survey(
             calibration, steps = Runner(program, batches), plan.steps[:number]
             scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, Leading(plan.recipe.prefix_tokens)
             transformer = Transformer(
-                program, steps, scheme, calibration, Runner(program, []), seed, found, leading=leading
+                program, steps, scheme, calibration, Runner(program, []), seed, found, leading, ranks
             )
             found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs, console)
     return found
@@ -56,4 +62,4 @@ def one_run(
                 found[linear.weight] = make()
                 for values in calibration.values:
                     found[linear.weight].update(transforms[linear.path](values[linear.source]))
-    return found
+    return merged(found, make, transformer.ranks)

@@ -22,6 +22,7 @@ from quantize.leading import Leading
 from quantize.online import Front
 from quantize.passes.base import Place, Site
 from quantize.plan import Step
+from quantize.ranks import Ranks, merged
 from quantize.scheme import Scheme
 from quantize.seeding import private_generator
 
@@ -41,6 +42,7 @@ class Transformer:
         seed: of the private generators.
         surveys: for steps that need it, statistics of the whole float model (`survey`).
         leading: the tokens in front of each sequence, which statistics leave out.
+        ranks: whose batches the statistics are of.
         sites: for each step the transforms made so far; one that spans blocks is made on the first and kept.
         differences: for each pass the largest difference that the gate saw in each block.
         changed: for each pass the linears that it put something in front of.
@@ -54,6 +56,7 @@ class Transformer:
     seed: int
     surveys: Surveys = field(default_factory=dict)
     leading: Leading = field(default_factory=Leading)
+    ranks: Ranks = field(default_factory=Ranks)
     sites: list[dict[Basis, Transform]] = field(default_factory=list)
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
@@ -116,7 +119,8 @@ class Transformer:
         if needs is None or (not reached and all(basis in self.sites[number] for basis in touched)):
             return found
         ahead = Runner.of(self.program, (self._undo(values, number) for values in self.calibration.values))
-        return found | ahead.preview(segment, state, self.program.linears(segment), needs, behind(fronts, self.leading))
+        seen = ahead.preview(segment, state, self.program.linears(segment), needs, behind(fronts, self.leading))
+        return found | merged(seen, needs, self.ranks)
 
     def _undo(self, values: Values, number: int) -> Values:
         """Values in front of a block, which all steps have transformed, as they were before step `number`."""

@@ -1,0 +1,178 @@
+"""The processes that quantize one model together, each on its share of the calibration data.
+
+All of them take the same steps and differ only in the batches they hold. Sums run through the ranks in order, each
+adding its batches to what the one before it has summed, so that the result is that of one process to the last bit. What
+they tell each other are tensors, never pickled objects, and each exchange starts with a flag that says whether somebody
+failed, so that nobody waits for a process that is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantize.calibration.statistics import Statistic, add_product, stripes
+from quantize.errors import QuantizeError
+from quantize.stored import from_bytes, to_bytes
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # the longest that one rank may work between two exchanges
+LAST_WORD = timedelta(seconds=30)
+Factors = tuple[Sequence[Tensor], Tensor]
+
+
+class Ranks:
+    """One process by itself.
+
+    Attributes:
+        rank: which of them this process is, in [0, count).
+        count: how many there are.
+    """
+
+    rank, count = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def share(self, batches: Sequence[T]) -> Sequence[T]:
+        """Neighbouring batches for this rank; none is left over."""
+        return batches[self.first_of(len(batches)) : len(batches) * (self.rank + 1) // self.count]
+
+    def first_of(self, count: int) -> int:
+        """Number of this rank's first of so many batches."""
+        return count * self.rank // self.count
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gave, plain data and tensors (`stored`), in order of ranks."""
+        return [value]
+
+    def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
+        """Add Σ leftᵀ right over the batches of all ranks to each total, in the order of one process.
+
+        Args:
+            totals: [K, K] each, the same on all ranks.
+            parts: this rank's batches in order: a left factor [n, K] for each total, and the right one.
+        """
+        for lefts, right in parts:
+            for total, left in zip(totals, lefts, strict=True):
+                for rows in stripes(len(total)):
+                    add_product(total, left, right, rows)
+
+
+class Processes(Ranks):
+    """Those that `torchrun` started."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: T) -> list[T]:
+        """By way of safetensors, whose bytes say what they are."""
+        mine = torch.frombuffer(bytearray(to_bytes(value)), dtype=torch.uint8)
+        self.agree()
+        with contact():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]))
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: len(mine)] = mine
+            found = [torch.empty_like(padded) for _ in range(self.count)]
+            dist.all_gather(found, padded)
+        return [from_bytes(bytes(x[: int(n)].numpy())) for x, n in zip(found, sizes, strict=True)]
+
+    def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
+        """Each rank adds to the rows that the one before it has summed, while that goes on to the next rows."""
+        held = list(parts)
+        self.agree()
+        for number, total in enumerate(totals):
+            for rows in stripes(len(total)):
+                self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held])
+        with contact():
+            for total in totals:
+                dist.broadcast(total, self.count - 1)
+
+    def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """One stripe: from the rank before, with what this rank adds, to the one after."""
+        if self.rank:
+            with contact():
+                dist.recv(total[rows], self.rank - 1)
+        for left, right in held:
+            add_product(total, left, right, rows)
+        if self.rank + 1 < self.count:
+            with contact():
+                dist.send(total[rows], self.rank + 1)
+
+    def agree(self, failed: bool = False) -> None:
+        """Hear from all whether one failed; who failed itself does not wait long for those still at work.
+
+        Raises:
+            RankError: one did, or is gone.
+        """
+        flag = torch.tensor([self.rank + 1 if failed else 0])
+        with contact():
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+            work.wait(LAST_WORD if failed else PATIENCE)
+        if flag.item() and not failed:
+            raise RankError(f"rank {flag.item() - 1} of {self.count} failed, so this one stops too; see its message")
+
+
+@contextlib.contextmanager
+def contact() -> Iterator[None]:
+    """An exchange, which fails where a process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError("another rank is gone, so this one stops too; start all of them anew") from error
+
+
+class RankError(QuantizeError):
+    """Another rank failed, and knows why."""
+
+
+def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks: Ranks) -> dict[str, Statistic]:
+    """Statistics of what all ranks have seen, by name; a rank that has seen nothing need not name any.
+
+    Args:
+        found: this rank's.
+        make: their class.
+        ranks: who takes part.
+    """
+    if ranks.count == 1:
+        return dict(found)
+    whole: dict[str, Statistic] = {}
+    for seen in ranks.gather(dict(found)):
+        for name, statistic in seen.items():
+            whole.setdefault(name, make()).merge(statistic)
+    return whole
+
+
+def first() -> bool:
+    """Whether this process speaks for all that `torchrun` started with it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The ranks that `torchrun` started with this one, or this process alone; the others hear of a failure in here."""
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield Ranks()
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    ranks = Processes()
+    try:
+        yield ranks
+    except RankError:
+        raise
+    except BaseException:
+        with contextlib.suppress(RankError):
+            ranks.agree(failed=True)
+        raise
+    finally:
+        dist.destroy_process_group()
