@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.kernels.fp4 import decode_scale, encode_scale, pack_fp4, unpack_fp4
+from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_unit, pack_fp4, unpack_fp4
 from quantize.kernels.halo import linear_with_int8_backward
 from quantize.kernels.packing import pack_int4, unpack_int4
 from quantize.kernels.reference import dequantize, quantize_activations, quantize_per_token, quantized_linear
@@ -13,6 +13,7 @@ __all__ = [
     "dequantize",
     "encode_scale",
     "linear_with_int8_backward",
+    "nvfp4_unit",
     "pack_fp4",
     "pack_int4",
     "quantize_activations",

@@ -72,6 +72,12 @@ class ArtifactWriter:
             self.weight_map |= dict.fromkeys(tensors, name)
             self.hashes[name] = sha256(path)
 
+    def write_index(self) -> None:
+        """Write which of the safetensors files holds which tensor."""
+        size = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.weight_map.items()))}
+        self.write("model.safetensors.index.json", as_json(index))
+
     def add_probe(self, tensors: dict[str, Tensor]) -> None:
         """Write the inputs and outputs that `quantize-model verify` compares with; they are no part of the model."""
         self.write(PROBE, serialize(tensors, {"format": "pt"}))

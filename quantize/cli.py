@@ -155,14 +155,20 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option("--format", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option(
+    "--format", "target", type=click.Choice(["onnx", "compressed-tensors"]), default="onnx", show_default=True
+)
 @click.option("--output-dir", type=PATH, required=True, help="New directory.")
-def export(directory: Path, target: str, output_dir: Path) -> None:
+@click.option("--calibration", type=PATH, help="Data for NVFP4 as compressed-tensors.  [default: bundled prose]")
+def export(directory: Path, target: str, output_dir: Path, calibration: Path | None) -> None:
     """Write an artifact for another runtime, and compare the two."""
     from quantize.export.directory import export_artifact
 
-    parity = export_artifact(directory, target, output_dir)
-    click.echo(f"{output_dir}: " + ", ".join(f"{name} {value:.1e}" for name, value in parity.items()))
+    parity = export_artifact(directory, target, output_dir, calibration)
+    click.echo(
+        f"{output_dir}: "
+        + ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items())
+    )
 
 
 @click.command()

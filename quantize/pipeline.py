@@ -305,9 +305,7 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
         untied = {"tie_word_embeddings": False} if blocks.untied else {}
         writer.write("config.json", as_json({**checkpoint.config, **untied, "quantization_config": settings}))
     writer.write("recipe.toml", prepared.plan.recipe.to_toml())
-    size = sum(path.stat().st_size for path in writer.directory.glob("*.safetensors"))
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(writer.weight_map.items()))}
-    writer.write("model.safetensors.index.json", as_json(index))
+    writer.write_index()
     if checkpoint.directory is not None:
         for path in side_files(checkpoint.directory):
             writer.write(path, (checkpoint.directory / path).read_bytes())

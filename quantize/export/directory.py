@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from quantize.artifact import ArtifactWriter, as_json, check_hashes, load, read_manifest, sha256
+from quantize.artifact import ArtifactWriter, check_hashes, sha256
 from quantize.checkpoint import side_files
-from quantize.errors import UsageError
-from quantize.export.onnx import SESSION_CONFIG, export_onnx
+from quantize.export.compressed_tensors import export_compressed_tensors
+from quantize.export.onnx import export_onnx_directory
+
+TARGETS: dict[str, Callable[[Path, ArtifactWriter, Path | None], dict[str, Any]]] = {
+    "onnx": export_onnx_directory,
+    "compressed-tensors": export_compressed_tensors,
+}
 
 
-def export_artifact(directory: Path, target: str, output: Path) -> dict[str, float]:
+def export_artifact(directory: Path, target: str, output: Path, calibration: Path | None = None) -> dict[str, Any]:
     """Write an artifact for another runtime.
 
     Args:
         directory: an artifact, unchanged since it was written.
-        target: `onnx`.
-        output: new directory: `model.onnx`, tokenizer and other side files, `ort_config.json` with the session
-            options that make the file exact on every CPU, `manifest.json` with the parity figures.
+        target: `onnx` or `compressed-tensors`.
+        output: new directory: what the target needs, tokenizer and other side files, `manifest.json` with the parity
+            figures.
+        calibration: data for a target that fixes ranges of activations (NVFP4 as compressed-tensors); None takes the
+            bundled prose.
 
     Returns:
-        Largest relative differences between the exported and the quantized model on two different inputs.
+        Parity: relative differences between the exported and the quantized model on two different inputs.
 
     Raises:
-        UsageError: no artifact, the output exists, or the scheme cannot be expressed.
+        UsageError: no artifact, the output exists, or the target cannot express what the artifact does.
         QuantizeError: damaged artifact, or the export computes something else.
     """
     check_hashes(directory)
-    if read_manifest(directory)["quantization"].get("prefix"):
-        raise UsageError(f"{directory} has a prefix, which ONNX cannot run; quantize without `prefix` in the recipe")
     with ArtifactWriter(output) as writer:
-        parity = export_onnx(load(directory), writer.directory)
-        for path in [*side_files(directory), Path("config.json")]:
+        parity = TARGETS[target](directory, writer, calibration)
+        for path in side_files(directory):
             writer.write(path, (directory / path).read_bytes())
-        writer.write("ort_config.json", as_json({"session_config_entries": SESSION_CONFIG}))
         writer.commit({"format": target, "parity": parity, "artifact": sha256(directory / "manifest.json")})
     return parity

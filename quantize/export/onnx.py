@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnxruntime
 import onnxscript.optimizer
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quantize.artifact import ArtifactWriter, as_json, load, read_manifest
 from quantize.attention import has_kv_cache
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.export.comparison import distance, first_output, first_outputs, rewritten, with_float_activations
 from quantize.export.onnx_linear import lower
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import quiet
-from quantize.linear import QuantizedLinear
-from quantize.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +26,21 @@ OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel fo
 # Without VNNI, sums of two products of 8-bit integers saturate at 16 bits; in this mode weights are unsigned there.
 SESSION_CONFIG = {"session.x64quantprecision": "1"}
 FLOAT_ROUNDING = 1e-4  # relative; 1e-6 was measured on models without quantized activations
+
+
+def export_onnx_directory(directory: Path, writer: ArtifactWriter, calibration: Path | None) -> dict[str, float]:
+    """Write an artifact's `model.onnx`, `config.json` and `ort_config.json`.
+
+    The last holds the session options that make the file exact on every CPU. Returns and raises as `export_onnx` does.
+    """
+    if calibration is not None:
+        raise UsageError("ONNX Runtime takes ranges of activations as they come; leave --calibration out")
+    if read_manifest(directory)["quantization"].get("prefix"):
+        raise UsageError(f"{directory} has a prefix, which ONNX cannot run; quantize without `prefix` in the recipe")
+    parity = export_onnx(load(directory), writer.directory)
+    writer.write("config.json", (directory / "config.json").read_bytes())
+    writer.write("ort_config.json", as_json({"session_config_entries": SESSION_CONFIG}))
+    return parity
 
 
 def export_onnx(model: PreTrainedModel, output_dir: Path) -> dict[str, float]:
@@ -124,14 +136,15 @@ def parity(model: PreTrainedModel, path: Path, inputs: Sequence[Mapping[str, Ten
         QuantizeError: if the graph's output does not depend on its input.
     """
     session = open_session(path)
-    outputs = [session.run(None, {name: tensor.numpy() for name, tensor in feed.items()})[0] for feed in inputs]
-    if np.array_equal(outputs[0][0, 0], outputs[1][0, 0]):
+    feeds = [{name: tensor.numpy() for name, tensor in feed.items()} for feed in inputs]
+    outputs = [torch.from_numpy(session.run(None, feed)[0]) for feed in feeds]
+    if torch.equal(outputs[0][0, 0], outputs[1][0, 0]):
         raise QuantizeError(f"{path} gives the same output for different inputs; report the model and the recipe")
-    expected = run(model, inputs)
+    expected = first_outputs(model, inputs)
     return {
-        "emulation": distance(outputs, run(rewritten(model, lower), inputs)),
+        "emulation": distance(outputs, first_outputs(rewritten(model, lower), inputs)),
         "reference": distance(outputs, expected),
-        "activations": distance(run(rewritten(model, with_float_activations), inputs), expected),
+        "activations": distance(first_outputs(rewritten(model, with_float_activations), inputs), expected),
     }
 
 
@@ -153,36 +166,4 @@ class SingleOutput(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """int64 [batch, sequence] twice → [batch, sequence, ...]."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        output: Tensor = outputs["logits"] if "logits" in outputs else outputs[0]
-        return output
-
-
-def rewritten(model: PreTrainedModel, replace: Callable[[QuantizedLinear], nn.Module]) -> PreTrainedModel:
-    """A copy that shares all weights, without KV cache, each `QuantizedLinear` replaced."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    twin = copy.deepcopy(model, shared)
-    for name, layer in list(twin.named_modules()):
-        if isinstance(layer, QuantizedLinear):
-            twin.set_submodule(name, replace(layer))
-    if hasattr(twin.config, "use_cache"):
-        twin.config.use_cache = False
-    return twin
-
-
-def with_float_activations(layer: QuantizedLinear) -> QuantizedLinear:
-    """Itself, without activation quantization; for `rewritten`, whose layers are copies."""
-    layer.scheme = Scheme(weights=layer.scheme.weights)
-    return layer
-
-
-def run(model: PreTrainedModel, inputs: Sequence[Mapping[str, Tensor]]) -> list[NDArray[np.float32]]:
-    """The single output for each of the inputs."""
-    with torch.no_grad():
-        return [SingleOutput(model)(**feed).numpy() for feed in inputs]
-
-
-def distance(outputs: Sequence[NDArray[np.float32]], expected: Sequence[NDArray[np.float32]]) -> float:
-    """‖y - target‖ / ‖target‖, the largest of the pairs."""
-    norm = np.linalg.norm
-    return max(float(norm(y - target) / norm(target)) for y, target in zip(outputs, expected, strict=True))
+        return first_output(self.model(input_ids=input_ids, attention_mask=attention_mask))
