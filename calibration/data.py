@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError, UsageError
+from quantize.files import parse_json
 
 T = TypeVar("T")
 Row = Mapping[str, Tensor]
@@ -108,8 +108,8 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            rows.append(read_row(json.loads(line), path, tokenize)[:seqlen]) if line.strip() else None
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            rows.append(read_row(parse_json(line), path, tokenize)[:seqlen]) if line.strip() else None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(
                 f'{path} line {number} is no JSON object with "text" or a list of integers "input_ids"'
             ) from None

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Samples, Tokenize, check_ids, read_samples, spread
 from quantize.errors import QuantizeError, UsageError
+from quantize.files import read_all
 from quantize.graph.inputs import Input
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -50,10 +49,7 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
     content = path.read_bytes()
-    try:
-        tensors = load(content)
-    except SafetensorError as error:
-        raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
+    tensors = read_all(path)
     check_shapes(path, tensors, inputs)
     check_values(path, tensors, vocabulary)
     chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
@@ -92,8 +88,8 @@ def check_values(path: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             check_ids(path, int(tensor.min()), int(tensor.max()), vocabulary)
-        elif not bool(tensor.isfinite().all()):
-            index = int((~tensor.isfinite()).nonzero()[0, 0])
+        elif not bool((finite := tensor.float().isfinite()).all()):
+            index = int((~finite).nonzero()[0, 0])
             raise QuantizeError(f"{path} holds values of {name} that are not finite, the first in sample {index}")
 
 

@@ -20,14 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quantize.attention import set_kv_cache
+from quantize.bounds import bounded_by
 from quantize.checkpoint import assign, build_skeleton, index_tensors, read_config, read_tensor
 from quantize.errors import QuantizeError, UsageError
+from quantize.files import INDEX, check_files, read_json
 from quantize.formats.qtensor import QTensor
 from quantize.kv_cache import read_kv_cache
 from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
+from quantize.manifest import Manifest
 from quantize.online import Online, restore
 from quantize.prefixed import attach
+from quantize.recipe import validated
 from quantize.scheme import ActivationArgs, Scheme
 
 METHOD = "quantize-model"
@@ -76,7 +80,7 @@ class ArtifactWriter:
         """Write which of the safetensors files holds which tensor."""
         size = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.weight_map.items()))}
-        self.write("model.safetensors.index.json", as_json(index))
+        self.write(INDEX, as_json(index))
 
     def add_probe(self, tensors: dict[str, Tensor]) -> None:
         """Write the inputs and outputs that `quantize-model verify` compares with; they are no part of the model."""
@@ -159,13 +163,20 @@ def as_json(value: Any) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """`manifest.json` of an artifact."""
+    """`manifest.json` of an artifact.
+
+    Raises:
+        UsageError: there is none, it says what no artifact says, or the directory links to files elsewhere.
+    """
+    path, why = directory / "manifest.json", ""
     try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-    except (OSError, ValueError):
-        manifest = None
-    if not isinstance(manifest, dict) or not {"files", "quantization", "parity"} <= manifest.keys():
-        raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model")
+        manifest = read_json(path) if path.is_file() else {}
+    except QuantizeError as error:
+        manifest, why = {}, f": {error}"
+    if not Manifest.model_fields.keys() <= manifest.keys():
+        raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
+    validated(lambda: Manifest(**manifest), str(path))
+    check_files(directory)
     return manifest
 
 
@@ -201,7 +212,8 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
-    model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
+    with bounded_by(index_tensors(directory, PROBE)):
+        model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
     return fill(model, directory, settings, dtype)
 
 
@@ -220,8 +232,10 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     files = index_tensors(directory, PROBE)
     try:
         for path in settings["modules"]:
-            model.set_submodule(path, read_linear(path, settings, files, dtype))
-    except AttributeError as error:
+            linear = read_linear(path, settings, files, dtype)
+            check_place(model.get_submodule(path), linear, path)
+            model.set_submodule(path, linear)
+    except (AttributeError, ValueError) as error:  # no such module, or no name at all
         raise QuantizeError(f"{directory} does not fit the model: {error}") from None
     modules = {path: model.get_submodule(path).state_dict() for path in settings["modules"]}
     held = {
@@ -248,17 +262,48 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
-    scale = scale.to(dtype) if scheme.weights.format == "int" else scale
+    scale = scale.to(dtype) if scheme.weights.format == "int" and scale.is_floating_point() else scale
     weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("unit"))
+    weight.check(path)
+    if bias is not None and bias.shape != (len(data),):
+        raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
     if "activations" in entry:
         scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
-    online = [read_online(f"{path}.transform.{i}.", given, files) for i, given in enumerate(entry.get("online", ()))]
+    parts = enumerate(entry.get("online", ()))
+    online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
     linear.leading = Leading(tuple(settings.get("prefix", ())))
     return linear
 
 
-def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path]) -> Online:
-    """One online transform, its tensors those whose names start with `prefix`."""
+def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:
+    """A linear takes the place of a module that holds a matrix of its shape.
+
+    Raises:
+        QuantizeError: it does not.
+    """
+    shape = {linear.in_features, linear.out_features}
+    if not any(p.dim() == 2 and set(p.shape) == shape for p in module.parameters(recurse=False)):
+        raise QuantizeError(
+            f"{path} holds no matrix of {linear.out_features} rows and {linear.in_features} columns in the model"
+        )
+
+
+def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], columns: int) -> Online:
+    """One online transform of [..., columns], its tensors those whose names start with `prefix`.
+
+    Raises:
+        QuantizeError: there is no such transform.
+    """
     names = [name for name in files if name.startswith(prefix)]
-    return restore(given, {name.removeprefix(prefix): read_tensor(files[name], name) for name in names})
+    tensors = {name.removeprefix(prefix): read_tensor(files[name], name) for name in names}
+    try:
+        online = restore(given, tensors, columns)
+        fits = online(torch.zeros(1, columns)).shape == (1, columns)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise QuantizeError(
+            f"{prefix}: {given} with {', '.join(tensors) or 'no tensors'} is no transform ({error})"
+        ) from None
+    if not fits:
+        raise QuantizeError(f"{prefix}: {given} is no transform of {columns} channels")
+    return online

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,23 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from quantize.bounds import bounded_by
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.files import (
+    SIDE_FILES,
+    UNREADABLE,
+    check_files,
+    is_hidden,
+    read_json,
+    tensor_names,
+    weight_files,
+)  # fmt: skip
 from quantize.renaming import Source, sources
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -48,7 +56,7 @@ class Checkpoint:
         if self.module is None:
             model = build_skeleton(self.config)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
-            model.load_state_dict({name: self.tensor(name) for name in buffers}, strict=False, assign=True)
+            fill_in(model, {name: self.tensor(name) for name in buffers})
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
@@ -66,7 +74,10 @@ class Checkpoint:
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
+        try:
+            return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
+        except RuntimeError as error:  # parts that do not fit together
+            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
@@ -86,7 +97,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
         Parameters without a tensor, and tensors without a place.
     """
     ties = ties_of(model)
-    unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
+    unexpected = fill_in(model, tensors)
     missing = [name for name in ties if name not in tensors]
     for name in list(missing):
         if stored := next((other for other in ties[name] if other in tensors), None):
@@ -96,16 +107,26 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return [*missing, *unexpected]
 
 
+def fill_in(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Put tensors into a model in place of its own; returns those without a place.
+
+    Raises:
+        QuantizeError: one is of another shape, or a parameter would be of integers.
+    """
+    places = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name in places and not tensor.is_floating_point():
+            raise QuantizeError(f"{name} is of {tensor.dtype}, where the model has floating point")
+    try:
+        return list(model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys)
+    except RuntimeError as error:  # the first line says for which class, the next what
+        raise QuantizeError(f"the tensors do not fit the model: {reason(error)}") from None
+
+
 def side_files(directory: Path) -> list[Path]:
     """Tokenizer and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
-    return [
-        p
-        for p in found
-        if p.name not in NOT_COPIED
-        and not p.name.endswith(".index.json")
-        and not any(part.startswith(".") for part in p.parts)
-    ]
+    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
 def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
@@ -124,7 +145,10 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     config = read_config(directory)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    model, files = build_skeleton(config), index_tensors(directory)
+    check_files(directory)
+    files = index_tensors(directory)
+    with bounded_by(files):
+        model = build_skeleton(config)
     return Checkpoint(directory, config, files, None, ties_of(model), sources(model, files))
 
 
@@ -154,14 +178,13 @@ def download(name: str) -> Path:
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` as a dict."""
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError:
-        raise UsageError(f"{directory} holds no config.json, so it is no model directory") from None
-    except ValueError as error:
-        raise QuantizeError(f"{path} is no JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("architectures"), list) or not config["architectures"]:
+    if not path.is_file():
+        raise UsageError(f"{directory} holds no config.json, so it is no model directory")
+    config = read_json(path)
+    if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise UsageError(f"{path} does not name its architecture; add the key architectures")
+    if not isinstance(config.get("model_type", ""), str):
+        raise UsageError(f"{path} does not name its model_type")
     return config
 
 
@@ -195,21 +218,18 @@ def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
-    """Tensor name → file, from the headers of all safetensors files but one.
+    """Tensor name → file, from the headers of all safetensors files of a model but one.
 
     Raises:
         UsageError: there are none.
-        QuantizeError: one is damaged.
+        QuantizeError: one is damaged, or a tensor stands in two.
     """
     files: dict[str, Path] = {}
-    for path in sorted(p for p in directory.glob("*.safetensors") if p.name != leave_out):
-        try:
-            with safe_open(path, framework="pt") as opened:
-                files |= dict.fromkeys(opened.keys(), path)
-        except (SafetensorError, OSError) as error:
-            raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
-    if not files:
-        raise UsageError(f"{directory} holds no .safetensors weights; convert the model with save_pretrained first")
+    for path in weight_files(directory):
+        for name in tensor_names(path) if path.name != leave_out else ():
+            if name in files:
+                raise QuantizeError(f"{name} stands both in {files[name]} and in {path.name}; remove one of them")
+            files[name] = path
     return files
 
 
@@ -218,7 +238,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     try:
         with safe_open(path, framework="pt") as opened:
             return opened.get_tensor(name)  # type: ignore[no-any-return]
-    except (SafetensorError, OSError) as error:
+    except UNREADABLE as error:
         raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
 
 

@@ -139,7 +139,7 @@ def require_match(kind: str, pattern: str, paths: list[str]) -> None:
     try:
         if any(matches(pattern, path) for path in paths):
             return
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
     known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -25,6 +26,7 @@ from quantize.scheme import (
 )  # fmt: skip
 
 T = TypeVar("T")
+LONGEST_KEY = 200  # characters of it that an error shows
 FOLDER = resources.files("quantize.recipes")
 
 
@@ -136,9 +138,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text() if path.suffix or path.exists() else shipped(str(path))
         return tomllib.loads(text)
-    except OSError:
+    except (OSError, KeyError):
         raise UsageError(f"no such recipe: {path}; give a .toml file or one of {', '.join(names())}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, of UTF-8, numbers of thousands of digits
         raise UsageError(f"recipe {path} is no TOML: {error}") from None
 
 
@@ -148,7 +150,13 @@ def names() -> list[str]:
 
 
 def shipped(name: str) -> str:
-    """Text of a recipe of the package."""
+    """Text of a recipe of the package.
+
+    Raises:
+        KeyError: there is none of that name.
+    """
+    if name not in names():
+        raise KeyError(name)
     return FOLDER.joinpath(f"{name}.toml").read_text()
 
 
@@ -173,9 +181,10 @@ def validated(make: Callable[[], T], what: str) -> T:
         first = error.errors()[0]
         keys = (str(part) for part in first["loc"])
         where = ".".join(key for key in keys if key.isidentifier() or key.isdigit())  # without the members of a union
+        where = where if len(where) < LONGEST_KEY else f"{where[:LONGEST_KEY]}…"
         if first["type"] == "value_error":  # a sentence of our own
             raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
-        raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {first['input']!r})") from None
+        raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {reprlib.repr(first['input'])})") from None
 
 
 def check_bits(recipe: Recipe) -> None:

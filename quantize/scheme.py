@@ -13,7 +13,7 @@ FP4_GROUP_SIZES = {"mxfp4": 32, "nvfp4": 16}
 class Data(BaseModel):
     """Frozen data; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class WeightArgs(Data):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,19 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         QuantizeError: it cannot be read.
     """
-    try:
+    with readable(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises what its many formats raise
-        raise QuantizeError(f"the tokenizer in {directory} cannot be read: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """Turn whatever transformers' many formats raise, panics of Rust among them, into one sentence."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise QuantizeError(f"the tokenizer in {directory} cannot be used: {reason(error)}") from None
 
 
 def has_tokenizer(directory: Path | None) -> bool:
@@ -51,4 +62,9 @@ def load_tokenize(directory: Path | None) -> Tokenize | None:
     if directory is None or not has_tokenizer(directory):
         return None
     tokenizer = load_tokenizer(directory)
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def tokenize(text: str) -> list[int]:
+        with readable(directory):
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+    return tokenize

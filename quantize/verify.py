@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quantize import gate
@@ -16,6 +15,7 @@ from quantize.artifact import PROBE, check_hashes, fill, load, read_linear, read
 from quantize.calibration.runner import Runner
 from quantize.checkpoint import index_tensors, read_tensor
 from quantize.errors import QuantizeError, reason
+from quantize.files import read_all
 from quantize.graph.execute import State
 from quantize.graph.program import Program, Segment, forward_switches, quiet
 from quantize.kv_cache import quantized_attention, read_kv_cache
@@ -102,9 +102,11 @@ def verify_artifact(directory: Path) -> dict[str, Any]:
         QuantizeError: a file changed, or the model computes something else.
     """
     files = check_hashes(directory)
-    probe = load_file(directory / PROBE)
-    output = probe.pop("output")
-    found = gate.relative(last_token(load(directory), probe), output)
+    probe, model = read_all(directory / PROBE), load(directory)
+    output = probe.pop("output", None)
+    if output is None:
+        raise QuantizeError(f"{directory / PROBE} holds no output to compare with")
+    found = gate.relative(run_probe(model, probe), output)
     if found > LOAD_TOLERANCE:
         raise QuantizeError(f"{directory} loads, but its output differs from the recorded one by {found:.1e}")
     return {"files": files, "difference": found, "parity": read_manifest(directory)["parity"]}
@@ -118,7 +120,15 @@ def written_output(
     Raises:
         QuantizeError: it does not run, so one of its linears is more than a linear.
     """
-    model = fill(skeleton, directory, settings)
+    return run_probe(fill(skeleton, directory, settings), given)
+
+
+def run_probe(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+    """`last_token` of a model that may not run.
+
+    Raises:
+        QuantizeError: it does not.
+    """
     try:
         with quiet():
             return last_token(model, given)

@@ -198,6 +198,9 @@ def test_a_damaged_artifact_does_not_load(damaged):
     with pytest.raises(QuantizeError, match=f"{path.name} is truncated or no safetensors file"):
         load(damaged)
     path.unlink()
+    with pytest.raises(QuantizeError, match=f"holds no '{path.name}', which model.safetensors.index.json names"):
+        load(damaged)
+    (damaged / "model.safetensors.index.json").unlink()
     with pytest.raises(QuantizeError, match="holds no integers for it"):
         load(damaged)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quantize.artifact import PROBE, ArtifactWriter, as_json, load, read_linear, read_manifest
@@ -21,6 +20,7 @@ from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.comparison import distance, first_outputs, rewritten, with_float_activations
 from quantize.export.compressed_tensors_format import NAME, quantization_config, stored
 from quantize.export.input_ranges import input_divisors
+from quantize.files import read_all
 from quantize.graph.program import quiet
 from quantize.scheme import ActivationArgs, Scheme
 
@@ -142,7 +142,7 @@ def parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
     Raises:
         QuantizeError: rounding does not explain the difference.
     """
-    probe = {name: x for name, x in load_file(directory / PROBE).items() if name != "output"}
+    probe = {name: x for name, x in read_all(directory / PROBE).items() if name != "output"}
     inputs = [dict(zip(probe, row, strict=True)) for row in zip(*(x.split(1) for x in probe.values()), strict=True)]
     model = load(directory)
     expected = first_outputs(model, inputs)

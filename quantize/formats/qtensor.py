@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.errors import QuantizeError
 from quantize.kernels.ops import decode_scale, dequantize, pack_fp4, pack_int4, unpack_fp4, unpack_int4
 from quantize.scheme import WeightArgs
+
+SCALE_TYPES = {
+    "int": {torch.float64, torch.float32, torch.float16, torch.bfloat16},
+    "mxfp4": {torch.uint8},
+    "nvfp4": {torch.float8_e4m3fn},
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,31 @@ class QTensor:
     columns: int
     args: WeightArgs
     unit: Tensor | None = None
+
+    def check(self, name: str) -> None:
+        """Compare with the invariants.
+
+        Raises:
+            QuantizeError: one does not hold; `name` says of which weight.
+        """
+        group, args = self.args.group_size or self.columns, self.args
+        stored = -(-self.columns // 2) if args.num_bits == 4 else self.columns
+        scales = (len(self.data), self.columns // group) if self.data.dim() == 2 and len(self.data) else ()
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, set[torch.dtype]]] = {
+            "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
+            "scale": (self.scale, scales, SCALE_TYPES[args.format]),
+            "zero point": (self.zero_point, None if args.symmetric else scales, {torch.int8}),
+            "unit": (self.unit, () if args.format == "nvfp4" else None, {torch.float32}),
+        }
+        for part, (tensor, shape, dtypes) in wanted.items():
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape or (tensor is not None and tensor.dtype not in dtypes) or self.columns % group:
+                raise QuantizeError(
+                    f"the {part} of {name} are {found} of {tensor.dtype if tensor is not None else 'no type'}, which "
+                    f"{args.num_bits}-bit weights of {self.columns} columns in groups of {group} do not have"
+                )
+        if not bool((self.unpack_scale() > 0).all()):
+            raise QuantizeError(f"the scale of {name} is not positive everywhere")
 
     @classmethod
     def pack(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,14 @@ KINDS: dict[str, type[Online]] = {kind.kind: kind for kind in (Dual, Hadamard, S
 __all__ = ["KINDS", "Dual", "Front", "Hadamard", "Online", "Shift", "hadamard", "restore"]
 
 
-def restore(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Online:
-    """The transform that `settings` (with its `kind`) and the tensors saved with it describe."""
+def restore(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], columns: int) -> Online:
+    """The transform of [..., columns] that `settings` (with its `kind`) and the tensors saved with it describe.
+
+    Raises:
+        ValueError: it would be larger than what it transforms.
+    """
+    sizes = [value for value in settings.values() if isinstance(value, int)]
+    if any(size < 1 for size in sizes) or columns % math.prod(sizes):
+        raise ValueError(f"sizes of {columns} channels must divide them")
     rest = {key: value for key, value in settings.items() if key != "kind"}
     return KINDS[settings["kind"]].restore(rest, tensors)

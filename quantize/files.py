@@ -1,0 +1,158 @@
+"""Files that somebody else wrote: what may be opened, and how it is parsed, before anything is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantize.errors import QuantizeError, UsageError
+
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
+CAN_RUN_CODE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".keras"}
+UNREADABLE = (SafetensorError, OSError, KeyError, AttributeError, TypeError)  # the latter of types that torch lacks
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers take a tenth of it
+
+
+def check_files(directory: Path) -> None:
+    """Whatever would be read lies in the directory: no links out of it, no pipes or devices.
+
+    A snapshot in the cache of the hub may link to the blobs beside it.
+
+    Raises:
+        UsageError: names the first that does not.
+    """
+    root = directory.resolve()
+    roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(directory.rglob("*")):
+        if path.suffix not in SIDE_FILES | {".safetensors"} or is_hidden(path.relative_to(directory)) or path.is_dir():
+            continue
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            raise UsageError(f"{path} is a link out of the directory, to {path.resolve()}; put the file itself there")
+        if not path.is_file():
+            raise UsageError(f"{path} is no regular file; put one there, or remove it")
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a relative path, or a folder on it, begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        QuantizeError: too large, no JSON, no object, or a key twice; OSError is the caller's.
+    """
+    if path.stat().st_size > LARGEST_JSON:
+        raise QuantizeError(f"{path} has {path.stat().st_size} bytes, more than JSON of a model ever has")
+    try:
+        found = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise QuantizeError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise QuantizeError(f"{path} holds no JSON object")
+    return found
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON in which no key stands twice.
+
+    Raises:
+        ValueError: it is none; also what `json` raises otherwise, for brackets in brackets a thousand times.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What a JSON object holds."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {reprlib.repr(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return found
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file, whose header and size are sound.
+
+    Raises:
+        QuantizeError: they are not.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+        with path.open("rb") as file:
+            parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))  # a length that was found sound
+    except (SafetensorError, OSError, ValueError) as error:
+        raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
+    return names
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        QuantizeError: it is damaged, or of types that torch does not have.
+    """
+    names = tensor_names(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    except UNREADABLE as error:
+        raise QuantizeError(f"{path} cannot be read ({error})") from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model: those of its index, or where it has none all.
+
+    Raises:
+        UsageError: there are none.
+        QuantizeError: the index names what is not there, or not a file of the directory.
+    """
+    index = directory / INDEX
+    files = sorted(directory.glob("*.safetensors")) if not index.is_file() else indexed(index)
+    if files:
+        return files
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in CAN_RUN_CODE)
+    instead = f" but {others[0]}, which can hold code and is never opened" if others else ""
+    raise UsageError(
+        f"{directory} holds no .safetensors weights{instead}; convert the model with save_pretrained first"
+    )
+
+
+def indexed(index: Path) -> list[Path]:
+    """The files that an index of shards names."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise QuantizeError(f"{index} holds no weight_map")
+    return [shard(index, name) for name in unique(shards.values())]
+
+
+def shard(index: Path, name: Any) -> Path:
+    """A file beside the index."""
+    if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        raise QuantizeError(
+            f"{index} names {reprlib.repr(name)}; only .safetensors files of the same directory are read"
+        )
+    if name not in os.listdir(index.parent):  # noqa: PTH208  `is_file` of a name that is too long is an error
+        raise QuantizeError(
+            f"{index.parent} holds no {reprlib.repr(name)}, which {index.name} names; fetch the whole model"
+        )
+    return index.with_name(name)
+
+
+def unique(values: Iterable[Any]) -> list[Any]:
+    """Each of them once, in an order of their own, whatever they are."""
+    return [value for _, value in sorted({repr(value): value for value in values}.items())]
