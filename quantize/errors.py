@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import reprlib
+
+LONGEST = 120  # characters of a value that a sentence shows
+
 
 class QuantizeError(Exception):
     """A failed run (exit code 1); the message is one sentence and needs no traceback."""
@@ -27,3 +31,10 @@ def reason(error: BaseException) -> str:
     """The first line of somebody else's error, or two if the first announces the second, within a sentence of ours."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join([first, *rest[:1]]) if first.endswith(":") else first
+
+
+def shown(value: object) -> str:
+    """A value from outside within a sentence, cut where it is long."""
+    limits = reprlib.Repr()
+    limits.maxstring = limits.maxother = limits.maxlong = LONGEST
+    return limits.repr(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError, UsageError, shown
 
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
@@ -80,7 +79,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {reprlib.repr(next(key for key in keys if keys.count(key) > 1))} stands twice")
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
     return found
 
 
@@ -143,13 +142,9 @@ def indexed(index: Path) -> list[Path]:
 def shard(index: Path, name: Any) -> Path:
     """A file beside the index."""
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-        raise QuantizeError(
-            f"{index} names {reprlib.repr(name)}; only .safetensors files of the same directory are read"
-        )
+        raise QuantizeError(f"{index} names {shown(name)}; only .safetensors files of the same directory are read")
     if name not in os.listdir(index.parent):  # noqa: PTH208  `is_file` of a name that is too long is an error
-        raise QuantizeError(
-            f"{index.parent} holds no {reprlib.repr(name)}, which {index.name} names; fetch the whole model"
-        )
+        raise QuantizeError(f"{index.parent} holds no {shown(name)}, which {index.name} names; fetch the whole model")
     return index.with_name(name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Self, TypeVar
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from quantize.errors import UsageError
+from quantize.errors import LONGEST, UsageError, shown
 from quantize.scheme import (
     FP4_GROUP_SIZES,
     SCHEME_NAMES,
@@ -26,7 +25,6 @@ from quantize.scheme import (
 )  # fmt: skip
 
 T = TypeVar("T")
-LONGEST_KEY = 200  # characters of it that an error shows
 FOLDER = resources.files("quantize.recipes")
 
 
@@ -181,10 +179,10 @@ def validated(make: Callable[[], T], what: str) -> T:
         first = error.errors()[0]
         keys = (str(part) for part in first["loc"])
         where = ".".join(key for key in keys if key.isidentifier() or key.isdigit())  # without the members of a union
-        where = where if len(where) < LONGEST_KEY else f"{where[:LONGEST_KEY]}…"
+        where = where if len(where) < LONGEST else f"{where[:LONGEST]}…"
         if first["type"] == "value_error":  # a sentence of our own
             raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
-        raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {reprlib.repr(first['input'])})") from None
+        raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {shown(first['input'])})") from None
 
 
 def check_bits(recipe: Recipe) -> None:
