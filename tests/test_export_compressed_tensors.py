@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -179,7 +180,6 @@ RECIPES = {
     "W8A8": {"quantizer": {"name": "rtn"}},  # smoothed
     "W4A8": RTN,
     "W4A4": ROTATED,
-    "W6A6": RTN,
 }
 
 
@@ -266,29 +266,50 @@ def test_an_encoder(small_run, minilm, tmp_path):
     assert 0 < parity["reference"] < 2 * parity["activations"]
 
 
+UP = "model.layers.0.mlp.up_proj"
+ONLINE = "`online_hadamard = false` in the pass that rotates"
 REFUSED = {
-    "rotation": ({"passes": [{"name": "rotate"}], "activations": {"clip_ratio": 1.0}}, "online_hadamard = false"),
-    "clipping": (RTN, "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"),
-    "smoothing": (RTN | {"passes": [{"name": "runtime_smooth"}]}, "no pass `runtime_smooth`"),
-    "noise": (RTN | {"passes": [{"name": "noisy_bias"}]}, "no pass `noisy_bias`"),
-    "cache": (RTN | {"kv_cache": {"num_bits": 4}}, "no table `kv_cache`"),
-    "prefix": (RTN | {"prefix": {"tokens": [1]}}, "no `prefix`"),
+    "rotation": ({"online": [{"kind": "hadamard", "size": 64, "stride": 1}]}, ONLINE),
+    "dual rotation": ({"online": [{"kind": "dual"}]}, ONLINE),
+    "noise": ({"online": [{"kind": "shift"}]}, "no pass `noisy_bias`"),
+    "clipping": (
+        {"activations": {"num_bits": 8, "clip_ratio": 0.9}},
+        "`clip_ratio = 1.0` in [activations] and no pass",
+    ),
+    "smoothing": ({"activations": {"num_bits": 8, "runtime_smooth": {}}}, "no pass `runtime_smooth`"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_format_cannot_express_is_refused(name, cli, small_run, one_layer, tmp_path):
-    recipe, words = REFUSED[name]
-    artifact = small_run(one_layer, "W4A4", recipe=recipe)
-    shown = cli("export", artifact.directory, "--format", "compressed-tensors", "--output-dir", tmp_path / "no")
+def test_what_a_linear_cannot_do_is_refused(name, artifact_rtn):
+    change, words = REFUSED[name]
+    sound = artifact_rtn.manifest["quantization"]
+    skeleton = build_skeleton(read_config(artifact_rtn.directory))
+    compressed_tensors.check_expressible(sound, Scheme(**sound["scheme"]), skeleton)
+    changed = sound | {"modules": sound["modules"] | {UP: sound["modules"][UP] | change}}
+    with pytest.raises(UsageError, match=re.escape(words)):
+        compressed_tensors.check_expressible(changed, Scheme(**sound["scheme"]), skeleton)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [({"kv_cache": {"num_bits": 4}}, "no table `kv_cache`"), ({"prefix": {"tokens": [1]}}, "no `prefix`")],
+)
+def test_what_a_model_cannot_do_is_refused(recipe, words, small_run, one_layer, tmp_path):
+    artifact = small_run(one_layer, "W4A8", recipe=RTN | recipe)
+    with pytest.raises(UsageError, match=words):
+        export_artifact(artifact.directory, "compressed-tensors", tmp_path / "no")
+
+
+def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
+    """The default of W4A4."""
+    shown = cli(
+        "export", artifact_one_layer.directory, "--format", "compressed-tensors", "--output-dir", tmp_path / "no"
+    )
     assert shown.code == 2
-    assert words in shown.err
+    assert "compressed-tensors has no place for clipped activations or a rotation of activations; quantize" in shown.err
+    assert f"no pass `activation_clip` and {ONLINE}" in shown.err
     assert not (tmp_path / "no").exists()
-
-
-def test_all_obstacles_are_named_at_once(artifact_one_layer, tmp_path):
-    with pytest.raises(UsageError, match=r"clipped activations or a rotation of activations; quantize with .* and .*"):
-        export_artifact(artifact_one_layer.directory, "compressed-tensors", tmp_path / "no")
 
 
 def test_a_module_that_is_no_linear(artifact_rtn):
