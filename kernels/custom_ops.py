@@ -1,0 +1,81 @@
+"""Quantizer and product as operators of torch, which compilers and exporters pass over as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.kernels import engine
+from quantize.kernels.config import Config, architecture, choose
+from quantize.kernels.packed import BLOCK, PackedWeight, QuantizedActivations, pack_activations
+from quantize.kernels.prepack import exact_gemm
+from quantize.kernels.prologue import Prologue
+from quantize.kernels.reference import quantize_per_token
+
+
+@torch.library.custom_op("quantize_model::quantize_tokens", mutates_args=())
+def quantize_tokens(
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, layout: str, group_size: int,
+    gain: Tensor | None = None, epsilon: float = 0.0, hadamard: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """[M, K] → the tensors of `QuantizedActivations`; what stands in front as in `Prologue`."""
+    prologue, grid = Prologue(gain, epsilon, hadamard), (num_bits, symmetric, clip_ratio)
+    if engine.runs_on_triton(x):
+        from quantize.kernels import token_quantizer
+
+        qa = token_quantizer.launch(x, *grid, layout, group_size, prologue)
+    else:
+        q, scale, zero_point = quantize_per_token(prologue.applied(x), *grid)
+        qa = pack_activations(q, scale[:, 0], zero_point[:, 0], layout, group_size)
+    return qa.q, qa.scale, qa.zero_point, qa.sum, qa.low_sum
+
+
+@quantize_tokens.register_fake
+def _(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (M, K), group_size = x.shape, settings[4]
+    q = x.new_empty((M, -(-K // BLOCK) * BLOCK), dtype=torch.int8)
+    scale = x.new_empty((M,), dtype=torch.float32)
+    zero_point, low_sum = (x.new_empty((M,), dtype=torch.int32) for _ in range(2))
+    return q, scale, zero_point, x.new_empty((M, K // (group_size or K)), dtype=torch.int32), low_sum
+
+
+@torch.library.custom_op("quantize_model::gemm", mutates_args=())
+def gemm(
+    activations: Sequence[Tensor], activation_layout: str,
+    weight: Sequence[Tensor | None], columns: int, weight_layout: str,
+    bias: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The fields of `QuantizedActivations` and of `PackedWeight` → [M, N] = X Wᵀ + bias."""
+    qa = QuantizedActivations.of(activations, activation_layout)
+    pw = PackedWeight.of(weight, columns, weight_layout)
+    multiply = triton_gemm if engine.runs_on_triton(qa.q) else exact_gemm
+    return multiply(qa, pw, bias, out_dtype)
+
+
+@gemm.register_fake
+def _(activations: Sequence[Tensor], _: str, weight: Sequence[Tensor], *others: Any) -> Tensor:
+    q, data = activations[0], weight[0]
+    return q.new_empty((q.shape[0], data.shape[0]), dtype=others[-1])
+
+
+def triton_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The product by the tabled configuration."""
+    scheme = f"{pw.layout}a{4 if qa.layout == 'pair' else 8}" + "g" * (pw.group_scale is not None)
+    config = choose(qa.q.shape[0], pw.data.shape[0], qa.q.shape[1], scheme, architecture(qa.q.device))
+    return launch_gemm(qa, pw, bias, out_dtype, config)
+
+
+def launch_gemm(
+    qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
+) -> Tensor:
+    """The product by the kernel that a configuration is for; Triton is imported here, as not every machine has it."""
+    from quantize.kernels import gemm, grouped, int4_mma, split_k
+
+    if config.variant == "native":
+        return int4_mma.launch(qa, pw, bias, out_dtype, config)
+    in_groups = pw.group_scale is not None
+    launch = grouped.launch if in_groups else split_k.launch if config.split_k > 1 else gemm.launch
+    return launch(qa, pw, bias, out_dtype, config)

@@ -1,0 +1,122 @@
+"""GEMM with a scale for each group of columns: each group summed exactly in integers, then scaled and added up.
+
+Groups of 32, 64 and multiples of 128 columns. Group scales of 8 bits (`prepack.two_levels`) are read as such: a quarter
+of the bytes. Activations lie in natural order, 4-bit ones too, as pairs would mix the groups of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantize.kernels.config import Config
+from quantize.kernels.gemm import sizes
+from quantize.kernels.packed import HALF, PackedWeight, QuantizedActivations
+from quantize.kernels.prepack import supported
+from quantize.kernels.split_k import is_last, own_part, part_of, sum_of_parts, workspace
+from quantize.kernels.tiles import operands, rows_of, store_scaled, tile_of
+
+
+@triton.jit
+def add_group(
+    total: tl.tensor, weighted: tl.tensor, acc: tl.tensor, group: tl.tensor, n: tl.tensor, m: tl.tensor,
+    N: tl.tensor, M: tl.tensor, G: tl.tensor,
+    group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor, a_sum: tl.tensor, VARIANT: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Add the sum of one group, scaled, to `total` [BLOCK_N, BLOCK_M], and its scaled weights to `weighted` [BLOCK_N].
+
+    A last block may be half full; its second group then does not exist, and adds nothing.
+    """
+    at, here = group * N + n, n < tl.where(group < G, N, 0)
+    factor: tl.constexpr = 1 if VARIANT == "bytes" else 16  # in the sum; a power of two, so the scale takes it exactly
+    if zero_w is not None:
+        sums = tl.load(a_sum + m * G + group, mask=m < tl.where(group < G, M, 0), other=0)
+        acc -= (factor * tl.load(zero_w + at, mask=here, other=0))[:, None] * sums[None, :]
+    scale = tl.load(group_scale + at, mask=here, other=0).to(tl.float32)
+    weighted += scale * tl.load(w_sum + at, mask=here, other=0).to(tl.float32)
+    return total + acc.to(tl.float32) * (scale * (1.0 / factor))[:, None], weighted
+
+
+@triton.jit
+def grouped_kernel(
+    y: tl.tensor, parts: tl.tensor, counters: tl.tensor, w: tl.tensor, a: tl.tensor,
+    w_scale: tl.tensor, group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor,
+    a_scale: tl.tensor, zero_a: tl.tensor, a_sum: tl.tensor, bias: tl.tensor,
+    M: tl.tensor, N: tl.tensor, G: tl.tensor, steps: tl.tensor, w_stride: tl.tensor, a_stride: tl.tensor,
+    VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of K of one tile of Y [M, N] a program; a step is a group of 128 columns or more, or a span of bytes."""
+    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    w, a = rows_of(w, a, n, m, N, M, w_stride, a_stride)
+    start, stop = part_of(steps, SPLIT_K)
+    total, weighted = tl.zeros((BLOCK_N, BLOCK_M), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    none = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for step in range(start, stop):
+        if GROUP >= 128:
+            acc = none
+            for block in tl.static_range(GROUP // 128):
+                w_low, a_low, w_high, a_high = operands(w, a, step * (GROUP // 128) + block, SPAN, VARIANT, ASM)
+                acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
+                acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
+            total, weighted = add_group(
+                total, weighted, acc, step, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+        else:
+            w_low, a_low, w_high, a_high = operands(w, a, step, SPAN, VARIANT, ASM)
+            group = step * SPAN // 64 * (128 // GROUP) + step * SPAN % 64 // GROUP
+            acc = tl.dot(w_low, a_low, none, out_dtype=tl.int32)
+            total, weighted = add_group(
+                total, weighted, acc, group, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+            acc = tl.dot(w_high, a_high, none, out_dtype=tl.int32)
+            total, weighted = add_group(
+                total, weighted, acc, group + 64 // GROUP, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+    of_token = tl.load(zero_a + m, mask=m < M, other=0).to(tl.float32)
+    total -= weighted[:, None] * of_token[None, :]
+    if SPLIT_K > 1:
+        own = own_part(parts, BLOCK_N, BLOCK_M, SPLIT_K)
+        tl.store(own + tl.program_id(1) * BLOCK_N * BLOCK_M, total)
+        if not is_last(counters, SPLIT_K):
+            return
+        total = sum_of_parts(own, SPLIT_K, BLOCK_N * BLOCK_M)
+    store_scaled(total, y, m, n, M, N, w_scale, a_scale, bias)
+
+
+def launch(
+    qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
+) -> Tensor:
+    """As `gemm.launch`, for weights in groups and activations in natural order.
+
+    The sum over groups is in float32, in an order that depends on `config.split_k` only; for asymmetric weights the
+    activations need a sum for each group.
+
+    Raises:
+        ValueError: operands or a configuration that do not fit each other.
+    """
+    M, N, _, *strides = sizes(qa, pw, config)
+    if (
+        pw.group_scale is None
+        or not supported(pw.columns, pw.group_size, 4)
+        or config.variant not in ("shift", "bytes")
+    ):
+        raise ValueError(f"no grouped kernel for groups of {pw.group_size} columns as {config.variant}")
+    y = torch.empty((M, N), dtype=out_dtype, device=qa.q.device)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    if tiles:
+        parts = workspace(tiles, config, torch.float32, pw)
+        span = min(pw.group_size, HALF)
+        steps = qa.q.shape[1] // max(pw.group_size, 2 * span)
+        weight = (pw.data, qa.q, pw.scale, pw.group_scale, pw.zero_point, pw.weight_sum)
+        grouped_kernel[(tiles, config.split_k)](
+            y, parts, pw.counters, *weight, qa.scale, qa.zero_point, qa.sum, bias,
+            M, N, pw.group_scale.shape[0], steps, *strides,
+            VARIANT=config.variant, ASM=config.asm, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPAN=span,
+            GROUP=pw.group_size, SPLIT_K=config.split_k, **config.options(),
+        )  # fmt: skip
+    return y
