@@ -25,10 +25,20 @@ def smooth_scales(x: Tensor, group_size: int, normalize_tokens: bool) -> tuple[T
     Returns:
         order int64 [K], and s [K] > 0 in that order.
     """
+    return sorted_scales(channel_maxima(x, normalize_tokens), group_size)
+
+
+def channel_maxima(x: Tensor, normalize_tokens: bool) -> Tensor:
+    """The largest magnitude of each channel of x [..., K] over all tokens, [K]; 1 where there are none."""
     rows = x.reshape(-1, x.shape[-1])
     if normalize_tokens:
         rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=SMALLEST)
-    s = rows.abs().amax(dim=0).clamp(min=SMALLEST) if len(rows) else torch.ones_like(x.reshape(-1)[: x.shape[-1]])
+    return rows.abs().amax(dim=0) if len(rows) else x.new_ones(x.shape[-1])
+
+
+def sorted_scales(maxima: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """What `smooth_scales` gives, from `channel_maxima` [K]."""
+    s = maxima.clamp(min=SMALLEST)
     order = s.argsort(descending=True, stable=True)
     shared = s[order][::group_size].repeat_interleave(group_size)[: len(order)]
     return order, shared
@@ -52,8 +62,8 @@ def runtime_smooth_linear(
     """
     order, s = smooth_scales(x.float(), group_size, normalize_tokens)
     filled = -len(order) % group_size
-    x_sorted = torch.nn.functional.pad(x[..., order] / s.to(x), (0, filled))
+    x_sorted = torch.nn.functional.pad(x[..., order] / s, (0, filled))  # in float32, as s comes back unrounded
     q_sorted = torch.nn.functional.pad(q[:, order], (0, filled))
     scales = scale.float() * s[::group_size]  # not in the scale's own dtype, which would round the product
     zero_points = None if zero_point is None else zero_point.expand(scales.shape)
-    return quantized_linear(x_sorted, q_sorted, scales, zero_points, bias, num_bits, symmetric, clip_ratio)
+    return quantized_linear(x_sorted, q_sorted, scales, zero_points, bias, num_bits, symmetric, clip_ratio).to(x)
