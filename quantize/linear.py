@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.leading import Leading
 from quantize.online import Online
+from quantize.products import Operands, fused, has_product, lay_out, product
 from quantize.rounding import fake_quantize, quantizer_arguments
-from quantize.scheme import Scheme
+from quantize.scheme import ActivationArgs, Scheme
 
 
 class QuantizedLinear(nn.Module):
@@ -40,6 +42,7 @@ class QuantizedLinear(nn.Module):
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
         self.leading = Leading()
+        self._packed: Operands | None = None
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -50,9 +53,30 @@ class QuantizedLinear(nn.Module):
         args = self.scheme.weights
         return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
 
+    def packed(self) -> Operands:
+        """The weight as the GPU kernels read it; laid out once, held beside the buffers, and never saved."""
+        return self._packed or self._lay_out()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _lay_out(self) -> Operands:
+        """Eagerly, since the layout depends on the scales' values; so a compiled model wants one call beforehand."""
+        assert self.scheme.activations is not None
+        self._packed = lay_out(self.qtensor(), self.scheme.activations)
+        return self._packed
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """The buffers move or change their type."""
+        self._packed = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The buffers get other values."""
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        return self.leading.apart(self.transform(x), self._exact, self._rounded)
+        return self.leading.apart(x, lambda first: self._exact(self.transform(first)), self._rounded)
 
     def _exact(self, x: Tensor) -> Tensor:
         """The product with activations as they are."""
@@ -60,15 +84,24 @@ class QuantizedLinear(nn.Module):
         return torch.nn.functional.linear(x, self.qtensor().dequantize().to(x), bias)
 
     def _rounded(self, x: Tensor) -> Tensor:
-        """The product with activations quantized as the scheme says."""
+        """The product with activations transformed, and quantized as the scheme says."""
         weight, args = self.qtensor(), self.scheme.activations
         if args is None:
-            return self._exact(x)
-        operands = (x, weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
+            return self._exact(self.transform(x))
+        if has_product(x, weight, args):
+            return self._on_kernels(x, args)
+        operands = (self.transform(x), weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
         if smooth := args.runtime_smooth:
             grid = (args.num_bits, args.symmetric, args.clip_ratio)
             return runtime_smooth_linear(*operands, *grid, smooth.group_size, smooth.normalize_tokens)
         return quantized_linear(*operands, *quantizer_arguments(args))
+
+    def _on_kernels(self, x: Tensor, args: ActivationArgs) -> Tensor:
+        """The same on a GPU, with a small Hadamard transform inside the quantizer."""
+        online, hadamard = fused(self.online)
+        for transform in online:
+            x = transform(x)
+        return product(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize.kernels.ops import dequantize, quantize_activations, quantize_per_token, smooth_scales
+from quantize.kernels.ops import dequantize, quantize_dynamically, quantize_per_token, smooth_scales
 from quantize.scheme import ActivationArgs, KVCacheArgs
 
 
@@ -14,7 +14,7 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
     if args is None:
         return x
     s = smooth_scale(x, args)
-    return dequantize(*quantize_activations(x / s, *quantizer_arguments(args))).to(x) * s
+    return dequantize(*quantize_dynamically(x / s, *quantizer_arguments(args))).to(x) * s
 
 
 def smoothed(x: Tensor, args: ActivationArgs | None) -> Tensor:
