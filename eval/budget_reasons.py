@@ -1,0 +1,40 @@
+"""Why some kernels miss what is demanded of them; one that misses something without a reason fails a test."""
+
+from __future__ import annotations
+
+import re
+
+REASONS = (  # kernel, GPU, reason; the first that fits
+    (
+        r"w4a8g .*", r"gfx942",
+        "the AMD compiler takes shifts of int8 tensors apart, and inline assembly on them does not compile; masks "
+        "instead would need sums of half groups of activations",
+    ),
+    (
+        r"w4a8g .* zero points", r"sm_120",
+        "zero points and sums of a group pass through shared memory on their way, and count among the operands there",
+    ),
+    (
+        r"w[48]a8g 16x64", r".*",
+        "16 tokens of one group are 1 KB, 8 bytes for each of the 128 threads; two groups at once would be two sums",
+    ),
+    (
+        r"w4a[48] .*", r"gfx942",
+        "waves stand two by two, so two of them unpack each weight",
+    ),
+    (
+        r"(mxfp4|nvfp4) .*", r"sm_1[02]0",
+        "scales of blocks lie in rows of K / 32 or K / 16 bytes, of which a tile takes 8 or 16",
+    ),
+    (
+        r"smooth w4a4 .*", r".*",
+        "the order of the channels is known only when it runs, so weights lie channel by channel, and their bytes are "
+        "transposed for the tensor cores",
+    ),
+)  # fmt: skip
+
+
+def reason_for(kernel: str, arch: str) -> str:
+    """Why a kernel misses something on a GPU; empty if nothing is known."""
+    fitting = (why for name, gpu, why in REASONS if re.fullmatch(name, kernel) and re.fullmatch(gpu, arch))
+    return next(fitting, "")
