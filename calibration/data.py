@@ -18,7 +18,7 @@ T = TypeVar("T")
 Row = Mapping[str, Tensor]
 Tokenize = Callable[[str], list[int]]
 BUNDLED = Path(__file__).with_name("books.txt")  # public-domain prose
-BATCH_TOKENS = 4096  # that run together
+BATCH_TOKENS = 2048  # that run together
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ outputs of everything quantized before it, and each node runs once a batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Self
 
 from torch import Tensor, fx
 
+from quantize.calibration.scratch import Batches
 from quantize.calibration.statistics import Statistic
 from quantize.graph.execute import State, Values, advance, start
 from quantize.graph.linears import Linear
@@ -24,31 +26,38 @@ class Runner:
         values: for each batch what is alive.
     """
 
-    def __init__(self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]], scratch: Path | None = None
+    ) -> None:
+        """Of many batches, what does not fit into memory lies in files in the directory `scratch`."""
         self.program = program
-        self.values: list[Values] = [start(program, given) for given in batches]
+        self.values = Batches((start(program, given) for given in batches), scratch)
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:
         """A runner that starts from given values."""
         runner = cls(program, [])
-        runner.values = list(values)
+        runner.values = Batches(values, None)
         return runner
 
     def run(self, nodes: Iterable[fx.Node], state: State) -> None:
         """Advance every batch over some nodes."""
         nodes = tuple(nodes)
-        for values in self.values:
+        for number, values in enumerate(self.values):
             advance(self.program, nodes, values, state)
+            self.values[number] = values
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs, batch by batch, once every node has run."""
         return [values[node] for values in self.values for node in self.program.output.all_input_nodes]
 
-    def stops(self, segment: Segment, state: State, targets: Iterable[Linear]) -> Iterator[list[Linear]]:
+    def stops(
+        self, segment: Segment, state: State, targets: Iterable[Linear], finish: bool = True
+    ) -> Iterator[list[Linear]]:
         """Advance through a segment, stopping before the first of each group of targets that share an input.
 
-        The caller may change `state.linears` at each stop; the linears run with what stands there afterwards.
+        The caller may change `state.linears` at each stop; the linears run with what stands there afterwards. Without
+        `finish` the last stop is where the run ends.
         """
         groups: dict[fx.Node, list[Linear]] = {}
         for linear in targets:
@@ -59,7 +68,8 @@ class Runner:
             self.run(segment.nodes[done:position], state)
             done = position
             yield group
-        self.run(segment.nodes[done:], state)
+        if finish:
+            self.run(segment.nodes[done:], state)
 
     def preview(
         self,

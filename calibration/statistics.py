@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-STRIPE = 512  # rows of a Gram matrix that are summed at a time
+BLOCK = 1024  # rows of a Gram matrix that are summed together
 
 
 class Statistic(Protocol):
@@ -58,6 +58,7 @@ class Gram:
         for total, left in zip(self.totals(x.shape[1], len(lefts)), lefts, strict=True):
             for rows in stripes(len(total)):
                 add_product(total, left, x, rows)
+        mirror(self.totals(x.shape[1], 1)[0])
         self.rows += len(x)
 
     def totals(self, K: int, count: int) -> list[Tensor]:
@@ -71,13 +72,10 @@ class Gram:
     def merge(self, other: Self) -> None:
         """The sum of both."""
         if other.value is not None:
-            self._add(other.value, other.rows, other.drift)
-
-    def _add(self, value: Tensor, rows: int, drift: Tensor | None) -> None:
-        self.value = value if self.value is None else self.value.add_(value)
-        if drift is not None:
-            self.drift = drift if self.drift is None else self.drift.add_(drift)
-        self.rows += rows
+            self.value = other.value if self.value is None else self.value.add_(other.value)
+        if other.drift is not None:
+            self.drift = other.drift if self.drift is None else self.drift.add_(other.drift)
+        self.rows += other.rows
 
 
 def factors(x: Tensor, exact: Tensor | None) -> tuple[list[Tensor], Tensor]:
@@ -88,12 +86,20 @@ def factors(x: Tensor, exact: Tensor | None) -> tuple[list[Tensor], Tensor]:
 
 def stripes(count: int) -> Iterator[slice]:
     """Runs of neighbouring rows of a total, which several processes can work on one behind the other."""
-    return (slice(first, min(first + STRIPE, count)) for first in range(0, count, STRIPE))
+    return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> None:
-    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both."""
-    total[rows].addmm_(left[:, rows].T, right)
+    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both; of xᵀx only what `mirror` does not find."""
+    first = rows.start if left is right else 0
+    total[rows, first:].addmm_(left[:, rows].T, right[:, first:])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy what stands above the stripes' blocks on the diagonal of a total [K, K] to where it stands below them."""
+    for rows in stripes(len(total)):
+        rest = slice(rows.stop, None)
+        total[rest, rows] = total[rows, rest].T
 
 
 @dataclass

@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from quantize.calibration.data import BATCH_TOKENS, Row, Samples
 from quantize.calibration.runner import Runner
-from quantize.calibration.statistics import Gram, factors
+from quantize.calibration.statistics import Gram, factors, mirror
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
@@ -61,20 +62,24 @@ class BlockRun:
         once: Once = always,
         ranks: Ranks | None = None,
         collected: Surveys | None = None,
+        scratch: Path | None = None,
     ) -> None:
+        """Calibration activations that do not fit into memory lie in files in the directory `scratch`."""
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
         self.ranks = ranks or Ranks()
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
         self.leading = Leading(plan.recipe.prefix_tokens)
         runs = plan.calibrates and collected is None
         given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if runs else []
-        self.first_batch = self.ranks.first_of(len(given))
+        self.first_batch = self.ranks.part_of(len(given)).start
         batches = self.leading.batches(self.ranks.share(given))
         self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
-        self.calibration, self.probes = Runner(program, batches), Runner(program, self.probes_run())
-        self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [])
+        self.calibration, self.probes = Runner(program, batches, scratch), Runner(program, self.probes_run())
+        self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [], scratch)
         scheme = plan.recipe.linear_scheme
-        surveys = collected or once("survey", lambda: survey(checkpoint, program, plan, batches, self.ranks, console))
+        surveys = collected or once(
+            "survey", lambda: survey(checkpoint, program, plan, batches, self.ranks, console, scratch)
+        )
         self.transformer = Transformer(
             program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, self.leading,
             self.ranks,
@@ -85,31 +90,54 @@ class BlockRun:
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; returns what is stored of it."""
-        stored = {name: self.checkpoint.tensor(name) for name in segment.parameters}
-        weights, fronts = self.transformer.apply(segment, {name: t.float() for name, t in stored.items()})
+        given, dtypes = self._read(segment)
+        weights, fronts = self.transformer.apply(segment, dict(given))
         linears = self.program.linears(segment)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
         replaced = {name for linear in targets for name in (linear.weight, linear.bias)}
-        exact = float_state(dict(weights), linears, fronts)
-        kept = {name: weights[name].to(t.dtype) for name, t in stored.items() if name not in replaced}
-        weights |= {name: t.float() for name, t in kept.items()}  # from here on the block runs with what is stored
-        biases = {x.path: weights[x.bias].to(stored[x.bias].dtype) for x in targets if x.bias}
+        exact = float_state(dict(weights), linears, fronts) if self.exact.values else State({})
+        changed = {n: w.to(dtypes[n]) for n, w in weights.items() if n not in replaced and w is not given[n]}
+        same = [name for name, w in weights.items() if name not in replaced and w is given[name]]
+        del given
+        weights |= {name: t.float() for name, t in changed.items()}  # from here on the block runs with what is stored
+        biases = {x.path: weights[x.bias].to(dtypes[x.bias]) for x in targets if x.bias}
         state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
-        starts = [dict(values) for values in self.calibration.values] if self.plan.recipe.tune else []
+        tune, finish = self.plan.recipe.tune if targets else None, self._calibrates_after(segment)
+        starts = list(self.calibration.values) if tune else []
         for group, _ in zip(
-            self.calibration.stops(segment, state, targets), self.exact.stops(segment, exact, targets), strict=True
+            self.calibration.stops(segment, state, targets, finish),
+            self.exact.stops(segment, exact, targets, finish or tune is not None),
+            strict=True,
         ):
-            for linear, gram in zip(group, self._grams(group, fronts), strict=True):
-                front, dtype = fronts[linear.path], stored[linear.weight].dtype
-                weight = self._quantize(linear, state, gram, dtype)
-                tensors |= self._replace(linear, state, weight, front, biases.get(linear.path))
-        if self.plan.recipe.tune and targets:
-            for linear, weight in self._tune(segment, state, starts, targets, self.plan.recipe.tune):
+            for part in self._parts(group, fronts, dtypes):
+                for linear, weight in zip(part, self._quantize(part, state, fronts, dtypes), strict=True):
+                    tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
+                if not tune:
+                    self._give_up(state, part)
+        if tune:
+            for linear, weight in self._tune(segment, state, starts, targets, tune):
                 tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
-            self.calibration.values = starts
-            self.calibration.run(segment.nodes, state)
+            for number, values in enumerate(starts):
+                self.calibration.values[number] = values
+            self.calibration.run(segment.nodes if finish else (), state)
         self.probes.run(segment.nodes, state)
-        return tensors | self._kept(kept)
+        del weights, state, exact  # what is stored as it was is read again, not held twice
+        return tensors | self._kept(changed | {name: self.checkpoint.tensor(name) for name in same})
+
+    def _read(self, segment: Segment) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        """The parameters of a block in float32, and the dtypes that they are stored in."""
+        given, dtypes = dict[str, Tensor](), dict[str, torch.dtype]()
+        for name in segment.parameters:
+            given[name], dtypes[name] = self.checkpoint.float_tensor(name), self.checkpoint.tensor(name).dtype
+        return given, dtypes
+
+    def _calibrates_after(self, segment: Segment) -> bool:
+        """Whether anything behind a block looks at the calibration activations."""
+        segments = self.program.segments
+        later = segments[segments.index(segment) + 1 :]
+        return bool(later) and (
+            bool(self.plan.steps) or any(x.path in self.plan.targets for s in later for x in self.program.linears(s))
+        )
 
     def _with_kv_cache(self, segment: Segment, state: State) -> State:
         """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""
@@ -134,15 +162,21 @@ class BlockRun:
         """The probes as they run, with the prefix in front."""
         return self.leading.batches(self.probe_inputs)
 
-    def _grams(self, group: Sequence[Linear], fronts: Mapping[str, Front]) -> list[Gram | None]:
-        """Gram matrix of the input of each linear behind its rotations, made once for all that share these."""
-        if not self.plan.quantizer.needs_gram:
-            return [None for _ in group]
-        keys, made = [self._seen(fronts[linear.path]) for linear in group], dict[object, Gram]()
-        for linear, key in zip(group, keys, strict=True):
-            if key not in made:
-                made[key] = self._gram(linear.source, linear.columns, fronts[linear.path])
-        return [made[key] for key in keys]
+    def _give_up(self, state: State, linears: Sequence[Linear]) -> None:
+        """Drop float weights that nothing but the linears that were replaced has read."""
+        for name in {linear.weight for linear in linears}:
+            readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
+            if all(reader in state.linears for reader in readers):
+                state.weights.pop(name, None)
+
+    def _parts(
+        self, group: Sequence[Linear], fronts: Mapping[str, Front], dtypes: Mapping[str, torch.dtype]
+    ) -> list[list[Linear]]:
+        """Of linears that share an input, those that see the same of it; they are rounded together."""
+        parts: dict[object, list[Linear]] = {}
+        for linear in group:
+            parts.setdefault((self._seen(fronts[linear.path]), dtypes[linear.weight]), []).append(linear)
+        return list(parts.values())
 
     def _seen(self, front: Front) -> object:
         """What a Gram matrix depends on."""
@@ -153,6 +187,7 @@ class BlockRun:
         gram, exact = Gram(), self.plan.quantizer.needs_exact
         totals = gram.totals(columns, 1 + exact)
         self.ranks.sum_products(totals, (factors(*seen) for seen in self._inputs(source, front)))
+        mirror(totals[0])
         seen = sum(self.leading.rest(values[source]).numel() for values in self.calibration.values) // columns
         gram.rows = sum(self.ranks.gather(seen))
         return gram
@@ -165,20 +200,34 @@ class BlockRun:
         pairs = zip(self.calibration.values, self.exact.values, strict=True)
         return ((front.quantized(rest(v[source])), front.rotate(rest(exact[source]))) for v, exact in pairs)
 
-    def _quantize(self, linear: Linear, state: State, gram: Gram | None, dtype: torch.dtype) -> QTensor:
-        """Round the weight of one linear."""
+    def _quantize(
+        self, part: Sequence[Linear], state: State, fronts: Mapping[str, Front], dtypes: Mapping[str, torch.dtype]
+    ) -> list[QTensor]:
+        """Round the weights of linears that see the same input."""
+        quantizer, first = self.plan.quantizer, part[0]
+        gram = self._gram(first.source, first.columns, fronts[first.path]) if quantizer.needs_gram else None
+        weights = [linear.oriented(state.weights[linear.weight]) for linear in part]
+        mine = [W[self.ranks.part_of(len(W))] for W in weights] if self._splits(weights) else weights
         try:
-            W = linear.oriented(state.weights[linear.weight])
-            return self.plan.quantizer.quantize(W, self.plan.recipe.weights, gram, dtype)
+            found = quantizer.quantize_together(mine, self.plan.recipe.weights, gram, dtypes[first.weight])
         except QuantizeError as error:
-            raise QuantizeError(f"{linear.path}: {error}") from None
+            raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
+        if not self._splits(weights):
+            return found
+        shares = self.ranks.gather([weight.tensors() for weight in found])
+        return [weight.joined(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
+
+    def _splits(self, weights: Sequence[Tensor]) -> bool:
+        """Whether each rank rounds some rows of the weights: they are rounded apart, but for NVFP4's common unit."""
+        return 1 < self.ranks.count <= min(map(len, weights)) and self.plan.recipe.weights.format != "nvfp4"
 
     def _replace(
         self, linear: Linear, state: State, weight: QTensor, front: Front, bias: Tensor | None
     ) -> dict[str, Tensor]:
         """Let the block run with a quantized linear from here on; returns its tensors."""
         scheme = Scheme(weights=weight.args, activations=front.activations)
-        module = QuantizedLinear(weight, front.bias(weight.dequantize(), bias), scheme, front.online)
+        bias = front.bias(weight.dequantize(), bias) if front.shifts else bias
+        module = QuantizedLinear(weight, bias, scheme, front.online)
         module.leading, state.linears[linear.node] = self.leading, module
         self.modules[linear.path] = describe(module, self.plan.recipe.activations)
         self.untied |= self._is_tied(linear.weight)
@@ -197,7 +246,7 @@ class BlockRun:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""
         kept = dict(tensors)
         for name in (name for name in tensors if self._is_tied(name)):
-            digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+            digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().data).hexdigest()
             others = [other for other in self.checkpoint.ties[name] if other in self.tied]
             if others and self.tied[others[0]] == digest:
                 del kept[name]

@@ -28,6 +28,7 @@ from quantize.files import (
 from quantize.renaming import Source, sources
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+CHECKED = 1 << 22  # numbers looked at together
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -78,6 +79,13 @@ class Checkpoint:
             return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
         except RuntimeError as error:  # parts that do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+
+    def float_tensor(self, name: str) -> Tensor:
+        """One parameter in float32, the file's pages given back as it is read; raises as `tensor` does."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if self.module is not None or stored is None:
+            return self.tensor(name).float()
+        return self.sources[stored].read(stored, lambda part: read_float(self.files[part], part)).float()
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
@@ -242,6 +250,17 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
 
 
+def read_float(path: Path, name: str) -> Tensor:
+    """One tensor in float32, mapped a piece at a time so that the whole is not in memory twice."""
+    stored = read_tensor(path, name)
+    if stored.dtype == torch.float32 or not stored.dim():
+        return stored.float()
+    wide, rows = torch.empty(stored.shape), max(1, CHECKED // max(1, stored[:1].numel()))
+    for part, start in zip(wide.split(rows), range(0, len(wide), rows), strict=True):
+        part.copy_(read_tensor(path, name)[start : start + rows])
+    return wide
+
+
 def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
     """Every parameter is there, of the right shape, floating point and finite.
 
@@ -256,6 +275,6 @@ def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
             )
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float64))) and not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(CHECKED)):
             index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

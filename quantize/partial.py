@@ -99,6 +99,7 @@ class Onlooker(ArtifactWriter):
 
     def __init__(self, output: Path) -> None:
         self.output, self.weight_map, self.hashes = output, {}, {}
+        self.directory = partial_directory(output)
 
     def __enter__(self) -> Self:
         return self

@@ -131,11 +131,15 @@ def quantize_model(
         return run(prepared, writer, console if ranks.first else None, journal, ranks, collected)
 
 
-def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None) -> Prepared:
-    """Everything that can be decided, and everything that can be wrong, before the first block."""
+def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True) -> Prepared:
+    """Everything that can be decided, and everything that can be wrong, before the first block.
+
+    Without `read` no weight is read, and so none that is wrong found.
+    """
     checkpoint = open_checkpoint(model)
     skeleton = checkpoint.skeleton()
-    check_weights(checkpoint, skeleton)
+    if read:
+        check_weights(checkpoint, skeleton)
     check_length(checkpoint.config, recipe)
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton)
@@ -219,14 +223,15 @@ def run(
     announce(prepared, console)
     with running("the model"):
         surveys = None if collected is None else {collected.step: collected.statistics}
-        blocks = BlockRun(checkpoint, program, plan, prepared.samples, console, journal.once, ranks, surveys)
+        blocks = BlockRun(
+            checkpoint, program, plan, prepared.samples, console, journal.once, ranks, surveys, writer.directory
+        )
     done = journal.restore(blocks, writer)
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
-            tensors = blocks.process(segment)
-        writer.add(shard_name(program, number), tensors)
+            writer.add(shard_name(program, number), blocks.process(segment))
         journal.record(number, blocks, writer)
     data = calibration_record(prepared) if collected is None else collected.record()
     manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.first else {}

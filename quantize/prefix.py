@@ -101,10 +101,10 @@ def settle_prefix(
 
     def find() -> tuple[dict[int, int], int]:
         found = find_prefix(checkpoint, program, ids, console)
-        return dict(found.counts), found.sequences
+        return dict(found.counts.items()), found.sequences
 
-    counts, sequences = once("prefix", find)
-    found = Found(Counter(counts), sequences)
+    flagged, sequences = once("prefix", find)
+    found = Found(Counter(flagged), sequences)
     settled = PrefixArgs(tokens=found.tokens) if found.tokens else None
     recipe = plan.recipe.model_copy(update={"prefix": settled})
     counts = {str(token): n for token, n in found.counts.most_common()}

@@ -45,11 +45,11 @@ class Ranks:
 
     def share(self, batches: Sequence[T]) -> Sequence[T]:
         """Neighbouring batches for this rank; none is left over."""
-        return batches[self.first_of(len(batches)) : len(batches) * (self.rank + 1) // self.count]
+        return batches[self.part_of(len(batches))]
 
-    def first_of(self, count: int) -> int:
-        """Number of this rank's first of so many batches."""
-        return count * self.rank // self.count
+    def part_of(self, count: int) -> slice:
+        """Which of so many things are this rank's."""
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
         """What every rank gave, plain data and tensors (`stored`), in order of ranks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -25,6 +26,7 @@ def survey(
     batches: Sequence[Row],
     ranks: Ranks,
     console: Console | None = None,
+    scratch: Path | None = None,
 ) -> dict[int, dict[str, Statistic]]:
     """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
 
@@ -33,7 +35,7 @@ def survey(
     found: dict[int, dict[str, Statistic]] = {}
     for number, step in enumerate(plan.steps):
         if step.surveyed:
-            calibration, steps = Runner(program, batches), plan.steps[:number]
+            calibration, steps = Runner(program, batches, scratch), plan.steps[:number]
             scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, Leading(plan.recipe.prefix_tokens)
             transformer = Transformer(
                 program, steps, scheme, calibration, Runner(program, []), seed, found, leading, ranks
@@ -57,7 +59,8 @@ def one_run(
         held, fronts = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
         linears, transforms = program.linears(segment), behind(fronts, transformer.leading)
         targets = [linear for linear in linears if linear.weight in weights]
-        for group in calibration.stops(segment, float_state(held, linears, fronts), targets):
+        state, finish = float_state(held, linears, fronts), segment is not program.segments[-1]
+        for group in calibration.stops(segment, state, targets, finish):
             for linear in group:
                 found[linear.weight] = make()
                 for values in calibration.values:

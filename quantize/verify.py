@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantize import gate
 from quantize.artifact import PROBE, check_hashes, fill, load, read_linear, read_manifest
 from quantize.calibration.runner import Runner
-from quantize.checkpoint import index_tensors, read_tensor
+from quantize.checkpoint import index_tensors, read_float
 from quantize.errors import QuantizeError, reason
 from quantize.files import read_all
 from quantize.graph.execute import State
@@ -66,6 +66,7 @@ def parity(
         state = stored_state(program, segment, files, dict(settings), ties)
         runner.run(segment.nodes, state)
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
+        del state  # before the next is read
     reloaded = max(gate.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
     if reloaded > gate.TOLERANCE or fake_quant > gate.TOLERANCE * 100:
         raise QuantizeError(
@@ -89,7 +90,7 @@ def stored_state(
         for name in segment.parameters
         if name not in replaced
     }
-    weights = {name: read_tensor(files[stored], stored).float() for name, stored in names.items()}
+    weights = {name: read_float(files[stored], stored) for name, stored in names.items()}
     modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
     return State(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))
 

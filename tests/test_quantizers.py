@@ -5,9 +5,9 @@ import torch
 
 from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
-from quantize.quantizers import QUANTIZERS
+from quantize.quantizers import QUANTIZERS, base
 from quantize.quantizers.base import find_grid
-from quantize.quantizers.gptaq import correction
+from quantize.quantizers.hessian import factor, mirror, permute, solve
 from quantize.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
@@ -169,9 +169,55 @@ def test_gptaq_makes_up_for_what_earlier_layers_got_wrong():
 
 
 def test_the_correction_by_hand():
-    """One column: X' = 2 X, so D = X² and W + W D / H = 2 W without damping."""
-    W, H = torch.tensor([[3.0]]), torch.tensor([[4.0]])
-    assert correction(W, H, torch.tensor([[4.0]]), damp=0.0).tolist() == [[3.0]]
+    """One column: X' = 2 X, so D = X² and W + W D / H = 2 W without damping, 6 = 7 * 6 / 7."""
+    gram = Gram(torch.tensor([[4.0]]), 1, torch.tensor([[4.0]]))
+    made = QUANTIZERS["gptaq"](alpha=1.0, damp=1e-9, mse=False).quantize(
+        torch.tensor([[3.0]]), PER_CHANNEL, gram, torch.float32
+    )
+    assert made.dequantize().item() == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("columns", [1, 200, 600])  # within one panel, and of several that do not divide them
+def test_a_hessian_is_factored_where_it_lies(columns):
+    X = correlated(2 * columns, columns).double()
+    H = (X.T @ X).float()
+    given, damped = H.clone(), H.double() + 0.01 * H.diagonal().mean() * torch.eye(columns)
+    d = factor(H, 0.01)
+    A = H.double().triu(1) + torch.eye(columns)
+    assert torch.equal(H.tril(-1), given.tril(-1))
+    assert (A * d @ A.T - damped).abs().max() <= 1e-5 * damped.abs().max()
+    M = weights(4, columns)
+    assert torch.allclose(solve(H, d, M).double() @ damped, M.double(), atol=1e-3)
+    mirror(H)
+    assert torch.equal(H.triu(1), given.triu(1))
+
+
+def test_a_hessian_is_permuted_in_place():
+    H, order = gram_of(correlated(64, 300)).value, torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    expected = H[order][:, order]
+    permute(H, order)
+    assert torch.equal(H, expected)
+
+
+def test_layers_that_share_an_input_are_rounded_as_if_alone():
+    W, gram = weights(48), gram_of(correlated())
+    gptq = QUANTIZERS["gptq"]()
+    alone = [gptq.quantize(part, GROUPED, gram, torch.float32) for part in W.split([32, 16])]
+    together = gptq.quantize_together(W.split([32, 16]), GROUPED, gram, torch.float32)
+    for a, b in zip(alone, together, strict=True):
+        assert torch.equal(a.scale, b.scale)
+        assert (a.unpack() != b.unpack()).float().mean() < 0.01  # float32 sums in another order
+
+
+@pytest.mark.parametrize("args", [PER_CHANNEL, GROUPED, WeightArgs(num_bits=8)], ids=["channel", "group", "8-bit"])
+def test_ranges_left_out_of_the_search_are_no_better(args, monkeypatch):
+    """The same scales as a search through all ranges."""
+    W = weights(64, 256) * torch.linspace(-3, 2, 64)[:, None].exp()
+    W[::7, 5] *= 30
+    found = find_grid(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
+    monkeypatch.setattr(base, "outside", lambda x, *rest: torch.zeros(len(x), 1))
+    full = find_grid(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
+    assert all(torch.equal(*pair) for pair in zip(found, full, strict=True))
 
 
 def test_grams_with_drift_merge():

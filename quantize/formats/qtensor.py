@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +84,11 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
         return dequantize(self.unpack(), self.unpack_scale(), self.zero_point)
+
+    def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
+        """All rows, from the `tensors` of some rows each, of the same format as here, without a unit."""
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return replace(self, data=whole["qweight"], scale=whole["scale"], zero_point=whole.get("zero_point"))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by the suffix it is saved under."""

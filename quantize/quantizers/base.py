@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.fp4 import encode_scale, fp4_scale, nvfp4_unit, round_to_e2m1
-from quantize.kernels.reference import round_to_grid, scale_and_zero_point
+from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.registry import Registry
 from quantize.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
+CACHED = 1 << 17  # weights whose ranges are searched together, so that all that is computed stays in a core's cache
 # What a range may shrink or grow to. An E8M0 scale only doubles or halves; an E4M3 scale 1.5 times as large puts 4, not
 # 6, on the largest weight, which suits groups with many large ones, as the step from 4 to 6 is coarse.
 RANGES = {
@@ -41,15 +44,21 @@ class Quantizer(Data):
     mse: bool = False
 
     @abstractmethod
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
-        """Round W [N, K].
+    def quantize_together(
+        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+    ) -> list[QTensor]:
+        """Round weights that multiply the same input.
 
         Args:
-            W: float32 [N, K]; K a multiple of the group size.
+            weights: float32 [N, K] each; K a multiple of the group size.
             args: bits, symmetry, group size.
-            gram: of the inputs, if `needs_gram`.
+            gram: of the input, if `needs_gram`; used up.
             scale_dtype: scales are rounded to it before anything is rounded with them.
         """
+
+    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
+        """Round one W [N, K]; `gram` stays as it is."""
+        return self.quantize_together([W], args, copy.deepcopy(gram), scale_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:
@@ -65,17 +74,56 @@ def find_grid(
     With `mse`, each range is scaled by the one of `RANGES` that gives the least Σ importance · error², importance
     [K] ≥ 0 or ones.
     """
-    groups, weighting = grouped(W, args), 1.0 if importance is None else grouped(importance[None], args)
+    unit, weighting = (
+        find_unit(W, args),
+        grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args),
+    )
+    rows = max(1, CACHED // W.shape[1])
+    found = [
+        find_ranges(grouped(part, args), args, scale_dtype, unit, weighting if mse else None) for part in W.split(rows)
+    ]
+    scale, zero_point = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scale, zero_point
+
+
+def find_ranges(
+    groups: Tensor, args: WeightArgs, dtype: torch.dtype, unit: Tensor | None, weighting: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [n, G] of groups [n, G, K / G]; with a weighting [1, G, K / G] those of the least error.
+
+    A group is left once what lies outside its range makes a larger error already: smaller ranges only add to that.
+    """
     low, high = groups.aminmax(dim=-1, keepdim=True)
-    unit = find_unit(W, args)
-    scale, zero_point = rounded_grid(low, high, args, scale_dtype, unit)
-    best = grid_error(groups, scale, zero_point, args, weighting)
-    for factor in RANGES[args.format] if mse else ():
-        s, z = rounded_grid(low * factor, high * factor, args, scale_dtype, unit)
-        error = grid_error(groups, s, z, args, weighting)
+    scale, zero_point = rounded_grid(low, high, args, dtype, unit)
+    if weighting is None:
+        return scale[..., 0], zero_point[..., 0]
+    x, low, high, s, z, weighting = (
+        t.flatten(0, 1) for t in (groups, low, high, scale, zero_point, weighting.expand_as(groups))
+    )
+    best, live, found = grid_error(x, s, z, args, weighting), torch.arange(len(x)), torch.stack([s, z])
+    for number, factor in enumerate(RANGES[args.format]):
+        tried = rounded_grid(low * factor, high * factor, args, dtype, unit)
+        error = grid_error(x, *tried, args, weighting)
         better = error < best
-        best, scale, zero_point = (torch.where(better, *pair) for pair in ((error, best), (s, scale), (z, zero_point)))
-    return scale[..., 0], zero_point[..., 0]
+        best, s, z = (torch.where(better, *pair) for pair in ((error, best), (tried[0], s), (tried[1], z)))
+        if number % 8 == 7 and args.format == "int":
+            open_ = (outside(x, *tried, args, weighting) < best)[:, 0]
+            found[:, live] = torch.stack([s, z])
+            live, x, low, high, s, z, best, weighting = (t[open_] for t in (live, x, low, high, s, z, best, weighting))
+    found[:, live] = torch.stack([s, z])
+    found_scale, found_zero = found.view(2, *scale.shape[:-1])
+    return found_scale, found_zero
+
+
+def outside(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor) -> Tensor:
+    """Σ weighting · (distance from a grid's ends)² [n, 1], which no smaller range reaches beyond.
+
+    The ends of a smaller range lie further out by what rounding shifts them at most: its scale, and its zero point.
+    """
+    qmin, qmax = integer_range(args.num_bits)
+    slack, t = 0.1 if args.symmetric else 1.1, x / scale + zero_point
+    beyond = t - t.clamp(qmin - slack, qmax + slack)
+    return beyond.square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
 def find_unit(W: Tensor, args: WeightArgs) -> Tensor | None:
@@ -94,17 +142,20 @@ def rounded_grid(
     return scale.to(dtype).float(), zero_point
 
 
-def grid_error(
-    groups: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor | float
-) -> Tensor:
-    """Σ weighting · (w - round(w))² of each group, [N, G, 1]."""
-    q = nearest(groups, scale, zero_point, args)
-    return (weighting * ((q - zero_point) * scale - groups).square()).sum(-1, keepdim=True)
+def grid_error(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor) -> Tensor:
+    """Σ weighting · (x - round(x))² [n, 1] of groups x [n, K / G], counted in steps of the grid."""
+    t = (x / scale).add_(zero_point)
+    return on_integers(t, args).sub_(t).square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
 def nearest(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> Tensor:
     """The nearest integers of the grid, in the dtype of `x`; of FP4 twice the nearest E2M1 values."""
-    return round_to_grid(x, scale, zero_point, args.num_bits) if args.format == "int" else round_to_e2m1(x / scale)
+    return on_integers(x / scale + zero_point, args)
+
+
+def on_integers(t: Tensor, args: WeightArgs) -> Tensor:
+    """The nearest integers of the grid to x / scale + zero point."""
+    return t.round().clamp_(*integer_range(args.num_bits)) if args.format == "int" else round_to_e2m1(t)
 
 
 def pack(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
-from quantize.formats.qtensor import QTensor
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.gptq import GPTQ
-from quantize.scheme import WeightArgs
+from quantize.quantizers.hessian import solve
 
 
 @QUANTIZERS.register("gptaq")
@@ -29,16 +28,10 @@ class GPTAQ(GPTQ):
     needs_exact: ClassVar[bool] = True
     alpha: float = Field(0.5, ge=0, le=1)
 
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
-        """Round W [N, K] to the least error of Ŵ X against W X'."""
-        if gram is not None and gram.value is not None and gram.drift is not None and bool(gram.value.any()):
-            W = W + self.alpha * correction(W, gram.value, gram.drift, self.damp)
-        return super().quantize(W, args, gram, scale_dtype)
-
-
-def correction(W: Tensor, H: Tensor, D: Tensor, damp: float) -> Tensor:
-    """W D H⁻¹ [N, K]: what brings W X nearest to W X' in least squares, H = X Xᵀ damped as in GPTQ, which checks it."""
-    H = H.double()
-    H = H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
-    solved: Tensor = torch.linalg.solve_ex(H, W.double() @ D.double(), left=False)[0]
-    return solved.to(W.dtype)
+    def aimed_at(self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor) -> Sequence[Tensor]:
+        """W + α W D H⁻¹ for each W: what brings W X nearest to W X' in least squares, H damped."""
+        D, gram.drift = gram.drift, None
+        if D is None:
+            return weights
+        back = order.argsort()
+        return [W + self.alpha * solve(H, d, (W @ D)[:, order])[:, back] for W in weights]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
-from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, nearest, pack
+from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, pack
+from quantize.quantizers.columns import Columns, compensated, sweep
+from quantize.quantizers.hessian import factor, mirror, permute
 from quantize.scheme import WeightArgs
 
 
@@ -36,90 +38,49 @@ class GPTQ(Quantizer):
     block_size: int = Field(128, ge=1)
     sweeps: int = Field(2, ge=0)
 
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
-        """Round W [N, K] to the least error of W X, X the inputs that `gram` saw."""
-        if gram is None or gram.value is None or not gram.rows:
-            raise QuantizeError(
-                "GPTQ needs calibration data, and none reached this layer; leave it out with --ignore, "
-                'or round without data (quantizer = { name = "rtn" })'
-            )
-        H = gram.value.double() / gram.rows
-        scale, zero_point = find_grid(W, args, scale_dtype, self.mse, H.diagonal().sqrt().float())
-        dead = H.diagonal() == 0
+    def quantize_together(
+        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+    ) -> list[QTensor]:
+        """Round each W [N, K] to the least error of W X, X the inputs that `gram` saw; its matrices are overwritten."""
+        gram, H = told(gram)
+        importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
         H.diagonal()[dead] = 1
-        given, W = W, W.masked_fill(dead, 0)
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
-        columns = Columns(scale, zero_point, order // (args.group_size or W.shape[1]), args)
-        W, H = W[:, order], H[order][:, order]
-        q = compensated(W, inverse_factor(H, self.damp), columns, self.block_size)
-        H.diagonal().add_(self.damp * H.diagonal().mean())
+        permute(H, order)
+        weights = self.aimed_at(weights, gram, H, factor(H, self.damp), order)
+        grids = [find_grid(W, args, scale_dtype, self.mse, importance) for W in weights]
+        scale, zero_point = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
+        R = torch.empty(len(H), scale.shape[1])
+        for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
+            part.copy_(W[:, order].T)
+        R[dead[order]] = 0
+        Q = self.rounded(R, H, Columns(scale, zero_point, order // (args.group_size or len(H)), args))
+        parts = Q[order.argsort()].T.split([len(W) for W in weights])
+        return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
+
+    def aimed_at(self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor) -> Sequence[Tensor]:
+        """What is rounded instead of the weights, given H [K, K] as `factor` left it, its columns in another order."""
+        del gram, H, d, order
+        return weights
+
+    def rounded(self, R: Tensor, H: Tensor, columns: Columns) -> Tensor:
+        """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
+        Q = compensated(R, H, columns, self.block_size)
+        mirror(H)
         for _ in range(self.sweeps):
-            q = swept(W, q, H.float(), columns, self.block_size)
-        return pack(given, q[:, order.argsort()], scale, zero_point, args, scale_dtype)
+            sweep(Q, R, H, columns, self.block_size)
+        return Q
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The grid of each column, by the group it is in: scale, zero_point [N, G], group [K]."""
-
-    scale: Tensor
-    zero_point: Tensor
-    group: Tensor
-    args: WeightArgs
-
-    def round(self, w: Tensor, column: int) -> Tensor:
-        """Integers [N] of one column w [N]."""
-        g = self.group[column]
-        return nearest(w, self.scale[:, g], self.zero_point[:, g], self.args)
-
-    def value(self, q: Tensor, column: int | slice) -> Tensor:
-        """The weights that the integers of some columns stand for."""
-        g = self.group[column]
-        return (q - self.zero_point[:, g]) * self.scale[:, g]
-
-
-def compensated(W: Tensor, U: Tensor, columns: Columns, block_size: int) -> Tensor:
-    """GPTQ: integers [N, K]; the error of each column is made up for by those after it, block by block."""
-    W, Q = W.clone(), torch.empty_like(W)
-    for start in range(0, W.shape[1], block_size):
-        block = slice(start, min(start + block_size, W.shape[1]))
-        w, u, e = W[:, block].T.contiguous(), U[block, block], torch.empty_like(W[:, block].T)
-        for i in range(len(w)):
-            Q[:, start + i] = q = columns.round(w[i], start + i)
-            e[i] = (w[i] - columns.value(q, start + i)) / u[i, i]
-            w[i + 1 :] -= u[i, i + 1 :, None] * e[i]
-        W[:, block.stop :] -= e.T @ U[block, block.stop :]
-    return Q
-
-
-def swept(W: Tensor, Q: Tensor, H: Tensor, columns: Columns, block_size: int) -> Tensor:
-    """One round of coordinate descent on tr((W - Ŵ) H (W - Ŵ)ᵀ): each column again, given all others."""
-    R, Q = W - columns.value(Q, slice(None)), Q.clone()
-    for start in range(0, W.shape[1], block_size):
-        block = slice(start, min(start + block_size, W.shape[1]))
-        g, h = (R @ H[:, block]).T.contiguous(), H[block, block]
-        for i, j in enumerate(range(start, block.stop)):
-            Q[:, j] = columns.round(W[:, j] + g[i] / h[i, i] - R[:, j], j)
-            change = W[:, j] - columns.value(Q[:, j], j) - R[:, j]
-            R[:, j] += change
-            g += h[:, i, None] * change
-    return Q
-
-
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """U upper triangular, float32, with UᵀU = (H + damping)⁻¹; the damping grows tenfold until that exists.
+def told(gram: Gram | None) -> tuple[Gram, Tensor]:
+    """A Gram matrix and its value [K, K], whose scale does not matter.
 
     Raises:
-        QuantizeError: not even a damping of a hundred times the mean diagonal helps.
+        QuantizeError: it has seen nothing.
     """
-    mean, eye = H.diagonal().mean(), torch.eye(len(H), dtype=H.dtype)
-    while damp <= 100:
-        L, failed = torch.linalg.cholesky_ex(H + damp * mean * eye)
-        if not failed:
-            U, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
-        if not failed:
-            return Tensor.float(U)
-        damp *= 10
-    raise QuantizeError(
-        "the Hessian of the inputs is not positive definite: the calibration activations are not finite"
-    )
+    if gram is None or gram.value is None or not gram.rows:
+        raise QuantizeError(
+            "GPTQ needs calibration data, and none reached this layer; leave it out with --ignore, "
+            'or round without data (quantizer = { name = "rtn" })'
+        )
+    return gram, gram.value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,14 @@ from quantize.scheme import WeightArgs
 class RoundToNearest(Quantizer):
     """Each weight to the nearest point of its group's grid; needs no data."""
 
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
-        """Round W [N, K]."""
+    def quantize_together(
+        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+    ) -> list[QTensor]:
+        """Round each W [N, K]."""
         del gram
+        return [self._rounded(W, args, scale_dtype) for W in weights]
+
+    def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
         scale, zero_point = find_grid(W, args, scale_dtype, self.mse)
         q = nearest(grouped(W, args), scale[..., None], zero_point[..., None], args).flatten(1)
         return pack(W, q, scale, zero_point, args, scale_dtype)

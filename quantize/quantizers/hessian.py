@@ -1,0 +1,88 @@
+"""The Hessian of a layer's inputs, factored where it lies: K² numbers are held once, whatever is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quantize.errors import QuantizeError
+
+PANEL = 256  # columns that go through BLAS together
+
+
+def panels(columns: int, width: int = PANEL) -> Iterator[slice]:
+    """Neighbouring columns, in order."""
+    return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
+
+
+def permute(H: Tensor, order: Tensor) -> None:
+    """Replace H [K, K] by H[order][:, order], in place."""
+    for panel in panels(len(H)):
+        H[:, panel] = H[order, panel]
+    for panel in panels(len(H)):
+        H[panel] = H[panel][:, order]
+
+
+def mirror(H: Tensor) -> None:
+    """Replace what stands above the diagonal by what stands below it, in place."""
+    for panel in panels(len(H)):
+        H[: panel.start, panel] = H[panel, : panel.start].T
+        H[panel, panel] = H[panel, panel].tril() + H[panel, panel].tril(-1).T
+
+
+def factor(H: Tensor, damp: float) -> Tensor:
+    """Damp H [K, K] and write A over what stands above its diagonal: H = (A + I) diag(d) (A + I)ᵀ.
+
+    The damping, at first `damp` of the mean diagonal, grows tenfold until that exists; it stays in H.
+
+    Returns:
+        d [K] > 0.
+
+    Raises:
+        QuantizeError: not even a damping of a hundred times the mean diagonal helps.
+    """
+    diagonal = H.diagonal().clone()
+    while damp <= 100:
+        H.diagonal().copy_(diagonal + damp * diagonal.mean())
+        if (d := factor_damped(H)) is not None:
+            return d
+        mirror(H)
+        damp *= 10
+    raise QuantizeError(
+        "the Hessian of the inputs is not positive definite: the calibration activations are not finite"
+    )
+
+
+def factor_damped(H: Tensor) -> Tensor | None:
+    """`factor` as H is, from the last columns to the first; None where H is not positive definite.
+
+    Each panel is a product of the columns after it; what is left within it is factored in float64.
+    """
+    d = torch.empty_like(H.diagonal())
+    for panel in reversed(list(panels(len(H)))):
+        start, stop = panel.start, panel.stop
+        S = torch.addmm(H[:stop, panel], H[:stop, stop:], (H[panel, stop:] * d[stop:]).T, alpha=-1)
+        L, failed = torch.linalg.cholesky_ex(S[start:].double().flip(0, 1))
+        if failed:
+            return None
+        U = L.flip(0, 1)  # upper triangular, U Uᵀ = S
+        root = U.diagonal()
+        d[panel], unit = root.square().to(d), (U / root).to(H)
+        H[:start, panel] = unit_solve(unit, S[:start]) / d[panel]
+        H[panel, panel] = unit.triu(1) + H[panel, panel].tril()
+    return d
+
+
+def unit_solve(A: Tensor, M: Tensor) -> Tensor:
+    """X with X (A + I)ᵀ = M, of A [K, K] only what stands above the diagonal."""
+    solved: Tensor = torch.linalg.solve_triangular(A.T, M, upper=False, left=False, unitriangular=True)
+    return solved
+
+
+def solve(H: Tensor, d: Tensor, M: Tensor) -> Tensor:
+    """M H⁻¹ [N, K], H as `factor` left it."""
+    half = unit_solve(H, M) / d
+    solved: Tensor = torch.linalg.solve_triangular(H, half, upper=True, left=False, unitriangular=True)
+    return solved
