@@ -1,0 +1,65 @@
+"""Random Llamas of the shapes of known models, written shard by shard: no more than one layer is in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHAPES: dict[str, dict[str, int | bool]] = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 512, "tie_word_embeddings": True},
+    "1.1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "vocab_size": 32000, "tie_word_embeddings": True},
+    "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+           "vocab_size": 128256, "tie_word_embeddings": True},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "vocab_size": 128256, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def write_model(directory: Path, size: str, layers: int) -> int:
+    """A model directory of `layers` layers of a shape, in bf16, the same bytes each time; returns its parameters."""
+    directory.mkdir(parents=True)
+    shape = SHAPES[size]
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers,
+              "max_position_embeddings": 2048, "dtype": "bfloat16", **shape}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    total = 0
+    for number, tensors in enumerate(shards(size, layers)):
+        save_file(tensors, directory / f"model-{number + 1:05}-of-{layers + 2:05}.safetensors", {"format": "pt"})
+        total += sum(t.numel() for t in tensors.values())
+    return total
+
+
+def shards(size: str, layers: int) -> Iterator[dict[str, Tensor]]:
+    """The embeddings, each layer, and what stands behind them."""
+    shape = SHAPES[size]
+    d, f, vocab = int(shape["hidden_size"]), int(shape["intermediate_size"]), int(shape["vocab_size"])
+    kv = d // int(shape["num_attention_heads"]) * int(shape["num_key_value_heads"])
+    yield {"model.embed_tokens.weight": normal(vocab, d, 0)}
+    for layer in range(layers):
+        sizes = {"self_attn.q": (d, d), "self_attn.k": (kv, d), "self_attn.v": (kv, d), "self_attn.o": (d, d),
+                 "mlp.gate": (f, d), "mlp.up": (f, d), "mlp.down": (d, f)}  # fmt: skip
+        made = {f"{name}_proj": normal(*nk, 100 * layer + i) for i, (name, nk) in enumerate(sizes.items(), 1)}
+        made |= {name: torch.ones(d, dtype=torch.bfloat16) for name in ("input_layernorm", "post_attention_layernorm")}
+        yield {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in made.items()}
+    head = {} if shape["tie_word_embeddings"] else {"lm_head.weight": normal(vocab, d, 99)}
+    yield head | {"model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
+
+
+def normal(rows: int, columns: int, seed: int) -> Tensor:
+    """bf16 [rows, columns] of deviation 0.02."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+
+
+def write_tokens(path: Path, size: str, samples: int, seqlen: int) -> None:
+    """Rows of random token ids."""
+    vocab = int(SHAPES[size]["vocab_size"])
+    ids = torch.randint(vocab, (samples, seqlen), generator=torch.Generator().manual_seed(1))
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))

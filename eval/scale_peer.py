@@ -1,0 +1,44 @@
+"""llm-compressor's GPTQ on the same model and tokens; runs in its own environment, without this package."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+def words(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of words t0, t1, ...: one is asked for even where the data are ids."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t0", eos_token="t0")
+
+
+def main(model: str, tokens: str, output: str, _: str, samples: str, seqlen: str) -> None:
+    """Quantize all linears but the last to W4A16, symmetric in groups of 128, and save."""
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    start, cpu = time.perf_counter(), time.process_time()
+    rows = [json.loads(line) for line in Path(tokens).read_text().splitlines()]
+    data = Dataset.from_list([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows])
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
+    oneshot(model=loaded, dataset=data, recipe=recipe, tokenizer=words(loaded.config.vocab_size),
+            max_seq_length=int(seqlen), num_calibration_samples=int(samples))  # fmt: skip
+    loaded.save_pretrained(output, save_compressed=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    print(json.dumps({**spent, "peak_mb": peak, "interpreter_mb": memory}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

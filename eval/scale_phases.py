@@ -1,0 +1,99 @@
+"""Where the time of a run goes, and what part of the machine's matrix product each phase reaches."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from quantize.calibration.runner import Runner
+from quantize.calibration.statistics import Gram
+from quantize.quantizers import columns, gptq, rtn
+
+PEAK = 2048  # order of the matrices whose product is the yardstick
+Flops = Callable[..., float]
+
+
+@dataclass
+class Phase:
+    """Seconds without those of phases within, CPU seconds, and floating-point operations of the matrix products."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    flops: float = 0.0
+
+
+@dataclass
+class Phases:
+    """Times functions by name of the phase; a phase within another one counts for itself alone."""
+
+    phases: dict[str, Phase] = field(default_factory=dict)
+    running: list[str] = field(default_factory=list)
+    last: tuple[float, float] = (0.0, 0.0)
+
+    def timed(self, name: str, run: Callable[..., Any], flops: Flops | None) -> Callable[..., Any]:
+        """`run`, counted; without `flops` torch counts those of its matrix products."""
+
+        @functools.wraps(run)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._switch()
+            self.running.append(name)
+            try:
+                if flops is not None:
+                    self._phase(name).flops += flops(*args)
+                    return run(*args, **kwargs)
+                with FlopCounterMode(display=False) as counter:
+                    result = run(*args, **kwargs)
+                self._phase(name).flops += counter.get_total_flops()
+                return result
+            finally:
+                self._switch()
+                self.running.pop()
+
+        return counted
+
+    def _phase(self, name: str) -> Phase:
+        return self.phases.setdefault(name, Phase())
+
+    def _switch(self) -> None:
+        """Give the time since the last switch to what ran."""
+        now = (time.perf_counter(), time.process_time())
+        phase = self._phase(self.running[-1] if self.running else "all else")
+        phase.seconds += now[0] - self.last[0] if self.last[0] else 0.0
+        phase.cpu += now[1] - self.last[1] if self.last[0] else 0.0
+        self.last = now
+
+
+def watch() -> Phases:
+    """Time the phases of this process's runs from now on."""
+    phases = Phases()
+    phases._switch()
+    for owner, attribute, name, flops in (
+        (Runner, "run", "forward", None),
+        (Gram, "update", "Gram", lambda *a: float(a[1].numel() * a[1].shape[-1])),  # xᵀx is symmetric: half the work
+        (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
+        (gptq, "find_grid", "scales", lambda *_: 0.0),
+        (rtn, "find_grid", "scales", lambda *_: 0.0),
+        (gptq, "compensated", "error feedback", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
+        (gptq, "sweep", "sweeps", lambda *a: 2.0 * a[1].shape[1] * len(a[1]) ** 2),
+        (columns, "round_in_turn", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
+    ):
+        setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
+    return phases
+
+
+def gemm_peak() -> tuple[float, float]:
+    """Floating-point operations of a float32 product in a second, and in a CPU second: the best of five."""
+    a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
+    best = [0.0, 0.0]
+    for _ in range(6):
+        start = (time.perf_counter(), time.process_time())
+        a @ a
+        spent = (time.perf_counter() - start[0], time.process_time() - start[1])
+        best = [max(old, 2 * PEAK**3 / new) for old, new in zip(best, spent, strict=True)]
+    return best[0], best[1]

@@ -1,0 +1,61 @@
+"""Calibration activations in files change nothing; `make bench-scale` on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from quantize.calibration import scratch
+from quantize.calibration.scratch import Batches, Filed
+from quantize.errors import QuantizeError
+from quantize.eval import bench_scale
+from quantize.eval.scale_model import write_model
+
+
+@pytest.mark.parametrize("recipe", [{"quantizer": {"name": "gptaq"}}, {"tune": {"steps": 2}}], ids=["gptaq", "tune"])
+def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, tree, monkeypatch):
+    in_memory = small_run(one_layer, "W4A16", "memory", recipe=recipe, nsamples=5, seqlen=512)
+    filed = []
+    monkeypatch.setattr(scratch, "IN_MEMORY", 100_000)
+    monkeypatch.setattr(Filed, "read", lambda self, read=Filed.read: filed.append(self.nbytes) or read(self))
+    in_files = small_run(one_layer, "W4A16", "files", recipe=recipe, nsamples=5, seqlen=512)
+    assert sum(filed) > 1_000_000
+    assert tree(in_memory) == tree(in_files)
+
+
+def test_what_finds_no_room_comes_back_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "IN_MEMORY", 50_000)
+    values = [{"x": torch.randn(100, 100) * i, "ids": torch.arange(5), "switch": False} for i in range(3)]
+    batches = Batches(values, tmp_path)
+    assert [isinstance(held["x"], Filed) for held in batches.held] == [False, True, True]
+    for _ in range(2):
+        for number, (found, expected) in enumerate(zip(batches, values, strict=True)):
+            assert torch.equal(found["x"], expected["x"]) and torch.equal(found["ids"], expected["ids"])
+            found["x"] += 0  # the caller's own copy
+            batches[number] = found
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch, "IN_MEMORY", 0)
+    with pytest.raises(QuantizeError, match="cannot be written beside the output"):
+        Batches([{"x": torch.zeros(100, 100)}], tmp_path / "missing")
+
+
+def test_a_model_is_the_same_each_time(tmp_path, tree):
+    assert write_model(tmp_path / "a", "tiny", 2) == write_model(tmp_path / "b", "tiny", 2)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+
+
+def test_bench_scale_on_a_tiny_model(tmp_path):
+    """Each run is a process of its own; the layers' memory and time are in the table, and nothing else is left."""
+    arguments = ["--size", "tiny", "--layers", "1", "--method", "gptq", "--samples", "2", "--seqlen", "32"]
+    done = CliRunner().invoke(bench_scale.main, [*arguments, "--output", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0
+    (row,) = json.loads((tmp_path / "scale.json").read_text())
+    assert row["peak_mb"] > row["interpreter_mb"] > 100
+    assert {"forward", "Gram", "solve", "scales", "error feedback", "columns", "sweeps"} <= row["phases"].keys()
+    assert row["phases"]["forward"]["flops"] > 0
+    assert "| tiny | 1 | gptq |" in (tmp_path / "scale.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["scale.json", "scale.md"]
