@@ -41,7 +41,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed; keep what is done if this one is.")
 @click.option("--stats", type=PATH, help="Statistics to use in place of calibration data, as merge-stats writes them.")
 @click.option("--collect-stats", type=PATH, help="Write the data's statistics to this new file, and stop.")
-@click.option("--dry-run", is_flag=True, help="Say what would happen, and stop.")
+@click.option("--dry-run", is_flag=True, help="Say what would happen and what it takes, and stop.")
 def quantize(
     model: str,
     scheme: str | None,
@@ -60,8 +60,10 @@ def quantize(
     from quantize.recipe import load_recipe
 
     if dry_run:
-        prepared = pipeline.prepare(model, load_recipe(scheme, recipe, **settings), calibration)
-        return click.echo(pipeline.describe(prepared))
+        from quantize.dry_run import dry_run as told
+
+        prepared = pipeline.prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
+        return click.echo(told(prepared))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)
         found = pipeline.collect_stats(
@@ -159,16 +161,28 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
     "--format", "target", type=click.Choice(["onnx", "compressed-tensors"]), default="onnx", show_default=True
 )
 @click.option("--output-dir", type=PATH, required=True, help="New directory.")
+@click.option("--qdq", is_flag=True, help="Standard ONNX operators only, for other runtimes too.")
 @click.option("--calibration", type=PATH, help="Data for NVFP4 as compressed-tensors.  [default: bundled prose]")
-def export(directory: Path, target: str, output_dir: Path, calibration: Path | None) -> None:
+def export(directory: Path, target: str, output_dir: Path, qdq: bool, calibration: Path | None) -> None:
     """Write an artifact for another runtime, and compare the two."""
     from quantize.export.directory import export_artifact
 
-    parity = export_artifact(directory, target, output_dir, calibration)
-    click.echo(
-        f"{output_dir}: "
-        + ", ".join(f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items())
-    )
+    parity = export_artifact(directory, target, output_dir, qdq, calibration)
+    figures = [f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items()]
+    click.echo(f"{output_dir}: {', '.join(figures)}")
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+def run(directory: Path, prompt: str, max_new_tokens: int) -> None:
+    """Continue a text with an exported model in ONNX Runtime, always by the most likely token."""
+    from quantize.export.runner import stream
+
+    for text in stream(directory, prompt, max_new_tokens):
+        click.echo(text, nl=False)
+    click.echo()
 
 
 @click.command()
@@ -190,7 +204,7 @@ HELP = """Make a transformer 4-bit with the least loss, and prove each step.
 commands: click.Group = DefaultGroup(
     default="quantize",
     help=HELP,
-    commands=[quantize, merge_stats, inspect, evaluate, export, verify],
+    commands=[quantize, merge_stats, inspect, evaluate, export, run, verify],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(package_name="quantize-model")(commands)

@@ -21,7 +21,7 @@ def words(text):
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["inspect"], ["eval"], ["export"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["quantize"], ["inspect"], ["eval"], ["export"], ["run"], ["verify"]])
 def test_help_ends_with_0_and_imports_nothing_slow(cli, command):
     shown = cli(*command, "--help")
     assert shown.code == 0
@@ -53,6 +53,8 @@ def test_version(cli):
         [],
         ["eval", "x"],
         ["export", "x"],
+        ["run", "x"],
+        ["run", "x", "--prompt", "a", "--max-new-tokens", "0"],
         ["verify"],
         ["inspect"],
         ["model", "--no-such-option"],
@@ -122,8 +124,11 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
         "calibration: 2 rows, 32 tokens",
         "seqlen = 16",
+        "the model can be exported as a graph",
+        "export to onnx: yes",
     ]:
         assert line in shown.out.splitlines()
+    assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
     assert not list(tmp_path.iterdir())
 
 

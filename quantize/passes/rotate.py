@@ -65,7 +65,7 @@ class Rotate(Pass):
         basis = site.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
         kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
-        return kind(signs, self._order(basis.dim // basis.heads, site.scheme))
+        return kind(signs, self.order(basis.dim // basis.heads, site.scheme))
 
     def goes_online(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
@@ -80,12 +80,12 @@ class Rotate(Pass):
         """The part of a full rotation that no weight absorbed."""
         basis, columns = place.basis, place.weight.shape[1]
         if basis is None or self.unreached(basis):
-            return place.front.then(hadamard(self._order(columns, place.scheme)))
+            return place.front.then(hadamard(self.order(columns, place.scheme)))
         head_dim = basis.dim // basis.heads
-        across = self._order(columns, place.scheme) // self._order(head_dim, place.scheme)
+        across = self.order(columns, place.scheme) // self.order(head_dim, place.scheme)
         return place.front.then(hadamard(across, head_dim)) if across > 1 else place.front
 
-    def _order(self, columns: int, scheme: Scheme) -> int:
+    def order(self, columns: int, scheme: Scheme) -> int:
         """How many channels a rotation mixes."""
         block = FORMAT_BLOCKS.get(scheme.weights.format, 0) if self.block_size is None else self.block_size
         return math.gcd(columns, block) if block else columns

@@ -1,0 +1,67 @@
+"""What `--dry-run` foresees, against what then happens; each run in a process of its own, as peaks are of a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantize.dry_run import preflight
+from quantize.duration import count
+from quantize.machine import measure, peak_memory
+from quantize.partial import ResumableWriter
+from quantize.pipeline import identity_of, prepare, run
+from quantize.recipe import load_recipe
+
+MODELS = Path("tests/models")
+RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256))
+SCHEMES = ("W4A16", "W4A4")
+
+
+def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, Any]:
+    """Foreseen and measured bytes and seconds of one run in this process; memory with what it held before."""
+    recipe = load_recipe(scheme, None, group_size=0, nsamples=nsamples, seqlen=seqlen)
+    prepared = prepare(model, recipe, None, read=False)
+    found, machine = preflight(prepared), measure()
+    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(machine)}
+    foreseen |= {"held": peak_memory(), "memory": peak_memory() + found.memory_bytes()}
+    with tempfile.TemporaryDirectory() as scratch:
+        start, output = time.perf_counter(), Path(scratch, "out")
+        with ResumableWriter(output) as writer:
+            run(prepared, writer, None, writer.begin(identity_of(prepared)))
+        seconds = time.perf_counter() - start
+        disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return {"foreseen": foreseen, "measured": {"disk": disk, "seconds": seconds, "memory": peak_memory()}}
+
+
+def table(model: str, scheme: str, found: dict[str, Any]) -> list[str]:
+    """A row: of each figure what was foreseen and what was measured."""
+    units = {"memory": 1e6, "disk": 1e6, "seconds": 1.0}
+    pairs = [(found["foreseen"][name] / unit, found["measured"][name] / unit) for name, unit in units.items()]
+    return [model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]
+
+
+def main() -> None:
+    """Print the table, or with arguments the JSON of one run."""
+    if len(sys.argv) > 1:
+        model, scheme, *sizes = sys.argv[1:]
+        return print(json.dumps(compare(Path(model), scheme, *map(int, sizes))))
+    shown = Table("model", "scheme", "memory, MB", "disk, MB", "seconds", title="foreseen / measured")
+    for model, nsamples, seqlen in RUNS:
+        for scheme in SCHEMES:
+            arguments = [str(MODELS / model), scheme, str(nsamples), str(seqlen)]
+            command = [sys.executable, "-m", "quantize.eval.bench_preflight", *arguments]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            shown.add_row(*table(model, scheme, json.loads(done.stdout)))
+    Console().print(shown)
+
+
+if __name__ == "__main__":
+    main()

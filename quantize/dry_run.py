@@ -1,0 +1,53 @@
+"""What a dry run tells: what would be done, and what it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quantize.duration import count
+from quantize.export.support import formats
+from quantize.foreseen import stored_dtypes
+from quantize.machine import measure, peak_memory
+from quantize.pipeline import Prepared, describe
+from quantize.preflight import Preflight
+
+
+def preflight(prepared: Prepared) -> Preflight:
+    """A run that has not begun, from headers alone."""
+    dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
+    return Preflight(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
+
+
+def dry_run(prepared: Prepared) -> str:
+    """What would happen, in lines."""
+    found = preflight(prepared)
+    return "\n".join([*estimates(found), *found.hadamards(), *exports(found), describe(prepared)])
+
+
+def estimates(found: Preflight) -> Iterator[str]:
+    """Memory, disk and time."""
+    held, more, machine, work = peak_memory(), found.memory_bytes(), measure(), count(found)
+    yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
+    yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
+    yield (
+        f"time: about {work.seconds(machine):.0f} s of computing, {work.products:.1e} multiply-adds at "
+        f"{machine.products:.1e}/s, {work.elements:.1e} numbers at {machine.elements:.1e}/s and {work.operators:.1e} "
+        f"operators at {machine.operator:.1e} s; files not counted, rates as measured just now"
+    )
+
+
+def exports(found: Preflight) -> Iterator[str]:
+    """Whether the graph could be exported, and where the artifact could go."""
+    if not found.program.refused:
+        yield "the model can be exported as a graph"
+    for name, why in formats(found).items():
+        yield f"export to {name}: {f'no, {why}' if why else 'yes'}"
+
+
+def human(size: float) -> str:
+    """Bytes in the unit that suits them: `12.3 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

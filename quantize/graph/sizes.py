@@ -1,0 +1,129 @@
+"""How many bytes the values of a program take, and how many multiply-adds its nodes, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quantize.graph.inputs import BATCH
+from quantize.graph.program import Program, Segment
+from quantize.graph.rules.table import name_of
+
+PRODUCTS = {"linear", "addmm", "matmul", "mm", "bmm"}
+ATTENTION = "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A program on inputs of certain shapes.
+
+    Attributes:
+        shapes: of each input, by argument of forward.
+    """
+
+    program: Program
+    shapes: Mapping[str, Sequence[int]]
+
+    @functools.cached_property
+    def _symbols(self) -> dict[Any, int]:
+        found: dict[Any, int] = {}
+        for name, shape in self.shapes.items():
+            example = self.program.inputs[name].meta.get("val")
+            for axis, size in zip(() if example is None else example.shape, shape, strict=False):
+                if isinstance(axis, torch.SymInt):
+                    found[axis.node.expr] = size
+        return found
+
+    @functools.cached_property
+    def rows(self) -> int:
+        """Tokens of one batch."""
+        return max(math.prod(shape[:2]) for shape in self.shapes.values())
+
+    def number(self, size: int | torch.SymInt) -> int:
+        """A size that may depend on those of the inputs."""
+        if isinstance(size, int):
+            return self.rows if self.program.refused and size == BATCH else size  # a batch of rows, not in a graph
+        if (expression := size.node.expr) not in self._known:
+            self._known[expression] = int(expression.subs(self._symbols))
+        return self._known[expression]
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, int]:
+        return {}
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Of a node's value."""
+        return tuple(self.number(size) for size in node.meta["val"].shape)
+
+    def storages(self, node: fx.Node) -> dict[int, int]:
+        """What a node's value holds: identity of a storage → bytes. Views hold the storage of what they look at."""
+        value = node.meta.get("val")
+        tensors = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+        if self.program.refused:
+            return {id(x): math.prod(map(self.number, x.shape)) * 4 for x in tensors}
+        return {x.untyped_storage()._cdata: self.number(x.untyped_storage().nbytes()) for x in tensors}
+
+    def multiply_adds(self, node: fx.Node) -> int:
+        """Of a matrix product or of attention; 0 for all else."""
+        name = name_of(node) if node.op == "call_function" else ""
+        if name in PRODUCTS:
+            inner = self.shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
+            return math.prod(self.shape(node)) * inner
+        if name == ATTENTION:
+            query, key = (self.shape(n) for n in node.args[:2])  # type: ignore[arg-type]
+            return 2 * math.prod(query) * key[-2]
+        return 0
+
+
+@dataclass
+class Alive:
+    """The values alive on one batch's way through a program.
+
+    Attributes:
+        peaks: for each segment the most bytes alive within it.
+        stops: the most bytes alive at the first of the linears that share an input, and behind it.
+        borders: bytes alive behind it.
+    """
+
+    peaks: dict[str, int]
+    stops: dict[str, int]
+    borders: dict[str, int]
+
+
+def walk(sizes: Sizes) -> Alive:
+    """Follow the values of one batch from their making to their last use."""
+    program, held = sizes.program, dict[fx.Node, dict[int, int]]()
+    found = Alive({}, {}, {})
+    for node in program.inputs.values():
+        held[node] = {id(node): 8 * math.prod(next(iter(sizes.shapes.values())))}
+    for segment in program.segments:
+        sources, peak, stop = stops(program, segment), 0, total(held)
+        for node in segment.nodes:
+            stop = max(stop, total(held) if node in sources else 0)
+            held[node] = sizes.storages(node)
+            peak = max(peak, total(held))
+            for source in node.all_input_nodes:
+                if program.last_use[source] is node:
+                    held.pop(source, None)
+        found.peaks[segment.name], found.borders[segment.name] = peak, total(held)
+        found.stops[segment.name] = max(stop, total(held))
+    return found
+
+
+def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
+    """Bytes of all storages, each counted once."""
+    return sum({key: size for storages in held.values() for key, size in storages.items()}.values())
+
+
+def stops(program: Program, segment: Segment) -> set[fx.Node]:
+    """The first node of each group of linears that share an input."""
+    first: dict[fx.Node, fx.Node] = {}
+    for linear in program.linears(segment):
+        first.setdefault(linear.source, linear.node)
+    return set(first.values())

@@ -1,0 +1,57 @@
+"""How fast this machine is, measured in a fraction of a second, and how much memory this process takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SIZE = 768  # of the matrices that are multiplied
+ELEMENTS = 1 << 22  # 16 MiB: more than caches hold
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of this machine.
+
+    Attributes:
+        products: multiply-adds of float32 matrix products, per second.
+        elements: float32 numbers read, changed and written, per second.
+        operator: seconds that it takes to call an operator on next to nothing.
+    """
+
+    products: float
+    elements: float
+    operator: float
+
+
+def measure() -> Machine:
+    """The best of a few runs of each."""
+    a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
+    return Machine(
+        products=SIZE**3 / best(lambda: a @ b),
+        elements=ELEMENTS / best(lambda: x.mul_(1.0)),
+        operator=best(lambda: [one + one for _ in range(100)]) / 100,
+    )
+
+
+def best(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs, after one to warm up."""
+    run()
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

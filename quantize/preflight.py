@@ -1,0 +1,115 @@
+"""What a run will take, before it reads a weight: memory, disk and time; and what will be done.
+
+Memory and disk follow from the shapes of all values in the graph, on inputs as long as the calibration data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quantize.blocks import TUNE_TOKENS
+from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.statistics import Rows
+from quantize.foreseen import Foreseen
+from quantize.graph.linears import Linear
+from quantize.graph.program import Segment
+from quantize.graph.sizes import Alive, Sizes, walk
+from quantize.kernels.hadamard import hadamard_factors
+from quantize.online import Hadamard
+from quantize.passes.rotate import Rotate
+
+
+@dataclass(frozen=True)
+class Preflight(Foreseen):
+    """A run that has not begun."""
+
+    @property
+    def batch(self) -> int:
+        """Calibration rows that run together."""
+        tokens = TUNE_TOKENS if self.plan.recipe.tune else BATCH_TOKENS
+        return max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1
+
+    @functools.cached_property
+    def batches(self) -> Counter[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Shapes of the inputs of a batch → how many batches have them."""
+        given = self.samples.batches(self.batch) if self.plan.calibrates else []
+        p = len(self.plan.recipe.prefix_tokens)
+        return Counter(
+            tuple((name, (*x.shape[:1], x.shape[1] + p, *x.shape[2:])) for name, x in rows.items()) for rows in given
+        )
+
+    @functools.cached_property
+    def alive(self) -> list[tuple[int, Sizes, Alive]]:
+        """How many batches there are of each shape, and what is alive on their way."""
+        found = [(count, Sizes(self.program, dict(shapes))) for shapes, count in self.batches.items()]
+        return [(count, sizes, walk(sizes)) for count, sizes in found]
+
+    @property
+    def runners(self) -> int:
+        """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
+        return 1 + (self.plan.quantizer.needs_exact or self.plan.recipe.tune is not None)
+
+    def journal_bytes(self) -> int:
+        """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""
+        borders = [sum(count * alive.borders[s.name] for count, _, alive in self.alive) for s in self._carrying]
+        return 2 * self.runners * max([0, *borders]) + self._surveyed_bytes()
+
+    @property
+    def _carrying(self) -> tuple[Segment, ...]:
+        """The blocks behind which calibration goes on."""
+        return self.program.segments[:-1]
+
+    def _surveyed_bytes(self) -> int:
+        rows = sum(min(Rows.LIMIT, count * sizes.rows) for count, sizes, _ in self.alive)
+        columns = [self.parameters[name].shape[-1] for step in self.plan.steps for name in step.surveyed]
+        return 4 * rows * sum(columns)
+
+    def memory_bytes(self) -> int:
+        """The most that a run holds beside what this process held before: one block, and calibration activations.
+
+        At the stop where most is alive: activations of all batches, what one batch adds in between; the block as it
+        is stored, in float32 before and after a pass, the largest parameter in float64; and the quantizer's matrices.
+        """
+        return max(self._segment_bytes(segment) for segment in self.program.segments) + self._surveyed_bytes()
+
+    def _segment_bytes(self, segment: Segment) -> int:
+        last = segment is self.program.segments[-1]
+        stops = sum(count * alive.stops[segment.name] for count, _, alive in self.alive if not last)
+        inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
+        stored = [self.parameters[name] for name in segment.parameters]
+        copies = 1 + bool(self.plan.steps)
+        block = sum(x.nbytes + 4 * copies * x.numel() for x in stored)
+        largest = max((x.numel() for x in stored), default=0)
+        rounding = max((self._rounding_bytes(x) for x in self.program.linears(segment)), default=0)
+        return self.runners * stops + inner + block + max(8 * largest, rounding)
+
+    def _rounding_bytes(self, linear: Linear) -> int:
+        """Of the quantizer: H in float32, its drift, and five matrices of its size in float64; five copies of W."""
+        if linear.path not in self.modules:
+            return 0
+        N, K = self.modules[linear.path].out_features, linear.columns
+        drift = 4 * self.plan.quantizer.needs_exact
+        return (44 + drift) * K * K * self.plan.quantizer.needs_gram + 20 * N * K
+
+    def hadamards(self) -> Iterator[str]:
+        """The sizes of the Hadamard matrices of each pass, in lines."""
+        scheme = self.plan.recipe.linear_scheme
+        for handler, sites in ((step.handler, step.sites) for step in self.plan.steps):
+            if isinstance(handler, Rotate):
+                offline = Counter(handler.order(b.dim // b.heads, scheme) for b in sites)
+                yield from (f"{handler.name}: {n} bases offline, order {factors(k)}" for k, n in offline.items())
+        online = Counter((t.size, t.stride) for m in self.modules.values() for t in m.online if isinstance(t, Hadamard))
+        for (size, stride), count in online.items():
+            across = f" across heads of {stride}" if stride > 1 else ""
+            yield f"online in front of {count} linears: order {factors(size)}{across}"
+
+
+def factors(n: int) -> str:
+    """`768 = 24 ⊗ 32`, and whether it is a Hadamard matrix."""
+    a, b = hadamard_factors(n)
+    flat = all(float((x.abs() - x.abs().max()).abs().max()) < 1e-9 for x in (a, b))
+    why = "" if flat else " (orthogonal, with entries of unequal size: no Hadamard matrix of this order is known here)"
+    return f"{n} = {len(a)} ⊗ {len(b)}{why}"
