@@ -34,6 +34,17 @@ def attach(model: nn.Module, tokens: Sequence[int]) -> None:
     model.register_forward_hook(prefixed.after, always_call=True)
 
 
+def detach(model: nn.Module) -> int:
+    """Take the prefix off a model, in place: as one whose cache holds it already. Returns its length, 0 for none."""
+    found = 0
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(owner := getattr(hook, "__self__", None), Prefixed):
+                found = len(owner.leading.tokens)
+                del hooks[key]
+    return found
+
+
 @dataclass
 class Prefixed:
     """Hooks around forward; as such they go with copies of the model.

@@ -9,50 +9,37 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from exporting import (
+    ASYMMETRIC_4,
+    ASYMMETRIC_8,
+    SYMMETRIC_8,
+    attributes,
+    nodes,
+    quantized,
+    round_to_nearest,
+    scheme,
+    shapes,
+)
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.comparison import distance, first_outputs, rewritten
-from quantize.export.onnx import OPSET, export_onnx, open_session, parity, random_inputs
-from quantize.export.onnx_linear import BlockLinear, IntegerLinear, lower
+from quantize.export.block_linear import BlockLinear
+from quantize.export.comparison import rewritten
+from quantize.export.decoder import Decoder
+from quantize.export.integer_linear import IntegerLinear
+from quantize.export.onnx import OPSET, export_onnx, interface_of
+from quantize.export.onnx_linear import lower
+from quantize.export.parity import distance, open_session, parity, run_onnx, run_torch
 from quantize.formats.qtensor import QTensor
 from quantize.graph.program import quiet
-from quantize.kernels.reference import quantized_linear, round_to_grid, scale_and_zero_point
+from quantize.kernels.reference import quantized_linear
 from quantize.linear import QuantizedLinear
-from quantize.online import Dual, Front, Hadamard, Shift
+from quantize.online import Dual, Hadamard, Shift
 from quantize.rotations.dual import dual_rotation
-from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme import ActivationArgs, RuntimeSmoothArgs
 
 LLAMA = Path(__file__).parent / "models" / "books-llama-6m"
-ASYMMETRIC_4 = ActivationArgs(num_bits=4, symmetric=False, clip_ratio=0.9)
-ASYMMETRIC_8 = ActivationArgs(num_bits=8, symmetric=False)
-SYMMETRIC_8 = ActivationArgs(num_bits=8)
-
-
-def scheme(bits, activations=None, group_size=0, symmetric=True):
-    return Scheme(
-        weights=WeightArgs(num_bits=bits, group_size=group_size, symmetric=symmetric), activations=activations
-    )
-
-
-def round_to_nearest(weight, bias, scheme, online=()):
-    args = scheme.weights
-    weight = Front(tuple(online)).absorb(weight)
-    groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
-    scale, zero_point = scale_and_zero_point(*groups.aminmax(dim=-1, keepdim=True), args.num_bits, args.symmetric)
-    q = round_to_grid(groups, scale, zero_point, args.num_bits).flatten(1)
-    packed = QTensor.pack(q, scale[..., 0], None if args.symmetric else zero_point[..., 0], args)
-    return QuantizedLinear(packed, bias, scheme, online)
-
-
-def quantized(model, scheme, hadamard=False):
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            online = [Hadamard(layer.in_features // 2, stride=2)] if hadamard else []
-            bias = None if layer.bias is None else layer.bias.detach()
-            model.set_submodule(name, round_to_nearest(layer.weight.detach(), bias, scheme, online))
-    return model
 
 
 def minilm(layers):  # tracing takes a second for each layer, so most tests take the first few
@@ -63,36 +50,27 @@ def llama(layers):
     return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, num_hidden_layers=layers)
 
 
-def nodes(path, op_type):
-    return [node for node in onnx.load(path).graph.node if node.op_type == op_type]
-
-
-def attributes(node):
-    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
 def test_w8a8_encoder(tmp_path):
     model = quantized(minilm(layers=3), scheme(8, SYMMETRIC_8))
     differences = export_onnx(model, tmp_path)
-    graph = onnx.load(tmp_path / "model.onnx").graph
-    casts = {node.output[0]: attributes(node)["to"] for node in graph.node if node.op_type == "Cast"}
-    products = [node for node in graph.node if node.op_type == "MatMulInteger"]
-    assert len(products) == 18  # the pooler is not part of the output
-    assert all(casts[node.input[0]] == onnx.TensorProto.UINT8 for node in products)
-    assert [output.name for output in graph.output] == ["last_hidden_state"]
+    assert len(nodes(tmp_path / "model.onnx", "MatMulIntegerToFloat")) == 4 * 3  # the pooler is not part of the output
+    assert len(nodes(tmp_path / "model.onnx", "QuantizeLinear")) == 4 * 3
     assert differences["reference"] == pytest.approx(differences["emulation"], rel=1e-2, abs=1e-5)
     assert differences["reference"] < differences["activations"] < 0.15
 
-    one_token = random_inputs(model, batch=1, length=3)
-    one_token = {name: tensor[:, :1] for name, tensor in one_token.items()}
-    session = open_session(tmp_path / "model.onnx")
-    output = session.run(None, {name: tensor.numpy() for name, tensor in one_token.items()})[0]
-    assert distance([torch.from_numpy(output)], first_outputs(model, [one_token])) < differences["activations"]
+    one_token = {name: tensor[:1, :1] for name, tensor in interface_of(model).feeds(3)["one"].items()}
+    found = run_onnx(tmp_path / "model.onnx", [one_token])
+    assert distance(found, run_torch(interface_of(model), [one_token])) < differences["activations"]
 
 
 def test_w4a8_encoder(tmp_path):
-    differences = export_onnx(quantized(minilm(layers=6), scheme(4, SYMMETRIC_8)), tmp_path)
-    assert len(nodes(tmp_path / "model.onnx", "MatMulNBits")) == 36
+    """One scale for each channel is multiplied in integers, exactly; groups are not."""
+    model = quantized(minilm(layers=2), scheme(4, SYMMETRIC_8))
+    for layer in (layer.output for layer in model.encoder.layer):
+        layer.dense = quantized(minilm(layers=1).encoder.layer[0].output, scheme(4, SYMMETRIC_8, 128)).dense
+    differences = export_onnx(model, tmp_path)
+    assert len(nodes(tmp_path / "model.onnx", "MatMulIntegerToFloat")) == 3 * 2
+    assert len(nodes(tmp_path / "model.onnx", "MatMulNBits")) == 2
     assert differences["reference"] < 2 * differences["activations"] < 0.3
 
 
@@ -100,9 +78,9 @@ def test_w4a8_decoder(tmp_path):
     model = quantized(llama(layers=3), scheme(4, SYMMETRIC_8, group_size=32))
     differences = export_onnx(model, tmp_path)
     found = [attributes(node) for node in nodes(tmp_path / "model.onnx", "MatMulNBits")]
-    assert len(found) == 21
+    assert len(found) == 4 * 3
     assert all(node["accuracy_level"] == 4 and node["bits"] == 4 and node["block_size"] == 32 for node in found)
-    assert len(nodes(tmp_path / "model.onnx", "MatMul")) == 1  # lm_head
+    assert len(nodes(tmp_path / "model.onnx", "FusedMatMul")) == 1  # lm_head, which is tied
     assert differences["emulation"] < differences["activations"] < 0.02
     assert differences["reference"] < 2 * differences["activations"]
 
@@ -113,20 +91,30 @@ def test_w4a16_decoder_has_the_promised_interface(tmp_path):
     assert differences["activations"] == 0
     assert max(differences.values()) < 1e-5
     found = [attributes(node) for node in nodes(tmp_path / "model.onnx", "MatMulNBits")]
-    assert len(found) == 7
+    assert len(found) == 4
     assert all(node["accuracy_level"] == 0 for node in found)
     proto = onnx.load(tmp_path / "model.onnx")
     assert {entry.domain: entry.version for entry in proto.opset_import} == {"": OPSET, "com.microsoft": 1}
-    assert [output.name for output in proto.graph.output] == ["logits"]
-    for entry in proto.graph.input:
-        assert entry.type.tensor_type.elem_type == onnx.TensorProto.INT64
-        assert [axis.dim_param for axis in entry.type.tensor_type.shape.dim] == ["batch", "sequence"]
+    past, tokens = [1, 2, "past_sequence_length", 64], ["batch_size", "sequence_length"]
+    past[0], present = "batch_size", ["batch_size", 2, "total_sequence_length", 64]
+    assert shapes(proto.graph.input) == {
+        "input_ids": tokens,
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": tokens,
+        "past_key_values.0.key": past,
+        "past_key_values.0.value": past,
+    }
+    assert shapes(proto.graph.output) == {
+        "logits": [*tokens, 4096],
+        "present.0.key": present,
+        "present.0.value": present,
+    }
     assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 7
-    assert model.config.use_cache
 
-    same = random_inputs(model, batch=2, length=5)
+    constant = interface_of(model)
+    constant.feeds = lambda seed: Decoder.feeds(constant, 1)
     with pytest.raises(QuantizeError, match="same output for different inputs"):
-        parity(model, tmp_path / "model.onnx", [same, same])
+        parity(constant, tmp_path / "model.onnx")
 
 
 def test_w4a4_decoder_with_online_hadamard(tmp_path):
@@ -134,7 +122,8 @@ def test_w4a4_decoder_with_online_hadamard(tmp_path):
     quantized(model.model.layers[0].mlp, scheme(4, ASYMMETRIC_4, 64, symmetric=False), hadamard=True)
     quantized(model, scheme(4, ASYMMETRIC_4, symmetric=False), hadamard=True)
     differences = export_onnx(model, tmp_path)
-    assert len(nodes(tmp_path / "model.onnx", "MatMulInteger")) == 7
+    assert len(nodes(tmp_path / "model.onnx", "MatMulIntegerToFloat")) == 2
+    assert len(nodes(tmp_path / "model.onnx", "MatMulInteger")) == 3
     assert differences["emulation"] < differences["activations"] / 2 < 0.1
     assert differences["reference"] < differences["activations"] / 2
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,9 @@ from torch import nn
 from quantize import load
 from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError, UsageError
+from quantize.export.decoder import Decoder
+from quantize.export.directory import export_artifact
+from quantize.export.parity import run_onnx, run_torch
 from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.pipeline import quantize_model
@@ -345,8 +349,20 @@ def test_calls_that_cannot_be_right(w4a4):
             model.generate(longer, attention_mask=mask, **copy.deepcopy(held), **GREEDY)
 
 
-def test_onnx_export_is_refused(cli, w4a4, tmp_path):
-    shown = cli("export", w4a4.directory, "--output-dir", tmp_path / "onnx")
-    assert (shown.code, shown.out) == (2, "")
-    assert "has a prefix, which ONNX cannot run; quantize without `prefix` in the recipe" in shown.err
-    assert not list(tmp_path.iterdir())
+def test_the_prefix_is_part_of_an_onnx_file(w4a4, tmp_path):
+    """Nothing that goes in or out knows of it, with or without a cache, and it makes a difference."""
+    found = export_artifact(w4a4.directory, "onnx", tmp_path / "onnx")
+    assert found["emulation"] < found["activations"]
+    model = load(w4a4.directory)
+    interface = Decoder(model)
+    assert interface.prefix == len(PREFIX)
+    feed = interface.feed(2, 6, 0, seed=0) | {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    feed["position_ids"] = torch.arange(6).expand(2, -1).contiguous()
+    with torch.no_grad():
+        expected = model(IDS).logits.numpy()
+    np.testing.assert_allclose(run_torch(interface, [feed])[0][0], expected, atol=1e-4)
+    logits, *present = run_onnx(tmp_path / "onnx" / "model.onnx", [feed])[0]
+    assert np.linalg.norm(logits - expected) < found["activations"] * np.linalg.norm(expected)
+    assert present[0].shape == (2, 4, 6, 8)
+    interface.prefix = 0
+    assert abs(run_torch(interface, [feed])[0][0] - expected).max() > 0.1

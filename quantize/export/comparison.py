@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from quantize.linear import QuantizedLinear
 from quantize.scheme import Scheme
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def rewritten(model: nn.Module, replace: Callable[[QuantizedLinear], nn.Module]) -> Any:
+
+def rewritten(model: Module, replace: Callable[[QuantizedLinear], nn.Module]) -> Module:
     """A copy that shares all weights, without KV cache, each `QuantizedLinear` replaced."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    twin: Any = copy.deepcopy(model, shared)
+    twin = copy.deepcopy(model, shared)
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, QuantizedLinear):
             twin.set_submodule(name, replace(layer))
-    if hasattr(getattr(twin, "config", None), "use_cache"):
-        twin.config.use_cache = False
+    config: Any = getattr(twin, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
     return twin
 
 

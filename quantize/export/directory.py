@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from quantize.artifact import ArtifactWriter, check_hashes, sha256
 from quantize.checkpoint import side_files
+from quantize.errors import UsageError
 from quantize.export.compressed_tensors import export_compressed_tensors
-from quantize.export.onnx import export_onnx_directory
-
-TARGETS: dict[str, Callable[[Path, ArtifactWriter, Path | None], dict[str, Any]]] = {
-    "onnx": export_onnx_directory,
-    "compressed-tensors": export_compressed_tensors,
-}
+from quantize.export.onnx_directory import export_onnx_directory
 
 
-def export_artifact(directory: Path, target: str, output: Path, calibration: Path | None = None) -> dict[str, Any]:
+def export_artifact(
+    directory: Path, target: str, output: Path, qdq: bool = False, calibration: Path | None = None
+) -> dict[str, Any]:
     """Write an artifact for another runtime.
 
     Args:
@@ -25,8 +22,8 @@ def export_artifact(directory: Path, target: str, output: Path, calibration: Pat
         target: `onnx` or `compressed-tensors`.
         output: new directory: what the target needs, tokenizer and other side files, `manifest.json` with the parity
             figures.
-        calibration: data for a target that fixes ranges of activations (NVFP4 as compressed-tensors); None takes the
-            bundled prose.
+        qdq: for `onnx`: in standard operators only.
+        calibration: for NVFP4 as `compressed-tensors`: data for ranges of activations; None takes the bundled prose.
 
     Returns:
         Parity: relative differences between the exported and the quantized model on two different inputs.
@@ -37,7 +34,14 @@ def export_artifact(directory: Path, target: str, output: Path, calibration: Pat
     """
     check_hashes(directory)
     with ArtifactWriter(output) as writer:
-        parity = TARGETS[target](directory, writer, calibration)
+        if target == "onnx":
+            if calibration is not None:
+                raise UsageError("ONNX Runtime takes ranges of activations as they come; leave --calibration out")
+            parity: dict[str, Any] = dict(export_onnx_directory(directory, writer, qdq))
+        else:
+            if qdq:
+                raise UsageError("--qdq is a form of ONNX files; leave it out")
+            parity = export_compressed_tensors(directory, writer, calibration)
         for path in side_files(directory):
             writer.write(path, (directory / path).read_bytes())
         writer.commit({"format": target, "parity": parity, "artifact": sha256(directory / "manifest.json")})

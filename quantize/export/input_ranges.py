@@ -32,7 +32,7 @@ def input_divisors(directory: Path, calibration: Path | None) -> dict[str, Tenso
         UsageError: no such file, or not what the model takes.
         QuantizeError: it is damaged, or there is too little in it.
     """
-    model = rewritten(load(directory), with_float_activations)
+    model: Any = rewritten(load(directory), with_float_activations)
     recipe, tokenize = load_recipe(None, directory / "recipe.toml"), load_tokenize(directory)
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     limit = min(recipe.nsamples, ROWS)

@@ -1,0 +1,127 @@
+"""Text from an exported model: the smallest loop around ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.export.parity import open_session
+from quantize.tokenizer import has_tokenizer, load_tokenizer
+
+PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
+
+
+def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
+    """Continue a prompt, at each step with the most likely token, until the model ends the text or its positions do.
+
+    Args:
+        directory: what `quantize-model export --format onnx` wrote for a causal language model.
+        prompt: not empty.
+        max_new_tokens: at most so many.
+
+    Yields:
+        Pieces of text, whole characters each.
+
+    Raises:
+        UsageError: no such model, no tokenizer, or a prompt that is empty or too long.
+        QuantizeError: ONNX Runtime cannot read the file.
+    """
+    model = OnnxDecoder(directory)
+    if not has_tokenizer(directory):
+        raise UsageError(f"{directory} has no tokenizer; export an artifact whose model directory had one")
+    tokenizer = load_tokenizer(directory)
+    ids = tokenizer(prompt)["input_ids"]
+    if not 0 < len(ids) < model.positions:
+        raise UsageError(f"the prompt has {len(ids)} tokens; the model takes 1 to {model.positions - 1}")
+    made: list[int] = []
+    shown = ""
+    for token in model.greedy(ids, max_new_tokens):
+        made.append(token)
+        text = tokenizer.decode(ids + made)[len(tokenizer.decode(ids)) :]
+        if not text.endswith(PARTIAL):
+            yield text[len(shown) :]
+            shown = text
+
+
+class OnnxDecoder:
+    """A session with the cache of one text.
+
+    Attributes:
+        positions: how many tokens the model tells apart.
+        ends: tokens that end a text.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.session = session_of(directory)
+        self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        if not self.past:
+            raise UsageError(
+                f"{directory} takes {', '.join(self.inputs)} and no cache; only causal language models continue a text"
+            )
+        config = read(directory / "config.json")
+        self.positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 2**31)
+        ends = (read(directory / "generation_config.json") | config).get("eos_token_id")
+        self.ends = set(ends if isinstance(ends, list) else [ends])
+
+    def greedy(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
+        """The most likely tokens behind `ids`, one after the other."""
+        cache = {name: self.empty(name) for name in self.past}
+        given, held = ids, 0
+        for _ in range(min(max_new_tokens, self.positions - len(ids))):
+            logits, *present = self.session.run(None, self.step(given, held) | cache)
+            cache, held = dict(zip(self.past, present, strict=True)), held + len(given)
+            token = int(logits[0, -1].argmax())
+            if token in self.ends:
+                return
+            yield token
+            given = [token]
+
+    def step(self, given: list[int], held: int) -> dict[str, NDArray[np.int64]]:
+        """The inputs for tokens behind `held` others, but for the cache."""
+        total = held + len(given)
+        feed = {
+            "input_ids": np.array([given]),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(held, total)[None],
+        }
+        return {name: values for name, values in feed.items() if name in self.inputs}
+
+    def empty(self, name: str) -> NDArray[np.float32]:
+        """Keys or values of no token."""
+        _, heads, _, width = self.inputs[name].shape
+        return np.zeros((1, heads, 0, width), np.float32)
+
+
+def session_of(directory: Path) -> onnxruntime.InferenceSession:
+    """The model of a directory with the session options that lie beside it.
+
+    Raises:
+        UsageError: there is none.
+        QuantizeError: ONNX Runtime refuses it.
+    """
+    path = directory / "model.onnx"
+    if not path.is_file():
+        raise UsageError(f"{directory} holds no model.onnx; write one with `quantize-model export --format onnx`")
+    try:
+        return open_session(path, read(directory / "ort_config.json").get("session_config_entries", {}))
+    except Exception as error:  # of onnxruntime's own kinds
+        raise QuantizeError(f"ONNX Runtime cannot load {path}: {reason(error)}") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise QuantizeError(f"{path} is no JSON: {error}") from None
+    return dict(found)
