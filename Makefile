@@ -21,6 +21,27 @@ bench-vit: $(VENV)/installed
 bench-lengths: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.lengths
 
+# Kernels on this machine's GPU beside cuBLAS and others: benchmarks/gpu-NAME.json and the table in the README
+bench-gpu: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_gpu
+
+# The fastest configuration of every kernel on this machine's GPU, into kernels/configs.json
+tune-gpu: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.tune_gpu
+
+# What each kernel may use on each GPU, compiled anew: kernels/budgets.json
+budgets: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.budgets --write
+
+# What --dry-run foresees of memory, disk and time, against what then happens
+bench-preflight: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_preflight
+
+# Seconds and peak memory of RTN and GPTQ on random models of 4, 8 and 16 layers: benchmarks/scale.json and .md
+# (arguments: ARGS="--size 3B --peer PYTHON", a Python with llm-compressor)
+bench-scale: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_scale $(ARGS)
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -33,11 +54,12 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# torch comes first and pinned: left to the resolver, a machine without a GPU is sent gigabytes of CUDA packages
+# torch comes first and pinned: left to the resolver, a machine without a GPU is sent gigabytes of CUDA packages.
+# Triton is pinned as kernels/budgets.json has the figures of one compiler.
 $(VENV)/installed: pyproject.toml
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet torch==2.13.0
+	$(PYTHON) -m pip install --quiet torch==2.13.0 'triton==3.9.0; sys_platform == "linux"'
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo bench-analysis bench-handlers bench-vit bench-lengths test format
+.PHONY: demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets test format
