@@ -29,10 +29,14 @@ def write_model(directory: Path, size: str, layers: int) -> int:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers,
               "max_position_embeddings": 2048, "dtype": "bfloat16", **shape}  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    total = 0
+    total, places = 0, dict[str, str]()
     for number, tensors in enumerate(shards(size, layers)):
-        save_file(tensors, directory / f"model-{number + 1:05}-of-{layers + 2:05}.safetensors", {"format": "pt"})
+        file = f"model-{number + 1:05}-of-{layers + 2:05}.safetensors"
+        save_file(tensors, directory / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
         total += sum(t.numel() for t in tensors.values())
+    index = {"metadata": {"total_size": 2 * total}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     return total
 
 
