@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from quantize import ranks
 from quantize.calibration.runner import Runner
-from quantize.calibration.statistics import Gram
 from quantize.quantizers import columns, gptq, rtn
 
 PEAK = 2048  # order of the matrices whose product is the yardstick
@@ -75,7 +76,7 @@ def watch() -> Phases:
     phases._switch()
     for owner, attribute, name, flops in (
         (Runner, "run", "forward", None),
-        (Gram, "update", "Gram", lambda *a: float(a[1].numel() * a[1].shape[-1])),  # xᵀx is symmetric: half the work
+        (ranks, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
         (gptq, "find_grid", "scales", lambda *_: 0.0),
         (rtn, "find_grid", "scales", lambda *_: 0.0),
@@ -85,6 +86,12 @@ def watch() -> Phases:
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
     return phases
+
+
+def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> float:
+    """Of some rows of leftᵀ right; of xᵀx only what stands right of the diagonal is computed."""
+    columns: int = len(total) - (rows.start if left is right else 0)
+    return 2.0 * len(left) * int(rows.stop - rows.start) * columns
 
 
 def gemm_peak() -> tuple[float, float]:

@@ -29,7 +29,7 @@ def round_to_e2m1(x: Tensor) -> Tensor:
 
 def pack_fp4(q: Tensor) -> Tensor:
     """int8 [..., K] of values ±`MAGNITUDES` → uint8 [..., ⌈K/2⌉], codes sign | magnitude, the even index low."""
-    codes = torch.bucketize(q.abs(), torch.tensor(MAGNITUDES, dtype=q.dtype, device=q.device))
+    codes = torch.bucketize(q.abs().contiguous(), torch.tensor(MAGNITUDES, dtype=q.dtype, device=q.device))
     return pack_int4((codes + SIGN * (q < 0)).to(torch.int8))
 
 

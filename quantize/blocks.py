@@ -102,7 +102,7 @@ class BlockRun:
         weights |= {name: t.float() for name, t in changed.items()}  # from here on the block runs with what is stored
         biases = {x.path: weights[x.bias].to(dtypes[x.bias]) for x in targets if x.bias}
         state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
-        tune, finish = self.plan.recipe.tune if targets else None, self._calibrates_after(segment)
+        tune, finish = self.plan.recipe.tune if targets else None, self.calibrates_after(segment)
         starts = list(self.calibration.values) if tune else []
         for group, _ in zip(
             self.calibration.stops(segment, state, targets, finish),
@@ -131,7 +131,7 @@ class BlockRun:
             given[name], dtypes[name] = self.checkpoint.float_tensor(name), self.checkpoint.tensor(name).dtype
         return given, dtypes
 
-    def _calibrates_after(self, segment: Segment) -> bool:
+    def calibrates_after(self, segment: Segment) -> bool:
         """Whether anything behind a block looks at the calibration activations."""
         segments = self.program.segments
         later = segments[segments.index(segment) + 1 :]

@@ -95,8 +95,8 @@ class Foreseen:
         """Of tied parameters that stay equal all but one: those that no pass touches and that stay what they are."""
         touched = {e.parameter for step in self.plan.steps for b in step.sites for e in (*b.writers, *b.readers)}
         groups = {names for names in self.checkpoint.ties.values() if not {*names} & (touched | self._replaced)}
-        order = [name for segment in self.program.segments for name in segment.parameters]
-        return {name for names in groups for name in sorted(names, key=order.index)[1:]}
+        order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
+        return {name for names in groups for name in sorted(names, key=lambda n: order.get(n, len(order)))[1:]}
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:

@@ -111,7 +111,7 @@ class KeptJournal(Journal):
 
     def _write_values(self, folder: Path, done: int, blocks: BlockRun) -> None:
         """What this rank has alive; of the probes, which all have, the first rank's."""
-        last = done == len(blocks.program.segments)  # nothing runs behind it but the comparison of the probes
+        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # behind it only probes run
         for name, runner, first in runners(blocks):
             for number, values in enumerate(runner.values if name != "probes" or self.ranks.first else [], first):
                 kept = plain_values({} if last and name != "probes" else values, blocks.program)

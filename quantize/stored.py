@@ -18,10 +18,7 @@ from quantize.fold import CentredRotation, Diagonal, Rotation
 from quantize.rotations.blocks import BlockRotation
 from quantize.rotations.dual import DualRotation
 
-KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
-}
+KINDS = (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
 ALIGNMENT = 64  # bytes; where a tensor starts within them may decide in which order a product is summed
 
 
@@ -78,10 +75,19 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
         return {"list" if isinstance(value, list) else "tuple": [flatten(item, tensors) for item in value]}
     if isinstance(value, Mapping):
         return {"dict": [[key, flatten(item, tensors)] for key, item in value.items()]}
-    if type(value) in KINDS.values():
+    if type(value) in kinds().values():
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"kind": type(value).__name__, "fields": flatten(fields, tensors)}
     raise TypeError(f"a {type(value).__name__} cannot be stored")
+
+
+def kinds() -> dict[str, type]:
+    """Classes whose instances can be stored, by name: `KINDS` and what is derived from them."""
+    found: list[type] = list(KINDS)
+    for kind in found:
+        derived: list[type] = type.__subclasses__(kind)
+        found += [x for x in derived if x not in found]
+    return {kind.__name__: kind for kind in found}
 
 
 def unflatten(plain: Any, tensors: list[Tensor]) -> Any:
@@ -96,7 +102,7 @@ def unflatten(plain: Any, tensors: list[Tensor]) -> Any:
         case {"dict": items}:
             return {key: unflatten(item, tensors) for key, item in items}
         case {"kind": kind, "fields": fields}:
-            return KINDS[kind](**unflatten(fields, tensors))
+            return kinds()[kind](**unflatten(fields, tensors))
     return plain
 
 

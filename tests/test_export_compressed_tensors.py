@@ -236,7 +236,7 @@ def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact
     assert float(found) == pytest.approx(448 * 6 / float(max(largest)), rel=0.1)  # there with rounded activations
     for target, words in (("onnx", "as they come"), ("compressed-tensors", "only NVFP4")):
         with pytest.raises(UsageError, match=words):
-            export_artifact(artifact_rtn.directory, target, tmp_path / "not-made", stories_calibration)
+            export_artifact(artifact_rtn.directory, target, tmp_path / "not-made", calibration=stories_calibration)
     assert not (tmp_path / "not-made").exists()
 
 

@@ -19,6 +19,7 @@ from quantize.passes.base import input_error
 from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
 from quantize.plan import make_plan
+from quantize.ranks import Ranks
 from quantize.recipe import load_recipe
 from quantize.rotations.blocks import BlockRotation
 from quantize.rounding import fake_quantize
@@ -254,7 +255,7 @@ def test_whole_bases_are_learned_and_heads_are_not():
 def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
     """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
     plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
-    found = survey(open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}])
+    found = survey(open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], Ranks())
     assert set(found) == {1}
     readers = {name.rpartition(".")[0].rpartition(".")[2] for name in found[1]}
     assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= readers

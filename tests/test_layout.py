@@ -52,7 +52,7 @@ def names_of_families():
 def test_no_model_is_known_by_name():
     families = rf"(?i:(?<![a-z0-9])({'|'.join(CONFIGS)})(?![a-z]))"
     names = re.compile(rf"{families}|\b({'|'.join(sorted(names_of_families()))})\b")
-    for path in (p for p in SOURCES if "eval" not in p.parts):
+    for path in (p for p in SOURCES if "eval" not in p.parts and p.name != "genai.py"):  # which writes a foreign list
         code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body if not is_docstring(node))
         found = [line for line in code.splitlines() if names.search(line) and '"""' not in line]
         assert not found, (path, found)

@@ -16,6 +16,7 @@ from quantize.ordering import legal_order
 from quantize.passes import PASSES
 from quantize.passes.base import Place, Site
 from quantize.plan import Plan, make_plan, settings
+from quantize.ranks import Ranks
 from quantize.recipe import load_recipe
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.survey import survey
@@ -123,7 +124,7 @@ def transformer_for(model, passes, calibration):
     program = export_program(checkpoint.skeleton())
     recipe = load_recipe("W4A8", {"passes": passes}, group_size=0)
     plan: Plan = make_plan(recipe, program)
-    surveys = survey(checkpoint, program, plan, [{"input_ids": ids} for ids in calibration])
+    surveys = survey(checkpoint, program, plan, [{"input_ids": ids} for ids in calibration], Ranks())
     probes = Runner(program, [torch.arange(20)[None], torch.arange(40, 20, -1)[None]])
     return (
         checkpoint,

@@ -91,14 +91,14 @@ def headers(path):
 def test_the_journal_is_foreseen(foreseen, small_run, one_layer, monkeypatch):
     """The largest border, which lies there twice for a moment, without what the probes and the headers take."""
     found, largest = foreseen(one_layer, "W4A16", nsamples=64, seqlen=256), 0
-    place = KeptJournal._place
+    rename = KeptJournal._rename
 
-    def placed(self, path, write):
+    def renamed(self, path):
         nonlocal largest
-        place(self, path, write)
+        rename(self, path)
         largest = max(largest, sum(p.stat().st_size for p in path.glob("[ce]*-*")))
 
-    monkeypatch.setattr("quantize.journal.KeptJournal._place", placed)
+    monkeypatch.setattr("quantize.journal.KeptJournal._rename", renamed)
     small_run(one_layer, "W4A16", nsamples=64, seqlen=256)
     assert found.journal_bytes() == pytest.approx(2 * largest, rel=0.1)
 
