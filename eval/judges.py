@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantize.calibration.data import read_samples
 from quantize.checkpoint import open_checkpoint
 from quantize.eval.perplexity import score_language
-from quantize.eval.similarity import embed_pairs, read_pairs, score_pairs
+from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.tokenizer import load_tokenize, load_tokenizer
 
 BATCH = 16
@@ -60,8 +60,8 @@ class SentenceJudge:
         self.reference: nn.Module = open_checkpoint(model).load()
         tokens = self.tokenizer([first for _, first, _ in self.pairs[:BATCH]], padding=True, return_tensors="pt")
         self.sample: dict[str, Tensor] = dict(tokens)
-        self.base = score_pairs(self.reference, self.tokenizer, self.pairs).spearman
         self.expected = embed_pairs(self.reference, self.tokenizer, self.pairs)
+        self.base = correlation(self.expected, self.pairs)
 
     def scores(self, model: nn.Module) -> dict[str, Any]:
         """`retained`, the part of the float model's correlation that is left, and `distance` of embeddings to it."""

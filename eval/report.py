@@ -16,7 +16,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
-from quantize.eval.similarity import embed_pairs, read_pairs, score_pairs
+from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
 from quantize.tokenizer import load_tokenize, load_tokenizer
 
@@ -123,8 +123,8 @@ def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Pat
     pairs, tokenizer = read_pairs(text), load_tokenizer(directory)
     if reference is None:
         return {"spearman": score_pairs(model, tokenizer, pairs).spearman, "pairs": len(pairs)}
-    base = score_pairs(reference, tokenizer, pairs).spearman
-    found = score_pairs(model, tokenizer, pairs, embed_pairs(reference, tokenizer, pairs))
+    expected = embed_pairs(reference, tokenizer, pairs)
+    base, found = correlation(expected, pairs), score_pairs(model, tokenizer, pairs, expected)
     scores = {"spearman": found.spearman, "pairs": len(pairs), "distance": found.distance}
     return scores | {"spearman_against": base, "retained": found.spearman / base}
 

@@ -77,6 +77,10 @@ def embed_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> Tensor:
 def score_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs, expected: Tensor | None = None) -> SimilarityScores:
     """Compare a model with the gold scores, and with the float model's `expected` embeddings of the same pairs."""
     found = embed_pairs(model, tokenizer, pairs)
-    spearman = spearmanr(cosine_similarity(*found).numpy(), [pair[0] for pair in pairs]).statistic
     distance = None if expected is None else float((1 - cosine_similarity(found, expected, dim=-1)).mean())
-    return SimilarityScores(float(spearman), distance)
+    return SimilarityScores(correlation(found, pairs), distance)
+
+
+def correlation(embeddings: Tensor, pairs: Pairs) -> float:
+    """Spearman's, of the cosine similarity of embeddings [2, pairs, hidden] with the gold scores."""
+    return float(spearmanr(cosine_similarity(*embeddings).numpy(), [pair[0] for pair in pairs]).statistic)

@@ -7,12 +7,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, fx
 
+from quantize.artifact import METHOD
 from quantize.calibration.data import BATCH_TOKENS, Row, Samples
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram, factors, mirror
@@ -29,6 +31,7 @@ from quantize.once import Once, always
 from quantize.online import Front
 from quantize.plan import Plan
 from quantize.ranks import Ranks
+from quantize.recipe import Recipe
 from quantize.scheme import ActivationArgs, Scheme, TuneArgs
 from quantize.seeding import private_generator
 from quantize.survey import survey
@@ -282,3 +285,11 @@ def describe(module: QuantizedLinear, default: ActivationArgs | None) -> dict[st
     if module.scheme.activations != default and module.scheme.activations is not None:
         entry["activations"] = module.scheme.activations.model_dump()
     return entry
+
+
+def quantization_settings(recipe: Recipe, modules: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    """The artifact's quantization settings, with what `describe` says of each linear, by path."""
+    scheme = recipe.linear_scheme.model_dump()
+    settings: dict[str, Any] = {"quant_method": METHOD, "scheme": scheme, "modules": modules}
+    settings |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
+    return settings | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})

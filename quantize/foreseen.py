@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantize.artifact import METHOD, as_json
-from quantize.blocks import PROBE_TOKENS, describe
+from quantize.artifact import as_json
+from quantize.blocks import PROBE_TOKENS, describe, quantization_settings
 from quantize.calibration.data import Samples
 from quantize.checkpoint import Checkpoint, side_files
 from quantize.graph.linears import Linear
@@ -103,13 +103,7 @@ class Foreseen:
         """The quantization settings that the artifact will have."""
         recipe = self.plan.recipe
         modules = {path: describe(module, recipe.activations) for path, module in self.modules.items()}
-        found: dict[str, Any] = {
-            "quant_method": METHOD,
-            "scheme": recipe.linear_scheme.model_dump(),
-            "modules": modules,
-        }
-        found |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
-        return found | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})
+        return quantization_settings(recipe, modules)
 
     def artifact_bytes(self) -> int:
         """All files of the artifact."""

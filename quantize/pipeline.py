@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import nn
 
 from quantize import gate
-from quantize.artifact import METHOD, ArtifactWriter, as_json, load, read_manifest, sha256
+from quantize.artifact import ArtifactWriter, as_json, load, read_manifest, sha256
 from quantize.attention_check import attention_count, check_kv_cache
-from quantize.blocks import BlockRun
+from quantize.blocks import BlockRun, quantization_settings
 from quantize.calibration.data import BUNDLED, Samples
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import Checkpoint, build_skeleton, check_weights, open_checkpoint, side_files
@@ -244,15 +244,7 @@ def finish(
     """Add all that is no block, verify what was written, and commit; returns the manifest, with what is in `data`."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
     writer.add(shard_name(program, len(program.segments) + 1), blocks.unused())
-    settings: dict[str, Any] = {
-        "quant_method": METHOD,
-        "scheme": plan.recipe.linear_scheme.model_dump(),
-        "modules": blocks.modules,
-    }
-    if plan.recipe.prefix:
-        settings["prefix"] = list(plan.recipe.prefix_tokens)
-    if plan.recipe.kv_cache is not None:
-        settings["kv_cache"] = plan.recipe.kv_cache.model_dump()
+    settings = quantization_settings(plan.recipe, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.probes_run(), blocks.outputs()
     proof = parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)

@@ -101,7 +101,7 @@ def settle_prefix(
 
     def find() -> tuple[dict[int, int], int]:
         found = find_prefix(checkpoint, program, ids, console)
-        return dict(found.counts.items()), found.sequences
+        return dict(found.counts), found.sequences
 
     flagged, sequences = once("prefix", find)
     found = Found(Counter(flagged), sequences)
