@@ -272,6 +272,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name_and_goes_on_with_resum
     assert tree(run.directory / "out") == tree(small_run(one_layer, nsamples=32, seqlen=256))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one more that a callback swallowed
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_that_a_library_swallows_still_stops_the_run(
     cli, one_layer, stories_calibration, tmp_path, monkeypatch, number
