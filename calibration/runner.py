@@ -6,7 +6,9 @@ outputs of everything quantized before it, and each node runs once a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -42,10 +44,17 @@ class Runner:
 
     def run(self, nodes: Iterable[fx.Node], state: State) -> None:
         """Advance every batch over some nodes."""
-        nodes = tuple(nodes)
-        for number, values in enumerate(self.values):
-            advance(self.program, nodes, values, state)
-            self.values[number] = values
+        whole = tuple(nodes)
+        for part in self._parts(whole, state) if self.values.file is None else [whole]:
+            with unpacked(state.linears[node] for node in part if node in state.linears):
+                for number, values in enumerate(self.values):
+                    advance(self.program, part, values, state)
+                    self.values[number] = values
+
+    def _parts(self, nodes: Sequence[fx.Node], state: State) -> Iterator[Sequence[fx.Node]]:
+        """Nodes cut behind each linear that is replaced, so that only one weight is unpacked at a time."""
+        cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
+        return (nodes[first:last] for first, last in itertools.pairwise(cuts))
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs, batch by batch, once every node has run."""
@@ -91,3 +100,13 @@ class Runner:
                     x = behind[linear.path](ahead.values[0][linear.source])
                     collected.setdefault(linear.weight, make()).update(x)
         return collected
+
+
+@contextlib.contextmanager
+def unpacked(linears: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """What of some linears is unpacked on each call stays so until the end."""
+    with contextlib.ExitStack() as stack:
+        for linear in linears:
+            if hold := getattr(linear, "unpacked", None):
+                stack.enter_context(hold())
+        yield

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from quantize.artifact import METHOD
 from quantize.calibration.data import BATCH_TOKENS, Row, Samples
+from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram, factors, mirror
 from quantize.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from quantize.graph.program import Program, Segment
 from quantize.kv_cache import check_hadamard, quantized_attention
 from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
+from quantize.memory import give_back
 from quantize.once import Once, always
 from quantize.online import Front
 from quantize.plan import Plan
@@ -93,6 +95,7 @@ class BlockRun:
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; returns what is stored of it."""
+        give_back()
         given, dtypes = self._read(segment)
         weights, fronts = self.transformer.apply(segment, dict(given))
         linears = self.program.linears(segment)
@@ -107,16 +110,18 @@ class BlockRun:
         state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
         tune, finish = self.plan.recipe.tune if targets else None, self.calibrates_after(segment)
         starts = list(self.calibration.values) if tune else []
-        for group, _ in zip(
-            self.calibration.stops(segment, state, targets, finish),
-            self.exact.stops(segment, exact, targets, finish or tune is not None),
-            strict=True,
-        ):
-            for part in self._parts(group, fronts, dtypes):
-                for linear, weight in zip(part, self._quantize(part, state, fronts, dtypes), strict=True):
-                    tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
-                if not tune:
-                    self._give_up(state, part)
+        with bfloat16_products(self._in_bfloat16(dtypes)):
+            for group, _ in zip(
+                self.calibration.stops(segment, state, targets, finish),
+                self.exact.stops(segment, exact, targets, finish or tune is not None),
+                strict=True,
+            ):
+                for part in self._parts(group, fronts, dtypes):
+                    for linear, weight in zip(part, self._quantize(part, state, fronts, dtypes), strict=True):
+                        tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
+                    if not tune:
+                        self._give_up(state, part)
+                give_back()
         if tune:
             for linear, weight in self._tune(segment, state, starts, targets, tune):
                 tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
@@ -133,6 +138,10 @@ class BlockRun:
         for name in segment.parameters:
             given[name], dtypes[name] = self.checkpoint.float_tensor(name), self.checkpoint.tensor(name).dtype
         return given, dtypes
+
+    def _in_bfloat16(self, dtypes: Mapping[str, torch.dtype]) -> bool:
+        """Whether a block is stored in bfloat16, and so meant to run in it, and the processor is faster at that."""
+        return set(dtypes.values()) == {torch.bfloat16} and multiplies_bfloat16()
 
     def calibrates_after(self, segment: Segment) -> bool:
         """Whether anything behind a block looks at the calibration activations."""
@@ -208,7 +217,9 @@ class BlockRun:
     ) -> list[QTensor]:
         """Round the weights of linears that see the same input."""
         quantizer, first = self.plan.quantizer, part[0]
+        give_back()
         gram = self._gram(first.source, first.columns, fronts[first.path]) if quantizer.needs_gram else None
+        give_back()
         weights = [linear.oriented(state.weights[linear.weight]) for linear in part]
         mine = [W[self.ranks.part_of(len(W))] for W in weights] if self._splits(weights) else weights
         try:

@@ -53,7 +53,7 @@ class Checkpoint:
     sources: dict[str, Source] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
-        """The model with parameters on the meta device, tied ones shared, and real buffers."""
+        """The model in float32 with parameters on the meta device, tied ones shared, and real buffers."""
         if self.module is None:
             model = build_skeleton(self.config)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
@@ -62,7 +62,7 @@ class Checkpoint:
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
         }
-        return copy.deepcopy(self.module, memo)
+        return copy.deepcopy(self.module, memo).float()
 
     def tensor(self, name: str) -> Tensor:
         """One parameter as it is stored.
@@ -261,6 +261,11 @@ def read_float(path: Path, name: str) -> Tensor:
     return wide
 
 
+def is_finite(x: Tensor) -> bool:
+    """Whether no number in x is infinite or NaN, either of which is among its extremes."""
+    return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
     """Every parameter is there, of the right shape, floating point and finite.
 
@@ -275,6 +280,6 @@ def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
             )
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        if not all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(CHECKED)):
+        if not all(map(is_finite, tensor.flatten().split(CHECKED))):
             index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

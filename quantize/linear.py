@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.formats.qtensor import QTensor
+from quantize.calibration.precision import product_dtype
+from quantize.formats.qtensor import QTensor, Unpacked
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.leading import Leading
 from quantize.online import Online
@@ -43,6 +45,7 @@ class QuantizedLinear(nn.Module):
         self.transform = nn.Sequential(*self.online)
         self.leading = Leading()
         self._packed: Operands | None = None
+        self._unpacked: QTensor | None = None
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -51,7 +54,16 @@ class QuantizedLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The buffers as they are now, in one piece."""
         args = self.scheme.weights
-        return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
+        return self._unpacked or QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """The weight is unpacked once, however often the module is called until the end of this."""
+        self._unpacked = Unpacked.of(self.qtensor(), product_dtype())
+        try:
+            yield
+        finally:
+            self._unpacked = None
 
     def packed(self) -> Operands:
         """The weight as the GPU kernels read it; laid out once, held beside the buffers, and never saved."""
@@ -80,8 +92,9 @@ class QuantizedLinear(nn.Module):
 
     def _exact(self, x: Tensor) -> Tensor:
         """The product with activations as they are."""
-        bias = None if self.bias is None else self.bias.to(x)
-        return torch.nn.functional.linear(x, self.qtensor().dequantize().to(x), bias)
+        W = self.qtensor().dequantize()
+        W = W if self._unpacked else W.to(x)
+        return torch.nn.functional.linear(x.to(W), W, None if self.bias is None else self.bias.to(W)).to(x)
 
     def _rounded(self, x: Tensor) -> Tensor:
         """The product with activations transformed, and quantized as the scheme says."""

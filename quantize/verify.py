@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class Compared:
 
     def __init__(self, module: QuantizedLinear) -> None:
         self.module, self.worst = module, 0.0
+
+    def unpacked(self) -> AbstractContextManager[None]:
+        """As of a `QuantizedLinear`."""
+        return self.module.unpacked()
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

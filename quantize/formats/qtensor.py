@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from quantize.errors import QuantizeError
 from quantize.kernels.ops import decode_scale, dequantize, pack_fp4, pack_int4, unpack_fp4, unpack_int4
 from quantize.scheme import WeightArgs
 
+CACHED = 1 << 17  # weights that are dequantized together
 SCALE_TYPES = {
     "int": {torch.float64, torch.float32, torch.float16, torch.bfloat16},
     "mxfp4": {torch.uint8},
@@ -85,6 +88,11 @@ class QTensor:
         """float32 [N, K]."""
         return dequantize(self.unpack(), self.unpack_scale(), self.zero_point)
 
+    def rows(self, part: slice) -> QTensor:
+        """Some rows."""
+        zero_point = None if self.zero_point is None else self.zero_point[part]
+        return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, self.unit)
+
     def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
         """All rows, from the `tensors` of some rows each, of the same format as here, without a unit."""
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -94,3 +102,39 @@ class QTensor:
         """What is saved, by the suffix it is saved under."""
         named = {"qweight": self.data, "scale": self.scale, "zero_point": self.zero_point, "unit": self.unit}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Unpacked(QTensor):
+    """A quantized weight that keeps what it was unpacked to, as long as it lives.
+
+    Attributes:
+        dtype: of the dequantized weight.
+    """
+
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(cls, weight: QTensor, dtype: torch.dtype) -> Self:
+        """A weight that is going to be asked for several times."""
+        return cls(**vars(weight), dtype=dtype)
+
+    def unpack(self) -> Tensor:
+        """int8 [N, K]."""
+        return self._integers
+
+    def dequantize(self) -> Tensor:
+        """[N, K]."""
+        return self._values
+
+    @functools.cached_property
+    def _integers(self) -> Tensor:
+        return super().unpack()
+
+    @functools.cached_property
+    def _values(self) -> Tensor:
+        """A few rows at a time, so that what lies between stays in a core's cache."""
+        values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), max(1, CACHED // self.columns)
+        for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
+            part.copy_(self.rows(slice(start, start + rows)).dequantize())
+        return values

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
 from quantize.quantizers.base import nearest
 from quantize.quantizers.hessian import panels
 from quantize.scheme import WeightArgs
@@ -62,10 +63,11 @@ def compensated(R: Tensor, A: Tensor, columns: Columns, block_size: int) -> Tens
     by the inverse of H (theorem 6 of QuIP, arXiv 2307.13304), without the inverse. A [K, K]: only what stands above
     the diagonal is read.
     """
-    Q = torch.empty_like(R, dtype=torch.int8)
+    Q, errors = torch.empty_like(R, dtype=torch.int8), R.to(product_dtype())
     for block in panels(len(R), block_size):
-        target = torch.addmm(R[block], A[: block.start, block].T, R[: block.start])
+        target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
         Q[block], R[block] = round_in_turn(target, R[block], A[block, block], columns.grid(block))
+        errors[block] = R[block]
     return Q
 
 
@@ -79,12 +81,14 @@ def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: Columns, block_size: int) ->
         columns: their grids.
         block_size: columns between two products with all of H.
     """
+    errors = R.to(product_dtype())
     for block in panels(len(R), block_size):
         grid, diagonal = columns.grid(block), H.diagonal()[block]
         held = grid.value(Q[block])
-        target = held + H[block] @ R / diagonal[:, None]
+        target = held + H[block].to(errors) @ errors / diagonal[:, None]
         Q[block], change = round_in_turn(target, held, H[block, block] / diagonal, grid)
         R[block] += change
+        errors[block] = R[block]
 
 
 def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -97,7 +101,8 @@ def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Gri
         grid: of these columns.
     """
     q, e = torch.empty_like(target), torch.empty_like(target)
-    round_columns(slice(0, len(target)), target, reference, feedback, grid, q, e)
+    with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
+        round_columns(slice(0, len(target)), target, reference, feedback, grid, q, e)
     return q, e
 
 

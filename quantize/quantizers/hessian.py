@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quantize.calibration.precision import bfloat16_products
 from quantize.errors import QuantizeError
 
 PANEL = 256  # columns that go through BLAS together
@@ -20,9 +21,9 @@ def panels(columns: int, width: int = PANEL) -> Iterator[slice]:
 def permute(H: Tensor, order: Tensor) -> None:
     """Replace H [K, K] by H[order][:, order], in place."""
     for panel in panels(len(H)):
-        H[:, panel] = H[order, panel]
+        H[:, panel] = H[:, panel].index_select(0, order)
     for panel in panels(len(H)):
-        H[panel] = H[panel][:, order]
+        H[panel] = H[panel].index_select(1, order)
 
 
 def mirror(H: Tensor) -> None:
@@ -46,7 +47,9 @@ def factor(H: Tensor, damp: float) -> Tensor:
     diagonal = H.diagonal().clone()
     while damp <= 100:
         H.diagonal().copy_(diagonal + damp * diagonal.mean())
-        if (d := factor_damped(H)) is not None:
+        with bfloat16_products(False):  # whose errors can be larger than the damping
+            d = factor_damped(H)
+        if d is not None:
             return d
         mirror(H)
         damp *= 10
