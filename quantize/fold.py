@@ -12,6 +12,8 @@ from torch import Tensor
 from quantize.graph.basis import Basis, Edge
 from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
 
+PIECE = 1 << 20  # numbers that are transformed together
+
 
 class Transform(Protocol):
     """An invertible matrix T [dim, dim] on a basis: the channels x become x T. Tensors are [..., dim]."""
@@ -109,10 +111,14 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
 
 
 def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply one side of a transform along a parameter's axis, copy by copy."""
-    result = weight.to(torch.float64, copy=True).contiguous() + edge.offset
+    """Apply one side of a transform along a parameter's axis, copy by copy; no more than a piece of it is in float64."""
+    result = weight.clone(memory_format=torch.contiguous_format)
     part = result[tuple(slice(None) if a == edge.axis else s for a, s in enumerate(edge.region))]
     channels_last = part.movedim(edge.axis, -1)
-    for index in edge.index:
-        channels_last[..., index] = side(channels_last[..., index])
-    return (result - edge.offset).to(weight.dtype)
+    rows = max(1, PIECE // max(1, channels_last[:1].numel()))
+    for piece in channels_last.split(rows) if channels_last.dim() > 1 else [channels_last]:
+        wide = piece.double() + edge.offset
+        for index in edge.index:
+            wide[..., index] = side(wide[..., index])
+        piece.copy_(wide - edge.offset)
+    return result

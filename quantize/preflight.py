@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import fx
+
 from quantize.blocks import TUNE_TOKENS
 from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.scratch import IN_MEMORY
 from quantize.calibration.statistics import Rows
 from quantize.foreseen import Foreseen
 from quantize.graph.linears import Linear
@@ -70,8 +73,8 @@ class Preflight(Foreseen):
     def memory_bytes(self) -> int:
         """The most that a run holds beside what this process held before: one block, and calibration activations.
 
-        At the stop where most is alive: activations of all batches, what one batch adds in between; the block as it
-        is stored, in float32 before and after a pass, the largest parameter in float64; and the quantizer's matrices.
+        At the stop where most is alive: activations of all batches, as far as they stay in memory; the block in
+        float32, before and after a pass; and what one batch adds in between, or the quantizer.
         """
         return max(self._segment_bytes(segment) for segment in self.program.segments) + self._surveyed_bytes()
 
@@ -79,20 +82,29 @@ class Preflight(Foreseen):
         last = segment is self.program.segments[-1]
         stops = sum(count * alive.stops[segment.name] for count, _, alive in self.alive if not last)
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
-        stored = [self.parameters[name] for name in segment.parameters]
         copies = 1 + bool(self.plan.steps)
-        block = sum(x.nbytes + 4 * copies * x.numel() for x in stored)
-        largest = max((x.numel() for x in stored), default=0)
-        rounding = max((self._rounding_bytes(x) for x in self.program.linears(segment)), default=0)
-        return self.runners * stops + inner + block + max(8 * largest, rounding)
+        block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
+        rounding = max((self._rounding_bytes(group) for group in self._together(segment)), default=0)
+        return self.runners * min(stops, IN_MEMORY) + block + max(inner, rounding)
 
-    def _rounding_bytes(self, linear: Linear) -> int:
-        """Of the quantizer: H in float32, its drift, and five matrices of its size in float64; five copies of W."""
-        if linear.path not in self.modules:
-            return 0
-        N, K = self.modules[linear.path].out_features, linear.columns
-        drift = 4 * self.plan.quantizer.needs_exact
-        return (44 + drift) * K * K * self.plan.quantizer.needs_gram + 20 * N * K
+    def _together(self, segment: Segment) -> list[list[Linear]]:
+        """The linears of a block that are rounded, with those that share their input."""
+        groups: dict[fx.Node, list[Linear]] = {}
+        for linear in self.program.linears(segment):
+            if linear.path in self.modules:
+                groups.setdefault(linear.source, []).append(linear)
+        return list(groups.values())
+
+    def _rounding_bytes(self, linears: list[Linear]) -> int:
+        """Of the quantizer: the weights that share an input, in a few copies; H in float32, its drift, and its input."""
+        N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
+        if not self.plan.quantizer.needs_gram:
+            return 8 * max(N) * K
+        exact = self.plan.quantizer.needs_exact
+        rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
+        seen = 4 * rows * K * (1 + 4 * (exact and self.plan.recipe.activations is not None))
+        copies = 3 * sum(N) + max(N) * (1 + 3 * exact)
+        return 4 * (1 + exact) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:
         """The sizes of the Hadamard matrices of each pass, in lines."""
