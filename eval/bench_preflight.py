@@ -15,24 +15,27 @@ from rich.table import Table
 
 from quantize.dry_run import preflight
 from quantize.duration import count
+from quantize.eval.scale_model import write_model, write_tokens
 from quantize.machine import measure, peak_memory
 from quantize.partial import ResumableWriter
 from quantize.pipeline import identity_of, prepare, run
 from quantize.recipe import load_recipe
 
-MODELS = Path("tests/models")
-RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256))
+TOKENS = "tokens.jsonl"
+MODELS = Path(__file__).resolve().parents[1] / "tests/models"
+RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256), ("1.1B, 16 layers", 16, 512))
 SCHEMES = ("W4A16", "W4A4")
 
 
 def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, Any]:
     """Foreseen and measured bytes and seconds of one run in this process; memory with what it held before."""
-    recipe = load_recipe(scheme, None, group_size=0, nsamples=nsamples, seqlen=seqlen)
-    prepared = prepare(model, recipe, None, read=False)
-    found, machine = preflight(prepared), measure()
-    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(machine)}
+    tokens = model / TOKENS if (model / TOKENS).exists() else None
+    recipe = load_recipe(scheme, None, group_size=None if tokens else 0, nsamples=nsamples, seqlen=seqlen)
+    prepared = prepare(model, recipe, tokens, read=False)
+    found = preflight(prepared)
+    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(measure(found.in_bfloat16))}
     foreseen |= {"held": peak_memory(), "memory": peak_memory() + found.memory_bytes()}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         start, output = time.perf_counter(), Path(scratch, "out")
         with ResumableWriter(output) as writer:
             run(prepared, writer, None, writer.begin(identity_of(prepared)))
@@ -48,18 +51,30 @@ def table(model: str, scheme: str, found: dict[str, Any]) -> list[str]:
     return [model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]
 
 
+def made(name: str, folder: Path) -> Path:
+    """A bundled model, or a random one of a shape and depth, with tokens to calibrate it on."""
+    if (MODELS / name).exists():
+        return MODELS / name
+    size, layers = name.removesuffix(" layers").split(", ")
+    write_model(folder / name, size, int(layers))
+    write_tokens(folder / name / TOKENS, size, 16, 512)
+    return folder / name
+
+
 def main() -> None:
     """Print the table, or with arguments the JSON of one run."""
     if len(sys.argv) > 1:
         model, scheme, *sizes = sys.argv[1:]
         return print(json.dumps(compare(Path(model), scheme, *map(int, sizes))))
     shown = Table("model", "scheme", "memory, MB", "disk, MB", "seconds", title="foreseen / measured")
-    for model, nsamples, seqlen in RUNS:
-        for scheme in SCHEMES:
-            arguments = [str(MODELS / model), scheme, str(nsamples), str(seqlen)]
-            command = [sys.executable, "-m", "quantize.eval.bench_preflight", *arguments]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            shown.add_row(*table(model, scheme, json.loads(done.stdout)))
+    with tempfile.TemporaryDirectory(dir=MODELS) as folder:
+        for name, nsamples, seqlen in RUNS:
+            found = made(name, Path(folder))
+            for scheme in SCHEMES:
+                arguments = [str(found), scheme, str(nsamples), str(seqlen)]
+                command = [sys.executable, "-m", "quantize.eval.bench_preflight", *arguments]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                shown.add_row(*table(name, scheme, json.loads(done.stdout)))
     Console().print(shown)
 
 

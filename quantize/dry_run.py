@@ -26,13 +26,13 @@ def dry_run(prepared: Prepared) -> str:
 
 def estimates(found: Preflight) -> Iterator[str]:
     """Memory, disk and time."""
-    held, more, machine, work = peak_memory(), found.memory_bytes(), measure(), count(found)
+    held, more, machine, work = peak_memory(), found.memory_bytes(), measure(found.in_bfloat16), count(found)
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     yield (
         f"time: about {work.seconds(machine):.0f} s of computing, {work.products:.1e} multiply-adds at "
-        f"{machine.products:.1e}/s, {work.elements:.1e} numbers at {machine.elements:.1e}/s and {work.operators:.1e} "
-        f"operators at {machine.operator:.1e} s; files not counted, rates as measured just now"
+        f"{machine.products:.1e}/s, {work.elements:.1e} numbers at {machine.elements:.1e}/s, {work.operators:.1e} "
+        f"operators at {machine.operator:.1e} s and {work.files:.0f} files at {machine.file:.1e} s, as measured now"
     )
 
 

@@ -1,48 +1,56 @@
 """How long a run will take: what it computes, counted, at the rates that were measured of this machine.
 
-Three things are counted: multiply-adds of matrix products, float32 numbers that are changed one by one, and calls of
-operators. The rest (hashing, reading, writing) takes seconds for each gigabyte and is left out.
+Four things are counted: multiply-adds of matrix products, float32 numbers that are changed one by one, calls of
+operators, and small files written through to the disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Self
 
 from quantize.graph.linears import Linear
+from quantize.graph.program import Segment
 from quantize.machine import Machine
 from quantize.preflight import Preflight
 from quantize.quantizers.base import RANGES
 from quantize.quantizers.gptq import GPTQ
 
-PASSES = 8  # over all numbers of a matrix, that rounding it to a grid and comparing takes
+STORED = 24  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
+FOLDED = 24  # passes over each weight that a pass takes, which transforms it in float64
+GRID = 6  # passes that rounding numbers to a grid and comparing takes
+ROUNDED = 12  # passes over activations that are quantized
 NODE = 20  # operators that calling one costs when a program calls it
-COLUMN = 10  # operators for each column that GPTQ rounds
-WIDE = 2  # a product in float64 costs two in float32
+COLUMN = 14  # operators for each column that GPTQ rounds
+SOLVE = 2  # a factorization runs at half the speed of a product
+PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
 QR = 10  # multiply-adds, in n³, of a QR decomposition and its gradient
+FILES = 16  # files of a block, its journal's among them, that are written through to the disk
 LEARNING_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of multiply-adds, numbers and operators."""
+    """Counts of multiply-adds, numbers, operators and files."""
 
     products: float = 0.0
     elements: float = 0.0
     operators: float = 0.0
+    files: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.products + other.products, self.elements + other.elements, self.operators + other.operators)
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def times(self, count: float) -> Self:
         """So often."""
-        return type(self)(self.products * count, self.elements * count, self.operators * count)
+        return type(self)(*(getattr(self, f.name) * count for f in fields(self)))
 
     def seconds(self, machine: Machine) -> float:
         """At the rates of a machine."""
-        return self.products / machine.products + self.elements / machine.elements + self.operators * machine.operator
+        rated = self.products / machine.products + self.elements / machine.elements
+        return rated + self.operators * machine.operator + self.files * machine.file
 
 
 def count(found: Preflight) -> Work:
@@ -51,15 +59,13 @@ def count(found: Preflight) -> Work:
 
 
 def parts(found: Preflight) -> Iterator[Work]:
-    """Calibration, its sums, transforms, rounding, and verifying."""
+    """Calibration, its sums, transforms, rounding, and what each block takes beside that."""
     forward = calibration(found)
     yield forward.times(runs(found))
-    yield gate(found)
     for segment in found.program.segments:
-        linears = [x for x in found.program.linears(segment) if x.path in found.modules]
-        inputs = {x.source: x.columns for x in linears}
-        yield sums(found, list(inputs.values()))
-        yield sum((rounding(found, x) for x in linears), Work())
+        yield block(found, segment)
+        for group in found.together(segment):
+            yield group_work(found, group)
     yield sum((learning(found, step.sites[0].dim) for step in found.plan.steps if step.surveyed), Work())
     if tune := found.plan.recipe.tune:
         yield forward.times(BACKWARD * tune.steps / max(1, sum(found.batches.values())))
@@ -85,31 +91,47 @@ def calibration(found: Preflight) -> Work:
     return total
 
 
-def gate(found: Preflight) -> Work:
-    """Each weight folded in float64 by each pass, and read back at the end."""
-    weights = sum(x.numel() for x in found.parameters.values())
-    nodes = sum(len(segment.nodes) for segment in found.program.segments)
-    return Work(0, PASSES * weights * (1 + len(found.plan.steps)), 2 * NODE * nodes * (2 + 2 * len(found.plan.steps)))
+def block(found: Preflight, segment: Segment) -> Work:
+    """Each weight read, transformed, written and read back; and the probes, before and after each pass as well."""
+    weights, steps = sum(found.parameters[name].numel() for name in segment.parameters), len(found.plan.steps)
+    forwards = 2 * (2 + 2 * steps)
+    return Work(
+        PROBED * weights * (3 + 2 * steps),
+        weights * (STORED + FOLDED * steps),
+        NODE * len(segment.nodes) * forwards,
+        FILES,
+    )
 
 
-def sums(found: Preflight, columns: list[int]) -> Work:
-    """Gram matrices of the inputs of a block."""
+def group_work(found: Preflight, linears: list[Linear]) -> Work:
+    """Linears that share an input: the sums over it, their rounding, and the input's."""
+    N, K = [found.modules[x.path].out_features for x in linears], linears[0].columns
     rows = sum(number * sizes.rows for number, sizes, _ in found.alive)
-    each = (1 + found.plan.quantizer.needs_exact) * found.plan.quantizer.needs_gram
-    return Work(each * rows * sum(K * K for K in columns), rows * sum(columns), 0)
+    work = sum((rounding(found, n, K) for n in N), Work()) + quantized(found, rows, sum(N), K)
+    if not found.plan.quantizer.needs_gram:
+        return work
+    exact = found.plan.quantizer.needs_exact
+    calls = COLUMN * K * (1 + getattr(found.plan.quantizer, "sweeps", 0))
+    return work + Work((0.5 + exact) * rows * K * K + SOLVE * K**3 / 6, rows * K * (2 + 2 * exact) + 8 * K * K, calls)
 
 
-def rounding(found: Preflight, linear: Linear) -> Work:
-    """One weight [N, K] to its grid."""
-    N, K = found.modules[linear.path].out_features, linear.columns
+def quantized(found: Preflight, rows: int, N: int, K: int) -> Work:
+    """What quantized activations [rows, K] cost beside the product: their rounding, and adding up groups."""
+    if found.plan.recipe.activations is None or not rows:
+        return Work()
+    groups = K // (found.plan.recipe.weights.group_size or K)
+    return Work(0, rows * (ROUNDED * K * (1 + found.plan.quantizer.needs_exact) + GRID * N * groups), 0)
+
+
+def rounding(found: Preflight, N: int, K: int) -> Work:
+    """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
-    tried = len(RANGES[args.format]) if quantizer.mse else 1
-    work = Work(0, PASSES * tried * N * K, PASSES * tried)
+    tried = len(RANGES[args.format]) / 2 if quantizer.mse else 1  # most groups are left before the search ends
+    work = Work(0, GRID * tried * N * K, GRID * tried)
     if not isinstance(quantizer, GPTQ):
         return work
-    rounds, block = 1 + quantizer.sweeps, min(K, quantizer.block_size)
-    solve = WIDE * (K**3 + quantizer.needs_exact * (N * K * K + K**3))
-    return work + Work(solve + rounds * N * K * K, rounds * N * K * 2 * block, rounds * K * COLUMN)
+    products = N * K * K * (0.5 + quantizer.sweeps + 2 * quantizer.needs_exact)
+    return work + Work(products, N * K * (8 + COLUMN * (1 + quantizer.sweeps)), 0)
 
 
 def learning(found: Preflight, dim: int) -> Work:

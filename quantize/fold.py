@@ -111,7 +111,7 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
 
 
 def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply one side of a transform along a parameter's axis, copy by copy; no more than a piece of it is in float64."""
+    """Apply one side of a transform along a parameter's axis, copy by copy, and piece by piece, in float64."""
     result = weight.clone(memory_format=torch.contiguous_format)
     part = result[tuple(slice(None) if a == edge.axis else s for a, s in enumerate(edge.region))]
     channels_last = part.movedim(edge.axis, -1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from quantize.calibration.precision import bfloat16_products
 
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 22  # 16 MiB: more than caches hold
@@ -23,21 +27,34 @@ class Machine:
         products: multiply-adds of float32 matrix products, per second.
         elements: float32 numbers read, changed and written, per second.
         operator: seconds that it takes to call an operator on next to nothing.
+        file: seconds until a small file is on the disk.
     """
 
     products: float
     elements: float
     operator: float
+    file: float
 
 
-def measure() -> Machine:
-    """The best of a few runs of each."""
+def measure(in_bfloat16: bool = False) -> Machine:
+    """The best of a few runs of each; of products as calibration takes them."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
+    with bfloat16_products(in_bfloat16):
+        products = SIZE**3 / best(lambda: a @ b)
     return Machine(
-        products=SIZE**3 / best(lambda: a @ b),
+        products=products,
         elements=ELEMENTS / best(lambda: x.mul_(1.0)),
         operator=best(lambda: [one + one for _ in range(100)]) / 100,
+        file=best(write_through),
     )
+
+
+def write_through() -> None:
+    """Write a small file and wait until it is on the disk."""
+    with tempfile.TemporaryFile() as file:
+        file.write(b"0")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def best(run: Callable[[], object]) -> float:

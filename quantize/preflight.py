@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from quantize.blocks import TUNE_TOKENS
 from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.precision import multiplies_bfloat16
 from quantize.calibration.scratch import IN_MEMORY
 from quantize.calibration.statistics import Rows
 from quantize.foreseen import Foreseen
@@ -51,6 +53,11 @@ class Preflight(Foreseen):
         return [(count, sizes, walk(sizes)) for count, sizes in found]
 
     @property
+    def in_bfloat16(self) -> bool:
+        """Whether most of what is multiplied is rounded to bfloat16."""
+        return set(self.dtypes.values()) == {torch.bfloat16} and multiplies_bfloat16()
+
+    @property
     def runners(self) -> int:
         """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
         return 1 + (self.plan.quantizer.needs_exact or self.plan.recipe.tune is not None)
@@ -84,10 +91,10 @@ class Preflight(Foreseen):
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
         copies = 1 + bool(self.plan.steps)
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
-        rounding = max((self._rounding_bytes(group) for group in self._together(segment)), default=0)
+        rounding = max((self._rounding_bytes(group) for group in self.together(segment)), default=0)
         return self.runners * min(stops, IN_MEMORY) + block + max(inner, rounding)
 
-    def _together(self, segment: Segment) -> list[list[Linear]]:
+    def together(self, segment: Segment) -> list[list[Linear]]:
         """The linears of a block that are rounded, with those that share their input."""
         groups: dict[fx.Node, list[Linear]] = {}
         for linear in self.program.linears(segment):
@@ -96,7 +103,7 @@ class Preflight(Foreseen):
         return list(groups.values())
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:
-        """Of the quantizer: the weights that share an input, in a few copies; H in float32, its drift, and its input."""
+        """Of the quantizer: copies of the weights that share an input, H in float32, its drift, and its input."""
         N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
         if not self.plan.quantizer.needs_gram:
             return 8 * max(N) * K
