@@ -174,14 +174,15 @@ def export(directory: Path, target: str, output_dir: Path, qdq: bool, calibratio
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option("--prompt", required=True, help="The text to continue.")
+@click.option("--prompt", help="The text to continue; of a model of sound, how its text begins.")
+@click.option("--input", "data", type=PATH, help="A tensor for each input (.safetensors), for models of sound.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
-def run(directory: Path, prompt: str, max_new_tokens: int) -> None:
-    """Continue a text with an exported model in ONNX Runtime, always by the most likely token."""
-    from quantize.export.runner import stream
+def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
+    """Make text with an exported model in ONNX Runtime, always the most likely token."""
+    from quantize.export.encoded_runner import text
 
-    for text in stream(directory, prompt, max_new_tokens):
-        click.echo(text, nl=False)
+    for piece in text(directory, prompt, data, max_new_tokens):
+        click.echo(piece, nl=False)
     click.echo()
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+import onnxruntime
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from quantize.export.comparison import rewritten
 from quantize.export.onnx_linear import lower
 
 if TYPE_CHECKING:
@@ -14,6 +19,7 @@ if TYPE_CHECKING:
 
 Feed = dict[str, Tensor]  # by name, in the order of the file's inputs
 Axes = dict[int, str]  # axis → name of its size
+Outputs = list[NDArray[np.float32]]
 BATCH, SEQUENCE = "batch_size", "sequence_length"  # the names optimum and onnxruntime-genai use
 
 
@@ -24,9 +30,13 @@ class Interface(nn.Module):
         inputs: name → free axes.
         outputs: name → free axes, in the order in which `forward` returns them.
         lower: what its linears become in the file.
+        optional: inputs that the file has only if its graph reads them.
+        unread: inputs that are traced along, and that its graph must not read.
     """
 
     lower = staticmethod(lower)
+    optional: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     inputs: dict[str, Axes]
     outputs: dict[str, Axes]
@@ -38,6 +48,18 @@ class Interface(nn.Module):
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
         """One tensor for each of `outputs`."""
         raise NotImplementedError
+
+    def files(self) -> dict[str, Interface]:
+        """File → what it takes and gives; one, but for models in parts."""
+        return {"model.onnx": self}
+
+    def lowered(self) -> Interface:
+        """A copy whose linears are what the file has."""
+        return rewritten(self, self.lower)
+
+    def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
+        """What `forward` gives, from its files."""
+        return list(sessions[0].run(None, {name: tensor.numpy() for name, tensor in feed.items()}))
 
     def feeds(self, seed: int) -> dict[str, Feed]:
         """Random inputs of three shapes, by the name of the shape; the same for every call with a seed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ import torch
 from quantize.artifact import as_json
 from quantize.attention import has_kv_cache
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.export.comparison import rewritten
 from quantize.export.decoder import Decoder, decodes
+from quantize.export.encoder_decoder import encoder_decoder
 from quantize.export.forward import Forward
+from quantize.export.halves import decodes_encoded
 from quantize.export.interface import Axes, Interface
 from quantize.export.parity import SESSION_CONFIG, parity
 from quantize.export.precision import executed
@@ -33,11 +35,13 @@ LARGE = 3 << 29  # bytes of weights from which on they lie in a file of their ow
 def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, large: int = LARGE) -> dict[str, float]:
     """Write `model.onnx` and prove it: ONNX Runtime must give what torch gives for the same operators.
 
+    An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are proved one behind the other.
+
     Beside it lies `ort_config.json` with the session options that make it exact on every CPU, and `executes`: how many
     products run in which precision.
 
-    What goes in and out is said by `Decoder` for causal language models, by `Forward` for all others. Weights of more
-    than `large` bytes lie in `model.onnx.data`.
+    What goes in and out is said by `Decoder` for causal language models, by `EncoderHalf` and `DecoderHalf` for
+    encoder-decoders, by `Forward` for all others. Weights of more than `large` bytes lie in `model.onnx.data`.
 
     Two right answers may differ: a sum that differs in its last bit moves an activation that lies between two grid
     points by a whole step, which moves others further on, up to the size of the activations' own rounding error.
@@ -62,15 +66,15 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
             "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input; "
             "quantize without the table kv_cache, or run the artifact with quantize.load"
         )
-    interface, path = interface_of(model), output_dir / "model.onnx"
-    config = write(interface, path, qdq, large)
+    interface = interface_of(model)
+    config = joined([write(part, output_dir / name, qdq, large) for name, part in interface.files().items()])
     (output_dir / "ort_config.json").write_text(as_json(config))
-    differences = parity(interface, path, config["session_config_entries"])
+    differences = parity(interface, output_dir, config["session_config_entries"])
     allowed = FLOAT_ROUNDING + 2 * differences["activations"]
     if not differences["emulation"] <= allowed:  # NaN is caught too
         raise QuantizeError(
             f"ONNX Runtime differs from torch by {differences['emulation']:.2g} of the output where rounding explains "
-            f"{allowed:.2g} at most; do not use {path}, and report the model and the recipe"
+            f"{allowed:.2g} at most; do not use {output_dir}, and report the model and the recipe"
         )
     return differences
 
@@ -78,6 +82,8 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
 def interface_of(model: PreTrainedModel) -> Interface:
     """What the file of a model takes and gives."""
     with quiet():
+        if decodes_encoded(model):
+            return encoder_decoder(model)
         return Decoder(model) if decodes(model) else Forward(model)
 
 
@@ -91,15 +97,38 @@ def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARG
     Raises:
         QuantizeError: it cannot be traced.
     """
-    model = traced(rewritten(interface, interface.lower))
+    model = traced(interface.lowered())
     executes = executed(model)
     levels = [int(node.attributes["accuracy_level"].value) for node in model.graph if node.op_type == "MatMulNBits"]
     rewrite(model, portable=qdq)
+    leave_unread_out(model, interface)
     bytes_of_weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if bytes_of_weights > large else None)
     # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
     return {"session_config_entries": entries, "executes": executes}
+
+
+def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The settings of several files: the most exact options, and their products together."""
+    entries: dict[str, str] = {}
+    for config in configs:
+        entries |= config["session_config_entries"]
+    executes = sum((Counter(config["executes"]) for config in configs), Counter[str]())
+    return {"session_config_entries": entries, "executes": dict(sorted(executes.items()))}
+
+
+def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:
+    """Take inputs that the graph does not read off a file, in place, where its interface says so.
+
+    Raises:
+        QuantizeError: it reads what it must not.
+    """
+    for value in [value for value in model.graph.inputs if value.name in interface.optional + interface.unread]:
+        if not value.uses():
+            model.graph.inputs.remove(value)
+        elif value.name in interface.unread:
+            raise QuantizeError(f"what the file should give once depends on {value.name}; run it with quantize.load")
 
 
 def traced(interface: Interface) -> onnx_ir.Model:

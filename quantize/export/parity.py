@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError
 from quantize.export.comparison import rewritten, with_float_activations
-from quantize.export.interface import Feed, Interface
+from quantize.export.interface import Feed, Interface, Outputs
 
 # Without VNNI, sums of two products of 8-bit integers saturate at 16 bits; in this mode weights are unsigned there.
 SESSION_CONFIG = {"session.x64quantprecision": "1"}
 SEEDS = (1, 2)
-Outputs = list[NDArray[np.float32]]
 
 
 def open_session(path: Path, entries: Mapping[str, str] = SESSION_CONFIG) -> onnxruntime.InferenceSession:
@@ -28,12 +26,14 @@ def open_session(path: Path, entries: Mapping[str, str] = SESSION_CONFIG) -> onn
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def parity(interface: Interface, path: Path, session_config: Mapping[str, str] = SESSION_CONFIG) -> dict[str, float]:
+def parity(
+    interface: Interface, directory: Path, session_config: Mapping[str, str] = SESSION_CONFIG
+) -> dict[str, float]:
     """How far ONNX Runtime is from torch: ‖difference‖ / ‖output‖, the largest of all outputs, shapes and inputs.
 
     Args:
         interface: of the model that was exported.
-        path: the ONNX file.
+        directory: where its files are.
         session_config: how to run it.
 
     Returns:
@@ -45,13 +45,16 @@ def parity(interface: Interface, path: Path, session_config: Mapping[str, str] =
         QuantizeError: if the graph's output does not depend on its input.
     """
     pairs = [list(pair) for pair in zip(*(interface.feeds(seed).values() for seed in SEEDS), strict=True)]
-    outputs = [run_onnx(path, pair, session_config) for pair in pairs]
+    sessions = [open_session(directory / name, session_config) for name in interface.files()]
+    outputs = [[interface.run_files(sessions, feed) for feed in pair] for pair in pairs]
     if any(np.array_equal(first[0], second[0]) for first, second in outputs):
-        raise QuantizeError(f"{path} gives the same output for different inputs; report the model and the recipe")
+        raise QuantizeError(
+            f"the file in {directory} gives the same output for different inputs; report the model and the recipe"
+        )
     feeds = [feed for pair in pairs for feed in pair]
     found, expected = [run for pair in outputs for run in pair], run_torch(interface, feeds)
     return {
-        "emulation": distance(found, run_torch(rewritten(interface, interface.lower), feeds)),
+        "emulation": distance(found, run_torch(interface.lowered(), feeds)),
         "reference": distance(found, expected),
         "activations": distance(run_torch(rewritten(interface, with_float_activations), feeds), expected),
     }

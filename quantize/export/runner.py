@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.parity import open_session
 from quantize.tokenizer import has_tokenizer, load_tokenizer
 
+POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json
 PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 
 
@@ -34,15 +36,18 @@ def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
         QuantizeError: ONNX Runtime cannot read the file.
     """
     model = OnnxDecoder(directory)
-    if not has_tokenizer(directory):
-        raise UsageError(f"{directory} has no tokenizer; export an artifact whose model directory had one")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = tokenizer_of(directory)
     ids = tokenizer(prompt)["input_ids"]
     if not 0 < len(ids) < model.positions:
         raise UsageError(f"the prompt has {len(ids)} tokens; the model takes 1 to {model.positions - 1}")
+    yield from pieces(tokenizer, ids, model.greedy(ids, max_new_tokens))
+
+
+def pieces(tokenizer: Any, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The text of tokens behind `ids`, whole characters each."""
     made: list[int] = []
     shown = ""
-    for token in model.greedy(ids, max_new_tokens):
+    for token in tokens:
         made.append(token)
         text = tokenizer.decode(ids + made)[len(tokenizer.decode(ids)) :]
         if not text.endswith(PARTIAL):
@@ -50,24 +55,42 @@ def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
             shown = text
 
 
+def tokenizer_of(directory: Path) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not has_tokenizer(directory):
+        raise UsageError(f"{directory} has no tokenizer; export an artifact whose model directory had one")
+    return load_tokenizer(directory)
+
+
 class OnnxDecoder:
     """A session with the cache of one text.
+
+    Args:
+        directory: what was exported.
+        file: its decoder.
+        given: inputs that are the same at each step.
 
     Attributes:
         positions: how many tokens the model tells apart.
         ends: tokens that end a text.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.session = session_of(directory)
+    def __init__(
+        self, directory: Path, file: str = "model.onnx", given: Mapping[str, NDArray[Any]] = MappingProxyType({})
+    ) -> None:
+        self.session, self.given = session_of(directory, file), given
         self.inputs = {value.name: value for value in self.session.get_inputs()}
-        self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
+        self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
         if not self.past:
             raise UsageError(
                 f"{directory} takes {', '.join(self.inputs)} and no cache; only causal language models continue a text"
             )
         config = read(directory / "config.json")
-        self.positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 2**31)
+        self.positions = int(next((config[name] for name in POSITIONS if config.get(name)), 2**31))
         ends = (read(directory / "generation_config.json") | config).get("eos_token_id")
         self.ends = set(ends if isinstance(ends, list) else [ends])
 
@@ -76,7 +99,7 @@ class OnnxDecoder:
         cache = {name: self.empty(name) for name in self.past}
         given, held = ids, 0
         for _ in range(min(max_new_tokens, self.positions - len(ids))):
-            logits, *present = self.session.run(None, self.step(given, held) | cache)
+            logits, *present = self.session.run(None, {**self.step(given, held), **cache, **self.given})
             cache, held = dict(zip(self.past, present, strict=True)), held + len(given)
             token = int(logits[0, -1].argmax())
             if token in self.ends:
@@ -100,16 +123,16 @@ class OnnxDecoder:
         return np.zeros((1, heads, 0, width), np.float32)
 
 
-def session_of(directory: Path) -> onnxruntime.InferenceSession:
-    """The model of a directory with the session options that lie beside it.
+def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:
+    """A file of a directory with the session options that lie beside it.
 
     Raises:
         UsageError: there is none.
         QuantizeError: ONNX Runtime refuses it.
     """
-    path = directory / "model.onnx"
+    path = directory / file
     if not path.is_file():
-        raise UsageError(f"{directory} holds no model.onnx; write one with `quantize-model export --format onnx`")
+        raise UsageError(f"{directory} holds no {file}; write one with `quantize-model export --format onnx`")
     try:
         return open_session(path, read(directory / "ort_config.json").get("session_config_entries", {}))
     except Exception as error:  # of onnxruntime's own kinds
