@@ -10,7 +10,7 @@ import onnx_ir
 from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult
 
-from quantize.export.rewrites.matching import constant, initializer
+from quantize.export.rewrites.matching import constant, initializer, made_by
 
 # Operator → its inputs that belong to output channels, and the axis these run along
 PARTS = {"MatMulNBits": {1: 0, 2: 0, 3: 0, 5: 0}, "MatMulIntegerToFloat": {1: 1, 3: 0, 5: 0}}
@@ -20,14 +20,16 @@ BIAS = {"MatMulNBits": 5}  # where zeros stand for none
 class MergeLinears(InPlacePass):  # type: ignore[misc]
     """Several linears of one input (queries, keys and values; gate and up) → one, and a Split.
 
-    One larger product keeps all cores busy and starts them once.
+    One larger product keeps all cores busy and starts them once. Products of some columns only, which are added to
+    others, stay apart: merged they took 1.2 to 2 times as long (2 × 2048 rows, 16 groups), as their parts are copied.
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
         """Merge each group of two and more."""
         groups: dict[tuple[Any, ...], list[onnx_ir.Node]] = defaultdict(list)
         for node in model.graph:
-            if node.op_type in PARTS and all(value is None or constant(value) is not None for value in parts(node)):
+            whole = node.op_type in PARTS and made_by(node.inputs[0], "Split") is None
+            if whole and all(value is None or constant(value) is not None for value in parts(node)):
                 groups[kind(node)].append(node)
         several = [nodes for nodes in groups.values() if len(nodes) > 1]
         for number, nodes in enumerate(several):
