@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import onnx
 import pytest
@@ -12,8 +13,10 @@ from conftest import change_json
 from onnx import helper
 
 from quantize import load
+from quantize.export import runner
 from quantize.export.directory import export_artifact
 from quantize.export.runner import PARTIAL, OnnxDecoder, stream
+from quantize.export.saturation import is_exact
 from quantize.tokenizer import load_tokenizer
 
 PROMPT = "Once upon a time"
@@ -58,6 +61,21 @@ def test_what_onnxruntime_genai_needs_lies_beside(exported, artifact_rtn):
     with torch.no_grad():
         made = load(artifact_rtn.directory).generate(torch.tensor([given]), max_new_tokens=12, do_sample=False)[0]
     assert generator.get_sequence(0).tolist() == made.tolist()
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_cpus_without_vnni_are_told_to_be_exact(exported, monkeypatch, vnni):
+    monkeypatch.setattr(runner, "is_exact", lambda: vnni)
+    options = runner.session_of(exported).get_session_options()
+    assert options.get_session_config_entry("session.x64quantprecision") == ("0" if vnni else "1")
+
+
+def test_whether_a_cpu_is_exact_is_measured():
+    """As one that says of itself which instructions it has."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists() or "flags" not in info.read_text():
+        pytest.skip("x86 on Linux alone says so")
+    assert is_exact() == ("vnni" in info.read_text())
 
 
 def test_it_stops_where_the_text_or_the_positions_end(cli, exported, tmp_path):

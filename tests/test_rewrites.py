@@ -20,7 +20,7 @@ from quantize.export.rewrites.attention import CacheInAttention
 from quantize.export.rewrites.heads import HeadsInPlace
 from quantize.export.rewrites.merge import MergeLinears
 from quantize.export.rewrites.norm import AddInNorm
-from quantize.export.rewrites.tied import StoreTiedOnce
+from quantize.export.rewrites.tied import StoreTiedOnce, TurnTied
 
 LAYERS = 2
 
@@ -116,12 +116,14 @@ tied (int64[N] ids, float[6, 4] table, float[4, 6] head) => (float[N, 6] y) {
 }"""
 
 
+@pytest.mark.parametrize("rewrite", [StoreTiedOnce, TurnTied])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_table_that_is_tied_is_stored_once(tied):
+def test_a_table_that_is_tied_is_stored_once(tied, rewrite):
     model = graph(TIED, table=TABLE, head=TABLE.T.copy() if tied else 2 * TABLE.T)
     ids = np.array([3, 0, 5])
     before = run(model, ids=ids)
-    assert StoreTiedOnce()(model).modified == tied
+    assert rewrite()(model).modified == tied
+    assert not rewrite()(model).modified
     RemoveUnusedNodesPass()(model)
     assert list(model.graph.initializers) == ["table"] if tied else ["table", "head"]
     np.testing.assert_allclose(run(model, ids=ids)[0], before[0], rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def export_artifact(
         directory: an artifact, unchanged since it was written.
         target: `onnx` or `compressed-tensors`.
         output: new directory: what the target needs, tokenizer and other side files, `manifest.json` with the parity
-            figures.
+            figures, and for `onnx` what products run in.
         qdq: for `onnx`: in standard operators only.
         calibration: for NVFP4 as `compressed-tensors`: data for ranges of activations; None takes the bundled prose.
 
@@ -33,16 +34,18 @@ def export_artifact(
         QuantizeError: damaged artifact, or the export computes something else.
     """
     check_hashes(directory)
+    said: dict[str, Any] = {}
     with ArtifactWriter(output) as writer:
         if target == "onnx":
             if calibration is not None:
                 raise UsageError("ONNX Runtime takes ranges of activations as they come; leave --calibration out")
             parity: dict[str, Any] = dict(export_onnx_directory(directory, writer, qdq))
+            said = {"executes": json.loads((writer.directory / "ort_config.json").read_text())["executes"]}
         else:
             if qdq:
                 raise UsageError("--qdq is a form of ONNX files; leave it out")
             parity = export_compressed_tensors(directory, writer, calibration)
         for path in side_files(directory):
             writer.write(path, (directory / path).read_bytes())
-        writer.commit({"format": target, "parity": parity, "artifact": sha256(directory / "manifest.json")})
+        writer.commit({"format": target, "parity": parity, "artifact": sha256(directory / "manifest.json")} | said)
     return parity

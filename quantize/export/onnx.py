@@ -18,7 +18,7 @@ from quantize.export.encoder_decoder import encoder_decoder
 from quantize.export.forward import Forward
 from quantize.export.halves import decodes_encoded
 from quantize.export.interface import Axes, Interface
-from quantize.export.parity import SESSION_CONFIG, parity
+from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
 from quantize.export.precision import executed
 from quantize.export.rewrites import rewrite
 from quantize.graph.program import quiet
@@ -37,8 +37,8 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
 
     An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are proved one behind the other.
 
-    Beside it lies `ort_config.json` with the session options that make it exact on every CPU, and `executes`: how many
-    products run in which precision.
+    Beside it lies `ort_config.json` with the session options that make it exact on every CPU, those that are better
+    `with_vnni` instructions, and `executes`: how many products run in which precision.
 
     What goes in and out is said by `Decoder` for causal language models, by `EncoderHalf` and `DecoderHalf` for
     encoder-decoders, by `Forward` for all others. Weights of more than `large` bytes lie in `model.onnx.data`.
@@ -92,6 +92,7 @@ def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARG
 
     Returns:
         session_config_entries: the session options to run it with.
+        with_vnni: those that are better on CPUs with VNNI or AMX instructions.
         executes: precision → products that run in it.
 
     Raises:
@@ -106,7 +107,7 @@ def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARG
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if bytes_of_weights > large else None)
     # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
-    return {"session_config_entries": entries, "executes": executes}
+    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, "executes": executes}
 
 
 def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -115,7 +116,7 @@ def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     for config in configs:
         entries |= config["session_config_entries"]
     executes = sum((Counter(config["executes"]) for config in configs), Counter[str]())
-    return {"session_config_entries": entries, "executes": dict(sorted(executes.items()))}
+    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, "executes": dict(sorted(executes.items()))}
 
 
 def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:

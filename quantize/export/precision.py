@@ -6,7 +6,7 @@ from collections import Counter
 
 import onnx_ir
 
-from quantize.export.rewrites.matching import attribute, constant
+from quantize.export.rewrites.matching import attribute, constant, made_by
 
 INTEGERS = "8-bit weights, 8-bit activations by token, 32-bit sums"  # 4- and 6-bit values are held in 8 bits
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
@@ -20,8 +20,10 @@ def executed(model: onnx_ir.Model) -> dict[str, int]:
 
 def takes_weights(node: onnx_ir.Node) -> bool:
     """Whether a node is a product with a matrix that is no value of the run."""
-    integers = node.op_type.startswith(("MatMulNBits", "MatMulInteger"))
-    return integers or (node.op_type in PRODUCTS and constant(node.inputs[1]) is not None)
+    if node.op_type not in PRODUCTS:
+        return str(node.op_type).startswith(("MatMulNBits", "MatMulInteger"))
+    turned = made_by(node.inputs[1], "Transpose")  # of a large table, which the exporter leaves as it is
+    return constant(node.inputs[1] if turned is None else turned.inputs[0]) is not None
 
 
 def precision(node: onnx_ir.Node) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.parity import open_session
+from quantize.export.saturation import is_exact
 from quantize.tokenizer import has_tokenizer, load_tokenizer
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json
@@ -133,8 +134,10 @@ def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.Inferen
     path = directory / file
     if not path.is_file():
         raise UsageError(f"{directory} holds no {file}; write one with `quantize-model export --format onnx`")
+    config = read(directory / "ort_config.json")
+    entries = config.get("session_config_entries", {}) | (config.get("with_vnni", {}) if is_exact() else {})
     try:
-        return open_session(path, read(directory / "ort_config.json").get("session_config_entries", {}))
+        return open_session(path, entries)
     except Exception as error:  # of onnxruntime's own kinds
         raise QuantizeError(f"ONNX Runtime cannot load {path}: {reason(error)}") from None
 

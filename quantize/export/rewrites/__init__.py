@@ -17,13 +17,13 @@ from quantize.export.rewrites.heads import HeadsInPlace
 from quantize.export.rewrites.merge import MergeLinears
 from quantize.export.rewrites.norm import AddInNorm
 from quantize.export.rewrites.portable import StandardLinears
-from quantize.export.rewrites.tied import StoreTiedOnce
+from quantize.export.rewrites.tied import StoreTiedOnce, TurnTied
 
 # The first lets linears with the same input share what quantizes it, so that they can be merged.
 PASSES = (CommonSubexpressionEliminationPass, CacheInAttention, HeadsInPlace, MergeLinears, AddInNorm, StoreTiedOnce)
 
 
-STANDARD = (CommonSubexpressionEliminationPass, CacheInAttention, HeadsInPlace, StandardLinears)
+STANDARD = (CommonSubexpressionEliminationPass, CacheInAttention, HeadsInPlace, StandardLinears, TurnTied)
 
 
 def rewrite(model: onnx_ir.Model, portable: bool = False) -> None:
