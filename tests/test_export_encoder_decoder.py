@@ -19,6 +19,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from quantize.errors import QuantizeError
 from quantize.export.encoder_decoder import DECODER, ENCODER
+from quantize.export.genai import genai_config_of_sound
 from quantize.export.halves import EncoderHalf
 from quantize.export.onnx import export_onnx, interface_of, leave_unread_out
 from quantize.export.parity import distance, open_session, parity
@@ -144,6 +145,19 @@ def test_a_file_that_reads_what_it_must_not_is_refused():
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [ids], [same]))
     with pytest.raises(QuantizeError, match=r"depends on decoder_input_ids; run it with quantize.load"):
         leave_unread_out(onnx_ir.from_proto(model), interface)
+
+
+@whisper
+def test_what_onnxruntime_genai_needs(exported):
+    """The names of all that goes in and out; checked with it on a model of 1500 positions, the only size it takes."""
+    model, directory, _ = exported
+    settings = genai_config_of_sound(interface_of(model), {})["model"]
+    assert (settings["type"], settings["context_length"], settings["vocab_size"]) == ("whisper", 32, 64)
+    for half in (settings["encoder"], settings["decoder"]):
+        file = graph(directory / half["filename"])
+        named = {name.replace("%d", "0") for name in [*half["inputs"].values(), *half["outputs"].values()]}
+        assert named == {value.name for value in [*file.input, *file.output]}
+        assert (half["num_hidden_layers"], half["num_key_value_heads"], half["head_size"]) == (1, 4, 8)
 
 
 @pytest.fixture
