@@ -42,6 +42,11 @@ bench-preflight: $(VENV)/installed
 bench-scale: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_scale $(ARGS)
 
+# Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/cpu.json and .md
+# (arguments: ARGS="--peer PYTHON", with what eval/cpu_peer.py names)
+bench-cpu: $(VENV)/installed
+	$(PYTHON) -m quantize.eval.bench_cpu $(ARGS)
+
 # Lint, types and tests
 test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -62,4 +67,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets test format
+.PHONY: bench-cpu demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets test format

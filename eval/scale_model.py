@@ -15,6 +15,8 @@ SHAPES: dict[str, dict[str, int | bool]] = {
              "vocab_size": 512, "tie_word_embeddings": True},
     "1.1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
              "vocab_size": 32000, "tie_word_embeddings": True},
+    "1.1B untied": {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+                    "vocab_size": 32000, "tie_word_embeddings": False},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
            "vocab_size": 128256, "tie_word_embeddings": True},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,

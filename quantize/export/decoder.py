@@ -96,7 +96,9 @@ class Decoder(Interface):
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         values = {"input_ids": tokens[:, past:], "attention_mask": mask, "position_ids": positions[:, past:]}
         feed = {name: value.contiguous() for name, value in values.items() if name in self.inputs}
-        held = [t[:, :, :past].contiguous() for t in self.cached(tokens)]  # without a prefix: any values will do
+        # Without a prefix any values will do, and without a past there are none.
+        cache = self.cached(tokens) if past else [getattr(self, front).repeat(batch, 1, 1, 1) for front in self.front]
+        held = [t[:, :, :past].contiguous() for t in cache]
         return feed | dict(zip(self.past, held, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quantize.export.comparison import rewritten
 from quantize.export.onnx_linear import lower
+from quantize.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +30,12 @@ class Interface(nn.Module):
     Attributes:
         inputs: name → free axes.
         outputs: name → free axes, in the order in which `forward` returns them.
-        lower: what its linears become in the file.
+        lower: what computes a linear as the file does.
         optional: inputs that the file has only if its graph reads them.
         unread: inputs that are traced along, and that its graph must not read.
     """
 
-    lower = staticmethod(lower)
+    lower: Callable[[QuantizedLinear], nn.Module] = staticmethod(lower)
     optional: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
 
@@ -54,8 +55,12 @@ class Interface(nn.Module):
         return {"model.onnx": self}
 
     def lowered(self) -> Interface:
-        """A copy whose linears are what the file has."""
+        """A copy that computes what the file does."""
         return rewritten(self, self.lower)
+
+    def graphs(self) -> Sequence[Interface]:
+        """What is traced into the file; of several graphs one runs at a time."""
+        return [self.lowered()]
 
     def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
         """What `forward` gives, from its files."""

@@ -17,6 +17,7 @@ from quantize.export.decoder import Decoder, decodes
 from quantize.export.encoder_decoder import encoder_decoder
 from quantize.export.forward import Forward
 from quantize.export.halves import decodes_encoded
+from quantize.export.hybrid import either, hybrid_decoder
 from quantize.export.interface import Axes, Interface
 from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
 from quantize.export.precision import executed
@@ -32,7 +33,9 @@ QDQ_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 LARGE = 3 << 29  # bytes of weights from which on they lie in a file of their own: one file holds 2 GiB at most
 
 
-def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, large: int = LARGE) -> dict[str, float]:
+def export_onnx(
+    model: PreTrainedModel, output_dir: Path, qdq: bool = False, hybrid: bool = False, large: int = LARGE
+) -> dict[str, float]:
     """Write `model.onnx` and prove it: ONNX Runtime must give what torch gives for the same operators.
 
     An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are proved one behind the other.
@@ -53,13 +56,15 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
         output_dir: an existing directory.
         qdq: standard operators only, for other runtimes too; 4-bit weights are dequantized in front of a product, and
             8-bit activations of such a product are up to the runtime: ONNX Runtime does as `ort_config.json` says.
+        hybrid: the products of W4A8 language models twice, as `HybridLinear` has them: prompts run faster.
         large: bytes.
 
     Returns:
         What `parity` measured on two random inputs of three shapes, the same for every call.
 
     Raises:
-        UsageError: if ONNX Runtime has no kernel for a layer's scheme, or for what the model keeps of earlier tokens.
+        UsageError: if ONNX Runtime has no kernel for a layer's scheme, or for what the model keeps of earlier tokens;
+            or a hybrid of what has only one form.
         QuantizeError: if rounding does not explain the difference between ONNX Runtime and torch.
     """
     if has_kv_cache(model):
@@ -67,7 +72,9 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
             "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input; "
             "quantize without the table kv_cache, or run the artifact with quantize.load"
         )
-    interface = interface_of(model)
+    if hybrid and qdq:
+        raise UsageError("a hybrid is made of operators of ONNX Runtime alone; give --qdq or --hybrid")
+    interface = interface_of(model, hybrid)
     config = joined([write(part, output_dir / name, qdq, large) for name, part in interface.files().items()])
     (output_dir / "ort_config.json").write_text(as_json(config))
     differences = parity(interface, output_dir, config["session_config_entries"])
@@ -80,9 +87,11 @@ def export_onnx(model: PreTrainedModel, output_dir: Path, qdq: bool = False, lar
     return differences
 
 
-def interface_of(model: PreTrainedModel) -> Interface:
-    """What the file of a model takes and gives."""
+def interface_of(model: PreTrainedModel, hybrid: bool = False) -> Interface:
+    """What the file of a model takes and gives, and what its linears become."""
     with quiet():
+        if hybrid:
+            return hybrid_decoder(model)
         if decodes_encoded(model):
             return encoder_decoder(model)
         return Decoder(model) if decodes(model) else Forward(model)
@@ -94,30 +103,39 @@ def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARG
     Returns:
         session_config_entries: the session options to run it with.
         with_vnni: those that are better on CPUs with VNNI or AMX instructions.
-        executes: precision → products that run in it.
+        executes: precision → products that run in it; of a hybrid for few tokens, and `executes_prompts` for many.
 
     Raises:
         QuantizeError: it cannot be traced.
     """
-    model = traced(interface.lowered())
-    executes = executed(model)
-    levels = [int(node.attributes["accuracy_level"].value) for node in model.graph if node.op_type == "MatMulNBits"]
-    rewrite(model, portable=qdq)
-    leave_unread_out(model, interface)
-    bytes_of_weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if bytes_of_weights > large else None)
+    graphs = [traced(part) for part in interface.graphs()]
+    executes = dict(zip(("executes", "executes_prompts"), map(executed, graphs), strict=False))
+    levels = [level for model in graphs for level in accuracy_levels(model)]
+    for model in graphs:
+        rewrite(model, portable=qdq)
+        leave_unread_out(model, interface)
+    model = either(*graphs) if len(graphs) > 1 else graphs[0]
+    weights = [value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values()]
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if sum(weights) > large else None)
     # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
-    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, "executes": executes}
+    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, **executes}
+
+
+def accuracy_levels(model: onnx_ir.Model) -> list[int]:
+    """Of all `MatMulNBits`."""
+    return [int(node.attributes["accuracy_level"].value) for node in model.graph if node.op_type == "MatMulNBits"]
 
 
 def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """The settings of several files: the most exact options, and their products together."""
-    entries: dict[str, str] = {}
-    for config in configs:
-        entries |= config["session_config_entries"]
-    executes = sum((Counter(config["executes"]) for config in configs), Counter[str]())
-    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, "executes": dict(sorted(executes.items()))}
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("session_config_entries", "with_vnni"):
+        found[name] = {key: value for config in configs for key, value in config[name].items()}
+    for name in ("executes", "executes_prompts"):
+        products = sum((Counter(config.get(name, {})) for config in configs), Counter[str]())
+        found |= {name: dict(sorted(products.items()))} if products else {}
+    return found
 
 
 def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:

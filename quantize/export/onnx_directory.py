@@ -12,13 +12,15 @@ from quantize.export.genai import OF_SOUND, genai_config, genai_config_of_sound
 from quantize.export.onnx import export_onnx, interface_of
 
 
-def export_onnx_directory(directory: Path, writer: ArtifactWriter, qdq: bool = False) -> dict[str, float]:
+def export_onnx_directory(
+    directory: Path, writer: ArtifactWriter, qdq: bool = False, hybrid: bool = False
+) -> dict[str, float]:
     """Write an artifact's `model.onnx`, `config.json`, `ort_config.json`; where it is known `genai_config.json`.
 
     Arguments, results and errors are those of `export_onnx`.
     """
     model = load(directory)
-    parity = export_onnx(model, writer.directory, qdq)
+    parity = export_onnx(model, writer.directory, qdq, hybrid)
     writer.write("config.json", (directory / "config.json").read_bytes())
     interface = interface_of(model)
     entries = json.loads((writer.directory / "ort_config.json").read_text())["session_config_entries"]

@@ -18,6 +18,7 @@ from quantize.export.saturation import is_exact
 from quantize.tokenizer import has_tokenizer, load_tokenizer
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json
+Cache = list[onnxruntime.OrtValue]  # keys and values, layer by layer, [1, key/value heads, tokens, head_dim]
 PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 
 
@@ -83,7 +84,7 @@ class OnnxDecoder:
     def __init__(
         self, directory: Path, file: str = "model.onnx", given: Mapping[str, NDArray[Any]] = MappingProxyType({})
     ) -> None:
-        self.session, self.given = session_of(directory, file), given
+        self.session, self.given = session_of(directory, file), {name: as_value(x) for name, x in given.items()}
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
         if not self.past:
@@ -97,31 +98,40 @@ class OnnxDecoder:
 
     def greedy(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
         """The most likely tokens behind `ids`, one after the other."""
-        cache = {name: self.empty(name) for name in self.past}
-        given, held = ids, 0
+        cache, given = self.start(), ids
         for _ in range(min(max_new_tokens, self.positions - len(ids))):
-            logits, *present = self.session.run(None, {**self.step(given, held), **cache, **self.given})
-            cache, held = dict(zip(self.past, present, strict=True)), held + len(given)
+            logits, cache = self.step(given, cache)
             token = int(logits[0, -1].argmax())
             if token in self.ends:
                 return
             yield token
             given = [token]
 
-    def step(self, given: list[int], held: int) -> dict[str, NDArray[np.int64]]:
-        """The inputs for tokens behind `held` others, but for the cache."""
-        total = held + len(given)
+    def start(self) -> Cache:
+        """Keys and values of no token."""
+        shapes = [self.inputs[name].shape for name in self.past]
+        return [as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes]
+
+    def step(self, given: list[int], cache: Cache) -> tuple[NDArray[np.float32], Cache]:
+        """Logits [1, tokens, vocabulary] of tokens behind those of a cache, and the cache with them.
+
+        A cache stays where ONNX Runtime keeps it: as arrays, all keys and values were copied for each token.
+        """
+        held = cache[0].shape()[2]
         feed = {
             "input_ids": np.array([given]),
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(held, total)[None],
+            "attention_mask": np.ones((1, held + len(given)), np.int64),
+            "position_ids": np.arange(held, held + len(given))[None],
         }
-        return {name: values for name, values in feed.items() if name in self.inputs}
+        values = {name: as_value(array) for name, array in feed.items() if name in self.inputs}
+        values |= self.given | dict(zip(self.past, cache, strict=True))
+        logits, *present = self.session.run_with_ort_values(None, values)
+        return logits.numpy(), present
 
-    def empty(self, name: str) -> NDArray[np.float32]:
-        """Keys or values of no token."""
-        _, heads, _, width = self.inputs[name].shape
-        return np.zeros((1, heads, 0, width), np.float32)
+
+def as_value(array: NDArray[Any]) -> onnxruntime.OrtValue:
+    """An array as ONNX Runtime holds it."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:

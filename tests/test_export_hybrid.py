@@ -1,0 +1,113 @@
+"""Language models with both lowerings in one file: which one runs, what it computes, what is kept once."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exporting import ASYMMETRIC_8, SYMMETRIC_8, attributes, nodes, quantized, scheme, tiny
+
+from quantize.errors import UsageError
+from quantize.export.comparison import rewritten
+from quantize.export.hybrid_linear import MANY, by_channel
+from quantize.export.onnx import export_onnx, interface_of
+from quantize.export.onnx_linear import lower
+from quantize.export.parity import distance, run_onnx, run_torch
+from quantize.linear import QuantizedLinear
+
+BLOCKS = "4-bit weights, 8-bit activations in blocks of"
+INTEGERS = "8-bit weights, 8-bit activations by token, 32-bit sums"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return quantized(tiny("llama", layers=2), scheme(4, SYMMETRIC_8))
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hybrid")
+    return path, export_onnx(model, path, hybrid=True, large=0)
+
+
+def test_prompts_are_exact_and_single_tokens_in_blocks(model, exported):
+    """With one scale a channel, 8-bit products are the quantized model; 4-bit ones round activations in blocks."""
+    path, differences = exported
+    assert differences["emulation"] < 1e-5 < 1e-4 < differences["reference"]
+    interface = interface_of(model)
+    for samples, tokens in [(1, MANY), (4, MANY // 4), (1, MANY - 1), (3, 5)]:
+        feed = interface.feed(samples, tokens, 3, seed=4)
+        found = distance(run_onnx(path / "model.onnx", [feed]), run_torch(interface, [feed]))
+        assert (found < 1e-5) == (samples * tokens >= MANY), (samples, tokens, found)
+
+
+def test_what_runs_is_said_and_what_is_alike_is_kept_once(exported):
+    path, _ = exported
+    config = json.loads((path / "ort_config.json").read_text())
+    assert sum(count for name, count in config["executes"].items() if name.startswith(BLOCKS)) == 14
+    assert config["executes_prompts"] == {INTEGERS: 14, "float32": 1}
+    (choice,) = nodes(path / "model.onnx", "If")
+    file = onnx.load(path / "model.onnx").graph
+    many, few = (attributes(choice)[name] for name in ("then_branch", "else_branch"))
+    assert not {t.name for t in file.initializer} & {t.name for t in (*many.initializer, *few.initializer)}
+    assert "model.model.embed_tokens.weight" in {tensor.name for tensor in file.initializer}
+    onnx.checker.check_model(path / "model.onnx")
+    for graph, op_type in ((many, "MatMulIntegerToFloat"), (few, "MatMulNBits")):
+        assert sum(node.op_type == op_type for node in graph.node) == 2 * 4  # queries, keys and values are one
+
+
+def test_groups_are_rounded_to_8_bits(tmp_path):
+    """No further from the model than the products in blocks, whose activations alone are rounded otherwise."""
+    model = quantized(tiny("llama"), scheme(4, ASYMMETRIC_8, group_size=16, symmetric=False))
+    layer = next(module for module in model.modules() if isinstance(module, QuantizedLinear))
+    exact, rounded = layer.qtensor().dequantize(), by_channel(layer).qtensor().dequantize()
+    step = exact.abs().amax(dim=1, keepdim=True) / 127
+    assert ((exact - rounded).abs() <= step / 2 * 1.001).all()
+    assert (exact - rounded).abs().max() > 0
+    assert export_onnx(model, tmp_path, hybrid=True)["emulation"] < 1e-5
+    interface = interface_of(model)
+    feed = [interface.feed(1, 2 * MANY, 0, seed=4)]
+    expected = run_torch(interface, feed)
+    found = distance(run_onnx(tmp_path / "model.onnx", feed), expected)
+    assert 1e-4 < found < 1.5 * distance(run_torch(rewritten(interface, lower), feed), expected)
+
+
+def test_a_cache_goes_from_a_prompt_to_single_tokens(model, exported):
+    path, _ = exported
+    interface = interface_of(model)
+    feed = interface.feed(1, MANY + 1, 0, seed=5)
+    prompt = feed | {
+        name: feed[name][:, :MANY].contiguous() for name in ("input_ids", "attention_mask", "position_ids")
+    }
+    _, *present = run_onnx(path / "model.onnx", [prompt])[0]
+    last = feed | {name: feed[name][:, MANY:].contiguous() for name in ("input_ids", "position_ids")}
+    last |= dict(zip(interface.past, map(torch.from_numpy, present), strict=True))
+    (found,), (expected,) = run_onnx(path / "model.onnx", [last]), run_torch(interface, [feed])
+    assert np.abs(found[0][0, -1] - expected[0][0, -1]).max() < 0.02 * np.abs(expected[0]).max()
+
+
+@pytest.mark.parametrize(
+    ("family", "activations", "options", "why"),
+    [
+        ("llama", None, {}, "no W4A8 linears of a causal language model"),
+        ("bert", SYMMETRIC_8, {}, "no W4A8 linears of a causal language model"),
+        ("llama", SYMMETRIC_8, {"qdq": True}, "give --qdq or --hybrid"),
+    ],
+)
+def test_what_has_one_form_is_refused(family, activations, options, why, tmp_path):
+    with pytest.raises(UsageError, match=why):
+        export_onnx(quantized(tiny(family), scheme(4, activations)), tmp_path, hybrid=True, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_is_a_form_of_onnx_files(cli, artifact_rtn, tmp_path):
+    to = ("--output-dir", tmp_path / "x")
+    shown = cli("export", artifact_rtn.directory, "--format", "compressed-tensors", "--hybrid", *to)
+    assert (shown.code, "--hybrid is a form of ONNX files; leave it out" in shown.err) == (2, True)
+    assert not (tmp_path / "x").exists()
+    shown = cli("export", artifact_rtn.directory, "--hybrid", *to)
+    assert (shown.code, "leave --hybrid out" in shown.err) == (2, True)
+    assert not (tmp_path / "x").exists()
