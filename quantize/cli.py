@@ -180,8 +180,6 @@ def export(directory: Path, target: str, output_dir: Path, qdq: bool, hybrid: bo
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
     """Make text with an exported model in ONNX Runtime, always the most likely token."""
-    if prompt is None and data is None:
-        raise click.UsageError("give a --prompt, or for models of sound an --input")
     from quantize.export.encoded_runner import text
 
     for piece in text(directory, prompt, data, max_new_tokens):

@@ -53,7 +53,7 @@ def test_version(cli):
         [],
         ["eval", "x"],
         ["export", "x"],
-        ["run", "x"],
+        ["run"],
         ["run", "x", "--prompt", "a", "--max-new-tokens", "0"],
         ["verify"],
         ["inspect"],
