@@ -23,7 +23,7 @@ from quantize.recipe import load_recipe
 
 TOKENS = "tokens.jsonl"
 MODELS = Path(__file__).resolve().parents[1] / "tests/models"
-RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256), ("1.1B, 16 layers", 16, 512))
+RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256), ("1.1B, 2 layers", 16, 512))
 SCHEMES = ("W4A16", "W4A4")
 
 

@@ -15,17 +15,18 @@ import click
 from quantize.eval.scale_model import SHAPES, write_model, write_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
-PEER = Path(__file__).with_name("scale_peer.py")
+SCRIPT, PEER = Path(__file__).with_name("scale_peer.py"), "llm-compressor gptq"
 METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
 Row = dict[str, Any]
 RUNS = """# Time and memory against depth (`make bench-scale`)
 
 Random Llamas in bf16, to W4A16 symmetric in groups of 128. Seconds on the clock, of the CPU, and of the CPU for each
 billion parameters; the peak of resident memory in MB of 10⁶ bytes, with the interpreter and its libraries, which alone
-take what the last column says. `gptq` fits scales and sweeps twice; `gptq-plain` is GPTQ as other tools run it.
+take what the column behind says. `gptq` fits scales and sweeps twice; `gptq-plain` is GPTQ as other tools run it. The
+last columns are what `--dry-run` foresees of the same run.
 
-| size | layers | method | s | CPU s | CPU s / 10⁹ | peak MB | interpreter MB |
-|---|---|---|---|---|---|---|---|"""
+| size | layers | method | s | CPU s | CPU s / 10⁹ | peak MB | interpreter MB | artifact MB | foreseen s | MB | MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 PHASES = """Phases; the last column is the part of the speed of a float32 matrix product, measured in the same process,
 that the products of the phase reach in a CPU second.
 
@@ -36,18 +37,19 @@ that the products of the phase reach in a CPU second.
 def bench(
     size: str, layers: int, methods: tuple[str, ...], samples: int, seqlen: int, peer: str | None, folder: Path
 ) -> list[Row]:
-    """One model, quantized by each method in a process of its own, and by the peer if there is one."""
+    """One model, quantized by each method in a process of its own, and by the peer if there is one, with its like."""
     model, tokens = folder / "model", folder / "tokens.jsonl"
     parameters = write_model(model, size, layers)
     write_tokens(tokens, size, samples, seqlen)
     rows = []
-    commands = {method: [sys.executable, "-m", "quantize.eval.scale_run"] for method in methods}
-    if peer:
-        commands["llm-compressor gptq"] = [peer, str(PEER)]
+    ours = [sys.executable, "-m", "quantize.eval.scale_run"]
+    commands = dict.fromkeys(methods, ours) | ({"gptq-plain": ours, PEER: [peer, str(SCRIPT)]} if peer else {})
     for name, command in commands.items():
         arguments = [model, tokens, folder / "out", name, samples, seqlen]
         found = measured([*command, *map(str, arguments)])
+        foreseen = {} if name == PEER else measured([*ours, "--foresee", *map(str, (*arguments[:2], *arguments[3:]))])
         rows.append({"size": size, "layers": layers, "method": name, "parameters": parameters, **found})
+        rows[-1]["foreseen"] = foreseen
         shutil.rmtree(folder / "out", ignore_errors=True)
         click.echo(line(rows[-1]))
     shutil.rmtree(model)
@@ -65,7 +67,9 @@ def line(row: Row) -> str:
     """A row of the table of runs."""
     billions = row["parameters"] / 1e9
     cells = [row["size"], row["layers"], row["method"], f"{row['seconds']:.1f}", f"{row['cpu']:.1f}",
-             f"{row['cpu'] / billions:.1f}", f"{row['peak_mb']:.0f}", f"{row['interpreter_mb']:.0f}"]  # fmt: skip
+             f"{row['cpu'] / billions:.1f}", f"{row['peak_mb']:.0f}", f"{row['interpreter_mb']:.0f}",
+             f"{row['artifact_mb']:.0f}"]  # fmt: skip
+    cells += [f"{row['foreseen'][name]:.0f}" for name in ("seconds", "peak_mb", "artifact_mb") if row["foreseen"]]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -95,7 +99,7 @@ def report(rows: list[Row]) -> str:
 @click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=("rtn", "gptq"))
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--seqlen", default=512, show_default=True, help="Tokens in each.")
-@click.option("--peer", help="Python of an environment with llm-compressor, to run its GPTQ on the same models.")
+@click.option("--peer", help="Python with llm-compressor, to run its GPTQ on the deepest model.")
 @click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks", show_default=True)
 def main(
     sizes: tuple[str, ...], layers: tuple[int, ...], methods: tuple[str, ...], samples: int, seqlen: int,
@@ -106,7 +110,9 @@ def main(
     for size in sizes:
         for depth in layers:
             with tempfile.TemporaryDirectory(dir=output) as folder:
-                rows += bench(size, depth, methods, samples, seqlen, peer, Path(folder))
+                rows += bench(
+                    size, depth, methods, samples, seqlen, peer if depth == max(layers) else None, Path(folder)
+                )
     (output / "scale.json").write_text(json.dumps(rows, indent=2) + "\n")
     (output / "scale.md").write_text(report(rows))
 

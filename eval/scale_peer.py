@@ -37,7 +37,8 @@ def main(model: str, tokens: str, output: str, _: str, samples: str, seqlen: str
     loaded.save_pretrained(output, save_compressed=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    print(json.dumps({**spent, "peak_mb": peak, "interpreter_mb": memory}))
+    artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
+    print(json.dumps({**spent, "peak_mb": peak, "interpreter_mb": memory, "artifact_mb": artifact}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One run of `bench_scale`, in a process of its own so that its peak memory is its own; prints JSON."""
+"""One run of `bench_scale`, in a process of its own so that its peak memory is its own, and what is foreseen of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quantize.dry_run import preflight
+from quantize.duration import count
 from quantize.eval.scale_phases import gemm_peak, watch
-from quantize.pipeline import quantize_model
+from quantize.machine import measure
+from quantize.machine import peak_memory as held_memory
+from quantize.pipeline import prepare, quantize_model
+from quantize.recipe import load_recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"name": "rtn"}},
@@ -26,21 +31,35 @@ def peak_memory() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
+def settings(model: Path, method: str) -> dict[str, Any]:
+    """A recipe for W4A16, symmetric in groups of 128 (or all columns if there are fewer)."""
+    config = json.loads((model / "config.json").read_text())
+    group = 128 if config["hidden_size"] % 128 == 0 else 0
+    return {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method]}
+
+
+def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> None:
+    """Print what a dry run tells of the same run, as JSON; in a process of its own, as it exports the model."""
+    recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
+    found = preflight(prepare(Path(model), recipe, Path(tokens), read=False))
+    seconds = count(found).seconds(measure(found.in_bfloat16))
+    memory = (held_memory() + found.memory_bytes()) / 1e6
+    print(json.dumps({"seconds": seconds, "peak_mb": memory, "artifact_mb": found.artifact_bytes() / 1e6}))
+
+
 def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen: str) -> None:
-    """Quantize to W4A16, symmetric in groups of 128 (or all columns if there are fewer)."""
+    """Quantize, and print what it took."""
     interpreter, phases = peak_memory(), watch()
     start, cpu = time.perf_counter(), time.process_time()
-    config = json.loads((Path(model) / "config.json").read_text())
-    group = 128 if config["hidden_size"] % 128 == 0 else 0
-    recipe = {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method]}
-    quantize_model(model, output_dir=output, scheme="W4A16", recipe=recipe, calibration=tokens,
+    quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method), calibration=tokens,
                    nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip
     spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     memory = {"peak_mb": peak_memory(), "interpreter_mb": interpreter}
+    artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
     found = {name: dataclasses.asdict(phase) for name, phase in phases.phases.items()}
     gemm = dict(zip(("gemm", "gemm_cpu"), gemm_peak(), strict=True))
-    print(json.dumps({**spent, **memory, **gemm, "phases": found}))
+    print(json.dumps({**spent, **memory, "artifact_mb": artifact, **gemm, "phases": found}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    foresee(*sys.argv[2:]) if sys.argv[1] == "--foresee" else main(*sys.argv[1:])
