@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
+RIDGE = {"name": "gptaq", "alpha": 1.0, "ridge": 1.0}
 FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
 SYMMETRIC = {"symmetric": True}
 FINETUNED = "fine-tuned first: input clips, kurtosis penalty"
@@ -31,6 +32,8 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "Hadamard": recipe(FOLD, ROTATE),
     "Hadamard, RTN": recipe(FOLD, ROTATE, quantizer=RTN),
     "Hadamard, GPTAQ": recipe(FOLD, ROTATE, quantizer={"name": "gptaq"}),
+    "rescaled, Hadamard": recipe(named("rescale"), FOLD, ROTATE),
+    "Hadamard, GPTAQ with a ridge": recipe(FOLD, ROTATE, quantizer=RIDGE),
     "AQAS, Hadamard": recipe(named("aqas"), FOLD, ROTATE),
     "adaptive rotation": recipe(FOLD, named("adaptive_rotation")),
     "adaptive rotation, J ≥ 1": recipe(FOLD, named("adaptive_rotation", threshold=1.0)),

@@ -110,7 +110,7 @@ class Preflight(Foreseen):
         exact = self.plan.quantizer.needs_exact
         rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
         seen = 4 * rows * K * (1 + 4 * (exact and self.plan.recipe.activations is not None))
-        copies = 3 * sum(N) + max(N) * (1 + 3 * exact)
+        copies = (3 + exact) * sum(N) + max(N) * (1 + 2 * exact)
         return 4 * (1 + exact) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:

@@ -79,6 +79,46 @@ def test_aqas_is_no_worse_than_smoothquant_and_awq(seed):
     assert aqas < min([joint_error(given, torch.ones(32)), *fixed, *awq])
 
 
+def test_rescale_by_hand():
+    """s = (Σ X² / Σ W²)^¼ over all readers: (2 · 256 / 2)^¼ = 4 and (2 / 32)^¼ = ½; a dead channel stays."""
+    X = rows_of(torch.tensor([[16.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    read = basis(3, [edge("n", 0, 3)], [edge("a.weight", 1, 3), edge("b.weight", 1, 3)])
+    weights = {
+        "a.weight": torch.tensor([[1.0, 4.0, 1.0]]),
+        "b.weight": torch.tensor([[0.0, 4.0, 0.0], [-1.0, 0.0, 0.0]]),
+    }
+    transform = PASSES["rescale"]().transform(site(read, weights, a=X, b=X))
+    assert isinstance(transform, Diagonal)
+    assert (1 / transform.d).tolist() == pytest.approx([4.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rescale_is_the_least_product_and_undoes_what_was_planted(seed):
+    """Behind it a rotation costs rounding less; a diagonal in front of it changes nothing."""
+    given = scaled_site(seed)
+    X, W = given.statistics["a.weight"].value, given.weights["a.weight"]
+
+    def made(X, W):
+        return PASSES["rescale"]().transform(
+            replace(given, weights={"a.weight": W}, statistics={"a.weight": rows_of(X)})
+        )
+
+    def product(d):
+        return float((X * d).square().sum() * (W / d).square().sum())
+
+    def rounding(d):
+        rotation = Hadamard(32)
+        x, w = rotation(X * d), rotation(W / d)
+        return float((fake_quantize(x, INT4) @ fake_quantize(w, INT4).T - X @ W.T).square().mean())
+
+    d = made(X, W).d.float()
+    others = [d * (0.1 * normal(1, 32, other)[0]).exp() for other in range(5)]
+    assert product(d) < min(product(other) for other in (*others, torch.ones(32)))
+    assert rounding(d) <= 0.7 * rounding(torch.ones(32))
+    planted = torch.ones(32).index_fill(0, torch.tensor([3, 17]), 30.0)
+    assert torch.allclose(made(X * planted, W / planted).d.float() * planted, d)
+
+
 def test_scales_come_before_rotations():
     from quantize.ordering import check_order
 
@@ -256,10 +296,11 @@ def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
     """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
     plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
     found = survey(open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], Ranks())
-    assert set(found) == {1}
-    readers = {name.rpartition(".")[0].rpartition(".")[2] for name in found[1]}
+    (number,) = found
+    assert plan.steps[number].handler.name == "learned_rotation"
+    readers = {name.rpartition(".")[0].rpartition(".")[2] for name in found[number]}
     assert {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} <= readers
-    for rows in found[1].values():
+    for rows in found[number].values():
         assert len(rows.value) == 96
         assert torch.allclose(rows.value.square().mean(-1), torch.ones(96), atol=1e-2)
 

@@ -166,15 +166,50 @@ def test_gptaq_makes_up_for_what_earlier_layers_got_wrong():
     gptq = error(QUANTIZERS["gptq"]())
     assert error(QUANTIZERS["gptaq"](alpha=1.0)) < error(QUANTIZERS["gptaq"]()) <= 0.8 * gptq
     assert error(QUANTIZERS["gptaq"](alpha=0.0)) == gptq
+    assert error(QUANTIZERS["gptaq"](alpha=1.0, ridge=1.0)) <= 0.8 * gptq
 
 
-def test_the_correction_by_hand():
-    """One column: X' = 2 X, so D = X² and W + W D / H = 2 W without damping, 6 = 7 * 6 / 7."""
+@pytest.mark.parametrize(("ridge", "expected"), [(0.0, 6.0), (1.0, 4.5), (3.0, 3.75)])
+def test_the_correction_by_hand(ridge, expected):
+    """One column: X' = 2 X, so D = H = 4, and W + W D / (H + ridge H) = 3 + 3 / (1 + ridge), on a grid of its own."""
     gram = Gram(torch.tensor([[4.0]]), 1, torch.tensor([[4.0]]))
-    made = QUANTIZERS["gptaq"](alpha=1.0, damp=1e-9, mse=False).quantize(
+    made = QUANTIZERS["gptaq"](alpha=1.0, ridge=ridge, damp=1e-9, mse=False).quantize(
         torch.tensor([[3.0]]), PER_CHANNEL, gram, torch.float32
     )
-    assert made.dequantize().item() == pytest.approx(6.0)
+    assert made.dequantize().item() == pytest.approx(expected)
+
+
+def test_a_correction_with_a_ridge_solves_its_normal_equations():
+    """W + W D (H + ridge · mean)⁻¹ on several panels, whatever the order of the columns; H and its factor stay."""
+    W, (X, exact) = weights(4, 300), drifted(2048, 300)
+    gram, order = Gram(), torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    gram.update(X, exact)
+    H, D = gram.value.clone(), gram.drift.double()
+    permute(H, order)
+    d = factor(H, 0.01)
+    factored, A = H.clone(), gram.value.double()
+    A += 1.01 * A.diagonal().mean() * torch.eye(300) + 0.01 * A.diagonal().mean() * torch.eye(300)
+    (found,) = QUANTIZERS["gptaq"](alpha=1.0, ridge=1.0).aimed_at([W], gram, H, d, order)
+    expected = W + torch.linalg.solve(A, (W.double() @ D).T).T
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    assert torch.equal(H, factored)
+
+
+def test_a_ridge_carries_over_to_other_data():
+    """Noise in the input shrinks the correction of GPTAQ where calibration had no energy; data that has some pays."""
+    W, seen, rng = weights(), correlated(), torch.Generator().manual_seed(3)
+    exact = torch.cat([seen, seen.std() * torch.randn(seen.shape, generator=rng)])
+    X = exact + 0.1 * seen.std() * torch.randn(exact.shape, generator=rng)
+    gram = Gram()
+    gram.update(X[:512], exact[:512])
+
+    def error(name, **settings):
+        W_hat = QUANTIZERS[name](**settings).quantize(W, PER_CHANNEL, gram, torch.float32).dequantize()
+        return float((X @ W_hat.T - exact @ W.T)[512:].square().mean())
+
+    gptq, ridged, whole = error("gptq"), error("gptaq", alpha=1.0, ridge=1.0), error("gptaq", alpha=1.0)
+    assert ridged <= 1.05 * gptq
+    assert whole >= 2 * gptq
 
 
 @pytest.mark.parametrize("columns", [1, 200, 600])  # within one panel, and of several that do not divide them
