@@ -12,8 +12,7 @@ from typing import Any
 from quantize.dry_run import preflight
 from quantize.duration import count
 from quantize.eval.scale_phases import gemm_peak, watch
-from quantize.machine import measure
-from quantize.machine import peak_memory as held_memory
+from quantize.machine import measure, peak_memory
 from quantize.pipeline import prepare, quantize_model
 from quantize.recipe import load_recipe
 
@@ -23,12 +22,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gptq-plain": {"quantizer": {"name": "gptq", "mse": False, "sweeps": 0}},  # what other tools call GPTQ
     "gptaq": {"quantizer": {"name": "gptaq"}},
 }
-
-
-def peak_memory() -> float:
-    """Largest resident memory of this process until now, in MB of 10⁶ bytes; Linux counts it from `exec` on."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def settings(model: Path, method: str) -> dict[str, Any]:
@@ -43,18 +36,18 @@ def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> 
     recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
     found = preflight(prepare(Path(model), recipe, Path(tokens), read=False))
     seconds = count(found).seconds(measure(found.in_bfloat16))
-    memory = (held_memory() + found.memory_bytes()) / 1e6
+    memory = (peak_memory() + found.memory_bytes()) / 1e6
     print(json.dumps({"seconds": seconds, "peak_mb": memory, "artifact_mb": found.artifact_bytes() / 1e6}))
 
 
 def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen: str) -> None:
     """Quantize, and print what it took."""
-    interpreter, phases = peak_memory(), watch()
+    interpreter, phases = peak_memory() / 1e6, watch()
     start, cpu = time.perf_counter(), time.process_time()
     quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method), calibration=tokens,
                    nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip
     spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    memory = {"peak_mb": peak_memory(), "interpreter_mb": interpreter}
+    memory = {"peak_mb": peak_memory() / 1e6, "interpreter_mb": interpreter}
     artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
     found = {name: dataclasses.asdict(phase) for name, phase in phases.phases.items()}
     gemm = dict(zip(("gemm", "gemm_cpu"), gemm_peak(), strict=True))
