@@ -33,7 +33,7 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
     recipe = load_recipe(scheme, None, group_size=None if tokens else 0, nsamples=nsamples, seqlen=seqlen)
     prepared = prepare(model, recipe, tokens, read=False)
     found = preflight(prepared)
-    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(measure(found.in_bfloat16))}
+    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(measure())}
     foreseen |= {"held": peak_memory(), "memory": peak_memory() + found.memory_bytes()}
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         start, output = time.perf_counter(), Path(scratch, "out")

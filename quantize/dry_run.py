@@ -26,7 +26,7 @@ def dry_run(prepared: Prepared) -> str:
 
 def estimates(found: Preflight) -> Iterator[str]:
     """Memory, disk and time."""
-    held, more, machine, work = peak_memory(), found.memory_bytes(), measure(found.in_bfloat16), count(found)
+    held, more, machine, work = peak_memory(), found.memory_bytes(), measure(), count(found)
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     yield (

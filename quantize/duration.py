@@ -19,10 +19,14 @@ from quantize.quantizers.gptq import GPTQ
 
 STORED = 24  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
 FOLDED = 24  # passes over each weight that a pass takes, which transforms it in float64
-GRID = 6  # passes that rounding numbers to a grid and comparing takes
+GRID = 6  # passes that rounding numbers to a grid takes
+TRIED = 2.6  # the same where a grid is searched, in a core's cache
 ROUNDED = 12  # passes over activations that are quantized
 NODE = 20  # operators that calling one costs when a program calls it
 COLUMN = 14  # operators for each column that GPTQ rounds
+IN_TURN = 10  # passes over what is rounded column by column, in the cache
+HANDED_ON = 1.7  # passes over all activations: what is written to a file and read again is among them
+BFLOAT16 = {"forward": 4.0, "sums": 2.0, "sweeps": 1.5}  # how many times as fast products are in it, with matrix units
 SOLVE = 2  # a factorization runs at half the speed of a product
 PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
@@ -86,9 +90,14 @@ def calibration(found: Preflight) -> Work:
     for number, sizes, _ in found.alive:
         nodes = [node for segment in found.program.segments for node in segment.nodes]
         products = sum(sizes.multiply_adds(node) for node in nodes)
-        elements = sum(sum(sizes.storages(node).values()) / 4 for node in nodes)
-        total += Work(products, elements, NODE * len(nodes)).times(number)
+        elements = HANDED_ON * sum(sum(sizes.storages(node).values()) / 4 for node in nodes)
+        total += Work(products / gain(found, "forward"), elements, NODE * len(nodes)).times(number)
     return total
+
+
+def gain(found: Preflight, products: str) -> float:
+    """How many times as fast some products are as in float32."""
+    return BFLOAT16[products] if found.in_bfloat16 else 1.0
 
 
 def block(found: Preflight, segment: Segment) -> Work:
@@ -112,7 +121,8 @@ def group_work(found: Preflight, linears: list[Linear]) -> Work:
         return work
     exact = found.plan.quantizer.needs_exact
     calls = COLUMN * K * (1 + getattr(found.plan.quantizer, "sweeps", 0))
-    return work + Work((0.5 + exact) * rows * K * K + SOLVE * K**3 / 6, rows * K * (2 + 2 * exact) + 8 * K * K, calls)
+    sums = (0.5 + exact) * rows * K * K / gain(found, "sums")
+    return work + Work(sums + SOLVE * K**3 / 6, rows * K * (2 + 2 * exact) + 8 * K * K, calls)
 
 
 def quantized(found: Preflight, rows: int, N: int, K: int) -> Work:
@@ -126,12 +136,12 @@ def quantized(found: Preflight, rows: int, N: int, K: int) -> Work:
 def rounding(found: Preflight, N: int, K: int) -> Work:
     """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
-    tried = len(RANGES[args.format]) / 2 if quantizer.mse else 1  # most groups are left before the search ends
-    work = Work(0, GRID * tried * N * K, GRID * tried)
+    tried = TRIED * len(RANGES[args.format]) / 2 if quantizer.mse else 0.0  # most groups are left before it ends
+    work = Work(0, (GRID + tried) * N * K, GRID + tried)
     if not isinstance(quantizer, GPTQ):
         return work
-    products = N * K * K * (0.5 + quantizer.sweeps + 2 * quantizer.needs_exact)
-    return work + Work(products, N * K * (8 + COLUMN * (1 + quantizer.sweeps)), 0)
+    products = N * K * K * (0.5 + quantizer.sweeps / gain(found, "sweeps") + 2 * quantizer.needs_exact)
+    return work + Work(products, N * K * (8 + IN_TURN * (1 + quantizer.sweeps)), 0)
 
 
 def learning(found: Preflight, dim: int) -> Work:

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-from quantize.calibration.precision import bfloat16_products
-
 SIZE = 768  # of the matrices that are multiplied
-ELEMENTS = 1 << 22  # 16 MiB: more than caches hold
+ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
 REPEATS = 3
 
 
@@ -26,7 +24,7 @@ class Machine:
 
     Attributes:
         products: multiply-adds of float32 matrix products, per second.
-        elements: float32 numbers read, changed and written, per second.
+        elements: float32 numbers read, changed and written to new memory, per second.
         operator: seconds that it takes to call an operator on next to nothing.
         file: seconds until a small file is on the disk.
     """
@@ -37,14 +35,12 @@ class Machine:
     file: float
 
 
-def measure(in_bfloat16: bool = False) -> Machine:
-    """The best of a few runs of each; of products as calibration takes them."""
+def measure() -> Machine:
+    """The best of a few runs of each."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
-    with bfloat16_products(in_bfloat16):
-        products = SIZE**3 / best(lambda: a @ b)
     return Machine(
-        products=products,
-        elements=ELEMENTS / best(lambda: x.mul_(1.0)),
+        products=SIZE**3 / best(lambda: a @ b),
+        elements=ELEMENTS / best(lambda: x * 1.0),
         operator=best(lambda: [one + one for _ in range(100)]) / 100,
         file=best(write_through),
     )
