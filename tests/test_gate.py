@@ -69,6 +69,6 @@ def test_a_non_finite_difference_is_infinite():
 
 def test_the_manifest_carries_the_differences_of_every_block(artifact_w4a4):
     passes = artifact_w4a4.manifest["gate"]["passes"]
-    assert set(passes) == {"fold_norms", "learned_rotation"}
+    assert set(passes) == {"rescale", "fold_norms", "learned_rotation"}
     assert len(passes["learned_rotation"]) == 7
     assert all(0 <= difference < 1e-5 for blocks in passes.values() for difference in blocks.values())
