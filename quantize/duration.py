@@ -20,18 +20,18 @@ from quantize.quantizers.gptq import GPTQ
 STORED = 24  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
 FOLDED = 24  # passes over each weight that a pass takes, which transforms it in float64
 GRID = 6  # passes that rounding numbers to a grid takes
-TRIED = 2.6  # the same where a grid is searched, in a core's cache
+TRIED = 1.75  # the same where a grid is searched, in a core's cache
+SEARCH = 24  # operators for each range that is tried
 ROUNDED = 12  # passes over activations that are quantized
 NODE = 20  # operators that calling one costs when a program calls it
-COLUMN = 14  # operators for each column that GPTQ rounds
+COLUMN = 32  # operators for each column that GPTQ rounds
 IN_TURN = 10  # passes over what is rounded column by column, in the cache
-HANDED_ON = 1.7  # passes over all activations: what is written to a file and read again is among them
 BFLOAT16 = {"forward": 4.0, "sums": 2.0, "sweeps": 1.5}  # how many times as fast products are in it, with matrix units
 SOLVE = 2  # a factorization runs at half the speed of a product
 PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
 QR = 10  # multiply-adds, in n³, of a QR decomposition and its gradient
-FILES = 16  # files of a block, its journal's among them, that are written through to the disk
+FILES = 80  # of a block, its journal's among them, that are hashed and written through to the disk
 LEARNING_TOKENS = 512
 
 
@@ -90,7 +90,7 @@ def calibration(found: Preflight) -> Work:
     for number, sizes, _ in found.alive:
         nodes = [node for segment in found.program.segments for node in segment.nodes]
         products = sum(sizes.multiply_adds(node) for node in nodes)
-        elements = HANDED_ON * sum(sum(sizes.storages(node).values()) / 4 for node in nodes)
+        elements = sum(sizes.made(node) for node in nodes) / 4
         total += Work(products / gain(found, "forward"), elements, NODE * len(nodes)).times(number)
     return total
 
@@ -137,7 +137,7 @@ def rounding(found: Preflight, N: int, K: int) -> Work:
     """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
     tried = TRIED * len(RANGES[args.format]) / 2 if quantizer.mse else 0.0  # most groups are left before it ends
-    work = Work(0, (GRID + tried) * N * K, GRID + tried)
+    work = Work(0, (GRID + tried) * N * K, SEARCH * len(RANGES[args.format]) * quantizer.mse)
     if not isinstance(quantizer, GPTQ):
         return work
     products = N * K * K * (0.5 + quantizer.sweeps / gain(found, "sweeps") + 2 * quantizer.needs_exact)

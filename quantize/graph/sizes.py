@@ -69,6 +69,11 @@ class Sizes:
             return {id(x): math.prod(map(self.number, x.shape)) * 4 for x in tensors}
         return {x.untyped_storage()._cdata: self.number(x.untyped_storage().nbytes()) for x in tensors}
 
+    def made(self, node: fx.Node) -> int:
+        """Bytes that a node writes: its value, unless that is a view."""
+        given = {key for source in node.all_input_nodes if "val" in source.meta for key in self.storages(source)}
+        return sum(size for key, size in self.storages(node).items() if key not in given)
+
     def multiply_adds(self, node: fx.Node) -> int:
         """Of a matrix product or of attention; 0 for all else."""
         name = name_of(node) if node.op == "call_function" else ""
