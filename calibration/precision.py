@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,6 +15,11 @@ matmul = mkldnn.matmul  # type: ignore[attr-defined]
 def multiplies_bfloat16() -> bool:
     """Whether the processor multiplies matrices of bfloat16 in units of their own (AMX)."""
     return bool(torch.cpu._is_amx_tile_supported())
+
+
+def calibrates_in_bfloat16(stored: Iterable[torch.dtype]) -> bool:
+    """Whether parameters are all stored in bfloat16, and so meant to run in it, and the processor is faster at that."""
+    return set(stored) == {torch.bfloat16} and multiplies_bfloat16()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from quantize.calibration.scratch import Batches
 from quantize.calibration.statistics import Statistic
 from quantize.graph.execute import State, Values, advance, start
-from quantize.graph.linears import Linear
+from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 
 
@@ -68,11 +68,8 @@ class Runner:
         The caller may change `state.linears` at each stop; the linears run with what stands there afterwards. Without
         `finish` the last stop is where the run ends.
         """
-        groups: dict[fx.Node, list[Linear]] = {}
-        for linear in targets:
-            groups.setdefault(linear.source, []).append(linear)
         done = 0
-        for group in groups.values():
+        for group in by_input(targets):
             position = segment.nodes.index(group[0].node)
             self.run(segment.nodes[done:position], state)
             done = position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
@@ -14,8 +15,10 @@ import torch
 
 from quantize.eval.cpu_peer import Step, timed
 from quantize.export.runner import OnnxDecoder, session_of
+from quantize.machine import best
 from quantize.prefixed import CACHES
 
+REPEATS = 20
 LARGE_BUFFER = 1 << 30  # bytes: more than a last-level cache holds
 
 
@@ -67,21 +70,12 @@ def ceilings() -> dict[str, float]:
     buffer = torch.zeros(LARGE_BUFFER // 8, dtype=torch.int64)
     size = 2048
     operations = 2 * 512 * size * size
-    found = {"bytes": LARGE_BUFFER / best(lambda: buffer.sum()), "int8": operations / best(integer_product(512, size))}
+    bandwidth, integers = LARGE_BUFFER / best(buffer.sum, REPEATS), best(integer_product(512, size), REPEATS)
+    found = {"bytes": bandwidth, "int8": operations / integers}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        found[str(dtype).removeprefix("torch.")] = operations / best(lambda a=a, b=b: a @ b)
+        found[str(dtype).removeprefix("torch.")] = operations / best(functools.partial(torch.matmul, a, b), REPEATS)
     return found
-
-
-def best(call: Any, repeats: int = 20) -> float:
-    """Seconds of the fastest call."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def integer_product(rows: int, size: int) -> Any:

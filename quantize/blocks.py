@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from quantize.artifact import METHOD
 from quantize.calibration.data import BATCH_TOKENS, Row, Samples
-from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16
+from quantize.calibration.precision import bfloat16_products, calibrates_in_bfloat16
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Gram, factors, mirror
 from quantize.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ class BlockRun:
         state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
         tune, finish = self.plan.recipe.tune if targets else None, self.calibrates_after(segment)
         starts = list(self.calibration.values) if tune else []
-        with bfloat16_products(self._in_bfloat16(dtypes)):
+        with bfloat16_products(calibrates_in_bfloat16(dtypes.values())):
             for group, _ in zip(
                 self.calibration.stops(segment, state, targets, finish),
                 self.exact.stops(segment, exact, targets, finish or tune is not None),
@@ -138,10 +138,6 @@ class BlockRun:
         for name in segment.parameters:
             given[name], dtypes[name] = self.checkpoint.float_tensor(name), self.checkpoint.tensor(name).dtype
         return given, dtypes
-
-    def _in_bfloat16(self, dtypes: Mapping[str, torch.dtype]) -> bool:
-        """Whether a block is stored in bfloat16, and so meant to run in it, and the processor is faster at that."""
-        return set(dtypes.values()) == {torch.bfloat16} and multiplies_bfloat16()
 
     def calibrates_after(self, segment: Segment) -> bool:
         """Whether anything behind a block looks at the calibration activations."""

@@ -54,11 +54,11 @@ def write_through() -> None:
         os.fsync(file.fileno())
 
 
-def best(run: Callable[[], object]) -> float:
+def best(run: Callable[[], object], repeats: int = REPEATS) -> float:
     """Seconds of the fastest of a few runs, after one to warm up."""
     run()
     found = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         start = time.perf_counter()
         run()
         found.append(time.perf_counter() - start)

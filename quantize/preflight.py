@@ -10,16 +10,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import fx
-
 from quantize.blocks import TUNE_TOKENS
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import multiplies_bfloat16
+from quantize.calibration.precision import calibrates_in_bfloat16
 from quantize.calibration.scratch import IN_MEMORY
 from quantize.calibration.statistics import Rows
 from quantize.foreseen import Foreseen
-from quantize.graph.linears import Linear
+from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Segment
 from quantize.graph.sizes import Alive, Sizes, walk
 from quantize.kernels.hadamard import hadamard_factors
@@ -55,7 +52,7 @@ class Preflight(Foreseen):
     @property
     def in_bfloat16(self) -> bool:
         """Whether most of what is multiplied is rounded to bfloat16."""
-        return set(self.dtypes.values()) == {torch.bfloat16} and multiplies_bfloat16()
+        return calibrates_in_bfloat16(self.dtypes.values())
 
     @property
     def runners(self) -> int:
@@ -96,11 +93,7 @@ class Preflight(Foreseen):
 
     def together(self, segment: Segment) -> list[list[Linear]]:
         """The linears of a block that are rounded, with those that share their input."""
-        groups: dict[fx.Node, list[Linear]] = {}
-        for linear in self.program.linears(segment):
-            if linear.path in self.modules:
-                groups.setdefault(linear.source, []).append(linear)
-        return list(groups.values())
+        return by_input(x for x in self.program.linears(segment) if x.path in self.modules)
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:
         """Of the quantizer: copies of the weights that share an input, H in float32, its drift, and its input."""

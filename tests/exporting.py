@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from quantize.export.parity import SESSION_CONFIG, open_session
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.reference import round_to_grid, scale_and_zero_point
 from quantize.linear import QuantizedLinear
@@ -72,3 +73,9 @@ def tiny(family, layers=1):
     config |= {"num_hidden_layers": layers, "n_layer": layers, "encoder_layers": layers, "decoder_layers": layers}
     torch.manual_seed(0)
     return cls(cls.config_class.from_dict(config)).eval()
+
+
+def run_onnx(path, feeds, session_config=SESSION_CONFIG):
+    """All outputs of a file for each feed."""
+    session = open_session(path, session_config)
+    return [session.run(None, {name: tensor.numpy() for name, tensor in feed.items()}) for feed in feeds]

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from exporting import SYMMETRIC_8, quantized, scheme, tiny
+from exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import SHAPES, Decoder
 from quantize.export.onnx import export_onnx, interface_of
-from quantize.export.parity import run_onnx, run_torch
+from quantize.export.parity import run_torch
 
 FAMILIES = ["llama", "qwen3", "neox", "opt", "gpt2", "phi3"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx
 import pytest
 import torch
-from exporting import SYMMETRIC_8, nodes, quantized, scheme, shapes, tiny
+from exporting import SYMMETRIC_8, nodes, quantized, run_onnx, scheme, shapes, tiny
 
 from quantize.errors import QuantizeError
 from quantize.export.forward import Forward
 from quantize.export.onnx import export_onnx, interface_of
-from quantize.export.parity import run_onnx, run_torch
+from quantize.export.parity import run_torch
 
 TOKENS = ["batch_size", "sequence_length"]
 INPUTS = {

@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exporting import ASYMMETRIC_8, SYMMETRIC_8, attributes, nodes, quantized, scheme, tiny
+from exporting import ASYMMETRIC_8, SYMMETRIC_8, attributes, nodes, quantized, run_onnx, scheme, tiny
 
 from quantize.errors import UsageError
 from quantize.export.comparison import rewritten
 from quantize.export.hybrid_linear import MANY, by_channel
 from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import distance, run_onnx, run_torch
+from quantize.export.parity import distance, run_torch
 from quantize.linear import QuantizedLinear
 
 BLOCKS = "4-bit weights, 8-bit activations in blocks of"

@@ -17,6 +17,7 @@ from exporting import (
     nodes,
     quantized,
     round_to_nearest,
+    run_onnx,
     scheme,
     shapes,
 )
@@ -30,7 +31,7 @@ from quantize.export.decoder import Decoder
 from quantize.export.integer_linear import IntegerLinear
 from quantize.export.onnx import OPSET, export_onnx, interface_of
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import distance, open_session, parity, run_onnx, run_torch
+from quantize.export.parity import distance, open_session, parity, run_torch
 from quantize.formats.qtensor import QTensor
 from quantize.graph.program import quiet
 from quantize.kernels.reference import quantized_linear

@@ -7,10 +7,10 @@ import json
 import onnx
 import onnxruntime
 import pytest
-from exporting import ASYMMETRIC_4, SYMMETRIC_8, nodes, quantized, scheme, tiny
+from exporting import ASYMMETRIC_4, SYMMETRIC_8, nodes, quantized, run_onnx, scheme, tiny
 
 from quantize.export.onnx import QDQ_ACCURACY, export_onnx, interface_of
-from quantize.export.parity import distance, run_onnx, run_torch
+from quantize.export.parity import distance, run_torch
 
 
 def as_run(path, tmp_path, entries):

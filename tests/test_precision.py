@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantize import blocks
+from quantize.calibration import precision
 from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, plus_product, product_dtype
 from quantize.calibration.statistics import Gram
 from quantize.linear import QuantizedLinear
@@ -98,7 +99,7 @@ def test_only_a_model_stored_in_bfloat16_is_calibrated_in_it(stored, units, one_
         asked.append(wanted)
         return bfloat16_products(wanted)
 
-    monkeypatch.setattr(blocks, "multiplies_bfloat16", lambda: units)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: units)
     monkeypatch.setattr(blocks, "bfloat16_products", watched)
     small_run(AutoModelForCausalLM.from_pretrained(one_layer, dtype=getattr(torch, stored)))
     assert set(asked) == {stored == "bfloat16" and units}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from exporting import run_onnx
 from safetensors.torch import load_file, save_file
 from soundness import CONFIGS
 from torch import nn
@@ -20,7 +21,7 @@ from quantize.calibration.statistics import Absmax
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import Decoder
 from quantize.export.directory import export_artifact
-from quantize.export.parity import run_onnx, run_torch
+from quantize.export.parity import run_torch
 from quantize.leading import Leading
 from quantize.linear import QuantizedLinear
 from quantize.pipeline import quantize_model

@@ -8,13 +8,13 @@ import numpy as np
 import onnx_ir
 import onnxruntime
 import pytest
-from exporting import SYMMETRIC_8, quantized, scheme, tiny
+from exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
 from onnx import parser
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from quantize.export.onnx import interface_of, traced
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import distance, rewritten, run_onnx
+from quantize.export.parity import distance, rewritten
 from quantize.export.rewrites import rewrite
 from quantize.export.rewrites.attention import CacheInAttention
 from quantize.export.rewrites.heads import HeadsInPlace

@@ -50,9 +50,8 @@ def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_toke
     else:
         feed = of_file(encoder, data)
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else start
-    given = known(encoder, feed)
-    taken = {name: given[name] for name in shapes(session_of(directory, DECODER)) if name in given}
-    yield from pieces(tokenizer, start, OnnxDecoder(directory, DECODER, taken).greedy(start, max_new_tokens))
+    decoder = OnnxDecoder(directory, DECODER, known(encoder, feed))
+    yield from pieces(tokenizer, start, decoder.greedy(start, max_new_tokens))
 
 
 def known(encoder: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:

@@ -61,12 +61,6 @@ def parity(
     }
 
 
-def run_onnx(path: Path, feeds: Sequence[Feed], session_config: Mapping[str, str] = SESSION_CONFIG) -> list[Outputs]:
-    """All outputs of a file for each feed."""
-    session = open_session(path, session_config)
-    return [session.run(None, {name: tensor.numpy() for name, tensor in feed.items()}) for feed in feeds]
-
-
 def run_torch(interface: Interface, feeds: Sequence[Feed]) -> list[Outputs]:
     """All outputs of a model for each feed."""
     with torch.no_grad():

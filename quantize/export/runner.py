@@ -74,7 +74,7 @@ class OnnxDecoder:
     Args:
         directory: what was exported.
         file: its decoder.
-        given: inputs that are the same at each step.
+        given: inputs that are the same at each step; of them the file takes what it has.
 
     Attributes:
         positions: how many tokens the model tells apart.
@@ -84,8 +84,9 @@ class OnnxDecoder:
     def __init__(
         self, directory: Path, file: str = "model.onnx", given: Mapping[str, NDArray[Any]] = MappingProxyType({})
     ) -> None:
-        self.session, self.given = session_of(directory, file), {name: as_value(x) for name, x in given.items()}
+        self.session = session_of(directory, file)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.given = {name: as_value(x) for name, x in given.items() if name in self.inputs}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
         if not self.past:
             raise UsageError(

@@ -69,6 +69,14 @@ class Linear:
         return weight.T if self.transposed else weight
 
 
+def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
+    """Linears in groups that share an input, in the order in which each group's first comes."""
+    groups: dict[fx.Node, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(linear.source, []).append(linear)
+    return list(groups.values())
+
+
 def input_of(node: fx.Node) -> fx.Node:
     """The input of a product."""
     return node.args[FORMS[node.target].source]  # type: ignore[return-value]

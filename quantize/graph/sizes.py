@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from quantize.graph.inputs import BATCH
+from quantize.graph.linears import by_input
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 
@@ -128,7 +129,4 @@ def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
 
 def stops(program: Program, segment: Segment) -> set[fx.Node]:
     """The first node of each group of linears that share an input."""
-    first: dict[fx.Node, fx.Node] = {}
-    for linear in program.linears(segment):
-        first.setdefault(linear.source, linear.node)
-    return set(first.values())
+    return {group[0].node for group in by_input(program.linears(segment))}

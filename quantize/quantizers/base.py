@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
-from quantize.formats.qtensor import QTensor
+from quantize.formats.qtensor import CACHED, QTensor
 from quantize.kernels.fp4 import encode_scale, fp4_scale, nvfp4_unit, round_to_e2m1
 from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.registry import Registry
 from quantize.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
-CACHED = 1 << 17  # weights whose ranges are searched together, so that all that is computed stays in a core's cache
 # What a range may shrink or grow to. An E8M0 scale only doubles or halves; an E4M3 scale 1.5 times as large puts 4, not
 # 6, on the largest weight, which suits groups with many large ones, as the step from 4 to 6 is coarse.
 RANGES = {
