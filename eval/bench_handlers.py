@@ -20,7 +20,7 @@ import torch
 
 from quantize.artifact import ArtifactWriter
 from quantize.eval import claims
-from quantize.eval.handlers import FINETUNED, HANDLERS, LANGUAGE_ONLY
+from quantize.eval.handlers import DEFAULT, FINETUNED, HANDLERS, LANGUAGE_ONLY, left_out
 from quantize.eval.handlers_report import markdown
 from quantize.eval.judges import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
@@ -37,7 +37,10 @@ SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
 WINDOW, WINDOWS = 256, 16
 CALIBRATION = {"books-llama": (32, 256), "MiniLM": (32, 128)}  # windows, and tokens in each
 STEPS = 50  # of fine-tuning
-Job = tuple[str, str, str, tuple[str, ...]]
+SEEDS = (0, 1)  # of the default recipe and of what is left out of it; all else is measured with the first
+TOGETHER = 6  # cells of a job, after which what was found is saved
+Cell = tuple[str, int]  # handler, seed
+Job = tuple[str, str, str, tuple[Cell, ...]]
 Row = dict[str, Any]
 
 
@@ -57,32 +60,34 @@ def main() -> None:
 
 
 def position(row: Mapping[str, Any]) -> tuple[int, ...]:
-    """Where a row stands: by scheme, model, twin and handler."""
-    keys = (SCHEMES, tuple(MODELS), TWINS, tuple(HANDLERS))
-    return tuple(
-        known.index(row[name]) for known, name in zip(keys, ("scheme", "model", "twin", "handler"), strict=True)
-    )
+    """Where a row stands: by scheme, model, twin, handler and seed."""
+    handlers = (*HANDLERS, *left_out(row["scheme"]))
+    keys = (SCHEMES, tuple(MODELS), TWINS, handlers, SEEDS)
+    names = ("scheme", "model", "twin", "handler", "seed")
+    return tuple(known.index(row[name]) for known, name in zip(keys, names, strict=True))
 
 
 def missing(rows: list[Row]) -> list[Job]:
-    """Models and schemes with the handlers that have no row."""
-    done = {(row["model"], row["twin"], row["scheme"], row["handler"]) for row in rows}
+    """Models and schemes with the cells that have no row, some at a time."""
+    done = {(row["model"], row["twin"], row["scheme"], (row["handler"], row["seed"])) for row in rows}
     models = itertools.product(SCHEMES, MODELS, TWINS)
     jobs = []
     for scheme, name, twin in models:
-        left = tuple(handler for handler in fitting(name) if (name, twin, scheme, handler) not in done)
-        jobs.append((name, twin, scheme, left))
-    return [job for job in jobs if job[-1]]
+        left = [cell for cell in cells(name, scheme) if (name, twin, scheme, cell) not in done]
+        jobs += [(name, twin, scheme, tuple(left[at : at + TOGETHER])) for at in range(0, len(left), TOGETHER)]
+    return jobs
 
 
-def fitting(name: str) -> list[str]:
-    """The handlers for a model."""
-    return [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
+def cells(name: str, scheme: str) -> list[Cell]:
+    """What is measured on a model."""
+    fitting = [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
+    again = itertools.product((DEFAULT, *left_out(scheme)), SEEDS)
+    return list(dict.fromkeys([*((handler, SEEDS[0]) for handler in fitting), *again]))
 
 
 def measure_all(job: Job) -> list[Row]:
     """Some handlers on one model with one scheme."""
-    name, twin, scheme, handlers = job
+    name, twin, scheme, wanted = job
     with tempfile.TemporaryDirectory() as scratch:
         model = MODELS[name]
         if twin != "as it is":
@@ -93,7 +98,7 @@ def measure_all(job: Job) -> list[Row]:
             if name == "books-llama"
             else SentenceJudge(model, DATA / "sts" / "2016-answer-answer.tsv")
         )
-        found = measure(judge, model, scheme, handlers, Path(scratch), CALIBRATION[name])
+        found = measure(judge, model, scheme, wanted, Path(scratch), CALIBRATION[name])
         return [{"model": name, "twin": twin, "scheme": scheme, **row} for row in found]
 
 
@@ -101,18 +106,19 @@ def measure(
     judge: LanguageJudge | SentenceJudge,
     model: Path,
     scheme: str,
-    handlers: tuple[str, ...],
+    wanted: tuple[Cell, ...],
     scratch: Path,
     data: tuple[int, int],
 ) -> Iterator[Row]:
-    """One row a handler: what it loses, what is left of the kurtosis, and what it costs while the model runs.
+    """One row a cell: what it loses, what is left of the kurtosis, and what it costs while the model runs.
 
     As `quantize_model`, but the model is exported once.
     """
     settings: dict[str, Any] = {"group_size": 0, "nsamples": data[0], "seqlen": data[1]}
     prepared, before = prepare(model, load_recipe(scheme, {}, **settings), None), dict[str, float]()
-    for number, handler in enumerate(handlers):
-        recipe = load_recipe(scheme, HANDLERS[handler], **settings)
+    recipes = HANDLERS | left_out(scheme)
+    for number, (handler, seed) in enumerate(wanted):
+        recipe = load_recipe(scheme, recipes[handler], seed=seed, **settings)
         given = finetuned(model, recipe, scratch) if handler == FINETUNED else prepared
         with ArtifactWriter(scratch / str(number)) as writer:
             artifact = run(replace(given, plan=make_plan(recipe, given.program)), writer, None)
@@ -120,7 +126,7 @@ def measure(
         paths = list(artifact.manifest["quantization"]["modules"])
         before = before or input_kurtosis(judge.reference, judge.sample, paths)
         after = input_kurtosis(quantized, judge.sample, paths)
-        row = {"handler": handler, **judge.scores(quantized), "cost": online_cost(quantized)}
+        row = {"handler": handler, "seed": seed, **judge.scores(quantized), "cost": online_cost(quantized)}
         yield row | {"kurtosis_before": mean(before.values()), "kurtosis": mean(after.values())}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from quantize.recipe import load_recipe
+
+DEFAULT = "default recipe"
 GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
 RIDGE = {"name": "gptaq", "alpha": 1.0, "ridge": 1.0}
 FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
@@ -49,6 +52,28 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "Hadamard, activation clip": recipe(FOLD, ROTATE, named("activation_clip")),
     "Hadamard, prefix tokens searched": recipe(FOLD, ROTATE, prefix={"search": True}),
     FINETUNED: recipe(),
-    "default recipe": {},
+    "rescaled, Hadamard, GPTAQ with a ridge": recipe(named("rescale"), FOLD, ROTATE, quantizer=RIDGE),
+    DEFAULT: {},
 }
 LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}
+
+
+def left_out(scheme: str) -> dict[str, dict[str, Any]]:
+    """The default recipe without one of its handlers, each in turn; a better quantizer is one, a fold of gains none.
+
+    What learns rotations is left out twice: for random Hadamard matrices and for none.
+    """
+    default = load_recipe(scheme, None)
+    without: dict[str, dict[str, Any]] = {
+        step["name"]: {"passes": [other for other in default.passes if other is not step]}
+        for step in default.passes
+        if step != FOLD
+    }
+    if "learned_rotation" in without:
+        hadamard = [ROTATE if step["name"] == "learned_rotation" else step for step in default.passes]
+        without["learning, with Hadamard"] = {"passes": hadamard}
+    if default.quantizer["name"] == "gptaq":
+        without["GPTAQ, with GPTQ"] = {"quantizer": GPTQ}
+    if default.quantizer.get("ridge"):
+        without["the ridge"] = {"quantizer": {**default.quantizer, "ridge": 0.0}}
+    return {f"{DEFAULT}, without {name}": changes for name, changes in without.items()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean
 from typing import Any
+
+from quantize.eval.handlers import DEFAULT, HANDLERS
 
 Row = Mapping[str, Any]
 HEAD = """# Outlier handlers, side by side
@@ -21,6 +24,14 @@ correlation by about 1 %: 254 pairs decide less than the cosine does.
 """
 
 
+LEFT_OUT = """
+## What each handler adds to the default recipe, {scheme}
+
+How much further from the float model (KL, 1 - cosine) the recipe is without it: the mean over seeds, and the least and
+the largest of them. What is negative in every seed is **bold**: there the handler makes the model worse.
+"""
+
+
 CLAIMS = """
 ## What papers say, and what holds here
 
@@ -32,15 +43,54 @@ Synthetic data from seeded generators (`python -m quantize.eval.claims`); a clai
 
 
 def markdown(rows: Sequence[Row], claims: Iterable[Row]) -> str:
-    """One table for each scheme and model, and one of the claims."""
+    """One table for each scheme and model, one for each scheme of what its default recipe consists of, and the claims.
+
+    All but the second take the first seed.
+    """
     parts = [HEAD]
-    for scheme, model in dict.fromkeys((row["scheme"], row["model"]) for row in rows):
-        chosen = [row for row in rows if (row["scheme"], row["model"]) == (scheme, model)]
+    compared = [row for row in rows if row["handler"] in HANDLERS and row["seed"] == 0]
+    for scheme, model in dict.fromkeys((row["scheme"], row["model"]) for row in compared):
+        chosen = [row for row in compared if (row["scheme"], row["model"]) == (scheme, model)]
         parts.append(f"\n## {model}, {scheme}\n")
         parts += table(chosen)
+    for scheme in dict.fromkeys(row["scheme"] for row in rows if row["handler"] not in HANDLERS):
+        parts.append(LEFT_OUT.format(scheme=scheme))
+        parts += left_out_table([row for row in rows if row["scheme"] == scheme])
     parts.append(CLAIMS)
     parts += ["| " + " | ".join(map(figure, claim.values())) + " |" for claim in claims]
     return "\n".join(parts) + "\n"
+
+
+def left_out_table(rows: Sequence[Row]) -> list[str]:
+    """A row for each handler that is left out, a column for each model and twin."""
+    at = {(row["model"], row["twin"], row["handler"], row["seed"]): closeness(row) for row in rows}
+    models = list(dict.fromkeys((row["model"], row["twin"]) for row in rows))
+    lines = [
+        "| " + " | ".join(["left out", *(f"{m}, {t}" for m, t in models)]) + " |",
+        "|---" * (len(models) + 1) + "|",
+    ]
+    for handler in dict.fromkeys(row["handler"] for row in rows if row["handler"] not in HANDLERS):
+        cells = [
+            [at[key] / at[*key[:2], DEFAULT, key[3]] - 1 for key in at if key[:3] == (*model, handler)]
+            for model in models
+        ]
+        name = handler.removeprefix(f"{DEFAULT}, without ")
+        lines.append("| " + " | ".join([name, *map(spread, cells)]) + " |")
+    return lines
+
+
+def spread(found: Sequence[float]) -> str:
+    """Mean, least and largest of what the seeds gave."""
+    if not found:
+        return ""
+    text = f"{mean(found):+.1%} ({min(found):+.1%} to {max(found):+.1%})"
+    return f"**{text}**" if max(found) < 0 else text
+
+
+def closeness(row: Row) -> float:
+    """How far from the float model."""
+    far: float = row["kl"] if "kl" in row else row["distance"]
+    return far
 
 
 def figure(value: object) -> str:
@@ -68,7 +118,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def best_of(rows: Iterable[Row]) -> Row:
     """The row closest to the float model."""
-    return min(rows, key=lambda row: row["kl"] if "kl" in row else row["distance"])
+    return min(rows, key=closeness)
 
 
 def cell(row: Row, best: bool) -> str:

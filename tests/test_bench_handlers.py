@@ -6,8 +6,8 @@ from torch import nn
 
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.eval.bench_handlers import SCHEMES, fitting, missing
-from quantize.eval.handlers import HANDLERS, LANGUAGE_ONLY
+from quantize.eval.bench_handlers import SCHEMES, SEEDS, TOGETHER, cells, missing
+from quantize.eval.handlers import DEFAULT, HANDLERS, LANGUAGE_ONLY, left_out
 from quantize.eval.handlers_report import markdown
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.report import kurtosis_report
@@ -17,6 +17,7 @@ from quantize.online import Hadamard
 from quantize.ordering import check_order
 from quantize.passes import PASSES
 from quantize.quantizers import QUANTIZERS
+from quantize.recipe import load_recipe
 from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 
 X = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 0.0, 4.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
@@ -69,34 +70,58 @@ def test_kurtosis_is_that_of_what_the_quantizer_sees():
     assert after == pytest.approx(1.0, abs=0.3)
 
 
-def test_every_handler_is_a_legal_recipe():
-    for recipe in HANDLERS.values():
-        check_order([PASSES.make(settings) for settings in recipe.get("passes", ())])
+@pytest.mark.parametrize("changes", [*HANDLERS.values(), *(c for s in SCHEMES for c in left_out(s).values())])
+def test_every_handler_is_a_legal_recipe(changes):
+    check_order([PASSES.make(settings) for settings in changes.get("passes", ())])
+
+
+def test_what_is_left_out_of_a_default_recipe():
+    """Each handler, the learning of rotations without the rotations, and what is better than GPTQ; never the fold."""
+    default = load_recipe("W4A4", None)
+    left = {name: load_recipe("W4A4", changes) for name, changes in left_out("W4A4").items()}
+    assert len(left) == len(default.passes) - 1 + 3
+    for recipe in left.values():
+        assert recipe.passes[-1] == default.passes[-1] or recipe == left[f"{DEFAULT}, without activation_clip"]
+        assert {"name": "fold_norms"} in recipe.passes
+        assert (recipe.passes, recipe.quantizer) != (default.passes, default.quantizer)
+    assert list(left_out("W8A8")) == [f"{DEFAULT}, without smoothquant"]
 
 
 def test_what_is_measured_is_not_measured_again():
     everything = missing([])
-    assert len(everything) == len(SCHEMES) * 2 * 4
-    row = {"model": "MiniLM", "twin": "channel", "scheme": "W4A8", "handler": "AQAS"}
-    (shorter,) = [job for job in missing([row]) if job not in everything]
-    assert shorter[:3] == ("MiniLM", "channel", "W4A8")
-    assert set(fitting("MiniLM")) - set(shorter[3]) == {"AQAS"}
-    assert set(fitting("books-llama")) - set(fitting("MiniLM")) == LANGUAGE_ONLY
+    assert {job[:3] for job in everything} == {job[:3] for job in missing([]) if len(job[3]) <= TOGETHER}
+    assert len({job[:3] for job in everything}) == len(SCHEMES) * 2 * 4
+    row = {"model": "MiniLM", "twin": "channel", "scheme": "W4A8", "handler": "AQAS", "seed": 0}
+    left = [cell for job in missing([row]) if job[:3] == ("MiniLM", "channel", "W4A8") for cell in job[3]]
+    assert set(cells("MiniLM", "W4A8")) - set(left) == {("AQAS", 0)}
+    language = {handler for handler, _ in cells("books-llama", "W4A8")}
+    assert language - {handler for handler, _ in cells("MiniLM", "W4A8")} == LANGUAGE_ONLY
+    assert {(DEFAULT, seed) for seed in SEEDS} < set(left)
 
 
 def test_tables_mark_the_best_and_claims_that_do_not_hold():
-    common = {"scheme": "W4A4", "cost": 0.05, "kurtosis": 3.0, "kurtosis_before": 20.0}
+    common = {"scheme": "W4A4", "seed": 0, "cost": 0.05, "kurtosis": 3.0, "kurtosis_before": 20.0}
     rows = [
-        common | {"model": "books-llama", "twin": "as it is", "handler": "a", "increase": 0.2, "kl": 0.1},
-        common | {"model": "books-llama", "twin": "as it is", "handler": "b", "increase": 0.1, "kl": 0.2},
-        common | {"model": "MiniLM", "twin": "channel", "handler": "a", "retained": 0.5, "distance": 0.2},
-        common | {"model": "MiniLM", "twin": "channel", "handler": "b", "retained": 0.9, "distance": 0.1},
+        common | {"model": "books-llama", "twin": "as it is", "handler": "AQAS", "increase": 0.2, "kl": 0.1},
+        common | {"model": "books-llama", "twin": "as it is", "handler": DEFAULT, "increase": 0.1, "kl": 0.2},
+        common | {"model": "MiniLM", "twin": "channel", "handler": "AQAS", "retained": 0.5, "distance": 0.2},
+        common | {"model": "MiniLM", "twin": "channel", "handler": DEFAULT, "retained": 0.9, "distance": 0.1},
     ]
     claim = {"claim": "x ≤ y", "paper": "p", "left": 2.0, "right": 1.0, "factor": 1.0, "holds": False}
     lines = markdown(rows, [claim]).splitlines()
-    assert "| a | 5.0% | **+0.2000 (0.1000)** κ 3.0 |" in lines
-    assert "| b | 5.0% | **90.0% (0.1000)** κ 3.0 |" in lines
+    assert "| AQAS | 5.0% | **+0.2000 (0.1000)** κ 3.0 |" in lines
+    assert "| default recipe | 5.0% | **90.0% (0.1000)** κ 3.0 |" in lines
     assert "| x ≤ y | p | 2 | 1 | 1 | **no** |" in lines
+
+
+def test_what_a_handler_adds_is_a_ratio_seed_by_seed():
+    common = {"scheme": "W4A4", "model": "MiniLM", "twin": "as it is", "cost": 0.0, "kurtosis": 1.0}
+    common |= {"retained": 1.0, "kurtosis_before": 1.0}
+    found = {DEFAULT: (0.1, 0.2), f"{DEFAULT}, without a": (0.12, 0.2), f"{DEFAULT}, without b": (0.09, 0.1)}
+    rows = [common | {"handler": h, "seed": s, "distance": d[s]} for h, d in found.items() for s in (0, 1)]
+    lines = markdown(rows, []).splitlines()
+    assert "| a | +10.0% (+0.0% to +20.0%) |" in lines
+    assert "| b | **-30.0% (-50.0% to -10.0%)** |" in lines
 
 
 def test_kurtosis_of_each_basis_is_shown(cli, artifact_one_layer, one_layer, stories_dev):
