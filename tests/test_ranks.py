@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantize.calibration.statistics import Rows
-from quantize.ranks import Ranks, merged
+from quantize.ranks import Ranks, merged, place
 
 
 @pytest.fixture
@@ -104,3 +104,11 @@ def test_one_process_shares_with_nobody():
     ranks = Ranks()
     assert ranks.share([1, 2, 3]) == [1, 2, 3]
     assert merged({"w": Rows()}, Rows, ranks) == {"w": Rows()}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend", "device"), [(0, "gloo", "cpu"), (1, "gloo", "cpu"), (2, "cpu:gloo,cuda:nccl", "cuda:1")]
+)
+def test_products_are_taken_on_gpus_where_each_rank_has_one(monkeypatch, gpus, backend, device):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert place(1, 2) == (backend, torch.device(device))
