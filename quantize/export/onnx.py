@@ -22,6 +22,7 @@ from quantize.export.interface import Axes, Interface
 from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
 from quantize.export.precision import executed
 from quantize.export.rewrites import rewrite
+from quantize.export.saving import LARGE, save
 from quantize.graph.program import quiet
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
 FLOAT_ROUNDING = 1e-4  # relative; 1e-6 was measured on models without quantized activations
 QDQ_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
-LARGE = 3 << 29  # bytes of weights from which on they lie in a file of their own: one file holds 2 GiB at most
 
 
 def export_onnx(
@@ -44,7 +44,8 @@ def export_onnx(
     `with_vnni` instructions, and `executes`: how many products run in which precision.
 
     What goes in and out is said by `Decoder` for causal language models, by `EncoderHalf` and `DecoderHalf` for
-    encoder-decoders, by `Forward` for all others. Weights of more than `large` bytes lie in `model.onnx.data`.
+    encoder-decoders, by `Forward` for all others. Weights of more than `large` bytes lie in `model.onnx.data`, those
+    that two files read in `shared.onnx.data`.
 
     Two right answers may differ: a sum that differs in its last bit moves an activation that lies between two grid
     points by a whole step, which moves others further on, up to the size of the activations' own rounding error.
@@ -75,7 +76,9 @@ def export_onnx(
     if hybrid and qdq:
         raise UsageError("a hybrid is made of operators of ONNX Runtime alone; give --qdq or --hybrid")
     interface = interface_of(model, hybrid)
-    config = joined([write(part, output_dir / name, qdq, large) for name, part in interface.files().items()])
+    made = {name: lowered(part, qdq) for name, part in interface.files().items()}
+    save({name: model for name, (model, _) in made.items()}, output_dir, large)
+    config = joined([config for _, config in made.values()])
     (output_dir / "ort_config.json").write_text(as_json(config))
     differences = parity(interface, output_dir, config["session_config_entries"])
     allowed = FLOAT_ROUNDING + 2 * differences["activations"]
@@ -97,10 +100,11 @@ def interface_of(model: PreTrainedModel, hybrid: bool = False) -> Interface:
         return Decoder(model) if decodes(model) else Forward(model)
 
 
-def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARGE) -> dict[str, dict[str, Any]]:
-    """Lower, trace and save a model; weights of more than `large` bytes beside the file.
+def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dict[str, dict[str, Any]]]:
+    """Lower and trace a model.
 
     Returns:
+        What becomes the file, and its settings.
         session_config_entries: the session options to run it with.
         with_vnni: those that are better on CPUs with VNNI or AMX instructions.
         executes: precision → products that run in it; of a hybrid for few tokens, and `executes_prompts` for many.
@@ -115,11 +119,9 @@ def write(interface: Interface, path: Path, qdq: bool = False, large: int = LARG
         rewrite(model, portable=qdq)
         leave_unread_out(model, interface)
     model = either(*graphs) if len(graphs) > 1 else graphs[0]
-    weights = [value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values()]
-    onnx_ir.save(model, path, external_data=f"{path.name}.data" if sum(weights) > large else None)
     # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
-    return {"session_config_entries": entries, "with_vnni": WITH_VNNI, **executes}
+    return model, {"session_config_entries": entries, "with_vnni": WITH_VNNI, **executes}
 
 
 def accuracy_levels(model: onnx_ir.Model) -> list[int]:

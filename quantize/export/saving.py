@@ -1,0 +1,60 @@
+"""Models as files: weights that are too many for one file, or that several hold alike, lie in files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir
+from onnx_ir.external_data import convert_tensors_to_external
+
+LARGE = 3 << 29  # bytes of weights from which on they lie in a file of their own: one file holds 2 GiB at most
+SMALL = 256  # bytes of a weight that stays in its model's file
+SHARED = "shared.onnx.data"
+
+
+def save(models: Mapping[str, onnx_ir.Model], directory: Path, large: int = LARGE) -> None:
+    """Write models under their names; their weights now lie where they are written.
+
+    What several hold alike, such as tied embeddings, lies in `shared.onnx.data`; of what is left, more than `large`
+    bytes of one model lie in NAME.data.
+    """
+    if alike := held_alike(list(models.values())):
+        lay_apart(alike, directory, SHARED)
+    for name, model in models.items():
+        own = [value for value in weights(model) if not isinstance(value.const_value, onnx_ir.ExternalTensor)]
+        if sum(value.const_value.nbytes for value in own if value.const_value) > large:
+            lay_apart([[value] for value in own], directory, f"{name}.data")
+        onnx_ir.save(model, directory / name)
+
+
+def weights(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
+    """Those of all its graphs that are not small."""
+    held = (value for graph in model.graphs() for value in graph.initializers.values())
+    return (value for value in held if value.const_value is not None and value.const_value.nbytes > SMALL)
+
+
+def held_alike(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Value]]:
+    """Weights of the same type, shape and bytes in several models."""
+    groups: dict[object, list[tuple[int, onnx_ir.Value]]] = {}
+    for number, model in enumerate(models if len(models) > 1 else ()):
+        for value in weights(model):
+            groups.setdefault(content(value.const_value), []).append((number, value))
+    return [[value for _, value in group] for group in groups.values() if len({number for number, _ in group}) > 1]
+
+
+def content(tensor: onnx_ir.TensorProtocol | None) -> object:
+    """What two weights have in common exactly if they are the same."""
+    assert tensor is not None
+    return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
+
+
+def lay_apart(groups: Sequence[Sequence[onnx_ir.Value]], directory: Path, file: str) -> None:
+    """Write one weight of each group into a file, and let all of the group refer to it."""
+    written = convert_tensors_to_external([group[0].const_value for group in groups], directory, file)
+    for group, at in zip(groups, written, strict=True):
+        for value in group:
+            value.const_value = onnx_ir.ExternalTensor(
+                file, at.offset, at.length, at.dtype, shape=at.shape, name=str(value.name), base_dir=directory
+            )
