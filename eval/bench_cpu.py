@@ -99,6 +99,7 @@ def encoders(model: Path, texts: Sequence[Path], folder: Path, rounds: int, sinc
             command = [*HERE, "encoder", str(path), str(folder / "all.npz"), "3"]
             rows[name]["rounds"].append(json.loads(run(command)))
         say(f"encoders, round {number + 1} of {rounds}", since)
+    found["linears"] = json.loads(run([*HERE, "linears", str(files[FLOAT]), str(folder / "all.npz")]))
     found |= {"sentences": 2 * len(pairs[::TIMED]), "texts": [text.stem for text in texts], "engines": rows}
     return found | {"float": FLOAT, "schemes": SCHEMES}
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from quantize.eval.cpu_peer import Step, timed
+from quantize.eval.cpu_profile import linears
 from quantize.export.runner import OnnxDecoder, session_of
 from quantize.machine import best
 from quantize.prefixed import CACHES
@@ -97,13 +99,20 @@ def integer_product(rows: int, size: int) -> Any:
 
 
 def main(command: str, *arguments: str) -> None:
-    """`onnx|torch_bfloat16 PATH VOCABULARY PROMPT DECODE REPEATS`, `encoder PATH BATCHES REPEATS`, or `ceilings`."""
+    """Run one measurement.
+
+    onnx|torch_bfloat16 PATH VOCABULARY PROMPT DECODE REPEATS
+    encoder PATH BATCHES REPEATS
+    linears PATH BATCHES
+    ceilings
+    """
     if command in ("onnx", "torch_bfloat16"):
         path, *numbers = arguments
         step = (onnx if command == "onnx" else torch_bfloat16)(path)
         found = timed(step, *map(int, numbers))
     else:
-        found = ceilings() if command == "ceilings" else encoder(*arguments)
+        commands: dict[str, Callable[..., Any]] = {"encoder": encoder, "linears": linears, "ceilings": ceilings}
+        found = commands[command](*arguments)
     print(json.dumps(found))
 
 
