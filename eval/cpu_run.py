@@ -26,10 +26,11 @@ LARGE_BUFFER = 1 << 30  # bytes: more than a last-level cache holds
 
 def onnx(path: str) -> Step:
     """ONNX Runtime, as `quantize-model run` drives it."""
-    model, cache = OnnxDecoder(Path(path)), list[Any]()
+    model = OnnxDecoder(Path(path))
+    cache = [model.start()]
 
     def step(tokens: list[int]) -> None:
-        _, cache[:] = model.step(tokens, cache if len(tokens) == 1 else model.start())
+        _, cache[0] = model.step(tokens, cache[0] if len(tokens) == 1 else model.start())
 
     return step
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir
 from onnx_ir.convenience import replace_all_uses_with
+from torch import Tensor
 
 from quantize.errors import UsageError
 from quantize.export.comparison import rewritten
 from quantize.export.decoder import Decoder, decodes
-from quantize.export.hybrid_linear import MANY, HybridLinear, gains, lower_for_prompt
-from quantize.export.interface import Feed, Interface
+from quantize.export.hybrid_linear import MANY, HybridLinear, gains, is_prompt, lower_for_prompt
+from quantize.export.interface import IN_PLACE, Feed, Interface
 from quantize.export.onnx_linear import lower
+from quantize.export.rewrites.in_place import keep_in_place
 from quantize.export.rewrites.matching import constant, initializer
 from quantize.linear import QuantizedLinear
 
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class HybridDecoder(Decoder):
-    """A language model whose file is `either` of two graphs."""
+    """A language model whose file is `either` of two graphs.
+
+    For few tokens, `past_key_values` may have room for more tokens than lie in them, and `present` may be bound to the
+    same memory: then nothing is copied. `attention_mask` says how many there are.
+    """
 
     lower = HybridLinear
 
@@ -31,9 +37,17 @@ class HybridDecoder(Decoder):
         """For few tokens, and for many."""
         return [rewritten(self, lower), rewritten(self, lower_for_prompt)]
 
+    def forward(self, feed: Feed) -> tuple[Tensor, ...]:
+        """As other decoders, by the linears that the file takes for so many tokens."""
+        for layer in self.modules():
+            if isinstance(layer, HybridLinear):
+                layer.prompt = is_prompt(feed["input_ids"])
+        return super().forward(feed)
+
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """Those of other decoders, with a prompt that runs in the graph for many tokens."""
-        return super().feeds(seed) | {"prefill": self.feed(1, MANY, 0, seed)}
+        """Those of other decoders, with a prompt that runs in the graph for many tokens, and more for few."""
+        few = {"some tokens": self.feed(1, 3, 5, seed), "a token each": self.feed(2, 1, 6, seed)}
+        return few | super().feeds(seed) | {"prefill": self.feed(1, MANY, 0, seed)}
 
 
 def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
@@ -52,23 +66,38 @@ def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
 
 
 def either(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -> onnx_ir.Model:
-    """One model that runs `many` where its input `tokens` has at least `MANY` elements, and `few` where it has fewer.
+    """One model that runs `few` where its input `tokens` has fewer than `MANY` elements, of one sample or one of each.
 
-    One If around everything costs a microsecond, and each branch is optimized as a graph of its own. What both hold
-    alike, such as embeddings, is kept once. Both models are used up.
+    All else runs `many`. One If around everything costs a microsecond, and each branch is optimized as a graph of its
+    own. What both hold alike, such as embeddings, is kept once. Both models are used up.
+
+    Where `few` can keep the cache in place, the model's metadata say so.
     """
+    metadata = {IN_PLACE: str(MANY)} if keep_in_place(few) else {}
     inputs = [like(value, value.name) for value in few.graph.inputs]
     outputs = [like(value, value.name) for value in few.graph.outputs]
     graph = onnx_ir.Graph(inputs, outputs, nodes=[], opset_imports=few.graph.opset_imports, name="either")
     share_initializers(graph, few.graph, many.graph)
     for name, inner in (("few", few.graph), ("many", many.graph)):
         enclose(inner, {value.name: value for value in inputs}, name)
-    size = onnx_ir.node("Size", [next(value for value in inputs if value.name == tokens)])
-    enough = onnx_ir.node("GreaterOrEqual", [size.outputs[0], initializer(graph, "many", np.array(MANY))])
-    size.outputs[0].name, enough.outputs[0].name = "tokens", "enough"  # names that no branch has
+    given = next(value for value in inputs if value.name == tokens)
     branches = {"then_branch": many.graph, "else_branch": few.graph}
-    graph.extend([size, enough, onnx_ir.node("If", [enough.outputs[0]], branches, outputs=outputs)])
-    return onnx_ir.Model(graph, ir_version=few.ir_version)
+    choice, wanted = goes_to_many(graph, given)
+    graph.extend([*choice, onnx_ir.node("If", [wanted], branches, outputs=outputs)])
+    return onnx_ir.Model(graph, ir_version=few.ir_version, metadata_props=metadata)
+
+
+def goes_to_many(graph: onnx_ir.Graph, tokens: onnx_ir.Value) -> tuple[list[onnx_ir.Node], onnx_ir.Value]:
+    """`is_prompt` of tokens [batch, sequence], behind the nodes that find it out."""
+    size, shape = onnx_ir.node("Size", [tokens]), onnx_ir.node("Shape", [tokens])
+    longest = onnx_ir.node("ReduceMax", [shape.outputs[0]], {"keepdims": 0})
+    several = onnx_ir.node("Greater", [size.outputs[0], longest.outputs[0]])
+    enough = onnx_ir.node("GreaterOrEqual", [size.outputs[0], initializer(graph, "many", np.array(MANY))])
+    either_way = onnx_ir.node("Or", [enough.outputs[0], several.outputs[0]])
+    nodes = [size, shape, longest, several, enough, either_way]
+    for node in nodes:
+        node.outputs[0].name = f"choice.{node.op_type}"  # a name that no branch has
+    return nodes, either_way.outputs[0]
 
 
 def like(value: onnx_ir.Value, name: str | None) -> onnx_ir.Value:

@@ -17,10 +17,12 @@ LARGEST = 127  # of weights that were 4-bit in groups; ±63 would move the outpu
 
 
 class HybridLinear(nn.Module):
-    """[..., K] → [..., N], by `lower` for fewer than `MANY` rows, from there on by `lower_for_prompt`.
+    """[..., K] → [..., N], for a `prompt` by `lower_for_prompt`, else by `lower`.
 
     Three times the memory: a 4-bit weight lies in 12 bits.
     """
+
+    prompt = False
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
@@ -28,8 +30,13 @@ class HybridLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        y: Tensor = self.many(x) if x.numel() // x.shape[-1] >= MANY else self.few(x)
+        y: Tensor = self.many(x) if self.prompt else self.few(x)
         return y
+
+
+def is_prompt(tokens: Tensor) -> bool:
+    """Whether tokens [batch, sequence] are many, or some of several samples: those take no cache in place."""
+    return tokens.numel() >= MANY or tokens.numel() > max(tokens.shape)
 
 
 def gains(layer: QuantizedLinear) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Feed = dict[str, Tensor]  # by name, in the order of the file's inputs
 Axes = dict[int, str]  # axis → name of its size
 Outputs = list[NDArray[np.float32]]
+IN_PLACE = "cache_in_place_below"  # metadata: fewer tokens than this go into a cache with room for them, in place
 BATCH, SEQUENCE = "batch_size", "sequence_length"  # the names optimum and onnxruntime-genai use
 
 

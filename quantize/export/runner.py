@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +13,13 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.export.cache import Cache, as_value
+from quantize.export.interface import IN_PLACE
 from quantize.export.parity import open_session
 from quantize.export.saturation import is_exact
 from quantize.tokenizer import has_tokenizer, load_tokenizer
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json
-Cache = list[onnxruntime.OrtValue]  # keys and values, layer by layer, [1, key/value heads, tokens, head_dim]
 PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 
 
@@ -79,6 +80,7 @@ class OnnxDecoder:
     Attributes:
         positions: how many tokens the model tells apart.
         ends: tokens that end a text.
+        in_place_below: fewer tokens than these are written into the cache's own memory; 0 where none are.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class OnnxDecoder:
     ) -> None:
         self.session = session_of(directory, file)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.in_place_below = int(self.session.get_modelmeta().custom_metadata_map.get(IN_PLACE, 0))
         self.given = {name: as_value(x) for name, x in given.items() if name in self.inputs}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
         if not self.past:
@@ -111,28 +114,42 @@ class OnnxDecoder:
     def start(self) -> Cache:
         """Keys and values of no token."""
         shapes = [self.inputs[name].shape for name in self.past]
-        return [as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes]
+        return Cache([as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes])
 
     def step(self, given: list[int], cache: Cache) -> tuple[NDArray[np.float32], Cache]:
         """Logits [1, tokens, vocabulary] of tokens behind those of a cache, and the cache with them.
 
-        A cache stays where ONNX Runtime keeps it: as arrays, all keys and values were copied for each token.
+        A cache stays where ONNX Runtime keeps it: as arrays, all keys and values were copied for each token. Where the
+        file writes new keys and values behind the others, not even ONNX Runtime copies them, and `cache` is used up.
         """
-        held = cache[0].shape()[2]
+        total = cache.tokens + len(given)
         feed = {
             "input_ids": np.array([given]),
-            "attention_mask": np.ones((1, held + len(given)), np.int64),
-            "position_ids": np.arange(held, held + len(given))[None],
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(cache.tokens, total)[None],
         }
-        values = {name: as_value(array) for name, array in feed.items() if name in self.inputs}
-        values |= self.given | dict(zip(self.past, cache, strict=True))
+        values = self.given | {name: as_value(array) for name, array in feed.items() if name in self.inputs}
+        if len(given) < self.in_place_below:
+            held = cache.with_room(total).values
+            return self._step_in_place(values, held), Cache(held, total)
+        values |= dict(zip(self.past, cache.exact().values, strict=True))
         logits, *present = self.session.run_with_ort_values(None, values)
-        return logits.numpy(), present
+        return logits.numpy(), Cache(present, total)
 
-
-def as_value(array: NDArray[Any]) -> onnxruntime.OrtValue:
-    """An array as ONNX Runtime holds it."""
-    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    def _step_in_place(
+        self, values: Mapping[str, onnxruntime.OrtValue], held: Sequence[onnxruntime.OrtValue]
+    ) -> NDArray[np.float32]:
+        """Logits; new keys and values are written into what is held."""
+        logits, *present = (value.name for value in self.session.get_outputs())
+        binding = self.session.io_binding()
+        for name, value in (*values.items(), *zip(self.past, held, strict=True)):
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(logits)
+        for name, value in zip(present, held, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        self.session.run_with_iobinding(binding)
+        found: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        return found
 
 
 def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:
