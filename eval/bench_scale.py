@@ -1,4 +1,4 @@
-"""Seconds and peak memory of quantizing random models of known shapes, at several depths: benchmarks/scale.md."""
+"""Seconds and peak memory of quantizing random models of known shapes, at several depths: benchmarks/scale-KIND.md."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from typing import Any
 
 import click
 
+from quantize.calibration.precision import multiplies_bfloat16
 from quantize.eval.scale_model import SHAPES, write_model, write_tokens
+from quantize.machine import Processor, processor
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT, PEER = Path(__file__).with_name("scale_peer.py"), "llm-compressor gptq"
+SCRIPT = Path(__file__).with_name("scale_peer.py")
+# The second where the processor multiplies no bfloat16: there the first takes several times as long.
+PEERS = ("llm-compressor gptq", "llm-compressor gptq, float32")
 METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
 Row = dict[str, Any]
 RUNS = """# Time and memory against depth (`make bench-scale`)
+
+{cpu}, {threads} threads, {flags}.
 
 Random Llamas in bf16, to W4A16 symmetric in groups of 128. Seconds on the clock, of the CPU, and of the CPU for each
 billion parameters; the peak of resident memory in MB of 10⁶ bytes, with the interpreter and its libraries, which alone
@@ -43,11 +49,14 @@ def bench(
     write_tokens(tokens, size, samples, seqlen)
     rows = []
     ours = [sys.executable, "-m", "quantize.eval.scale_run"]
-    commands = dict.fromkeys(methods, ours) | ({"gptq-plain": ours, PEER: [peer, str(SCRIPT)]} if peer else {})
+    commands = dict.fromkeys(methods, ours)
+    if peer:
+        peers = PEERS[:1] if multiplies_bfloat16() else PEERS
+        commands |= {"gptq-plain": ours} | {name: [peer, str(SCRIPT)] for name in peers}
     for name, command in commands.items():
         arguments = [model, tokens, folder / "out", name, samples, seqlen]
         found = measured([*command, *map(str, arguments)])
-        foreseen = {} if name == PEER else measured([*ours, "--foresee", *map(str, (*arguments[:2], *arguments[3:]))])
+        foreseen = {} if name in PEERS else measured([*ours, "--foresee", *map(str, (*arguments[:2], *arguments[3:]))])
         rows.append({"size": size, "layers": layers, "method": name, "parameters": parameters, **found})
         rows[-1]["foreseen"] = foreseen
         shutil.rmtree(folder / "out", ignore_errors=True)
@@ -86,9 +95,10 @@ def phase_lines(row: Row) -> list[str]:
     return lines
 
 
-def report(rows: list[Row]) -> str:
+def report(rows: list[Row], machine: Processor) -> str:
     """The tables as Markdown."""
-    runs = [RUNS, *map(line, rows), ""]
+    flags = ", ".join(machine.flags) or "no products of few bits in hardware"
+    runs = [RUNS.format(cpu=machine.cpu, threads=machine.threads, flags=flags), *map(line, rows), ""]
     phases = [PHASES, *(text for row in rows if "phases" in row for text in phase_lines(row)), ""]
     return "\n".join([*runs, *phases])
 
@@ -105,7 +115,7 @@ def main(
     sizes: tuple[str, ...], layers: tuple[int, ...], methods: tuple[str, ...], samples: int, seqlen: int,
     peer: str | None, output: Path,
 ) -> None:  # fmt: skip
-    """Make each model, quantize it, and write scale.md and scale.json."""
+    """Make each model, quantize it, and write scale-KIND.md and .json, a file for each kind of processor."""
     rows: list[Row] = []
     for size in sizes:
         for depth in layers:
@@ -113,8 +123,9 @@ def main(
                 rows += bench(
                     size, depth, methods, samples, seqlen, peer if depth == max(layers) else None, Path(folder)
                 )
-    (output / "scale.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (output / "scale.md").write_text(report(rows))
+    here = processor()
+    (output / f"scale-{here.kind}.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (output / f"scale-{here.kind}.md").write_text(report(rows, here))
 
 
 if __name__ == "__main__":

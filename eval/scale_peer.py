@@ -28,13 +28,14 @@ def peak_memory() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
-def main(model: str, tokens: str, output: str, _: str, samples: str, seqlen: str) -> None:
-    """Quantize all linears but the last to W4A16, symmetric in groups of 128, and save."""
+def main(model: str, tokens: str, output: str, name: str, samples: str, seqlen: str) -> None:
+    """Quantize all linears but the last to W4A16, symmetric in groups of 128, and save; in float32 if the name says."""
     memory = peak_memory()
     start, cpu = time.perf_counter(), time.process_time()
     rows = [json.loads(line) for line in Path(tokens).read_text().splitlines()]
     data = Dataset.from_list([{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows])
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    dtype = torch.float32 if name.endswith("float32") else torch.bfloat16
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     recipe = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
     oneshot(model=loaded, dataset=data, recipe=recipe, tokenizer=words(loaded.config.vocab_size),
             max_seq_length=int(seqlen), num_calibration_samples=int(samples))  # fmt: skip

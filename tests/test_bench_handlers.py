@@ -96,7 +96,9 @@ def test_what_is_measured_is_not_measured_again():
     assert set(cells("MiniLM", "W4A8")) - set(left) == {("AQAS", 0)}
     language = {handler for handler, _ in cells("books-llama", "W4A8")}
     assert language - {handler for handler, _ in cells("MiniLM", "W4A8")} == LANGUAGE_ONLY
-    assert {(DEFAULT, seed) for seed in SEEDS} < set(left)
+    assert {(DEFAULT, seed) for seed in SEEDS["W4A8"]} < set(left)
+    assert {(DEFAULT, seed) for seed in SEEDS["W4A4"]} < set(cells("MiniLM", "W4A4"))
+    assert everything[0][3][0][1] == SEEDS["W4A4"][0] < everything[-1][3][0][1]
 
 
 def test_tables_mark_the_best_and_claims_that_do_not_hold():

@@ -11,6 +11,7 @@ from quantize.calibration.scratch import Batches, Filed
 from quantize.errors import QuantizeError
 from quantize.eval import bench_scale
 from quantize.eval.scale_model import write_model
+from quantize.machine import processor
 
 
 @pytest.mark.parametrize("recipe", [{"quantizer": {"name": "gptaq"}}, {"tune": {"steps": 2}}], ids=["gptaq", "tune"])
@@ -53,9 +54,10 @@ def test_bench_scale_on_a_tiny_model(tmp_path):
     arguments = ["--size", "tiny", "--layers", "1", "--method", "gptq", "--samples", "2", "--seqlen", "32"]
     done = CliRunner().invoke(bench_scale.main, [*arguments, "--output", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0
-    (row,) = json.loads((tmp_path / "scale.json").read_text())
+    name = f"scale-{processor().kind}"
+    (row,) = json.loads((tmp_path / f"{name}.json").read_text())
     assert row["peak_mb"] > row["interpreter_mb"] > 100
     assert {"forward", "Gram", "solve", "scales", "error feedback", "columns", "sweeps"} <= row["phases"].keys()
     assert row["phases"]["forward"]["flops"] > 0
-    assert "| tiny | 1 | gptq |" in (tmp_path / "scale.md").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["scale.json", "scale.md"]
+    assert "| tiny | 1 | gptq |" in (tmp_path / f"{name}.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.md"]
