@@ -88,6 +88,9 @@ class OnnxDecoder:
     ) -> None:
         self.session = session_of(directory, file)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
+        self.scores, *present = self.session.get_outputs()
+        self.present = [value.name for value in present]
+        self.bound: tuple[Any, Any] = (None, None)  # a cache, and what binds the session to it
         self.in_place_below = int(self.session.get_modelmeta().custom_metadata_map.get(IN_PLACE, 0))
         self.given = {name: as_value(x) for name, x in given.items() if name in self.inputs}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
@@ -140,16 +143,24 @@ class OnnxDecoder:
         self, values: Mapping[str, onnxruntime.OrtValue], held: Sequence[onnxruntime.OrtValue]
     ) -> NDArray[np.float32]:
         """Logits; new keys and values are written into what is held."""
-        logits, *present = (value.name for value in self.session.get_outputs())
-        binding = self.session.io_binding()
-        for name, value in (*values.items(), *zip(self.past, held, strict=True)):
+        binding = self._bound_to(held)
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
-        binding.bind_output(logits)
-        for name, value in zip(present, held, strict=True):
-            binding.bind_ortvalue_output(name, value)
+        shape = (*values["input_ids"].shape(), self.scores.shape[-1])
+        logits = onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32)
+        binding.bind_ortvalue_output(self.scores.name, logits)
         self.session.run_with_iobinding(binding)
-        found: NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        found: NDArray[np.float32] = logits.numpy()
         return found
+
+    def _bound_to(self, held: Sequence[onnxruntime.OrtValue]) -> onnxruntime.IOBinding:
+        """The cache as input and output: bound once while it stays where it is, which is much of a step in Python."""
+        if self.bound[0] is not held:
+            self.bound = (held, self.session.io_binding())
+            for past, present, value in zip(self.past, self.present, held, strict=True):
+                self.bound[1].bind_ortvalue_input(past, value)
+                self.bound[1].bind_ortvalue_output(present, value)
+        return self.bound[1]
 
 
 def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:
