@@ -13,7 +13,7 @@ from quantize.checkpoint import open_checkpoint
 from quantize.eval.similarity import BATCH, Pairs, correlation
 from quantize.export.directory import export_artifact
 from quantize.export.onnx import export_onnx
-from quantize.export.runner import session_of
+from quantize.export.session import session_of
 from quantize.pipeline import quantize_model
 from quantize.tokenizer import load_tokenizer
 

@@ -16,7 +16,8 @@ import torch
 
 from quantize.eval.cpu_peer import Step, timed
 from quantize.eval.cpu_profile import linears
-from quantize.export.runner import OnnxDecoder, session_of
+from quantize.export.onnx_decoder import OnnxDecoder
+from quantize.export.session import session_of
 from quantize.machine import best
 from quantize.prefixed import CACHES
 

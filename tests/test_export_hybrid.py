@@ -17,10 +17,10 @@ from quantize.export import cache
 from quantize.export.comparison import rewritten
 from quantize.export.hybrid_linear import MANY, by_channel
 from quantize.export.onnx import export_onnx, interface_of
+from quantize.export.onnx_decoder import OnnxDecoder
 from quantize.export.onnx_linear import lower
 from quantize.export.parity import distance, run_torch
 from quantize.export.rewrites.in_place import keep_in_place
-from quantize.export.runner import OnnxDecoder
 from quantize.linear import QuantizedLinear
 
 BLOCKS = "4-bit weights, 8-bit activations in blocks of"

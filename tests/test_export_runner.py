@@ -13,9 +13,10 @@ from conftest import change_json
 from onnx import helper
 
 from quantize import load
-from quantize.export import runner
+from quantize.export import session
 from quantize.export.directory import export_artifact
-from quantize.export.runner import PARTIAL, OnnxDecoder, stream
+from quantize.export.onnx_decoder import OnnxDecoder
+from quantize.export.runner import PARTIAL, stream
 from quantize.export.saturation import is_exact
 from quantize.tokenizer import load_tokenizer
 
@@ -65,8 +66,8 @@ def test_what_onnxruntime_genai_needs_lies_beside(exported, artifact_rtn):
 
 @pytest.mark.parametrize("vnni", [True, False])
 def test_cpus_without_vnni_are_told_to_be_exact(exported, monkeypatch, vnni):
-    monkeypatch.setattr(runner, "is_exact", lambda: vnni)
-    options = runner.session_of(exported).get_session_options()
+    monkeypatch.setattr(session, "is_exact", lambda: vnni)
+    options = session.session_of(exported).get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == ("0" if vnni else "1")
 
 

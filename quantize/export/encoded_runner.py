@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from quantize.errors import UsageError
 from quantize.export.encoder_decoder import DECODER, ENCODER
 from quantize.export.halves import MASK
-from quantize.export.runner import OnnxDecoder, pieces, read, session_of, stream, tokenizer_of
+from quantize.export.onnx_decoder import OnnxDecoder
+from quantize.export.runner import pieces, stream, tokenizer_of
+from quantize.export.session import read, session_of
 from quantize.files import read_all
 
 Arrays = dict[str, NDArray[Any]]
