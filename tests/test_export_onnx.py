@@ -29,9 +29,10 @@ from quantize.export.block_linear import BlockLinear
 from quantize.export.comparison import rewritten
 from quantize.export.decoder import Decoder
 from quantize.export.integer_linear import IntegerLinear
-from quantize.export.onnx import OPSET, export_onnx, interface_of
+from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.onnx_linear import lower
 from quantize.export.parity import distance, open_session, parity, run_torch
+from quantize.export.tracing import OPSET
 from quantize.formats.qtensor import QTensor
 from quantize.graph.program import quiet
 from quantize.kernels.reference import quantized_linear

@@ -12,7 +12,7 @@ from exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
 from onnx import parser
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from quantize.export.onnx import interface_of, traced
+from quantize.export.onnx import interface_of
 from quantize.export.onnx_linear import lower
 from quantize.export.parity import distance, rewritten
 from quantize.export.rewrites import rewrite
@@ -21,6 +21,7 @@ from quantize.export.rewrites.heads import HeadsInPlace
 from quantize.export.rewrites.merge import MergeLinears
 from quantize.export.rewrites.norm import AddInNorm
 from quantize.export.rewrites.tied import StoreTiedOnce, TurnTied
+from quantize.export.tracing import traced
 
 LAYERS = 2
 

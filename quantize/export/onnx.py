@@ -7,28 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
-import onnxscript.optimizer
-import torch
 
 from quantize.artifact import as_json
 from quantize.attention import has_kv_cache
-from quantize.errors import QuantizeError, UsageError, reason
+from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import Decoder, decodes
 from quantize.export.encoder_decoder import encoder_decoder
 from quantize.export.forward import Forward
 from quantize.export.halves import decodes_encoded
 from quantize.export.hybrid import either, hybrid_decoder
-from quantize.export.interface import Axes, Interface
+from quantize.export.interface import Interface
 from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
 from quantize.export.precision import executed
 from quantize.export.rewrites import rewrite
 from quantize.export.saving import LARGE, save
+from quantize.export.tracing import traced
 from quantize.graph.program import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
 FLOAT_ROUNDING = 1e-4  # relative; 1e-6 was measured on models without quantized activations
 QDQ_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 
@@ -151,39 +149,3 @@ def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:
             model.graph.inputs.remove(value)
         elif value.name in interface.unread:
             raise QuantizeError(f"what the file should give once depends on {value.name}; run it with quantize.load")
-
-
-def traced(interface: Interface) -> onnx_ir.Model:
-    """The graph of a model, optimized, its inputs, outputs and free axes with their names.
-
-    Raises:
-        QuantizeError: it cannot be traced.
-    """
-    feed = list(interface.feeds(0).values())[-1]  # of the largest batch: a size of 1 is taken for a broadcast
-    dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in interface.inputs.items()}
-    with quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                interface.eval(),
-                kwargs={"feed": feed},
-                input_names=list(feed),
-                output_names=list(interface.outputs),
-                opset_version=OPSET,
-                # Else it fuses RotaryEmbedding with tables of batch 1, which fails at larger batches.
-                optimize="position_ids" in feed,
-                verbose=False,
-                dynamic_shapes={"feed": dynamic},
-            )
-        except torch.onnx.OnnxExporterError as error:
-            raise QuantizeError(f"the model cannot be traced for ONNX: {reason(error.__cause__ or error)}") from error
-    assert program is not None
-    onnxscript.optimizer.optimize(program.model)
-    name_axes(program.model, interface.inputs | interface.outputs)
-    return program.model
-
-
-def name_axes(model: onnx_ir.Model, named: dict[str, Axes]) -> None:
-    """Give the free axes of inputs and outputs their names in place of the exporter's symbols."""
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        axes = named[value.name]
-        value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(value.shape)])
