@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from quantize.eval.handlers import DEFAULT, HANDLERS
@@ -28,7 +29,9 @@ LEFT_OUT = """
 ## What each handler adds to the default recipe, {scheme}
 
 How much further from the float model (KL, 1 - cosine) the recipe is without it: the mean over seeds, and the least and
-the largest of them. What is negative in every seed is **bold**: there the handler makes the model worse.
+the largest of them. What is negative in every seed is **bold**: there the handler may make the model worse, though of
+handlers that do nothing two seeds say so in every fourth cell. The last column is the mean of all cells and seeds, and
+its standard error.
 """
 
 
@@ -75,7 +78,7 @@ def left_out_table(rows: Sequence[Row]) -> list[str]:
             for model in models
         ]
         name = handler.removeprefix(f"{DEFAULT}, without ")
-        lines.append("| " + " | ".join([name, *map(spread, cells)]) + " |")
+        lines.append("| " + " | ".join([name, *map(spread, cells), overall(list(itertools.chain(*cells)))]) + " |")
     return lines
 
 
@@ -85,6 +88,12 @@ def spread(found: Sequence[float]) -> str:
         return ""
     text = f"{mean(found):+.1%} ({min(found):+.1%} to {max(found):+.1%})"
     return f"**{text}**" if max(found) < 0 else text
+
+
+def overall(found: Sequence[float]) -> str:
+    """Mean, and its standard error where there are two or more."""
+    error = f" ± {stdev(found) / len(found) ** 0.5:.1%}" if len(found) > 1 else ""
+    return f"{mean(found):+.1%}{error}"
 
 
 def closeness(row: Row) -> float:

@@ -122,8 +122,8 @@ def test_what_a_handler_adds_is_a_ratio_seed_by_seed():
     found = {DEFAULT: (0.1, 0.2), f"{DEFAULT}, without a": (0.12, 0.2), f"{DEFAULT}, without b": (0.09, 0.1)}
     rows = [common | {"handler": h, "seed": s, "distance": d[s]} for h, d in found.items() for s in (0, 1)]
     lines = markdown(rows, []).splitlines()
-    assert "| a | +10.0% (+0.0% to +20.0%) |" in lines
-    assert "| b | **-30.0% (-50.0% to -10.0%)** |" in lines
+    assert "| a | +10.0% (+0.0% to +20.0%) | +10.0% ± 10.0% |" in lines
+    assert "| b | **-30.0% (-50.0% to -10.0%)** | -30.0% ± 20.0% |" in lines
 
 
 def test_kurtosis_of_each_basis_is_shown(cli, artifact_one_layer, one_layer, stories_dev):
