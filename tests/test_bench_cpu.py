@@ -15,6 +15,7 @@ from quantize.eval import bench_cpu, cpu_run
 from quantize.eval.cpu_contenders import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run
 from quantize.eval.cpu_encoder import read_batches, spearman, write_batches
 from quantize.eval.cpu_peer import timed
+from quantize.eval.cpu_profile import shares
 from quantize.eval.cpu_report import report
 from quantize.eval.scale_model import SHAPES, write_model
 from quantize.eval.similarity import read_pairs, score_pairs
@@ -143,4 +144,18 @@ def test_operations_are_those_of_weights_alone(tmp_path):
     (batch,) = read_batches(tmp_path / "batches.npz")
     found = cpu_run.linears(str(tmp_path), str(tmp_path / "batches.npz"))
     assert found["operations"] == 2 * batch["input_ids"].size * (4 * 384 * 384 + 2 * 384 * 1536)
-    assert 0.3 < found["part"] < 1
+    assert 0 < found["part"] < 1
+
+
+def event(op_type, microseconds, given, made):
+    args = {"op_name": op_type, "input_type_shape": given, "output_type_shape": made}
+    return {"cat": "Node", "name": "x_kernel_time", "dur": microseconds, "args": args}
+
+
+def test_what_part_of_the_time_products_take():
+    x, y, heads = {"float": [2, 5, 8]}, {"float": [2, 5, 3]}, {"float": [2, 4, 5, 5]}
+    events = [
+        event("MatMul", 30, [x], [y]), event("MatMul", 20, [heads, heads], [heads]), event("Add", 50, [y, y], [y]),
+        {"cat": "Session", "name": "model_run", "dur": 900},
+    ]  # fmt: skip
+    assert shares(events) == {"part": 0.3, "operations": 2 * 10 * 8 * 3}
