@@ -78,7 +78,8 @@ class Preflight(Foreseen):
         """The most that a run holds beside what this process held before: one block, and calibration activations.
 
         At the stop where most is alive: activations of all batches, as far as they stay in memory; the block in
-        float32, before and after a pass; and what one batch adds in between, or the quantizer.
+        float32, before and after a pass, but for weights that are rounded already; and what one batch adds in between,
+        or the quantizer.
         """
         return max(self._segment_bytes(segment) for segment in self.program.segments) + self._surveyed_bytes()
 
@@ -88,8 +89,16 @@ class Preflight(Foreseen):
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
         copies = 1 + bool(self.plan.steps)
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
-        rounding = max((self._rounding_bytes(group) for group in self.together(segment)), default=0)
-        return self.runners * min(stops, IN_MEMORY) + block + max(inner, rounding)
+        most = block + inner
+        for group in self.together(segment):
+            most = max(most, block + self._rounding_bytes(group))
+            block -= sum(4 * self.parameters[linear.weight].numel() for linear in group) if self._gives_up else 0
+        return self.runners * min(stops, IN_MEMORY) + most
+
+    @property
+    def _gives_up(self) -> bool:
+        """Whether float weights go as soon as they are rounded."""
+        return self.plan.recipe.tune is None
 
     def together(self, segment: Segment) -> list[list[Linear]]:
         """The linears of a block that are rounded, with those that share their input."""
