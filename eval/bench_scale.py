@@ -24,7 +24,7 @@ METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
 Row = dict[str, Any]
 RUNS = """# Time and memory against depth (`make bench-scale`)
 
-{cpu}, {threads} threads, {flags}.
+{machine}.
 
 Random Llamas in bf16, to W4A16 symmetric in groups of 128. Seconds on the clock, of the CPU, and of the CPU for each
 billion parameters; the peak of resident memory in MB of 10⁶ bytes, with the interpreter and its libraries, which alone
@@ -97,8 +97,7 @@ def phase_lines(row: Row) -> list[str]:
 
 def report(rows: list[Row], machine: Processor) -> str:
     """The tables as Markdown."""
-    flags = ", ".join(machine.flags) or "no products of few bits in hardware"
-    runs = [RUNS.format(cpu=machine.cpu, threads=machine.threads, flags=flags), *map(line, rows), ""]
+    runs = [RUNS.format(machine=machine), *map(line, rows), ""]
     phases = [PHASES, *(text for row in rows if "phases" in row for text in phase_lines(row)), ""]
     return "\n".join([*runs, *phases])
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantize.eval.cpu_contenders import FLOAT, LLAMA, OURS
 from quantize.eval.cpu_profile import fastest
+from quantize.machine import Processor
 
 Found = dict[str, Any]
 PHASES = ("prompt", "decode")
@@ -16,7 +17,7 @@ HEAD = """# Engines on a CPU (`make bench-cpu`)
 
 Ratios of times measured in one run: each engine in a process of its own, all in turn in each of {rounds} rounds; the
 median of the rounds' ratios, and the least and the largest in brackets.
-{cpu}, {threads} threads, {flags}; onnxruntime {onnxruntime}.
+{machine}; onnxruntime {onnxruntime}.
 
 ## A random Llama
 
@@ -44,8 +45,9 @@ def report(found: Found) -> str:
     peaks = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in models["ceilings"].items() if name != "bytes")
     numbers = {"rounds": len(models["engines"][OURS]["rounds"]), "bandwidth": models["ceilings"]["bytes"] / 1e9}
     numbers |= {name: models[name] for name in ("layers", "prompt", "decode")}
-    flags = {"flags": ", ".join(found["machine"]["flags"]) or "no products of integers in hardware"}
-    head = HEAD.format(**found["machine"] | flags, **numbers, size=models["weights"] / 1e9, peaks=peaks)
+    about, size = dict(found["machine"]), models["weights"] / 1e9
+    onnxruntime = about.pop("onnxruntime")
+    head = HEAD.format(machine=Processor(**about), onnxruntime=onnxruntime, **numbers, size=size, peaks=peaks)
     rows = [engine_line(models["engines"], name) for name in models["engines"]]
     more = ENCODERS.format(sentences=encoders["sentences"], texts=" and ".join(encoders["texts"]))
     goals = ["", "## Goals", "", *(f"- {line}" for line in goal_lines(models, encoders))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from quantize.recipe import load_recipe
@@ -58,6 +59,7 @@ HANDLERS: dict[str, dict[str, Any]] = {
 LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}
 
 
+@functools.cache
 def left_out(scheme: str) -> dict[str, dict[str, Any]]:
     """The default recipe without one of its handlers, each in turn; a better quantizer is one, a fold of gains none.
 

@@ -45,6 +45,10 @@ class Processor:
     threads: int
     flags: tuple[str, ...]
 
+    def __str__(self) -> str:
+        flags = ", ".join(self.flags) or "no products of integers in hardware"
+        return f"{self.cpu}, {self.threads} threads, {flags}"
+
     @property
     def kind(self) -> str:
         """`amx`, `vnni`, or the architecture where it has neither: speeds of different kinds are not compared."""

@@ -96,15 +96,15 @@ class Processes(Ranks):
 
     def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
         """Each rank adds to the rows that the one before it has summed, while that goes on to the next rows."""
-        held = [([left.to(self.device) for left in lefts], right.to(self.device)) for lefts, right in parts]
+        held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
         self.agree()
-        for number, total in enumerate(totals):
-            here = total.to(self.device)
+        for number, total in enumerate(sums):
             for rows in stripes(len(total)):
-                self._pass_on(here, rows, [(lefts[number], right) for lefts, right in held])
-            with contact():
+                self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held])
+        with contact():
+            for total, here in zip(totals, sums, strict=True):
                 dist.broadcast(here, self.count - 1)
-            total.copy_(here)
+                total.copy_(here)
 
     def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One stripe: from the rank before, with what this rank adds, to the one after."""
@@ -129,6 +129,12 @@ class Processes(Ranks):
             work.wait(LAST_WORD if failed else PATIENCE)
         if flag.item() and not failed:
             raise RankError(f"rank {flag.item() - 1} of {self.count} failed, so this one stops too; see its message")
+
+
+def moved(lefts: Sequence[Tensor], right: Tensor, device: torch.device) -> Factors:
+    """Factors on a device; one that stands on both sides is moved once and stays one, as `add_product` asks."""
+    here = right.to(device)
+    return [here if left is right else left.to(device) for left in lefts], here
 
 
 @contextlib.contextmanager

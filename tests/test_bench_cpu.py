@@ -79,6 +79,7 @@ def found():
 
 def test_ratios_are_those_of_each_round(found):
     text = report(found)
+    assert "\nA CPU, 2 threads, amx_int8; onnxruntime 1.32.0.\n" in text
     assert f"| {FLOAT} |  | 4.00 (3.00-5.00) | 0% | 5.00 (4.00-5.00) | 10% | 5 | 1000 |" in text
     assert f"| {OURS} |  | 1.00 (1.00-1.00) | 1% | 1.00 (1.00-1.00) | 50% | 5 | 1000 |" in text
     assert f"| {GENAI} |  | missing: no --peer was given |" in text
@@ -120,6 +121,7 @@ def test_the_processor_is_named():
 )
 def test_kinds_of_processors(flags, kind):
     assert Processor("", 1, flags).kind == kind
+    assert ("no products of integers in hardware" in str(Processor("", 1, flags))) == (not flags)
 
 
 def test_an_encoder_in_onnx_ranks_as_in_torch(tmp_path, sts):

@@ -89,7 +89,7 @@ def test_what_is_left_out_of_a_default_recipe():
 
 def test_what_is_measured_is_not_measured_again():
     everything = missing([])
-    assert {job[:3] for job in everything} == {job[:3] for job in missing([]) if len(job[3]) <= TOGETHER}
+    assert max(len(job[3]) for job in everything) == TOGETHER
     assert len({job[:3] for job in everything}) == len(SCHEMES) * 2 * 4
     row = {"model": "MiniLM", "twin": "channel", "scheme": "W4A8", "handler": "AQAS", "seed": 0}
     left = [cell for job in missing([row]) if job[:3] == ("MiniLM", "channel", "W4A8") for cell in job[3]]

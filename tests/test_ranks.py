@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantize.calibration.statistics import Rows
-from quantize.ranks import Ranks, merged, place
+from quantize.ranks import Ranks, merged, moved, place
 
 
 @pytest.fixture
@@ -112,3 +112,11 @@ def test_one_process_shares_with_nobody():
 def test_products_are_taken_on_gpus_where_each_rank_has_one(monkeypatch, gpus, backend, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert place(1, 2) == (backend, torch.device(device))
+
+
+def test_what_stands_on_both_sides_is_moved_once():
+    x, other = torch.zeros(3, 2), torch.zeros(3, 2)
+    lefts, right = moved([x, other], x, torch.device("meta"))
+    assert lefts[0] is right
+    assert lefts[1] is not right
+    assert {tensor.device.type for tensor in (*lefts, right)} == {"meta"}

@@ -8,7 +8,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from quantize.export.rewrites.matching import attribute, initializer, replace
 
-DOMAIN = "com.microsoft"
 LENGTH = 2  # axis of keys and values [batch, heads, tokens, head_dim]
 Counts = tuple[onnx_ir.Value, onnx_ir.Value]
 
@@ -84,7 +83,7 @@ def group(graph: onnx_ir.Graph, node: onnx_ir.Node, counts: Counts) -> None:
     attributes = {"num_heads": attribute(node, "q_num_heads"), "kv_num_heads": attribute(node, "kv_num_heads")}
     attributes |= {"scale": found} if (found := attribute(node, "scale")) else {}
     inputs = [query, key, value, *past, *counts, None, None, None, bias]
-    grouped = onnx_ir.node("GroupQueryAttention", inputs, attributes, domain=DOMAIN, num_outputs=3)
+    grouped = onnx_ir.node("GroupQueryAttention", inputs, attributes, domain="com.microsoft", num_outputs=3)
     replace(graph, node, [*new, grouped], dict(zip(node.outputs, grouped.outputs, strict=True)))
 
 
