@@ -12,9 +12,16 @@ from torch.backends import mkldnn
 matmul = mkldnn.matmul  # type: ignore[attr-defined]
 
 
+def bfloat16_unit() -> str:
+    """What multiplies bfloat16 faster than float32 here: `amx`, `avx512_bf16` or `none`; sums depend on it."""
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
+
+
 def multiplies_bfloat16() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in units of their own (AMX)."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    """Whether the processor has a unit for products of bfloat16."""
+    return bfloat16_unit() != "none"
 
 
 def calibrates_in_bfloat16(stored: Iterable[torch.dtype]) -> bool:
@@ -24,7 +31,10 @@ def calibrates_in_bfloat16(stored: Iterable[torch.dtype]) -> bool:
 
 @contextlib.contextmanager
 def bfloat16_products(wanted: bool) -> Iterator[None]:
-    """Products of float32 matrices round their operands to bfloat16, if that is wanted, and sum in float32."""
+    """Products may round their operands to bfloat16, if that is wanted, and sum in float32.
+
+    AMX rounds those of float32 matrices; AVX-512 leaves them, and is as fast only where `product_dtype` is given.
+    """
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16" if wanted else "ieee"
     try:
         yield

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from quantize.calibration.precision import multiplies_bfloat16
+from quantize.eval.scale_bound import verdict
 from quantize.eval.scale_model import SHAPES, write_model, write_tokens
 from quantize.machine import Processor, processor
 
@@ -99,7 +100,7 @@ def report(rows: list[Row], machine: Processor) -> str:
     """The tables as Markdown."""
     runs = [RUNS.format(machine=machine), *map(line, rows), ""]
     phases = [PHASES, *(text for row in rows if "phases" in row for text in phase_lines(row)), ""]
-    return "\n".join([*runs, *phases])
+    return "\n".join([*runs, *filter(None, [verdict(rows, PEERS[0])]), *phases])
 
 
 @click.command()

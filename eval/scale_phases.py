@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +15,6 @@ from quantize import ranks
 from quantize.calibration.runner import Runner
 from quantize.quantizers import columns, gptq, rtn
 
-PEAK = 2048  # order of the matrices whose product is the yardstick
 Flops = Callable[..., float]
 
 
@@ -92,15 +90,3 @@ def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> fl
     """Of some rows of leftᵀ right; of xᵀx only what stands right of the diagonal is computed."""
     columns: int = len(total) - (rows.start if left is right else 0)
     return 2.0 * len(left) * int(rows.stop - rows.start) * columns
-
-
-def gemm_peak() -> tuple[float, float]:
-    """Floating-point operations of a float32 product in a second, and in a CPU second: the best of five."""
-    a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
-    best = [0.0, 0.0]
-    for _ in range(6):
-        start = (time.perf_counter(), time.process_time())
-        a @ a
-        spent = (time.perf_counter() - start[0], time.process_time() - start[1])
-        best = [max(old, 2 * PEAK**3 / new) for old, new in zip(best, spent, strict=True)]
-    return best[0], best[1]

@@ -11,7 +11,8 @@ from typing import Any
 
 from quantize.dry_run import preflight
 from quantize.duration import count
-from quantize.eval.scale_phases import gemm_peak, watch
+from quantize.eval.scale_bound import peaks
+from quantize.eval.scale_phases import watch
 from quantize.machine import measure, peak_memory
 from quantize.pipeline import prepare, quantize_model
 from quantize.recipe import load_recipe
@@ -50,8 +51,7 @@ def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen
     memory = {"peak_mb": peak_memory() / 1e6, "interpreter_mb": interpreter}
     artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
     found = {name: dataclasses.asdict(phase) for name, phase in phases.phases.items()}
-    gemm = dict(zip(("gemm", "gemm_cpu"), gemm_peak(), strict=True))
-    print(json.dumps({**spent, **memory, "artifact_mb": artifact, **gemm, "phases": found}))
+    print(json.dumps({**spent, **memory, "artifact_mb": artifact, **peaks(), "phases": found}))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quantize.artifact import sha256
 from quantize.calibration.data import Samples
-from quantize.calibration.precision import multiplies_bfloat16
+from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint import Checkpoint, side_files
 from quantize.recipe import Recipe
 
@@ -89,7 +89,7 @@ def sources() -> Iterator[Path]:
 
 
 def versions() -> dict[str, str]:
-    """What the bytes may depend on, with what the processor multiplies matrices of bfloat16 in."""
+    """What the bytes may depend on, with the unit that the processor multiplies bfloat16 in."""
     packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
-    units = {"bfloat16 products": "matrix units" if multiplies_bfloat16() else "vectors"}
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, **units}
+    unit = {"bfloat16 products": bfloat16_unit()}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, **unit}

@@ -10,6 +10,7 @@ from quantize.calibration import scratch
 from quantize.calibration.scratch import Batches, Filed
 from quantize.errors import QuantizeError
 from quantize.eval import bench_scale
+from quantize.eval.scale_bound import verdict
 from quantize.eval.scale_model import write_model
 from quantize.machine import processor
 
@@ -61,3 +62,16 @@ def test_bench_scale_on_a_tiny_model(tmp_path):
     assert row["phases"]["forward"]["flops"] > 0
     assert "| tiny | 1 | gptq |" in (tmp_path / f"{name}.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.md"]
+
+
+def test_the_bound_takes_each_phase_at_the_fastest_product_that_it_may_use():
+    flops = {"forward": 800e9, "Gram": 400e9, "solve": 100e9, "columns": 100e9, "all else": 0.0}
+    rates = {"gemm": 100e9, "gemm_sums": 200e9, "gemm_rounded": 400e9}
+    ours = {"method": "gptq-plain", "layers": 2, "seconds": 12.0, "peak_mb": 300.0, **rates}
+    ours["phases"] = {name: {"flops": count} for name, count in flops.items()}
+    rounds, peer = {"method": "rtn", "layers": 2, "seconds": 4.0}, {"method": "peer", "layers": 2, "seconds": 40.0}
+    peer["peak_mb"] = 1000.0
+    text = verdict([{**peer, "layers": 1, "seconds": 1.0}, rounds, ours, peer], "peer")
+    assert "30% of the time and 30% of the memory" in text
+    assert "at least 6 s" in text and "together 25% of that time" in text
+    assert verdict([rounds, ours], "peer") == ""
