@@ -26,8 +26,9 @@ from quantize.eval.judges import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.spikes import KINDS, plant_kind
 from quantize.finetuning import finetune
-from quantize.pipeline import Prepared, prepare, run
+from quantize.pipeline import run
 from quantize.plan import make_plan
+from quantize.prepare import Prepared, prepare
 from quantize.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

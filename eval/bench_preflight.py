@@ -18,7 +18,8 @@ from quantize.duration import count
 from quantize.eval.scale_model import write_model, write_tokens
 from quantize.machine import measure, peak_memory
 from quantize.partial import ResumableWriter
-from quantize.pipeline import identity_of, prepare, run
+from quantize.pipeline import run
+from quantize.prepare import identity_of, prepare
 from quantize.recipe import load_recipe
 
 TOKENS = "tokens.jsonl"

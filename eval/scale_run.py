@@ -14,7 +14,8 @@ from quantize.duration import count
 from quantize.eval.scale_bound import peaks
 from quantize.eval.scale_phases import watch
 from quantize.machine import measure, peak_memory
-from quantize.pipeline import prepare, quantize_model
+from quantize.pipeline import quantize_model
+from quantize.prepare import prepare
 from quantize.recipe import load_recipe
 
 RECIPES: dict[str, dict[str, Any]] = {

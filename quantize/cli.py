@@ -61,8 +61,9 @@ def quantize(
 
     if dry_run:
         from quantize.dry_run import dry_run as told
+        from quantize.prepare import prepare
 
-        prepared = pipeline.prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
+        prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
         return click.echo(told(prepared))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)

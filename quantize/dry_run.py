@@ -8,8 +8,8 @@ from quantize.duration import count
 from quantize.export.support import formats
 from quantize.foreseen import stored_dtypes
 from quantize.machine import measure, peak_memory
-from quantize.pipeline import Prepared, describe
 from quantize.preflight import Preflight
+from quantize.prepare import Prepared, describe
 
 
 def preflight(prepared: Prepared) -> Preflight:

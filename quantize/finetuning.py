@@ -18,7 +18,7 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.float_directory import write_float_model
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import Linear
-from quantize.pipeline import Prepared, prepare
+from quantize.prepare import Prepared, prepare
 from quantize.recipe import load_recipe, validated
 from quantize.regularized import Backward, RegularizedLinear
 from quantize.training import Batches, Settings, mean_kurtosis, train

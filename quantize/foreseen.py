@@ -14,7 +14,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quantize.artifact import as_json
-from quantize.blocks import PROBE_TOKENS, describe, quantization_settings
 from quantize.calibration.data import Samples
 from quantize.checkpoint import Checkpoint, side_files
 from quantize.graph.linears import Linear
@@ -24,9 +23,11 @@ from quantize.linear import QuantizedLinear
 from quantize.online import Front
 from quantize.passes.base import Place
 from quantize.plan import Plan, Step
+from quantize.probes import PROBE_TOKENS
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme import Scheme
 from quantize.seeding import private_generator
+from quantize.settings import linear_settings, quantization_settings
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -102,7 +103,7 @@ class Foreseen:
     def settings(self) -> dict[str, Any]:
         """The quantization settings that the artifact will have."""
         recipe = self.plan.recipe
-        modules = {path: describe(module, recipe.activations) for path, module in self.modules.items()}
+        modules = {path: linear_settings(module, recipe.activations) for path, module in self.modules.items()}
         return quantization_settings(recipe, modules)
 
     def artifact_bytes(self) -> int:

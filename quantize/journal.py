@@ -214,8 +214,8 @@ def state_of(blocks: BlockRun) -> dict[str, Any]:
     sites = [{basis.index: transform for basis, transform in made.items()} for made in transformer.sites]
     return {
         "modules": blocks.modules,
-        "untied": blocks.untied,
-        "tied": blocks.tied,
+        "untied": blocks.ties.untied,
+        "tied": blocks.ties.stored,
         "sites": sites,
         "differences": transformer.differences,
         "changed": transformer.changed,
@@ -225,7 +225,7 @@ def state_of(blocks: BlockRun) -> dict[str, Any]:
 def restore_state(blocks: BlockRun, state: dict[str, Any]) -> None:
     """The reverse of `state_of`."""
     transformer = blocks.transformer
-    blocks.modules, blocks.untied, blocks.tied = state["modules"], state["untied"], state["tied"]
+    blocks.modules, blocks.ties.untied, blocks.ties.stored = state["modules"], state["untied"], state["tied"]
     transformer.differences, transformer.changed = state["differences"], state["changed"]
     for step, made, sites in zip(transformer.steps, state["sites"], transformer.sites, strict=True):
         bases = {basis.index: basis for basis in step.sites}

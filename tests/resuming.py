@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from quantize import artifact, journal, partial
-from quantize.pipeline import identity_of, prepare, run
+from quantize.pipeline import run
+from quantize.prepare import identity_of, prepare
 from quantize.recipe import load_recipe
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from soundness import CONFIGS
 from torch import nn
 
-from quantize import blocks, load
+from quantize import group, load
 from quantize.calibration.statistics import Absmax
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import Decoder
@@ -188,9 +188,9 @@ def test_calibration_leaves_the_prefix_out(one_layer, small_run, monkeypatch, qu
         seen.append(x.shape[:-1].numel())
         return plain(x, *more)
 
-    update, factors = Absmax.update, blocks.factors
+    update, factors = Absmax.update, group.factors
     monkeypatch.setattr(Absmax, "update", lambda self, x: noted(x, plain=lambda x: update(self, x)))
-    monkeypatch.setattr(blocks, "factors", lambda *given: noted(*given, plain=factors))
+    monkeypatch.setattr(group, "factors", lambda *given: noted(*given, plain=factors))
     passes = [{"name": "fold_norms"}, {"name": "smoothquant"}]
     small_run(one_layer, recipe=prefixed(passes=passes, quantizer={"name": quantizer}))
     assert len(seen) > 20

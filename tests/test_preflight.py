@@ -15,8 +15,8 @@ from quantize.export.support import formats
 from quantize.graph import program as program_module
 from quantize.journal import KeptJournal
 from quantize.machine import Machine, measure
-from quantize.pipeline import prepare
 from quantize.preflight import factors
+from quantize.prepare import prepare
 from quantize.recipe import load_recipe
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}

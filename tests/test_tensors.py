@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from quantize import gate, load
 from quantize.artifact import PROBE
-from quantize.blocks import probe_inputs
 from quantize.calibration.data import Samples
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import open_checkpoint
@@ -21,6 +20,7 @@ from quantize.eval.report import evaluate
 from quantize.graph.inputs import Input
 from quantize.linear import QuantizedLinear
 from quantize.pipeline import quantize_model
+from quantize.probes import probe_inputs
 from quantize.verify import at_last_token, verify_artifact
 
 VISION = transformers.ViTConfig(

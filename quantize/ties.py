@@ -1,0 +1,44 @@
+"""Parameters that go by several names: stored once as long as they stay equal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Ties:
+    """What was stored of tied parameters so far.
+
+    Attributes:
+        names: of each parameter all names that it goes by.
+        stored: hash of each tied parameter that was stored as it is.
+        untied: some parameter no longer equals the one it was tied to.
+    """
+
+    names: Mapping[str, Sequence[str]]
+    stored: dict[str, str] = field(default_factory=dict)
+    untied: bool = False
+
+    def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors to store as they are; one that still equals a tied one stored before is left out."""
+        kept = dict(tensors)
+        for name in filter(self._is_tied, tensors):
+            digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().data).hexdigest()
+            others = [other for other in self.names[name] if other in self.stored]
+            if others and self.stored[others[0]] == digest:
+                del kept[name]
+            self.untied |= bool(others) and name in kept
+            self.stored[name] = digest
+        return kept
+
+    def replaced(self, name: str) -> None:
+        """A parameter is stored as something else."""
+        self.untied |= self._is_tied(name)
+
+    def _is_tied(self, name: str) -> bool:
+        return len(self.names.get(name, ())) > 1
