@@ -30,9 +30,10 @@ def estimates(found: Preflight) -> Iterator[str]:
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     yield (
-        f"time: about {work.seconds(machine):.0f} s of computing, {work.products:.1e} multiply-adds at "
-        f"{machine.products:.1e}/s, {work.elements:.1e} numbers at {machine.elements:.1e}/s, {work.operators:.1e} "
-        f"operators at {machine.operator:.1e} s and {work.files:.0f} files at {machine.file:.1e} s, as measured now"
+        f"time: about {work.seconds(machine):.0f} s of computing, {work.multiply_adds:.1e} multiply-adds at "
+        f"{machine.products:.1e}/s to {machine.rounded:.1e}/s, {work.elements:.1e} numbers at "
+        f"{machine.elements:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
+        f"files at {machine.file:.1e} s, as measured now"
     )
 
 

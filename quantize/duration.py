@@ -1,7 +1,7 @@
 """How long a run will take: what it computes, counted, at the rates that were measured of this machine.
 
-Four things are counted: multiply-adds of matrix products, float32 numbers that are changed one by one, calls of
-operators, and small files written through to the disk.
+Counted are multiply-adds of matrix products (in float32, and as models that are stored in bfloat16 are calibrated),
+float32 numbers that are changed one by one, calls of operators, and small files written through to the disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ ROUNDED = 12  # passes over activations that are quantized
 NODE = 20  # operators that calling one costs when a program calls it
 COLUMN = 32  # operators for each column that GPTQ rounds
 IN_TURN = 10  # passes over what is rounded column by column, in the cache
-BFLOAT16 = {"forward": 4.0, "sums": 2.0, "sweeps": 1.5}  # how many times as fast products are in it, with matrix units
 SOLVE = 2  # a factorization runs at half the speed of a product
 PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
@@ -43,6 +42,8 @@ class Work:
     elements: float = 0.0
     operators: float = 0.0
     files: float = 0.0
+    sums: float = 0.0
+    rounded: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -51,9 +52,15 @@ class Work:
         """So often."""
         return type(self)(*(getattr(self, f.name) * count for f in fields(self)))
 
+    @property
+    def multiply_adds(self) -> float:
+        """Of all products."""
+        return self.products + self.sums + self.rounded
+
     def seconds(self, machine: Machine) -> float:
         """At the rates of a machine."""
-        rated = self.products / machine.products + self.elements / machine.elements
+        products = self.products / machine.products + self.sums / machine.sums + self.rounded / machine.rounded
+        rated = products + self.elements / machine.elements
         return rated + self.operators * machine.operator + self.files * machine.file
 
 
@@ -91,13 +98,13 @@ def calibration(found: Preflight) -> Work:
         nodes = [node for segment in found.program.segments for node in segment.nodes]
         products = sum(sizes.multiply_adds(node) for node in nodes)
         elements = sum(sizes.made(node) for node in nodes) / 4
-        total += Work(products / gain(found, "forward"), elements, NODE * len(nodes)).times(number)
+        total += (rounded(found, products) + Work(0, elements, NODE * len(nodes))).times(number)
     return total
 
 
-def gain(found: Preflight, products: str) -> float:
-    """How many times as fast some products are as in float32."""
-    return BFLOAT16[products] if found.in_bfloat16 else 1.0
+def rounded(found: Preflight, products: float) -> Work:
+    """Products whose operands are rounded to bfloat16 where the model is calibrated in it."""
+    return Work(rounded=products) if found.in_bfloat16 else Work(products)
 
 
 def block(found: Preflight, segment: Segment) -> Work:
@@ -121,8 +128,9 @@ def group_work(found: Preflight, linears: list[Linear]) -> Work:
         return work
     exact = found.plan.quantizer.needs_exact
     calls = COLUMN * K * (1 + getattr(found.plan.quantizer, "sweeps", 0))
-    sums = (0.5 + exact) * rows * K * K / gain(found, "sums")
-    return work + Work(sums + SOLVE * K**3 / 6, rows * K * (2 + 2 * exact) + 8 * K * K, calls)
+    sums = (0.5 + exact) * rows * K * K
+    work += Work(sums=sums) if found.in_bfloat16 else Work(sums)
+    return work + Work(SOLVE * K**3 / 6, rows * K * (2 + 2 * exact) + 8 * K * K, calls)
 
 
 def quantized(found: Preflight, rows: int, N: int, K: int) -> Work:
@@ -140,8 +148,8 @@ def rounding(found: Preflight, N: int, K: int) -> Work:
     work = Work(0, (GRID + tried) * N * K, SEARCH * len(RANGES[args.format]) * quantizer.mse)
     if not isinstance(quantizer, GPTQ):
         return work
-    products = N * K * K * (0.5 + quantizer.sweeps / gain(found, "sweeps") + 2 * quantizer.needs_exact)
-    return work + Work(products, N * K * (8 + IN_TURN * (1 + quantizer.sweeps)), 0)
+    work += Work(N * K * K * 2 * quantizer.needs_exact, N * K * (8 + IN_TURN * (1 + quantizer.sweeps)))
+    return work + rounded(found, N * K * K * (0.5 + quantizer.sweeps))
 
 
 def learning(found: Preflight, dim: int) -> Work:

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, product_dtype
+
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
-REPEATS = 3
+REPEATS = 10  # other work on the machine slows some of them down
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
 
@@ -26,12 +28,15 @@ class Machine:
 
     Attributes:
         products: multiply-adds of float32 matrix products, per second.
+        sums, rounded: the same where they may be rounded to bfloat16, of float32 operands and of rounded ones.
         elements: float32 numbers read, changed and written to new memory, per second.
         operator: seconds that it takes to call an operator on next to nothing.
         file: seconds until a small file is on the disk.
     """
 
     products: float
+    sums: float
+    rounded: float
     elements: float
     operator: float
     file: float
@@ -69,8 +74,14 @@ def processor() -> Processor:
 def measure() -> Machine:
     """The best of a few runs of each."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
+    products = SIZE**3 / best(lambda: a @ b)
+    with bfloat16_products(multiplies_bfloat16()):
+        p, q = a.to(product_dtype()), b.to(product_dtype())
+        sums, rounded = SIZE**3 / best(lambda: a @ b), SIZE**3 / best(lambda: p @ q)
     return Machine(
-        products=SIZE**3 / best(lambda: a @ b),
+        products=products,
+        sums=sums,
+        rounded=rounded,
         elements=ELEMENTS / best(lambda: x * 1.0),
         operator=best(lambda: [one + one for _ in range(100)]) / 100,
         file=best(write_through),

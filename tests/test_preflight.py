@@ -130,7 +130,7 @@ def test_time_follows_from_counts_and_rates(foreseen, one_layer):
     tokens, weights = 4 * 32, 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172 + 64 * 512
     attention = 2 * 4 * 8 * 32 * 32 * 8  # q kᵀ and its product with v: rows, heads, tokens, tokens, head_dim
     assert duration.calibration(found).products == tokens * weights + attention
-    slow, fast = Machine(1e9, 1e9, 1e-6, 1e-3), Machine(2e9, 2e9, 5e-7, 5e-4)
+    slow, fast = Machine(1e9, 1e9, 1e9, 1e9, 1e-6, 1e-3), Machine(2e9, 2e9, 2e9, 2e9, 5e-7, 5e-4)
     assert duration.count(found).seconds(slow) == pytest.approx(2 * duration.count(found).seconds(fast))
     more = foreseen(one_layer, "W4A16", nsamples=8)
     assert duration.calibration(more).products == 2 * duration.calibration(found).products
