@@ -57,7 +57,7 @@ def test_batches_come_in_turn():
 
 
 def test_tuning_brings_a_model_nearer_to_the_float_model(one_layer, small_run, tree, stories_dev):
-    """The KL on text not seen falls, to 0.77 to 0.92 by seed and processor; the same run gives the same bytes."""
+    """The KL on text not seen falls by a tenth in the mean of two seeds; the same run gives the same bytes."""
     rows = torch.stack([row["input_ids"] for row in read_samples(stories_dev, 64, 8, None, 512).rows])
 
     def run(name, seed, **recipe):
@@ -73,4 +73,4 @@ def test_tuning_brings_a_model_nearer_to_the_float_model(one_layer, small_run, t
     tuned = [run(f"tuned-{seed}", seed, tune={"steps": 200}) for seed in (0, 1)]
     assert tree(tuned[0]) == tree(run("again", 0, tune={"steps": 200}))
     ratios = [kl(artifact) / kl(run(f"plain-{seed}", seed)) for seed, artifact in enumerate(tuned)]
-    assert sum(ratios) / len(ratios) < 0.92
+    assert sum(ratios) / len(ratios) < 0.9
