@@ -21,6 +21,7 @@ from quantize.graph.execute import State
 from quantize.graph.program import Program, Segment, forward_switches, quiet
 from quantize.kv_cache import quantized_attention, read_kv_cache
 from quantize.linear import QuantizedLinear
+from quantize.memory import give_back
 from quantize.progress import track
 
 LOAD_TOLERANCE = 1e-2  # other machines sum in another order, which can move an activation to the next integer
@@ -73,6 +74,7 @@ def parity(
         runner.run(segment.nodes, state)
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
         del state  # before the next is read
+        give_back()
     reloaded = max(gate.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
     if reloaded > gate.TOLERANCE or fake_quant > gate.TOLERANCE * 100:
         raise QuantizeError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
-from quantize.formats.qtensor import QTensor
+from quantize.formats.qtensor import CACHED, QTensor
 from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, grouped, nearest, pack
 from quantize.scheme import WeightArgs
 
@@ -25,6 +25,9 @@ class RoundToNearest(Quantizer):
         return [self._rounded(W, args, scale_dtype) for W in weights]
 
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
+        """A few rows at a time, so that what lies between is small, and stays in a core's cache."""
         scale, zero_point = find_grid(W, args, scale_dtype, self.mse)
-        q = nearest(grouped(W, args), scale[..., None], zero_point[..., None], args).flatten(1)
+        q, rows = torch.empty(W.shape, dtype=torch.int8), max(1, CACHED // W.shape[1])
+        for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
+            part.copy_(nearest(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)
