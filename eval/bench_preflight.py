@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+import click
 
 from quantize.dry_run import preflight
 from quantize.duration import count
 from quantize.eval.scale_model import write_model, write_tokens
-from quantize.machine import measure, peak_memory
+from quantize.machine import measure, peak_memory, processor
 from quantize.partial import ResumableWriter
 from quantize.pipeline import run
 from quantize.prepare import identity_of, prepare
@@ -45,11 +44,11 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
     return {"foreseen": foreseen, "measured": {"disk": disk, "seconds": seconds, "memory": peak_memory()}}
 
 
-def table(model: str, scheme: str, found: dict[str, Any]) -> list[str]:
+def line(model: str, scheme: str, found: dict[str, Any]) -> str:
     """A row: of each figure what was foreseen and what was measured."""
     units = {"memory": 1e6, "disk": 1e6, "seconds": 1.0}
     pairs = [(found["foreseen"][name] / unit, found["measured"][name] / unit) for name, unit in units.items()]
-    return [model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]
+    return "| " + " | ".join([model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]) + " |"
 
 
 def made(name: str, folder: Path) -> Path:
@@ -67,7 +66,8 @@ def main() -> None:
     if len(sys.argv) > 1:
         model, scheme, *sizes = sys.argv[1:]
         return print(json.dumps(compare(Path(model), scheme, *map(int, sizes))))
-    shown = Table("model", "scheme", "memory, MB", "disk, MB", "seconds", title="foreseen / measured")
+    click.echo(f"Foreseen / measured ({processor()}).\n\n| model | scheme | memory, MB | disk, MB | seconds |")
+    click.echo("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(dir=MODELS) as folder:
         for name, nsamples, seqlen in RUNS:
             found = made(name, Path(folder))
@@ -75,8 +75,7 @@ def main() -> None:
                 arguments = [str(found), scheme, str(nsamples), str(seqlen)]
                 command = [sys.executable, "-m", "quantize.eval.bench_preflight", *arguments]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                shown.add_row(*table(name, scheme, json.loads(done.stdout)))
-    Console().print(shown)
+                click.echo(line(name, scheme, json.loads(done.stdout)))
 
 
 if __name__ == "__main__":

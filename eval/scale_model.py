@@ -52,16 +52,22 @@ def shards(size: str, layers: int) -> Iterator[dict[str, Tensor]]:
         sizes = {"self_attn.q": (d, d), "self_attn.k": (kv, d), "self_attn.v": (kv, d), "self_attn.o": (d, d),
                  "mlp.gate": (f, d), "mlp.up": (f, d), "mlp.down": (d, f)}  # fmt: skip
         made = {f"{name}_proj": normal(*nk, 100 * layer + i) for i, (name, nk) in enumerate(sizes.items(), 1)}
-        made |= {name: torch.ones(d, dtype=torch.bfloat16) for name in ("input_layernorm", "post_attention_layernorm")}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        made |= {name: norm(d, 100 * layer + i) for i, name in enumerate(norms, len(made) + 1)}
         yield {f"model.layers.{layer}.{name}.weight": tensor for name, tensor in made.items()}
     head = {} if shape["tie_word_embeddings"] else {"lm_head.weight": normal(vocab, d, 99)}
-    yield head | {"model.norm.weight": torch.ones(d, dtype=torch.bfloat16)}
+    yield head | {"model.norm.weight": norm(d, 98)}
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
     """bf16 [rows, columns] of deviation 0.02."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+
+
+def norm(width: int, seed: int) -> Tensor:
+    """bf16 [width] near 1, as trained norms are: none is left that could be folded and nobody would notice."""
+    return 1 + 5 * normal(1, width, seed)[0]
 
 
 def write_tokens(path: Path, size: str, samples: int, seqlen: int) -> None:

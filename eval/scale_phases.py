@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, fx
 
 from quantize import ranks
 from quantize.calibration.runner import Runner
+from quantize.graph import execute
+from quantize.graph.rules.table import name_of
+from quantize.graph.sizes import ATTENTION, PRODUCTS
 from quantize.quantizers import columns, gptq, rtn
 
 Flops = Callable[..., float]
@@ -35,24 +37,30 @@ class Phases:
     running: list[str] = field(default_factory=list)
     last: tuple[float, float] = (0.0, 0.0)
 
-    def timed(self, name: str, run: Callable[..., Any], flops: Flops | None) -> Callable[..., Any]:
-        """`run`, counted; without `flops` torch counts those of its matrix products."""
+    def timed(self, name: str, run: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
+        """`run`, with its time and its operations counted."""
 
         @functools.wraps(run)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._switch()
             self.running.append(name)
             try:
-                if flops is not None:
-                    self._phase(name).flops += flops(*args)
-                    return run(*args, **kwargs)
-                with FlopCounterMode(display=False) as counter:
-                    result = run(*args, **kwargs)
-                self._phase(name).flops += counter.get_total_flops()
-                return result
+                self._phase(name).flops += flops(*args)
+                return run(*args, **kwargs)
             finally:
                 self._switch()
                 self.running.pop()
+
+        return counted
+
+    def counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`execute.run_node`, with the operations of the node counted for what is running."""
+
+        @functools.wraps(run)
+        def counted(program: Any, node: fx.Node, *args: Any) -> Any:
+            value = run(program, node, *args)
+            self._phase(self.running[-1] if self.running else "all else").flops += node_flops(node, value)
+            return value
 
         return counted
 
@@ -73,7 +81,7 @@ def watch() -> Phases:
     phases = Phases()
     phases._switch()
     for owner, attribute, name, flops in (
-        (Runner, "run", "forward", None),
+        (Runner, "run", "forward", lambda *_: 0.0),
         (ranks, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
         (gptq, "find_grid", "scales", lambda *_: 0.0),
@@ -83,7 +91,19 @@ def watch() -> Phases:
         (columns, "round_in_turn", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
+    execute.run_node = phases.counted(execute.run_node)
     return phases
+
+
+def node_flops(node: fx.Node, value: Any) -> float:
+    """Of the matrix products that gave a node's value; tokens attend to each other."""
+    name = name_of(node) if node.op == "call_function" else ""
+    if name == ATTENTION:
+        return float(4 * value.numel() * value.shape[-2])
+    if name not in PRODUCTS:
+        return 0.0
+    left: Any = node.args[1 if name == "addmm" else 0]
+    return float(2 * value.numel() * left.meta["val"].shape[-1])
 
 
 def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> float:

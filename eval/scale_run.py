@@ -36,8 +36,9 @@ def settings(model: Path, method: str) -> dict[str, Any]:
 def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> None:
     """Print what a dry run tells of the same run, as JSON; in a process of its own, as it exports the model."""
     recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
-    found = preflight(prepare(Path(model), recipe, Path(tokens), read=False))
-    seconds = count(found).seconds(measure())
+    prepared = prepare(Path(model), recipe, Path(tokens), read=False)
+    found = preflight(prepared)
+    seconds = prepared.seconds + count(found).seconds(measure())
     memory = (peak_memory() + found.memory_bytes()) / 1e6
     print(json.dumps({"seconds": seconds, "peak_mb": memory, "artifact_mb": found.artifact_bytes() / 1e6}))
 

@@ -21,18 +21,19 @@ def preflight(prepared: Prepared) -> Preflight:
 def dry_run(prepared: Prepared) -> str:
     """What would happen, in lines."""
     found = preflight(prepared)
-    return "\n".join([*estimates(found), *found.hadamards(), *exports(found), describe(prepared)])
+    return "\n".join([*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe(prepared)])
 
 
-def estimates(found: Preflight) -> Iterator[str]:
-    """Memory, disk and time."""
+def estimates(found: Preflight, prepared: float) -> Iterator[str]:
+    """Memory, disk and time, with the seconds that preparing the run has taken now and will take then."""
     held, more, machine, work = peak_memory(), found.memory_bytes(), measure(), count(found)
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     yield (
-        f"time: about {work.seconds(machine):.0f} s of computing, {work.multiply_adds:.1e} multiply-adds at "
-        f"{machine.products:.1e}/s to {machine.rounded:.1e}/s, {work.elements:.1e} numbers at "
-        f"{machine.elements:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
+        f"time: about {prepared + work.seconds(machine):.0f} s, {prepared:.0f} s of it to open and export the model as "
+        f"just now, {work.multiply_adds:.1e} multiply-adds at {machine.products:.1e}/s to {machine.rounded:.1e}/s, "
+        f"{work.elements:.1e} numbers in new memory at {machine.elements:.1e}/s, {work.reused:.1e} in used memory at "
+        f"{machine.reused:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
         f"files at {machine.file:.1e} s, as measured now"
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from quantize.artifact import as_json
 from quantize.calibration.data import Samples
 from quantize.checkpoint import Checkpoint, side_files
+from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.graph.sizes import Sizes
@@ -25,7 +26,7 @@ from quantize.passes.base import Place
 from quantize.plan import Plan, Step
 from quantize.probes import PROBE_TOKENS
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.scheme import Scheme
+from quantize.scheme import Scheme, WeightArgs
 from quantize.seeding import private_generator
 from quantize.settings import linear_settings, quantization_settings
 
@@ -65,7 +66,7 @@ class Foreseen:
         for step in self.plan.steps:
             if linear.path in step.online:
                 front = step.handler.front(self._place(step, linear, W, front))
-        weight = RoundToNearest().quantize(W.float(), recipe.weights, None, W.dtype)
+        weight = rounded(W.shape, W.dtype, recipe.weights)
         scheme = Scheme(weights=recipe.weights, activations=front.activations)
         return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, front.online)
 
@@ -138,6 +139,12 @@ class Foreseen:
         shape = row.shape(node)
         output = math.prod(shape[:1] + shape[2:] if len(shape) == 3 else shape)
         return 2 * (4 * output + 8 * sum(min(x.numel(), PROBE_TOKENS) for x in self.samples.rows[0].values())) + 300
+
+
+@functools.lru_cache
+def rounded(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
+    """A weight on the meta device; blocks are alike, so each shape is rounded once."""
+    return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
 
 
 def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.dtype]:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import fx
+
 from quantize.blocks import TUNE_TOKENS
 from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import calibrates_in_bfloat16
@@ -58,6 +60,18 @@ class Preflight(Foreseen):
     def runners(self) -> int:
         """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
         return 1 + (self.plan.quantizer.needs_exact or self.plan.recipe.tune is not None)
+
+    @functools.cached_property
+    def calibrated(self) -> list[fx.Node]:
+        """What runs on the calibration data: all nodes up to the last linears that are rounded."""
+        found, segments = list[fx.Node](), self.program.segments
+        for number, segment in enumerate(segments):
+            groups, later = self.together(segment), segments[number + 1 :]
+            if later and (self.plan.steps or any(map(self.together, later))):
+                found += segment.nodes
+            elif groups:
+                found += segment.nodes[: segment.nodes.index(groups[-1][0].node)]
+        return found
 
     def journal_bytes(self) -> int:
         """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""
@@ -108,7 +122,7 @@ class Preflight(Foreseen):
         """Of the quantizer: copies of the weights that share an input, H in float32, its drift, and its input."""
         N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
         if not self.plan.quantizer.needs_gram:
-            return 8 * max(N) * K
+            return 2 * max(N) * K
         exact = self.plan.quantizer.needs_exact
         rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
         seen = 4 * rows * K * (1 + 4 * (exact and self.plan.recipe.activations is not None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,17 @@ from quantize.tokenizer import load_tokenize
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before it changes anything: the model, what happens where, and the data."""
+    """A run before it changes anything: the model, what happens where, and the data.
+
+    Attributes:
+        seconds: what it took to find that out, of which most is the export of the graph.
+    """
 
     checkpoint: Checkpoint
     program: Program
     plan: Plan
     samples: Samples
+    seconds: float
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True) -> Prepared:
@@ -39,7 +45,7 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
 
     Without `read` no weight is read, and so none that is wrong found.
     """
-    checkpoint = open_checkpoint(model)
+    start, checkpoint = time.perf_counter(), open_checkpoint(model)
     skeleton = checkpoint.skeleton()
     if read:
         check_weights(checkpoint, skeleton)
@@ -52,7 +58,7 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory)
     samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
-    return Prepared(checkpoint, program, plan, samples)
+    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start)
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:

@@ -124,13 +124,15 @@ def test_memory_does_not_grow_with_depth_but_with_data(foreseen, one_layer, stor
     assert foreseen(one_layer, "W4A16", {"quantizer": {"name": "rtn"}}).memory_bytes() < shallow
 
 
-def test_time_follows_from_counts_and_rates(foreseen, one_layer):
-    """By hand: the products of one pass over the calibration data."""
+def test_time_follows_from_counts_and_rates(foreseen, one_layer, stories):
+    """By hand: the products of one pass over the calibration data, which ends in front of the last linear rounded."""
     found = foreseen(one_layer, "W4A16", {"quantizer": {"name": "gptq"}})
-    tokens, weights = 4 * 32, 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172 + 64 * 512
+    tokens, block, down = 4 * 32, 64 * (64 + 32 + 32 + 64) + 3 * 64 * 172, 64 * 172
     attention = 2 * 4 * 8 * 32 * 32 * 8  # q kᵀ and its product with v: rows, heads, tokens, tokens, head_dim
-    assert duration.calibration(found).products == tokens * weights + attention
-    slow, fast = Machine(1e9, 1e9, 1e9, 1e9, 1e-6, 1e-3), Machine(2e9, 2e9, 2e9, 2e9, 5e-7, 5e-4)
+    assert duration.calibration(found).products == tokens * (block - down) + attention
+    deep = foreseen(stories, "W4A16", {"quantizer": {"name": "gptq"}})
+    assert duration.calibration(deep).products == tokens * (5 * block - down) + 5 * attention
+    slow, fast = Machine(*[1e9] * 5, 1e-6, 1e-3), Machine(*[2e9] * 5, 5e-7, 5e-4)
     assert duration.count(found).seconds(slow) == pytest.approx(2 * duration.count(found).seconds(fast))
     more = foreseen(one_layer, "W4A16", nsamples=8)
     assert duration.calibration(more).products == 2 * duration.calibration(found).products

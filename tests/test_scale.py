@@ -59,7 +59,9 @@ def test_bench_scale_on_a_tiny_model(tmp_path):
     (row,) = json.loads((tmp_path / f"{name}.json").read_text())
     assert row["peak_mb"] > row["interpreter_mb"] > 100
     assert {"forward", "Gram", "solve", "scales", "error feedback", "columns", "sweeps"} <= row["phases"].keys()
-    assert row["phases"]["forward"]["flops"] > 0
+    block, head, down, attention = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 256, 512 * 64, 64 * 256, 4 * 32 * 32 * 64
+    probes, calibration = 2 * 2 * 32 * (block + head), 2 * 32 * (block - down)  # tokens that run, times weights
+    assert row["phases"]["forward"]["flops"] == 2 * (probes + calibration) + 6 * attention
     assert "| tiny | 1 | gptq |" in (tmp_path / f"{name}.md").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.md"]
 

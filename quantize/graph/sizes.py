@@ -81,10 +81,14 @@ class Sizes:
         if name in PRODUCTS:
             inner = self.shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
             return math.prod(self.shape(node)) * inner
-        if name == ATTENTION:
-            query, key = (self.shape(n) for n in node.args[:2])  # type: ignore[arg-type]
-            return 2 * math.prod(query) * key[-2]
-        return 0
+        return 2 * self.scores(node) * self.shape(node.args[0])[-1] if name == ATTENTION else 0  # type: ignore[arg-type]
+
+    def scores(self, node: fx.Node) -> int:
+        """How many an attention computes, each of a query and a key; 0 of all else."""
+        if node.op != "call_function" or name_of(node) != ATTENTION:
+            return 0
+        query, key = (self.shape(n) for n in node.args[:2])  # type: ignore[arg-type]
+        return math.prod(query[:-1]) * key[-2]
 
 
 @dataclass
