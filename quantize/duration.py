@@ -18,7 +18,7 @@ FOLDED = 10  # passes over each weight that a pass takes, which transforms it in
 ONCE = 40  # passes that rounding numbers to a grid takes, in a core's cache
 TRIED = 6  # the same for each range that is tried, of which most groups are left before the last
 SEARCH = 60  # operators for each range that is tried
-COLUMN = 32  # operators for each column that GPTQ rounds
+COLUMN = 36  # operators for each column that GPTQ rounds
 COPIED = 8  # passes over weights that GPTQ rounds: put in order, and back
 TURN = 4  # passes for each time that it goes through the columns
 IN_TURN = 40  # the same in a core's cache
@@ -26,7 +26,7 @@ SOLVE = 1.5  # a factorization runs at two thirds of the speed of a product
 PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
 QR = 7  # multiply-adds, in n³, of a QR decomposition and its gradient
-FILES = 80  # of a block, its journal's among them, that are hashed and written through to the disk
+FILES = 110  # of a block, its journal's among them, that are hashed and written through to the disk
 LEARNING_TOKENS = 512
 
 

@@ -12,7 +12,7 @@ from typing import Self
 
 from quantize.machine import Machine
 
-OPERANDS = 3  # how much longer a number takes where it is computed of several, in memory that is not new
+OPERANDS = 3.5  # how much longer a number takes where it is computed of several, in memory that is not new
 NEW = 1 << 25  # bytes; glibc asks the system for the memory of larger tensors anew each time, and pages come as touched
 
 
