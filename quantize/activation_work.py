@@ -14,7 +14,7 @@ ROUNDED = 12  # passes over activations that are quantized
 STATISTICS = 20  # passes over activations that a pass looks at
 NODE = 24  # operators that calling one costs when a program calls it
 FILED = 8  # passes over activations that are written to a file and read again
-SOFTMAX = 11  # passes over the scores of attention
+SOFTMAX = 33  # passes over the scores of attention
 
 
 def calibration(found: Preflight) -> Work:
@@ -28,7 +28,7 @@ def node_work(found: Preflight, sizes: Sizes, node: fx.Node) -> Work:
     """One node's: its product, what it writes, and the call; linears in bfloat16 round what they take and give."""
     products, scores, made = sizes.multiply_adds(node), sizes.scores(node), sizes.made(node) / 4
     linear = bool(products and not scores)
-    multiplied = rounded(found, products) if linear else Work(products, reused=SOFTMAX * scores)
+    multiplied = rounded(found, products) if linear else Work(products, cached=SOFTMAX * scores)
     casts = 2 if linear and found.in_bfloat16 else 0
     return multiplied + passes((1 + casts) * made, made) + Work(operators=NODE)
 

@@ -32,8 +32,8 @@ def estimates(found: Preflight, prepared: float) -> Iterator[str]:
     yield (
         f"time: about {prepared + work.seconds(machine):.0f} s, {prepared:.0f} s of it to open and export the model as "
         f"just now, {work.multiply_adds:.1e} multiply-adds at {machine.products:.1e}/s to {machine.rounded:.1e}/s, "
-        f"{work.elements:.1e} numbers in new memory at {machine.elements:.1e}/s, {work.reused:.1e} in used memory at "
-        f"{machine.reused:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
+        f"{work.elements:.1e} numbers in new memory at {machine.elements:.1e}/s, {work.cached:.1e} in a cache at "
+        f"{machine.cached:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
         f"files at {machine.file:.1e} s, as measured now"
     )
 

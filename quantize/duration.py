@@ -13,15 +13,15 @@ from quantize.quantizers.base import RANGES
 from quantize.quantizers.gptq import GPTQ
 from quantize.work import Work, passes
 
-STORED = 10  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
+STORED = 8  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
 FOLDED = 10  # passes over each weight that a pass takes, which transforms it in float64
-ONCE = 40  # passes that rounding numbers to a grid takes, in a core's cache
-TRIED = 6  # the same for each range that is tried, of which most groups are left before the last
+ONCE = 50  # passes that rounding numbers to a grid takes, in a core's cache
+TRIED = 18  # the same for each range that is tried, of which most groups are left before the last
 SEARCH = 60  # operators for each range that is tried
 COLUMN = 36  # operators for each column that GPTQ rounds
 COPIED = 8  # passes over weights that GPTQ rounds: put in order, and back
 TURN = 4  # passes for each time that it goes through the columns
-IN_TURN = 40  # the same in a core's cache
+IN_TURN = 120  # the same in a core's cache
 SOLVE = 1.5  # a factorization runs at two thirds of the speed of a product
 PROBED = 64  # tokens of the probes
 BACKWARD = 3  # forward and backward cost three times the forward pass
@@ -82,12 +82,12 @@ def rounding(found: Preflight, N: int, K: int) -> Work:
     """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
     tried = TRIED * len(RANGES[args.format]) if quantizer.mse else 0.0
-    work = Work(reused=(ONCE + tried) * N * K, operators=SEARCH * len(RANGES[args.format]) * quantizer.mse)
+    work = Work(cached=(ONCE + tried) * N * K, operators=SEARCH * len(RANGES[args.format]) * quantizer.mse)
     if not isinstance(quantizer, GPTQ):
         return work
     turns = 1 + quantizer.sweeps
     work += Work(N * K * K * 2 * quantizer.needs_exact) + passes((COPIED + TURN * turns) * N * K, N * K)
-    return work + Work(reused=IN_TURN * turns * N * K) + rounded(found, N * K * K * (0.5 + quantizer.sweeps))
+    return work + Work(cached=IN_TURN * turns * N * K) + rounded(found, N * K * K * (0.5 + quantizer.sweeps))
 
 
 def learning(found: Preflight, dim: int) -> Work:

@@ -18,7 +18,7 @@ from quantize.calibration.precision import bfloat16_products, multiplies_bfloat1
 
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
-REUSED = 1 << 22  # 16 MiB, whose pages stay with the process
+CACHED = 1 << 17  # 512 KiB, which stay in a core's cache
 REPEATS = 20  # other work on the machine slows some of them down
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
@@ -31,7 +31,7 @@ class Machine:
         products: multiply-adds of float32 matrix products, per second.
         sums, rounded: the same where they may be rounded to bfloat16, of float32 operands and of rounded ones.
         elements: float32 numbers read, changed and written to new memory, per second.
-        reused: the same where the process has used the memory before.
+        cached: the same in a core's cache.
         operator: seconds that it takes to call an operator on next to nothing.
         file: seconds until a small file is on the disk.
     """
@@ -40,7 +40,7 @@ class Machine:
     sums: float
     rounded: float
     elements: float
-    reused: float
+    cached: float
     operator: float
     file: float
 
@@ -77,7 +77,7 @@ def processor() -> Processor:
 def measure() -> Machine:
     """The best of a few runs of each."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
-    part = x[:REUSED]
+    part = x[:CACHED]
     products = SIZE**3 / best(lambda: a @ b)
     with bfloat16_products(multiplies_bfloat16()):
         p, q = a.to(product_dtype()), b.to(product_dtype())
@@ -87,7 +87,7 @@ def measure() -> Machine:
         sums=sums,
         rounded=rounded,
         elements=ELEMENTS / best(lambda: x * 1.0),
-        reused=REUSED / best(lambda: part * 1.0),
+        cached=CACHED / best(lambda: part * 1.0),
         operator=best(lambda: [one + one for _ in range(100)]) / 100,
         file=best(write_through),
     )

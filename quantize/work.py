@@ -1,8 +1,8 @@
 """What a run computes, counted, and the time it takes at the rates that were measured of a machine.
 
 Counted are multiply-adds of matrix products (in float32, and as models that are stored in bfloat16 are calibrated),
-float32 numbers that are changed one by one, in new memory and in what the process has used before, calls of operators,
-and small files written through to the disk.
+float32 numbers that are changed one by one, in new memory and in a core's cache, calls of operators, and small files
+written through to the disk.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Self
 
 from quantize.machine import Machine
 
-OPERANDS = 3.5  # how much longer a number takes where it is computed of several, in memory that is not new
+WARM = 10  # how much longer than in a core's cache a number takes where the process has used the memory before
 NEW = 1 << 25  # bytes; glibc asks the system for the memory of larger tensors anew each time, and pages come as touched
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of multiply-adds, numbers in new and in used memory, operators and files."""
+    """Counts of multiply-adds, numbers in new memory and in a cache, operators and files."""
 
     products: float = 0.0
     elements: float = 0.0
@@ -26,7 +26,7 @@ class Work:
     files: float = 0.0
     sums: float = 0.0
     rounded: float = 0.0
-    reused: float = 0.0
+    cached: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -43,10 +43,10 @@ class Work:
     def seconds(self, machine: Machine) -> float:
         """At the rates of a machine."""
         products = self.products / machine.products + self.sums / machine.sums + self.rounded / machine.rounded
-        numbers = self.elements / machine.elements + self.reused / machine.reused
+        numbers = self.elements / machine.elements + self.cached / machine.cached
         return products + numbers + self.operators * machine.operator + self.files * machine.file
 
 
 def passes(numbers: float, each: float) -> Work:
     """So many numbers changed, in tensors of `each`."""
-    return Work(elements=numbers) if 4 * each > NEW else Work(reused=OPERANDS * numbers)
+    return Work(elements=numbers) if 4 * each > NEW else Work(cached=WARM * numbers)
