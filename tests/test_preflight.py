@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch import nn
 
-from quantize import checkpoint, duration
+from quantize import activation_work, checkpoint, duration
 from quantize.dry_run import exports, human, preflight
 from quantize.export.support import formats
 from quantize.graph import program as program_module
@@ -18,6 +18,7 @@ from quantize.machine import Machine, measure
 from quantize.preflight import factors
 from quantize.prepare import prepare
 from quantize.recipe import load_recipe
+from quantize.work import Work, passes
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 
@@ -137,6 +138,20 @@ def test_time_follows_from_counts_and_rates(foreseen, one_layer, stories):
     more = foreseen(one_layer, "W4A16", nsamples=8)
     assert duration.calibration(more).products == 2 * duration.calibration(found).products
     assert all(0 < value < float("inf") for value in vars(measure()).values())
+
+
+def test_activations_that_find_no_room_take_time(foreseen, stories, monkeypatch):
+    """By hand: five stops in each block, at all of which the stream is kept, and at four what a linear takes."""
+    found = foreseen(stories, "W4A16", {"quantizer": {"name": "gptq"}})
+    assert activation_work.filed(found).elements == 0
+    monkeypatch.setattr(activation_work, "IN_MEMORY", 0)
+    numbers = 4 * 32 * (64 + 5 * (5 * 64 + 3 * 64 + 172))
+    assert activation_work.filed(found).elements == pytest.approx(activation_work.FILED * numbers, rel=0.05)
+
+
+def test_small_tensors_are_not_rated_as_new_memory():
+    assert passes(100, 1 << 20).elements == 0 < passes(100, 1 << 20).cached
+    assert passes(100, 1 << 24) == Work(elements=100)
 
 
 def test_hadamard_sizes_are_named(foreseen, one_layer):
