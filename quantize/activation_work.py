@@ -11,7 +11,7 @@ from quantize.work import Work, passes
 
 GRID = 6  # passes that adding up a group takes
 ROUNDED = 12  # passes over activations that are quantized
-STATISTICS = 20  # passes over activations that a pass looks at
+STATISTICS = 15  # passes over activations that a pass looks at
 NODE = 24  # operators that calling one costs when a program calls it
 FILED = 8  # passes over activations that are written to a file and read again
 SOFTMAX = 33  # passes over the scores of attention

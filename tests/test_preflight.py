@@ -146,7 +146,8 @@ def test_activations_that_find_no_room_take_time(foreseen, stories, monkeypatch)
     assert activation_work.filed(found).elements == 0
     monkeypatch.setattr(activation_work, "IN_MEMORY", 0)
     numbers = 4 * 32 * (64 + 5 * (5 * 64 + 3 * 64 + 172))
-    assert activation_work.filed(found).elements == pytest.approx(activation_work.FILED * numbers, rel=0.05)
+    kept = activation_work.filed(found).elements / activation_work.FILED
+    assert numbers < kept < 1.1 * numbers  # masks and positions are kept as well
 
 
 def test_small_tensors_are_not_rated_as_new_memory():

@@ -5,7 +5,7 @@ import torch
 
 from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
-from quantize.quantizers import QUANTIZERS, base
+from quantize.quantizers import QUANTIZERS, base, rtn
 from quantize.quantizers.base import find_grid
 from quantize.quantizers.hessian import factor, mirror, permute, solve
 from quantize.scheme import WeightArgs
@@ -40,6 +40,17 @@ def test_rtn_by_hand():
     result = QUANTIZERS["rtn"]().quantize(W, PER_CHANNEL, None, torch.float32)
     assert result.unpack().tolist() == [[7, -3, 1, 0], [0, -7, 2, 1]]
     assert result.scale.tolist() == [[1.0], [2.0]]
+
+
+def test_rtn_rounds_few_rows_at_a_time_to_the_same_bytes(monkeypatch):
+    """Else what lies between takes three times the memory of the weight."""
+    W, seen = weights(40), []
+    whole = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
+    monkeypatch.setattr(rtn, "nearest", lambda w, *grid: seen.append(w.numel()) or base.nearest(w, *grid))
+    monkeypatch.setattr(rtn, "CACHED", 7 * 64)
+    parts = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
+    assert seen == [7 * 64] * 5 + [5 * 64]
+    assert all(torch.equal(x, parts.tensors()[name]) for name, x in whole.tensors().items())
 
 
 def test_asymmetric_groups_by_hand():
