@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from quantize import ranks
 from quantize.calibration.runner import Runner
 from quantize.graph import execute
-from quantize.graph.rules.table import name_of
-from quantize.graph.sizes import ATTENTION, PRODUCTS
+from quantize.graph.execute import Values
+from quantize.graph.sizes import multiply_adds
 from quantize.quantizers import columns, gptq, rtn
 
 Flops = Callable[..., float]
@@ -53,16 +53,24 @@ class Phases:
 
         return counted
 
-    def counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`execute.run_node`, with the operations of the node counted for what is running."""
 
         @functools.wraps(run)
-        def counted(program: Any, node: fx.Node, *args: Any) -> Any:
-            value = run(program, node, *args)
-            self._phase(self.running[-1] if self.running else "all else").flops += node_flops(node, value)
+        def counted(program: Any, node: fx.Node, values: Values, state: Any) -> Any:
+            value = run(program, node, values, state)
+
+            def shape(n: fx.Node) -> Sequence[int]:
+                found: Tensor = value if n is node else values.get(n, n.meta["val"])
+                return found.shape
+
+            self._running().flops += 2.0 * multiply_adds(node, shape)
             return value
 
         return counted
+
+    def _running(self) -> Phase:
+        return self._phase(self.running[-1] if self.running else "all else")
 
     def _phase(self, name: str) -> Phase:
         return self.phases.setdefault(name, Phase())
@@ -70,7 +78,7 @@ class Phases:
     def _switch(self) -> None:
         """Give the time since the last switch to what ran."""
         now = (time.perf_counter(), time.process_time())
-        phase = self._phase(self.running[-1] if self.running else "all else")
+        phase = self._running()
         phase.seconds += now[0] - self.last[0] if self.last[0] else 0.0
         phase.cpu += now[1] - self.last[1] if self.last[0] else 0.0
         self.last = now
@@ -91,19 +99,8 @@ def watch() -> Phases:
         (columns, "round_in_turn", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
-    execute.run_node = phases.counted(execute.run_node)
+    execute.run_node = phases.counting(execute.run_node)
     return phases
-
-
-def node_flops(node: fx.Node, value: Any) -> float:
-    """Of the matrix products that gave a node's value; tokens attend to each other."""
-    name = name_of(node) if node.op == "call_function" else ""
-    if name == ATTENTION:
-        return float(4 * value.numel() * value.shape[-2])
-    if name not in PRODUCTS:
-        return 0.0
-    left: Any = node.args[1 if name == "addmm" else 0]
-    return float(2 * value.numel() * left.meta["val"].shape[-1])
 
 
 def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> float:

@@ -36,12 +36,10 @@ def node_work(found: Preflight, sizes: Sizes, node: fx.Node) -> Work:
 def filed(found: Preflight) -> Work:
     """What finds no room in memory at each stop, and so is written to files and read again."""
     total = 0.0
-    for segment in found.program.segments[:-1]:
-        groups = found.together(segment)
-        kept = sum(number * alive.borders[segment.name] / 4 for number, _, alive in found.alive)
-        for group in groups:
-            total += max(0.0, kept + rows(found) * group[0].columns - IN_MEMORY / 4)
-        total += max(0.0, kept - IN_MEMORY / 4)
+    for segment in found.carrying:
+        columns = (0, *(group[0].columns for group in found.together(segment)))
+        kept = found.border_bytes(segment) / 4
+        total += sum(max(0.0, kept + rows(found) * K - IN_MEMORY / 4) for K in columns)
     return Work(elements=FILED * total)
 
 

@@ -137,11 +137,7 @@ class BlockRun:
 
     def calibrates_after(self, segment: Segment) -> bool:
         """Whether anything behind a block looks at the calibration activations."""
-        segments = self.program.segments
-        later = segments[segments.index(segment) + 1 :]
-        return bool(later) and (
-            bool(self.plan.steps) or any(x.path in self.plan.targets for s in later for x in self.program.linears(s))
-        )
+        return self.plan.calibrates_after(segment, self.program)
 
     def _with_kv_cache(self, segment: Segment, state: State) -> State:
         """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""

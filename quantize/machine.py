@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, product_dtype
+from quantize.formats.qtensor import CACHED
 
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
-CACHED = 1 << 17  # 512 KiB, which stay in a core's cache
 REPEATS = 20  # other work on the machine slows some of them down
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
@@ -31,7 +31,7 @@ class Machine:
         products: multiply-adds of float32 matrix products, per second.
         sums, rounded: the same where they may be rounded to bfloat16, of float32 operands and of rounded ones.
         elements: float32 numbers read, changed and written to new memory, per second.
-        cached: the same in a core's cache.
+        cached: the same of so few that they stay in a core's cache.
         operator: seconds that it takes to call an operator on next to nothing.
         file: seconds until a small file is on the disk.
     """

@@ -59,6 +59,13 @@ class Plan:
         tunes = self.recipe.tune is not None
         return self.quantizer.needs_gram or tunes or any(step.handler.needs for step in self.steps)
 
+    def calibrates_after(self, segment: Segment, program: Program) -> bool:
+        """Whether anything behind a block looks at the calibration activations."""
+        later = program.segments[program.segments.index(segment) + 1 :]
+        return bool(later) and (
+            bool(self.steps) or any(x.path in self.targets for s in later for x in program.linears(s))
+        )
+
 
 def make_plan(recipe: Recipe, program: Program) -> Plan:
     """Decide what happens where.

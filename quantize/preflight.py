@@ -64,22 +64,25 @@ class Preflight(Foreseen):
     @functools.cached_property
     def calibrated(self) -> list[fx.Node]:
         """What runs on the calibration data: all nodes up to the last linears that are rounded."""
-        found, segments = list[fx.Node](), self.program.segments
-        for number, segment in enumerate(segments):
-            groups, later = self.together(segment), segments[number + 1 :]
-            if later and (self.plan.steps or any(map(self.together, later))):
+        found = list[fx.Node]()
+        for segment in self.program.segments:
+            if self.plan.calibrates_after(segment, self.program):
                 found += segment.nodes
-            elif groups:
+            elif groups := self.together(segment):
                 found += segment.nodes[: segment.nodes.index(groups[-1][0].node)]
         return found
 
     def journal_bytes(self) -> int:
         """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""
-        borders = [sum(count * alive.borders[s.name] for count, _, alive in self.alive) for s in self._carrying]
+        borders = [self.border_bytes(segment) for segment in self.carrying]
         return 2 * self.runners * max([0, *borders]) + self._surveyed_bytes()
 
+    def border_bytes(self, segment: Segment) -> int:
+        """What of all batches is alive behind a block."""
+        return sum(count * alive.borders[segment.name] for count, _, alive in self.alive)
+
     @property
-    def _carrying(self) -> tuple[Segment, ...]:
+    def carrying(self) -> tuple[Segment, ...]:
         """The blocks behind which calibration goes on."""
         return self.program.segments[:-1]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from quantize.graph.rules.table import name_of
 
 PRODUCTS = {"linear", "addmm", "matmul", "mm", "bmm"}
 ATTENTION = "scaled_dot_product_attention"
+Shape = Callable[[fx.Node], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -77,18 +78,28 @@ class Sizes:
 
     def multiply_adds(self, node: fx.Node) -> int:
         """Of a matrix product or of attention; 0 for all else."""
-        name = name_of(node) if node.op == "call_function" else ""
-        if name in PRODUCTS:
-            inner = self.shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
-            return math.prod(self.shape(node)) * inner
-        return 2 * self.scores(node) * self.shape(node.args[0])[-1] if name == ATTENTION else 0  # type: ignore[arg-type]
+        return multiply_adds(node, self.shape)
 
     def scores(self, node: fx.Node) -> int:
         """How many an attention computes, each of a query and a key; 0 of all else."""
-        if node.op != "call_function" or name_of(node) != ATTENTION:
-            return 0
-        query, key = (self.shape(n) for n in node.args[:2])  # type: ignore[arg-type]
-        return math.prod(query[:-1]) * key[-2]
+        return scores(node, self.shape)
+
+
+def multiply_adds(node: fx.Node, shape: Shape) -> int:
+    """`Sizes.multiply_adds`, given the shape of each node's value."""
+    name = name_of(node) if node.op == "call_function" else ""
+    if name in PRODUCTS:
+        inner = shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
+        return math.prod(shape(node)) * inner
+    return 2 * scores(node, shape) * shape(node.args[0])[-1] if name == ATTENTION else 0  # type: ignore[arg-type]
+
+
+def scores(node: fx.Node, shape: Shape) -> int:
+    """`Sizes.scores`, given the shape of each node's value."""
+    if node.op != "call_function" or name_of(node) != ATTENTION:
+        return 0
+    query, key = (shape(n) for n in node.args[:2])  # type: ignore[arg-type]
+    return math.prod(query[:-1]) * key[-2]
 
 
 @dataclass
