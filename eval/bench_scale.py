@@ -62,6 +62,9 @@ def bench(
         rows[-1]["foreseen"] = foreseen
         shutil.rmtree(folder / "out", ignore_errors=True)
         click.echo(line(rows[-1]))
+    if peer:
+        command = [sys.executable, "-m", "quantize.eval.scale_bound", str(model), str(tokens)]
+        next(row for row in rows if row["method"] == "gptq-plain")["bound"] = measured(command)
     shutil.rmtree(model)
     return rows
 

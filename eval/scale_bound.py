@@ -1,49 +1,85 @@
-"""How fast this machine multiplies matrices, and the least time that the products of a run take at that."""
+"""The least time that GPTQ can take here: the steps that none goes without, each by the fastest of known libraries."""
 
 from __future__ import annotations
 
-import time
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.linalg.blas import ssyrk
+from scipy.linalg.lapack import spotrf
 from torch import Tensor
+from transformers import AutoModel
 
+from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, product_dtype
+from quantize.machine import best
 
-PEAK = 2048  # order of the matrices whose product is the yardstick
-ROUNDED = ("forward", "error feedback", "sweeps")  # phases that may round the operands of products once for several
-SUMS = ("Gram",)  # phases that may round them in each product; all others multiply in float32
+REPEATS = 3
 Row = dict[str, Any]
 
 
-def peaks() -> dict[str, float]:
-    """Floating-point operations in a second of products as phases take them, and of float32 in a CPU second."""
-    a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
-    gemm, gemm_cpu = fastest(a)
-    with bfloat16_products(multiplies_bfloat16()):
-        found = {"gemm_sums": fastest(a)[0], "gemm_rounded": fastest(a.to(product_dtype()))[0]}
-    return {"gemm": gemm, "gemm_cpu": gemm_cpu, **found}
+def forward(model: str, ids: Tensor) -> float:
+    """Seconds of transformers' forward pass over tokens [n, length], less one layer: none uses what the last gives."""
+    loaded = AutoModel.from_pretrained(model, dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    batch, layers = ids[: max(1, BATCH_TOKENS // ids.shape[1])], loaded.config.num_hidden_layers
+    with torch.no_grad():
+        seconds: float = best(lambda: loaded(batch, use_cache=False), REPEATS)
+    rest: float = (layers - 1) / layers
+    return seconds * len(ids) / len(batch) * rest
 
 
-def fastest(a: Tensor) -> tuple[float, float]:
-    """Of the square of a matrix, in a second and in a CPU second: the best of six."""
-    best = [0.0, 0.0]
-    for _ in range(6):
-        start = (time.perf_counter(), time.process_time())
-        a @ a
-        spent = (time.perf_counter() - start[0], time.process_time() - start[1])
-        best = [max(old, 2 * len(a) ** 3 / new) for old, new in zip(best, spent, strict=True)]
-    return best[0], best[1]
+def gram(x: Tensor) -> float:
+    """Seconds of xᵀx, of which half need be computed: by BLAS, and by torch as products may be rounded."""
+    half, columns = np.zeros((x.shape[1], x.shape[1]), np.float32, order="F"), x.numpy().T
+    return fastest(partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1), halves=partial(torch.mm, x.T, x))
 
 
-def bound(row: Row) -> float:
-    """Seconds that the products of a run take at the rates that the same process measured."""
-    return sum((phase["flops"] / row[rate(name)] for name, phase in row["phases"].items()), 0.0)
+def factor(H: Tensor) -> float:
+    """Seconds of the Cholesky factor of H [K, K], symmetric: by LAPACK and by torch."""
+    return fastest(partial(spotrf, np.asfortranarray(H.numpy()), clean=0), partial(torch.linalg.cholesky, H))
 
 
-def rate(phase: str) -> str:
-    """Which of `peaks` bounds a phase."""
-    return "gemm_rounded" if phase in ROUNDED else "gemm_sums" if phase in SUMS else "gemm"
+def feedback(H: Tensor, rows: int) -> float:
+    """Seconds of a product of errors [rows, K] with what stands above the diagonal of H [K, K]."""
+    H = H.to(product_dtype())
+    errors = torch.randn(rows, len(H), generator=torch.Generator().manual_seed(0)).to(H)
+    return fastest(halves=partial(torch.mm, errors, H))
+
+
+def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:
+    """Seconds of the fastest; of `halves`, which computes twice what is needed, half."""
+    found = [best(run, REPEATS) for run in runs]
+    return min([*found, best(halves, REPEATS) / 2] if halves else found)
+
+
+def layer(config: Row, tokens: int) -> dict[str, float]:
+    """Seconds of each step but the forward pass in a layer of a Llama; linears with the same input share its matrix."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    found = dict.fromkeys(("Gram matrices", "factors", "error feedback"), 0.0)
+    for columns, inputs, outputs in ((d, 3, 2 * d + 2 * kv + 2 * f), (f, 1, d)):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
+        with bfloat16_products(multiplies_bfloat16()):
+            H = x.T @ x + tokens * torch.eye(columns)
+            found["Gram matrices"] += inputs * gram(x)
+            found["error feedback"] += feedback(H, outputs)
+        found["factors"] += inputs * factor(H)
+    return found
+
+
+def main(model: str, tokens: str) -> None:
+    """Print the seconds of each step for a whole model, as JSON."""
+    ids = torch.tensor([json.loads(line)["input_ids"] for line in Path(tokens).read_text().splitlines()])
+    config = json.loads((Path(model) / "config.json").read_text())
+    steps = layer(config, ids.numel())
+    found = {name: seconds * config["num_hidden_layers"] for name, seconds in steps.items()}
+    print(json.dumps({"forward pass": forward(model, ids), **found}))
 
 
 def verdict(rows: list[Row], peer: str) -> str:
@@ -52,14 +88,19 @@ def verdict(rows: list[Row], peer: str) -> str:
     runs = {row["method"]: row for row in rows if row["layers"] == deepest}
     if not {peer, "gptq-plain", "rtn"} <= runs.keys():
         return ""
-    ours, theirs, least = runs["gptq-plain"], runs[peer], bound(runs["gptq-plain"])
+    ours, theirs, rounding = runs["gptq-plain"], runs[peer], runs["rtn"]["seconds"]
     time_part, memory_part = (ours[name] / theirs[name] for name in ("seconds", "peak_mb"))
-    rates = ", ".join(f"{ours[name] / 1e9:.0f} {what}" for name, what in
-                      (("gemm_rounded", "forward and feedback"), ("gemm_sums", "Gram"), ("gemm", "solve")))  # fmt: skip
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in ours["bound"].items())
+    least = rounding + sum(ours["bound"].values())
     return (
         f"At {deepest} layers `gptq-plain` takes {time_part:.0%} of the time and {memory_part:.0%} of the memory of "
         f"{peer}.\n"
-        f"Its products alone take at least {least:.0f} s at this machine's fastest ({rates}; GFLOP/s), and "
-        f"{runs['rtn']['seconds']:.0f} s are what a run takes that only rounds: together "
-        f"{(least + runs['rtn']['seconds']) / theirs['seconds']:.0%} of that time.\n"
+        f"Steps that no GPTQ goes without take, each alone and by the fastest of transformers, torch, BLAS and LAPACK, "
+        f"so many seconds here: {steps}. With the {rounding:.0f} of a run that only rounds, which opens, verifies and "
+        f"writes: {least:.0f}, or {least / theirs['seconds']:.0%} of the peer's time, before any column is rounded "
+        f"after another.\n"
     )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from quantize import ranks
@@ -17,6 +18,7 @@ from quantize.graph.execute import Values
 from quantize.graph.sizes import multiply_adds
 from quantize.quantizers import columns, gptq, rtn
 
+PEAK = 2048  # order of the matrices whose product is the yardstick
 Flops = Callable[..., float]
 
 
@@ -107,3 +109,14 @@ def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> fl
     """Of some rows of leftᵀ right; of xᵀx only what stands right of the diagonal is computed."""
     columns: int = len(total) - (rows.start if left is right else 0)
     return 2.0 * len(left) * int(rows.stop - rows.start) * columns
+
+
+def product_rate() -> float:
+    """Floating-point operations in a CPU second of a float32 matrix product: the best of six."""
+    a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
+    spent = []
+    for _ in range(6):
+        start = time.process_time()
+        a @ a
+        spent.append(time.process_time() - start)
+    return 2 * PEAK**3 / min(spent)

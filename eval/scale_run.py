@@ -11,8 +11,7 @@ from typing import Any
 
 from quantize.dry_run import preflight
 from quantize.duration import count
-from quantize.eval.scale_bound import peaks
-from quantize.eval.scale_phases import watch
+from quantize.eval.scale_phases import product_rate, watch
 from quantize.machine import measure, peak_memory
 from quantize.pipeline import quantize_model
 from quantize.prepare import prepare
@@ -53,7 +52,7 @@ def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen
     memory = {"peak_mb": peak_memory() / 1e6, "interpreter_mb": interpreter}
     artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
     found = {name: dataclasses.asdict(phase) for name, phase in phases.phases.items()}
-    print(json.dumps({**spent, **memory, "artifact_mb": artifact, **peaks(), "phases": found}))
+    print(json.dumps({**spent, **memory, "artifact_mb": artifact, "gemm_cpu": product_rate(), "phases": found}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Calibration activations in files change nothing; `make bench-scale` on a tiny model."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from click.testing import CliRunner
 from quantize.calibration import scratch
 from quantize.calibration.scratch import Batches, Filed
 from quantize.errors import QuantizeError
-from quantize.eval import bench_scale
+from quantize.eval import bench_scale, scale_bound
 from quantize.eval.scale_bound import verdict
-from quantize.eval.scale_model import write_model
+from quantize.eval.scale_model import write_model, write_tokens
 from quantize.machine import processor
 
 
@@ -66,14 +67,29 @@ def test_bench_scale_on_a_tiny_model(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.json", f"{name}.md"]
 
 
-def test_the_bound_takes_each_phase_at_the_fastest_product_that_it_may_use():
-    flops = {"forward": 800e9, "Gram": 400e9, "solve": 100e9, "columns": 100e9, "all else": 0.0}
-    rates = {"gemm": 100e9, "gemm_sums": 200e9, "gemm_rounded": 400e9}
-    ours = {"method": "gptq-plain", "layers": 2, "seconds": 12.0, "peak_mb": 300.0, **rates}
-    ours["phases"] = {name: {"flops": count} for name, count in flops.items()}
+def test_what_gptq_takes_at_least_is_told_beside_what_it_takes():
+    bound = {"forward pass": 2.0, "Gram matrices": 3.0}
+    ours = {"method": "gptq-plain", "layers": 2, "seconds": 12.0, "peak_mb": 300.0, "bound": bound}
     rounds, peer = {"method": "rtn", "layers": 2, "seconds": 4.0}, {"method": "peer", "layers": 2, "seconds": 40.0}
     peer["peak_mb"] = 1000.0
     text = verdict([{**peer, "layers": 1, "seconds": 1.0}, rounds, ours, peer], "peer")
     assert "30% of the time and 30% of the memory" in text
-    assert "at least 6 s" in text and "together 25% of that time" in text
+    assert "forward pass 2, Gram matrices 3" in text and "9, or 22% of the peer's time" in text
     assert verdict([rounds, ours], "peer") == ""
+
+
+def test_steps_of_the_bound_are_those_of_a_layer(tmp_path, capsys):
+    """Twice as many layers take twice as long, but for the forward pass, which leaves one out."""
+    write_model(tmp_path / "model", "tiny", 1)
+    write_tokens(tmp_path / "tokens.jsonl", "tiny", 2, 32)
+    scale_bound.main(str(tmp_path / "model"), str(tmp_path / "tokens.jsonl"))
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("forward pass") == 0 and len(found) == 3 and min(found.values()) > 0
+
+
+def test_of_several_libraries_the_fastest_counts_and_half_of_what_computes_twice_as_much():
+    def slow() -> None:
+        time.sleep(0.02)
+
+    assert scale_bound.fastest(slow, halves=slow) == pytest.approx(0.01, rel=0.3)
+    assert scale_bound.fastest(slow, lambda: None) < 0.001
