@@ -5,6 +5,7 @@ import torch
 
 from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
+from quantize.formats import qtensor
 from quantize.quantizers import QUANTIZERS, base, rtn
 from quantize.quantizers.base import find_grid
 from quantize.quantizers.hessian import factor, mirror, permute, solve
@@ -47,7 +48,7 @@ def test_rtn_rounds_few_rows_at_a_time_to_the_same_bytes(monkeypatch):
     W, seen = weights(40), []
     whole = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
     monkeypatch.setattr(rtn, "nearest", lambda w, *grid: seen.append(w.numel()) or base.nearest(w, *grid))
-    monkeypatch.setattr(rtn, "CACHED", 7 * 64)
+    monkeypatch.setattr(qtensor, "CACHED", 7 * 64)
     parts = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
     assert seen == [7 * 64] * 5 + [5 * 64]
     assert all(torch.equal(x, parts.tensors()[name]) for name, x in whole.tensors().items())

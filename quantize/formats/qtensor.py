@@ -22,6 +22,11 @@ SCALE_TYPES = {
 }
 
 
+def cached_rows(columns: int) -> int:
+    """How many rows of a weight are worked on together."""
+    return max(1, CACHED // columns)
+
+
 @dataclass(frozen=True)
 class QTensor:
     """Packed integers, or E2M1 codes, with their scales and zero points.
@@ -134,7 +139,7 @@ class Unpacked(QTensor):
     @functools.cached_property
     def _values(self) -> Tensor:
         """A few rows at a time, so that what lies between stays in a core's cache."""
-        values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), max(1, CACHED // self.columns)
+        values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), cached_rows(self.columns)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
             part.copy_(self.rows(slice(start, start + rows)).dequantize())
         return values

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
-from quantize.formats.qtensor import CACHED, QTensor
+from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.kernels.fp4 import encode_scale, fp4_scale, nvfp4_unit, round_to_e2m1
 from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.registry import Registry
@@ -77,7 +77,7 @@ def find_grid(
         find_unit(W, args),
         grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args),
     )
-    rows = max(1, CACHED // W.shape[1])
+    rows = cached_rows(W.shape[1])
     found = [
         find_ranges(grouped(part, args), args, scale_dtype, unit, weighting if mse else None) for part in W.split(rows)
     ]
