@@ -19,7 +19,7 @@ from quantize.formats.qtensor import CACHED
 
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
-REPEATS = 20  # other work on the machine slows some of them down
+REPEATS, TURNS = 2, 7
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
 
@@ -75,21 +75,28 @@ def processor() -> Processor:
 
 
 def measure() -> Machine:
-    """The best of a few runs of each."""
+    """The best of a few runs of each, all in turn: what slows the machine for a moment slows only some of them."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
     part = x[:CACHED]
-    products = SIZE**3 / best(lambda: a @ b)
     with bfloat16_products(multiplies_bfloat16()):
         p, q = a.to(product_dtype()), b.to(product_dtype())
-        sums, rounded = SIZE**3 / best(lambda: a @ b), SIZE**3 / best(lambda: p @ q)
+
+    def summed() -> None:
+        with bfloat16_products(multiplies_bfloat16()):
+            a @ b
+
+    runs = (write_through, lambda: x * 1.0, lambda: part * 1.0, lambda: [one + one for _ in range(100)],
+            lambda: a @ b, summed, lambda: p @ q)  # fmt: skip
+    turns = [[best(run, REPEATS) for run in runs] for _ in range(TURNS)]
+    file, elements, cached, operator, products, sums, rounded = map(min, zip(*turns, strict=True))
     return Machine(
-        products=products,
-        sums=sums,
-        rounded=rounded,
-        elements=ELEMENTS / best(lambda: x * 1.0),
-        cached=CACHED / best(lambda: part * 1.0),
-        operator=best(lambda: [one + one for _ in range(100)]) / 100,
-        file=best(write_through),
+        products=SIZE**3 / products,
+        sums=SIZE**3 / sums,
+        rounded=SIZE**3 / rounded,
+        elements=ELEMENTS / elements,
+        cached=CACHED / cached,
+        operator=operator / 100,
+        file=file,
     )
 
 
