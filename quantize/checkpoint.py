@@ -10,25 +10,16 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from quantize.bounds import bounded_by
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.files import (
-    SIDE_FILES,
-    UNREADABLE,
-    check_files,
-    is_hidden,
-    read_json,
-    tensor_names,
-    weight_files,
-)  # fmt: skip
+from quantize.files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.renaming import Source, sources
+from quantize.skeleton import assign, build_skeleton, fill_in, ties_of
+from quantize.weights import PIECE, index_tensors, is_finite, read_float, read_tensor
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-CHECKED = 1 << 22  # numbers looked at together
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -98,39 +89,6 @@ class Checkpoint:
         return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
 
 
-def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Put tensors into a model in place of its own and tie what was tied, unless each has a tensor of its own.
-
-    Returns:
-        Parameters without a tensor, and tensors without a place.
-    """
-    ties = ties_of(model)
-    unexpected = fill_in(model, tensors)
-    missing = [name for name in ties if name not in tensors]
-    for name in list(missing):
-        if stored := next((other for other in ties[name] if other in tensors), None):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, model.get_parameter(stored))
-            missing.remove(name)
-    return [*missing, *unexpected]
-
-
-def fill_in(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Put tensors into a model in place of its own; returns those without a place.
-
-    Raises:
-        QuantizeError: one is of another shape, or a parameter would be of integers.
-    """
-    places = dict(model.named_parameters(remove_duplicate=False))
-    for name, tensor in tensors.items():
-        if name in places and not tensor.is_floating_point():
-            raise QuantizeError(f"{name} is of {tensor.dtype}, where the model has floating point")
-    try:
-        return list(model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys)
-    except RuntimeError as error:  # the first line says for which class, the next what
-        raise QuantizeError(f"the tensors do not fit the model: {reason(error)}") from None
-
-
 def side_files(directory: Path) -> list[Path]:
     """Tokenizer and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
@@ -196,76 +154,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def build_skeleton(config: dict[str, Any]) -> nn.Module:
-    """The model class that a config names, built without weights; never code from the model's directory.
-
-    Raises:
-        UsageError: transformers has no such class, or the config does not fit it.
-    """
-    architecture = str(config["architectures"][0])
-    cls = getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UsageError(
-            f"transformers {transformers.__version__} has no {architecture}, and code that models bring is not run"
-        )
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
-    except Exception as error:  # validators and constructors of many authors
-        raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
-    model.tie_weights()
-    return model  # type: ignore[no-any-return]
-
-
-def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter name all the names of that parameter."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: tuple(names) for names in groups.values() for name in names}
-
-
-def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
-    """Tensor name → file, from the headers of all safetensors files of a model but one.
-
-    Raises:
-        UsageError: there are none.
-        QuantizeError: one is damaged, or a tensor stands in two.
-    """
-    files: dict[str, Path] = {}
-    for path in weight_files(directory):
-        for name in tensor_names(path) if path.name != leave_out else ():
-            if name in files:
-                raise QuantizeError(f"{name} stands both in {files[name]} and in {path.name}; remove one of them")
-            files[name] = path
-    return files
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, memory-mapped."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return opened.get_tensor(name)  # type: ignore[no-any-return]
-    except UNREADABLE as error:
-        raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
-
-
-def read_float(path: Path, name: str) -> Tensor:
-    """One tensor in float32, mapped a piece at a time so that the whole is not in memory twice."""
-    stored = read_tensor(path, name)
-    if stored.dtype == torch.float32 or not stored.dim():
-        return stored.float()
-    wide, rows = torch.empty(stored.shape), max(1, CHECKED // max(1, stored[:1].numel()))
-    for part, start in zip(wide.split(rows), range(0, len(wide), rows), strict=True):
-        part.copy_(read_tensor(path, name)[start : start + rows])
-    return wide
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether no number in x is infinite or NaN, either of which is among its extremes."""
-    return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
-
-
 def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
     """Every parameter is there, of the right shape, floating point and finite.
 
@@ -280,6 +168,6 @@ def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
             )
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        if not all(map(is_finite, tensor.flatten().split(CHECKED))):
+        if not all(map(is_finite, tensor.flatten().split(PIECE))):
             index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

@@ -13,7 +13,6 @@ from typing import Any
 
 from rich.console import Console
 
-from quantize.artifact import disk_errors
 from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Statistic
@@ -26,6 +25,7 @@ from quantize.plan import Plan, Step
 from quantize.stored import read_stored, write_stored
 from quantize.survey import one_run
 from quantize.transforming import Transformer
+from quantize.writer import disk_errors
 
 
 @dataclass(frozen=True)

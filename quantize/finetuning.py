@@ -12,7 +12,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quantize.artifact import ArtifactWriter
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.float_directory import write_float_model
@@ -22,6 +21,7 @@ from quantize.prepare import Prepared, prepare
 from quantize.recipe import load_recipe, validated
 from quantize.regularized import Backward, RegularizedLinear
 from quantize.training import Batches, Settings, mean_kurtosis, train
+from quantize.writer import ArtifactWriter
 
 
 @dataclass(frozen=True)

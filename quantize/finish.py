@@ -9,15 +9,16 @@ import torch
 from rich.console import Console
 
 from quantize import gate
-from quantize.artifact import ArtifactWriter, as_json
 from quantize.blocks import BlockRun
-from quantize.checkpoint import build_skeleton, side_files
+from quantize.checkpoint import side_files
 from quantize.graph.program import Program
 from quantize.identity import versions
 from quantize.plan import Plan
 from quantize.prepare import Prepared
 from quantize.settings import quantization_settings
+from quantize.skeleton import build_skeleton
 from quantize.verify import at_last_token, parity, written_output
+from quantize.writer import ArtifactWriter, as_json
 
 
 def finish(

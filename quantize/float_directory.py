@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from quantize.artifact import ArtifactWriter, as_json
 from quantize.checkpoint import Checkpoint, side_files
+from quantize.writer import ArtifactWriter, as_json
 
 
 def write_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:

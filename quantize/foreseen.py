@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantize.artifact import as_json
 from quantize.calibration.data import Samples
 from quantize.checkpoint import Checkpoint, side_files
 from quantize.formats.qtensor import QTensor
@@ -29,6 +28,7 @@ from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme import Scheme, WeightArgs
 from quantize.seeding import private_generator
 from quantize.settings import linear_settings, quantization_settings
+from quantize.writer import as_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact import sha256
 from quantize.calibration.data import Samples
 from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint import Checkpoint, side_files
 from quantize.recipe import Recipe
+from quantize.writer import sha256
 
 Identity = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
 PACKAGE = Path(__file__).parent

@@ -13,21 +13,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from safetensors import SafetensorError
-from torch import fx
 
-from quantize.artifact import ArtifactWriter, as_json, disk_errors, flush, sha256
 from quantize.blocks import BlockRun
-from quantize.calibration.runner import Runner
+from quantize.border import plain_values, restore_files, restore_state, runners, state_of, values_of
 from quantize.errors import QuantizeError, UsageError
-from quantize.graph.execute import Values
-from quantize.graph.program import Program
 from quantize.identity import Identity, changes
 from quantize.once import always
 from quantize.ranks import Ranks
 from quantize.stored import read_stored, write_stored
+from quantize.writer import ArtifactWriter, as_json, disk_errors, flush
 
 T = TypeVar("T")
 DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
@@ -177,68 +174,3 @@ class damaged:  # noqa: N801  a context manager, used like a function
 def beside(path: Path) -> Path:
     """Where something is written before it is whole."""
     return path.with_name(f"{path.name}.part")
-
-
-def runners(blocks: BlockRun) -> list[tuple[str, Runner, int]]:
-    """All that is on its way through the blocks, and the number of its first batch among those of all ranks."""
-    first = blocks.first_batch
-    return [("calibration", blocks.calibration, first), ("exact", blocks.exact, first), ("probes", blocks.probes, 0)]
-
-
-def plain_values(values: Values, program: Program) -> dict[str, Any]:
-    """Values by the name of their node; None for what the program itself holds."""
-    return {node.name: {} if held(node, program) else {"value": value} for node, value in values.items()}
-
-
-def values_of(plain: dict[str, Any], program: Program) -> Values:
-    """What `plain_values` was given."""
-    nodes = {node.name: node for node in program.module.graph.nodes}
-    return {nodes[name]: kept.get("value", held_value(nodes[name], program)) for name, kept in plain.items()}
-
-
-def held(node: fx.Node, program: Program) -> bool:
-    """Whether the program itself holds a node's value."""
-    return node in program.constants or node.op == "get_attr"
-
-
-def held_value(node: fx.Node, program: Program) -> Any:
-    """That value, None if it holds none."""
-    if node.op == "get_attr":
-        return program.module.get_submodule(str(node.target))
-    return program.constants.get(node)
-
-
-def state_of(blocks: BlockRun) -> dict[str, Any]:
-    """What else a run carries across a border."""
-    transformer = blocks.transformer
-    sites = [{basis.index: transform for basis, transform in made.items()} for made in transformer.sites]
-    return {
-        "modules": blocks.modules,
-        "untied": blocks.ties.untied,
-        "tied": blocks.ties.stored,
-        "sites": sites,
-        "differences": transformer.differences,
-        "changed": transformer.changed,
-    }
-
-
-def restore_state(blocks: BlockRun, state: dict[str, Any]) -> None:
-    """The reverse of `state_of`."""
-    transformer = blocks.transformer
-    blocks.modules, blocks.ties.untied, blocks.ties.stored = state["modules"], state["untied"], state["tied"]
-    transformer.differences, transformer.changed = state["differences"], state["changed"]
-    for step, made, sites in zip(transformer.steps, state["sites"], transformer.sites, strict=True):
-        bases = {basis.index: basis for basis in step.sites}
-        sites.update({bases[index]: transform for index, transform in made.items()})
-
-
-def restore_files(writer: ArtifactWriter, weight_map: dict[str, str], hashes: dict[str, str]) -> None:
-    """Take over the files that were recorded, unchanged, and remove all others."""
-    for path in [path for path in writer.directory.iterdir() if path.name not in hashes]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for name, digest in hashes.items():
-        if not (writer.directory / name).is_file() or sha256(writer.directory / name) != digest:
-            raise QuantizeError(
-                f"{writer.directory / name} is not as it was written; remove {writer.directory.parent} to start again"
-            )
-    writer.weight_map, writer.hashes = weight_map, hashes

@@ -11,11 +11,11 @@ from typing import Self
 
 from torch import Tensor
 
-from quantize.artifact import ArtifactWriter, disk_errors, remove
 from quantize.errors import UsageError
 from quantize.identity import Identity
 from quantize.journal import KeptJournal
 from quantize.ranks import Ranks
+from quantize.writer import ArtifactWriter, disk_errors, remove
 
 
 class ResumableWriter(ArtifactWriter):

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from quantize.artifact import ArtifactWriter, load, read_manifest, sha256
+from quantize.artifact import load, read_manifest
 from quantize.blocks import BlockRun
 from quantize.calibration.data import BUNDLED
 from quantize.collected import Collected, collect, fitting, write_collected
@@ -25,6 +25,7 @@ from quantize.prepare import Prepared, check_length, identity_of, prepare
 from quantize.progress import track
 from quantize.ranks import Ranks, joined
 from quantize.recipe import Recipe, load_recipe
+from quantize.writer import ArtifactWriter, sha256
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.artifact import METHOD
 from quantize.linear import QuantizedLinear
 from quantize.recipe import Recipe
 from quantize.scheme import ActivationArgs
+
+METHOD = "quantize-model"
 
 
 def linear_settings(module: QuantizedLinear, default: ActivationArgs | None) -> dict[str, object]:

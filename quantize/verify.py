@@ -12,9 +12,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from quantize import gate
-from quantize.artifact import PROBE, check_hashes, fill, load, read_linear, read_manifest
+from quantize.artifact import check_hashes, fill, load, read_linear, read_manifest
 from quantize.calibration.runner import Runner
-from quantize.checkpoint import index_tensors, read_float
 from quantize.errors import QuantizeError, reason
 from quantize.files import read_all
 from quantize.graph.execute import State
@@ -23,6 +22,8 @@ from quantize.kv_cache import quantized_attention, read_kv_cache
 from quantize.linear import QuantizedLinear
 from quantize.memory import give_back
 from quantize.progress import track
+from quantize.weights import index_tensors, read_float
+from quantize.writer import PROBE
 
 LOAD_TOLERANCE = 1e-2  # other machines sum in another order, which can move an activation to the next integer
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from quantize import artifact, journal, partial
+from quantize import journal, partial, writer
 from quantize.pipeline import run
 from quantize.prepare import identity_of, prepare
 from quantize.recipe import load_recipe
@@ -60,7 +60,7 @@ class Runs:
 
 def count_flushes(kill_at):
     """From here on each flush is noted, and the one of that number is the last thing this process does."""
-    done, flush = [], artifact.flush
+    done, flush = [], writer.flush
 
     def counted(path):
         flush(path)
@@ -68,7 +68,7 @@ def count_flushes(kill_at):
         if len(done) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    artifact.flush = journal.flush = counted
+    writer.flush = journal.flush = counted
     return done
 
 

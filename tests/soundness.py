@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from quantize.checkpoint import build_skeleton
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
@@ -20,6 +19,7 @@ from quantize.graph.execute import State, advance, start
 from quantize.graph.group import Group
 from quantize.graph.labels import shape_of
 from quantize.graph.program import Program, export_program
+from quantize.skeleton import build_skeleton
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "models" / "families").glob("*.json"))}
 KEPT, MOVED = 1e-10, 1e-7  # relative; what is kept is kept to about 1e-15

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantize import load
-from quantize.artifact import ArtifactWriter
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.linear import QuantizedLinear
 from quantize.verify import verify_artifact
+from quantize.writer import ArtifactWriter
 
 PROMPT = torch.tensor([[1, 403, 407, 261]])
 
@@ -297,11 +297,11 @@ def test_a_second_interruption_does_not_stop_the_cleaning(cli, one_layer, storie
     remove = shutil.rmtree
 
     def impatient(*_, **__):
-        monkeypatch.setattr("quantize.artifact.shutil.rmtree", remove)
+        monkeypatch.setattr("quantize.writer.shutil.rmtree", remove)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("quantize.artifact.shutil.rmtree", impatient)
-    monkeypatch.setattr("quantize.artifact.save_file", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("quantize.writer.shutil.rmtree", impatient)
+    monkeypatch.setattr("quantize.writer.save_file", lambda *_: signal.raise_signal(signal.SIGINT))
     data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
     shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
     assert shown.code == 1

@@ -195,7 +195,7 @@ def test_no_space_left_on_the_device(refused, one_layer, monkeypatch, step):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"quantize.artifact.{step}", full)
+    monkeypatch.setattr(f"quantize.writer.{step}", full)
     code, sentence = refused(one_layer)
     assert code == 1
     assert "the disk is full" in sentence

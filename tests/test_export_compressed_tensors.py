@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact import load
 from quantize.calibration.data import read_samples
-from quantize.checkpoint import build_skeleton, open_checkpoint, read_config
+from quantize.checkpoint import open_checkpoint, read_config
 from quantize.errors import QuantizeError, UsageError
 from quantize.export import compressed_tensors, compressed_tensors_format
 from quantize.export.comparison import distance, rewritten, with_float_activations
@@ -29,6 +29,7 @@ from quantize.linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.rounding import fake_quantize
 from quantize.scheme import FP4_GROUP_SIZES, ActivationArgs, Scheme, WeightArgs
+from quantize.skeleton import build_skeleton
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}
 FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output

@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from mutations import DTYPES, cut_up, grafted, taken, with_header
 from safetensors.torch import load_file, save, save_file
 
-from quantize.artifact import as_json, read_manifest
+from quantize.artifact import read_manifest
 from quantize.calibration.data import read_samples
 from quantize.calibration.tensors import read_tensors
-from quantize.checkpoint import check_weights, index_tensors, open_checkpoint, read_config, read_tensor, side_files
+from quantize.checkpoint import check_weights, open_checkpoint, read_config, side_files
 from quantize.errors import QuantizeError, UsageError
 from quantize.files import INDEX, parse_json, weight_files
 from quantize.graph.inputs import Input
 from quantize.plan import require_match
 from quantize.recipe import load_recipe
 from quantize.tokenizer import load_tokenize
+from quantize.weights import index_tensors, read_tensor
+from quantize.writer import as_json
 
 RECIPE = """
 scheme = "W4A4"

@@ -12,10 +12,11 @@ import torch
 from mutations import grafted, taken
 from safetensors.torch import load_file, save_file
 
-from quantize.artifact import load, sha256
+from quantize.artifact import load
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.directory import export_artifact
 from quantize.verify import verify_artifact
+from quantize.writer import sha256
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from soundness import CONFIGS
 
-from quantize.checkpoint import build_skeleton
+from quantize.skeleton import build_skeleton
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]

@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch import nn
 
-from quantize import activation_work, checkpoint, duration
+from quantize import activation_work, checkpoint, duration, weights
 from quantize.dry_run import exports, human, preflight
 from quantize.export.support import formats
 from quantize.graph import program as program_module
@@ -114,7 +114,8 @@ def test_the_journal_is_foreseen(foreseen, small_run, one_layer, monkeypatch):
 
 
 def test_a_dry_run_reads_no_weight(foreseen, one_layer, monkeypatch):
-    monkeypatch.setattr(checkpoint, "read_tensor", lambda *_: pytest.fail("a weight was read"))
+    for module in (checkpoint, weights):
+        monkeypatch.setattr(module, "read_tensor", lambda *_: pytest.fail("a weight was read"))
     assert foreseen(one_layer, "W4A4").memory_bytes() > 0
 
 

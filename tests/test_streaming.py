@@ -3,11 +3,11 @@
 import weakref
 
 import quantize
-from quantize import checkpoint
+from quantize import checkpoint, weights
 
 
 def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_path, monkeypatch):
-    alive, most, read = [], 0, checkpoint.read_tensor
+    alive, most, read = [], 0, weights.read_tensor
 
     def watched(path, name):
         nonlocal most
@@ -17,6 +17,7 @@ def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_p
         return tensor
 
     monkeypatch.setattr(checkpoint, "read_tensor", watched)
+    monkeypatch.setattr(weights, "read_tensor", watched)
     quantize.quantize_model(
         stories,
         scheme="W4A4",

@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from quantize import gate, load
-from quantize.artifact import PROBE
 from quantize.calibration.data import Samples
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import open_checkpoint
@@ -22,6 +21,7 @@ from quantize.linear import QuantizedLinear
 from quantize.pipeline import quantize_model
 from quantize.probes import probe_inputs
 from quantize.verify import at_last_token, verify_artifact
+from quantize.writer import PROBE
 
 VISION = transformers.ViTConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,

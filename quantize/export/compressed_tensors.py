@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quantize.artifact import PROBE, ArtifactWriter, as_json, load, read_linear, read_manifest
-from quantize.checkpoint import build_skeleton, index_tensors, read_config, read_tensor
+from quantize.artifact import load, read_linear, read_manifest
+from quantize.checkpoint import read_config
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.comparison import distance, first_outputs, rewritten, with_float_activations
 from quantize.export.compressed_tensors_format import NAME, quantization_config, stored
@@ -23,6 +23,9 @@ from quantize.export.input_ranges import input_divisors
 from quantize.files import read_all
 from quantize.graph.program import quiet
 from quantize.scheme import ActivationArgs, Scheme
+from quantize.skeleton import build_skeleton
+from quantize.weights import index_tensors, read_tensor
+from quantize.writer import PROBE, ArtifactWriter, as_json
 
 ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
 ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}

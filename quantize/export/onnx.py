@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 
-from quantize.artifact import as_json
 from quantize.attention import has_kv_cache
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import Decoder, decodes
@@ -23,6 +22,7 @@ from quantize.export.rewrites import rewrite
 from quantize.export.saving import LARGE, save
 from quantize.export.tracing import traced
 from quantize.graph.program import quiet
+from quantize.writer import as_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

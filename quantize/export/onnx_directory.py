@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantize.artifact import ArtifactWriter, as_json, load
+from quantize.artifact import load
 from quantize.export.decoder import Decoder
 from quantize.export.encoder_decoder import EncoderDecoder
 from quantize.export.genai import OF_SOUND, genai_config, genai_config_of_sound
 from quantize.export.onnx import export_onnx, interface_of
+from quantize.writer import ArtifactWriter, as_json
 
 
 def export_onnx_directory(

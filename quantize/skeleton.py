@@ -1,0 +1,73 @@
+"""The architecture that a config names, without its weights, and tensors put into it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from quantize.errors import QuantizeError, UsageError, reason
+
+
+def build_skeleton(config: dict[str, Any]) -> nn.Module:
+    """The model class that a config names, built without weights; never code from the model's directory.
+
+    Raises:
+        UsageError: transformers has no such class, or the config does not fit it.
+    """
+    architecture = str(config["architectures"][0])
+    cls = getattr(transformers, architecture, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UsageError(
+            f"transformers {transformers.__version__} has no {architecture}, and code that models bring is not run"
+        )
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
+    except Exception as error:  # validators and constructors of many authors
+        raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
+def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Put tensors into a model in place of its own and tie what was tied, unless each has a tensor of its own.
+
+    Returns:
+        Parameters without a tensor, and tensors without a place.
+    """
+    ties = ties_of(model)
+    unexpected = fill_in(model, tensors)
+    missing = [name for name in ties if name not in tensors]
+    for name in list(missing):
+        if stored := next((other for other in ties[name] if other in tensors), None):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, model.get_parameter(stored))
+            missing.remove(name)
+    return [*missing, *unexpected]
+
+
+def fill_in(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Put tensors into a model in place of its own; returns those without a place.
+
+    Raises:
+        QuantizeError: one is of another shape, or a parameter would be of integers.
+    """
+    places = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name in places and not tensor.is_floating_point():
+            raise QuantizeError(f"{name} is of {tensor.dtype}, where the model has floating point")
+    try:
+        return list(model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys)
+    except RuntimeError as error:  # the first line says for which class, the next what
+        raise QuantizeError(f"the tensors do not fit the model: {reason(error)}") from None
+
+
+def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter name all the names of that parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
