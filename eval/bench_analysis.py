@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from quantize.graph.analysis import admissible_bases
-from quantize.graph.program import export_program
+from quantize.graph.exported import export_program
 from quantize.skeleton import build_skeleton
 
 T = TypeVar("T")

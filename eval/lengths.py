@@ -19,7 +19,7 @@ from quantize.calibration.data import BUNDLED, read_samples
 from quantize.checkpoint import open_checkpoint
 from quantize.eval.judges import LanguageJudge
 from quantize.eval.spikes import inputs_of
-from quantize.graph.program import export_program
+from quantize.graph.exported import export_program
 from quantize.pipeline import quantize_model
 from quantize.tokenizer import load_tokenize
 

@@ -13,8 +13,8 @@ from quantize.float_directory import write_float_model
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
-from quantize.graph.program import export_program
 from quantize.writer import ArtifactWriter
 
 

@@ -17,9 +17,10 @@ from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.execute import State
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
 from quantize.graph.inputs import example_inputs
-from quantize.graph.program import Program, export_program
+from quantize.graph.program import Program
 from quantize.tokenizer import load_tokenize
 from quantize.writer import ArtifactWriter
 

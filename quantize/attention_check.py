@@ -13,8 +13,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize.attention import FLOAT
 from quantize.errors import UsageError
+from quantize.graph.exported import forward_switches, quiet
 from quantize.graph.inputs import example_inputs
-from quantize.graph.program import Program, forward_switches, quiet
+from quantize.graph.program import Program
 from quantize.kv_cache import attention_nodes
 
 LEAVE_OUT = "leave the table kv_cache out of the recipe"

@@ -213,12 +213,6 @@ commands: click.Group = DefaultGroup(
 click.version_option(package_name="quantize-model")(commands)
 
 
-def interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    """Let SIGTERM clean up as Ctrl-C does."""
-    del number, frame
-    raise KeyboardInterrupt
-
-
 def main() -> NoReturn:
     """Run the command; exit with 0 done, 1 failed, 2 wrong use."""
     signals: list[int] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from quantize.errors import QuantizeError
-from quantize.graph.program import forward_switches
+from quantize.graph.exported import forward_switches
 from quantize.progress import track
 from quantize.regularized import Backward, RegularizedLinear
 from quantize.rotations.kurtosis import kurtosis

@@ -17,7 +17,8 @@ from quantize.calibration.runner import Runner
 from quantize.errors import QuantizeError, reason
 from quantize.files import read_all
 from quantize.graph.execute import State
-from quantize.graph.program import Program, Segment, forward_switches, quiet
+from quantize.graph.exported import forward_switches, quiet
+from quantize.graph.program import Program, Segment
 from quantize.kv_cache import quantized_attention, read_kv_cache
 from quantize.linear import QuantizedLinear
 from quantize.memory import give_back

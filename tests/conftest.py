@@ -21,7 +21,7 @@ import torch
 
 from quantize import cli as command
 from quantize.checkpoint import open_checkpoint
-from quantize.graph.program import export_program
+from quantize.graph.exported import export_program
 from quantize.kernels import engine
 from quantize.pipeline import quantize_model
 

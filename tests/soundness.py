@@ -16,9 +16,10 @@ from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.execute import State, advance, start
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
 from quantize.graph.labels import shape_of
-from quantize.graph.program import Program, export_program
+from quantize.graph.program import Program
 from quantize.skeleton import build_skeleton
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "models" / "families").glob("*.json"))}

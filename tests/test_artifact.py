@@ -285,7 +285,7 @@ def test_an_interruption_that_a_library_swallows_still_stops_the_run(
             signal.raise_signal(number)
         return export(*arguments, **options)
 
-    monkeypatch.setattr("quantize.graph.program.torch.export.export", swallows)
+    monkeypatch.setattr("quantize.graph.exported.torch.export.export", swallows)
     data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
     shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
     assert shown.code == 1

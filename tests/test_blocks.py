@@ -11,7 +11,7 @@ from quantize.calibration.runner import Runner
 from quantize.calibration.statistics import Absmax
 from quantize.checkpoint import open_checkpoint
 from quantize.graph.execute import State
-from quantize.graph.program import export_program
+from quantize.graph.exported import export_program
 
 
 def test_a_bfloat16_model_runs_with_what_is_stored(books, stories_calibration, tmp_path):

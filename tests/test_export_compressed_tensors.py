@@ -24,7 +24,7 @@ from quantize.export.comparison import distance, rewritten, with_float_activatio
 from quantize.export.compressed_tensors_format import quantization_config, storage, stored
 from quantize.export.directory import export_artifact
 from quantize.export.input_ranges import input_divisors
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 from quantize.linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.rounding import fake_quantize

@@ -34,7 +34,7 @@ from quantize.export.onnx_linear import lower
 from quantize.export.parity import distance, open_session, parity, run_torch
 from quantize.export.tracing import OPSET
 from quantize.formats.qtensor import QTensor
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 from quantize.kernels.reference import quantized_linear
 from quantize.linear import QuantizedLinear
 from quantize.online import Dual, Hadamard, Shift

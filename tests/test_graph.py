@@ -9,8 +9,8 @@ from quantize import gate
 from quantize.eval.bases import bases_table
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.execute import State, advance, start
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
-from quantize.graph.program import export_program
 
 LLAMA = transformers.LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

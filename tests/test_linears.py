@@ -15,9 +15,9 @@ from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
 from quantize.fold import Diagonal
 from quantize.graph.basis import Basis, Edge
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
-from quantize.graph.program import export_program
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.linear import QuantizedLinear
 from quantize.online import Front, Hadamard

@@ -9,8 +9,8 @@ from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.fold import Diagonal, Rotation, absorb
 from quantize.graph.basis import Basis, Edge
+from quantize.graph.exported import export_program
 from quantize.graph.group import Group
-from quantize.graph.program import export_program
 from quantize.online import Front, Hadamard
 from quantize.ordering import legal_order
 from quantize.passes import PASSES

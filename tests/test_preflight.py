@@ -12,7 +12,7 @@ from torch import nn
 from quantize import activation_work, checkpoint, duration, weights
 from quantize.dry_run import exports, human, preflight
 from quantize.export.support import formats
-from quantize.graph import program as program_module
+from quantize.graph import exported as exporter
 from quantize.journal import KeptJournal
 from quantize.machine import Machine, measure
 from quantize.preflight import factors
@@ -26,13 +26,13 @@ SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 @pytest.fixture(autouse=True)
 def exported_once(program, monkeypatch):
     """All models of one layer have one graph, which is made once: that takes longer than everything else."""
-    export = program_module.export_program
+    export = exporter.export_program
 
     def exported(skeleton):
         config = getattr(skeleton, "config", None)
         return program if getattr(config, "num_hidden_layers", 0) == 1 else export(skeleton)
 
-    monkeypatch.setattr(program_module, "export_program", exported)
+    monkeypatch.setattr(exporter, "export_program", exported)
 
 
 @pytest.fixture

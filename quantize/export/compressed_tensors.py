@@ -21,7 +21,7 @@ from quantize.export.comparison import distance, first_outputs, rewritten, with_
 from quantize.export.compressed_tensors_format import NAME, quantization_config, stored
 from quantize.export.input_ranges import input_divisors
 from quantize.files import read_all
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 from quantize.scheme import ActivationArgs, Scheme
 from quantize.skeleton import build_skeleton
 from quantize.weights import index_tensors, read_tensor

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantize.export.interface import BATCH, SEQUENCE, Axes, Feed, Interface, random_tokens
 from quantize.export.onnx_linear import lower_for_many_tokens
+from quantize.graph.exported import forward_switches
 from quantize.graph.inputs import example_inputs
-from quantize.graph.program import forward_switches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

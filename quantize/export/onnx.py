@@ -21,7 +21,7 @@ from quantize.export.precision import executed
 from quantize.export.rewrites import rewrite
 from quantize.export.saving import LARGE, save
 from quantize.export.tracing import traced
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 from quantize.writer import as_json
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 
 from quantize.errors import QuantizeError, reason
 from quantize.export.interface import Axes, Interface
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 
 OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import QuantizeError, reason
-from quantize.graph.program import quiet
+from quantize.graph.exported import quiet
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from quantize.checkpoint import Checkpoint
 from quantize.errors import ExportError
-from quantize.graph import program as exported
+from quantize.graph import exported
 from quantize.graph.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.inputs import BATCH, example_inputs
 from quantize.graph.linears import LINEAR, READ_ITSELF
