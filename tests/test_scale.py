@@ -84,7 +84,7 @@ def test_steps_of_the_bound_are_those_of_a_layer(tmp_path, capsys):
     write_tokens(tmp_path / "tokens.jsonl", "tiny", 2, 32)
     scale_bound.main(str(tmp_path / "model"), str(tmp_path / "tokens.jsonl"))
     found = json.loads(capsys.readouterr().out)
-    assert found.pop("forward pass") == 0 and len(found) == 3 and min(found.values()) > 0
+    assert found.pop("forward pass") == 0 and len(found) == 4 and min(found.values()) > 0
 
 
 def test_of_several_libraries_the_fastest_counts_and_half_of_what_computes_twice_as_much():
