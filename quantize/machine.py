@@ -1,4 +1,4 @@
-"""What this machine is and how fast, measured in a fraction of a second, and how much memory this process takes."""
+"""What this machine is and how fast, measured in three seconds, and how much memory this process takes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantize.formats.qtensor import CACHED
 
 SIZE = 768  # of the matrices that are multiplied
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
-REPEATS, TURNS = 2, 7
+REPEATS, TURNS = 2, 20  # a virtual machine is half as fast for a second or two where its neighbours work
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
 
 
