@@ -83,13 +83,19 @@ def at_flushes(runs):
         yield {"killed": killed} | runs.resumed(output)
 
 
+def took(runs, name):
+    """Seconds of an undisturbed run."""
+    start = time.monotonic()
+    runs.run(runs.directory / name)
+    return time.monotonic() - start
+
+
 def at_random(runs, count):
-    rng, start = random.Random(0), time.monotonic()
-    runs.run(runs.directory / "timed")
-    seconds = time.monotonic() - start
+    """A moment in each part of a run, so that no chance leaves out its beginning or its end."""
+    rng, seconds = random.Random(0), min(took(runs, name) for name in ("first", "second"))
     for number in range(count):
         output = runs.directory / str(number)
-        killed = runs.killed_after(output, rng.uniform(0, seconds))
+        killed = runs.killed_after(output, seconds * (number + rng.random()) / count)
         yield {"killed": killed} | (runs.resumed(output) if killed else {"places": ["all"], "same": True})
 
 
