@@ -16,6 +16,7 @@ from quantize.calibration.runner import Runner
 from quantize.graph import execute
 from quantize.graph.execute import Values
 from quantize.graph.sizes import multiply_adds
+from quantize.machine import best
 from quantize.quantizers import columns, gptq, rtn
 
 PEAK = 2048  # order of the matrices whose product is the yardstick
@@ -114,9 +115,4 @@ def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> fl
 def product_rate() -> float:
     """Floating-point operations in a CPU second of a float32 matrix product: the best of six."""
     a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
-    spent = []
-    for _ in range(6):
-        start = time.process_time()
-        a @ a
-        spent.append(time.process_time() - start)
-    return 2 * PEAK**3 / min(spent)
+    return 2 * PEAK**3 / best(lambda: a @ a, 6, time.process_time)

@@ -79,7 +79,7 @@ def test_what_gptq_takes_at_least_is_told_beside_what_it_takes():
 
 
 def test_steps_of_the_bound_are_those_of_a_layer(tmp_path, capsys):
-    """Twice as many layers take twice as long, but for the forward pass, which leaves one out."""
+    """Of a model of one layer nothing is left of the forward pass, which leaves one out."""
     write_model(tmp_path / "model", "tiny", 1)
     write_tokens(tmp_path / "tokens.jsonl", "tiny", 2, 32)
     scale_bound.main(str(tmp_path / "model"), str(tmp_path / "tokens.jsonl"))
