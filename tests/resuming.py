@@ -29,11 +29,11 @@ class Runs:
         self.reference = self.directory / "undisturbed"
         self.flushes = self.run(self.reference, count=True)
 
-    def start(self, output, resume=False, kill_at=0, count=False):
-        """A process that quantizes, and kills itself at the flush of that number."""
+    def start(self, output, resume=False, flush=0, then=None, count=False):
+        """A process that quantizes, and does something at the flush of that number."""
         if child := os.fork():
             return child
-        done = count_flushes(kill_at)
+        done = count_flushes(flush, then)
         with partial.ResumableWriter(output, resume) as writer:
             kept = writer.begin(identity_of(self.prepared))
             writer.finished or run(self.prepared, writer, None, kept)
@@ -43,9 +43,13 @@ class Runs:
         """The exit code of a run, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(output, **how), 0)[1])
 
-    def killed_after(self, output, seconds):
-        """Whether a run was still alive after so long."""
-        child = self.start(output)
+    def killed_after(self, output, flush, seconds):
+        """Whether a run was still alive so long after a flush."""
+        reached, tell = os.pipe()
+        child = self.start(output, flush=flush, then=lambda: os.write(tell, b"."))
+        os.close(tell)
+        os.read(reached, 1)
+        os.close(reached)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -58,15 +62,15 @@ class Runs:
         return {"places": places, "code": code, "same": tree(output) == tree(self.reference), "left": left}
 
 
-def count_flushes(kill_at):
-    """From here on each flush is noted, and the one of that number is the last thing this process does."""
+def count_flushes(number, then):
+    """From here on each flush is noted, and behind the one of that number something is done."""
     done, flush = [], writer.flush
 
     def counted(path):
         flush(path)
         done.append(path)
-        if len(done) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(done) == number:
+            then()
 
     writer.flush = journal.flush = counted
     return done
@@ -79,23 +83,18 @@ def tree(directory):
 def at_flushes(runs):
     for number in range(1, runs.flushes + 1):
         output = runs.directory / str(number)
-        killed = runs.run(output, kill_at=number) == -signal.SIGKILL
+        killed = runs.run(output, flush=number, then=lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
         yield {"killed": killed} | runs.resumed(output)
 
 
-def took(runs, name):
-    """Seconds of an undisturbed run."""
-    start = time.monotonic()
-    runs.run(runs.directory / name)
-    return time.monotonic() - start
-
-
 def at_random(runs, count):
-    """A moment in each part of a run, so that no chance leaves out its beginning or its end."""
-    rng, seconds = random.Random(0), min(took(runs, name) for name in ("first", "second"))
+    """A moment in each part of a run, behind one of its flushes: other work makes a run slower, not less far."""
+    rng, start = random.Random(0), time.monotonic()
+    runs.run(runs.directory / "timed")
+    seconds = time.monotonic() - start
     for number in range(count):
-        output = runs.directory / str(number)
-        killed = runs.killed_after(output, seconds * (number + rng.random()) / count)
+        output, flush = runs.directory / str(number), (runs.flushes * number + rng.randrange(runs.flushes)) // count + 1
+        killed = runs.killed_after(output, flush, rng.random() * seconds / count)
         yield {"killed": killed} | (runs.resumed(output) if killed else {"places": ["all"], "same": True})
 
 
