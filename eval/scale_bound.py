@@ -58,10 +58,10 @@ def feedback(H: Tensor, rows: int) -> float:
 def columns(K: int, rows: int) -> float:
     """Seconds of rounding K columns of [rows, K] in turn as it is done here, for which there is no library."""
     generator, block = torch.Generator().manual_seed(0), min(GROUP, K)
-    target, scale = torch.randn(block, rows, generator=generator), torch.full((block, rows), 0.3)
-    grid = Grid(scale, torch.zeros(block, rows), WeightArgs(num_bits=4, group_size=block))
+    W, scale = torch.randn(block, rows, generator=generator), torch.full((block, rows), 0.3)
+    grid = Grid(scale, None, WeightArgs(num_bits=4, group_size=block))
     influence = 0.01 * torch.randn(block, block, generator=generator)
-    return fastest(lambda: round_in_turn(target, target, influence, grid)) * K / block
+    return fastest(lambda: round_in_turn(W.clone(), W.clone(), influence, grid)) * K / block
 
 
 def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:

@@ -152,9 +152,11 @@ def nearest(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> T
     return on_integers(x / scale + zero_point, args)
 
 
-def on_integers(t: Tensor, args: WeightArgs) -> Tensor:
-    """The nearest integers of the grid to x / scale + zero point."""
-    return t.round().clamp_(*integer_range(args.num_bits)) if args.format == "int" else round_to_e2m1(t)
+def on_integers(t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
+    """The nearest integers of the grid to t = x / scale + zero point; written to `out`, if that is given."""
+    if args.format == "int":
+        return torch.round(t, out=out).clamp_(*integer_range(args.num_bits))
+    return round_to_e2m1(t) if out is None else out.copy_(round_to_e2m1(t))
 
 
 def pack(

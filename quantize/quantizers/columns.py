@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
-from quantize.quantizers.base import nearest
+from quantize.quantizers.base import on_integers
 from quantize.quantizers.hessian import panels
 from quantize.scheme import WeightArgs
 
@@ -17,23 +17,15 @@ LEAF = 16  # columns that move one another one by one; more of them do so by a m
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of some columns [b] of N rows: scale and zero point [b, N]."""
+    """The grid of some columns [b] of N rows: scale and zero point [b, N], no zero point if it is symmetric."""
 
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     args: WeightArgs
-
-    def round(self, w: Tensor, column: int) -> Tensor:
-        """The nearest integers to one column w [N]."""
-        return nearest(w, self.scale[column], self.zero_point[column], self.args)
 
     def value(self, q: Tensor) -> Tensor:
         """The weights [b, N] that integers stand for."""
-        return (q - self.zero_point) * self.scale
-
-    def value_of(self, q: Tensor, column: int) -> Tensor:
-        """The same of one column [N]."""
-        return (q - self.zero_point[column]) * self.scale[column]
+        return (q if self.zero_point is None else q - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True)
@@ -41,19 +33,19 @@ class Columns:
     """The columns in the order in which they are rounded; each has the grid of its group.
 
     Attributes:
-        scale, zero_point: [G, N].
+        scale, zero_point: [G, N]; no zero point if the grid is symmetric.
         group: of each column, [K].
     """
 
     scale: Tensor
-    zero_point: Tensor
+    zero_point: Tensor | None
     group: Tensor
     args: WeightArgs
 
     def grid(self, block: slice) -> Grid:
         """The grid of some of them."""
         group = self.group[block]
-        return Grid(self.scale[group], self.zero_point[group], self.args)
+        return Grid(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
 
 
 def compensated(R: Tensor, A: Tensor, columns: Columns, block_size: int) -> Tensor:
@@ -66,8 +58,8 @@ def compensated(R: Tensor, A: Tensor, columns: Columns, block_size: int) -> Tens
     Q, errors = torch.empty_like(R, dtype=torch.int8), R.to(product_dtype())
     for block in panels(len(R), block_size):
         target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
-        Q[block], R[block] = round_in_turn(target, R[block], A[block, block], columns.grid(block))
-        errors[block] = R[block]
+        round_in_turn(target, R[block], A[block, block], columns.grid(block))
+        Q[block], errors[block] = target, R[block]
     return Q
 
 
@@ -84,40 +76,52 @@ def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: Columns, block_size: int) ->
     errors = R.to(product_dtype())
     for block in panels(len(R), block_size):
         grid, diagonal = columns.grid(block), H.diagonal()[block]
-        held = grid.value(Q[block])
-        target = held + H[block].to(errors) @ errors / diagonal[:, None]
-        Q[block], change = round_in_turn(target, held, H[block, block] / diagonal, grid)
+        change = grid.value(Q[block])
+        target = change + H[block].to(errors) @ errors / diagonal[:, None]
+        round_in_turn(target, change, H[block, block] / diagonal, grid)
+        Q[block] = target
         R[block] += change
         errors[block] = R[block]
 
 
-def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Integers q [b, N], and the errors e = reference - value(q), column after column.
+def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Grid) -> None:
+    """Integers q in place of the target [b, N], errors e = reference - value(q) in that of the reference, in turn.
 
     Args:
-        target: [b, N] what is rounded: column k from targetₖ + Σ eⱼ feedbackⱼₖ over j < k; overwritten.
+        target: column k is rounded from targetₖ + Σ eⱼ feedbackⱼₖ over j < k.
         reference: [b, N].
         feedback: [b, b], only what stands above the diagonal is read.
         grid: of these columns.
     """
-    q, e = torch.empty_like(target), torch.empty_like(target)
     with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
-        round_columns(slice(0, len(target)), target, reference, feedback, grid, q, e)
-    return q, e
+        Turn(target, reference, feedback, grid).halves(slice(0, len(target)))
 
 
-def round_columns(
-    part: slice, target: Tensor, reference: Tensor, feedback: Tensor, grid: Grid, q: Tensor, e: Tensor
-) -> None:
-    """Write q and e of a part of the columns: of one half, then of the other, moved by the errors of the first."""
-    start, stop = part.start, part.stop
-    if stop - start <= LEAF:
-        for k in range(start, stop):
-            w = torch.addmv(target[k], e[start:k].T, feedback[start:k, k])
-            q[k] = grid.round(w, k)
-            torch.sub(reference[k], grid.value_of(q[k], k), out=e[k])
-        return
-    middle = (start + stop) // 2
-    round_columns(slice(start, middle), target, reference, feedback, grid, q, e)
-    target[middle:stop].addmm_(feedback[start:middle, middle:stop].T, e[start:middle])
-    round_columns(slice(middle, stop), target, reference, feedback, grid, q, e)
+@dataclass(frozen=True)
+class Turn:
+    """What `round_in_turn` is given."""
+
+    target: Tensor
+    reference: Tensor
+    feedback: Tensor
+    grid: Grid
+
+    def halves(self, part: slice) -> None:
+        """Some columns: one half, then the other, moved by the errors of the first."""
+        if part.stop - part.start <= LEAF:
+            return self.one_by_one(part)
+        middle = (part.start + part.stop) // 2
+        first, second = slice(part.start, middle), slice(middle, part.stop)
+        self.halves(first)
+        self.target[second].addmm_(self.feedback[first, second].T, self.reference[first])
+        return self.halves(second)
+
+    def one_by_one(self, part: slice) -> None:
+        """Few columns, each moved by the errors of all before it."""
+        feedback, errors, args = self.feedback[part, part].T.contiguous(), self.reference[part].T, self.grid.args
+        zeros = [None] * len(feedback) if self.grid.zero_point is None else self.grid.zero_point[part].unbind()
+        rows = (x[part].unbind() for x in (self.target, self.reference, self.grid.scale))
+        for k, (w, e, scale, zero) in enumerate(zip(*rows, zeros, strict=True)):
+            w.addmv_(errors[:, :k], feedback[k, :k]).div_(scale)
+            q = on_integers(w if zero is None else w.add_(zero), args, out=w)
+            e.addcmul_(q if zero is None else q - zero, scale, value=-1)

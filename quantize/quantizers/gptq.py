@@ -49,12 +49,14 @@ class GPTQ(Quantizer):
         permute(H, order)
         weights = self.aimed_at(weights, gram, H, factor(H, self.damp), order)
         grids = [find_grid(W, args, scale_dtype, self.mse, importance) for W in weights]
-        scale, zero_point = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
+        scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
+        group = order // (args.group_size or len(H))
+        columns = Columns(scale, None if args.symmetric else zero, group, args)
         R = torch.empty(len(H), scale.shape[1])
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
             part.copy_(W[:, order].T)
         R[dead[order]] = 0
-        Q = self.rounded(R, H, Columns(scale, zero_point, order // (args.group_size or len(H)), args))
+        Q = self.rounded(R, H, columns)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
         return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
 
