@@ -47,6 +47,11 @@ def product_dtype() -> torch.dtype:
     return torch.bfloat16 if matmul.fp32_precision == "bf16" else torch.float32
 
 
+def factor_dtype() -> torch.dtype:
+    """The same of those whose product is summed in float32: AMX rounds them itself, and sums as it multiplies."""
+    return torch.float32 if bfloat16_unit() == "amx" else product_dtype()
+
+
 def plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Base + left @ right, float32; of a `right` in bfloat16 the product is rounded to it as well."""
     if right.dtype == torch.float32:

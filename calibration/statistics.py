@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # rows of a Gram matrix that are summed together
+from quantize.calibration.sums import add_products, factors, mirror
 
 
 class Statistic(Protocol):
@@ -55,9 +54,7 @@ class Gram:
     def update(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Take in x [..., K], and x' of the same shape; summed in float32."""
         lefts, x = factors(x, exact)
-        for total, left in zip(self.totals(x.shape[1], len(lefts)), lefts, strict=True):
-            for rows in stripes(len(total)):
-                add_product(total, left, x, rows)
+        add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
         mirror(self.totals(x.shape[1], 1)[0])
         self.rows += len(x)
 
@@ -76,30 +73,6 @@ class Gram:
         if other.drift is not None:
             self.drift = other.drift if self.drift is None else self.drift.add_(other.drift)
         self.rows += other.rows
-
-
-def factors(x: Tensor, exact: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """What x [..., K] and x' add to a `Gram`: the left factors of each total, and the right one, float32 [rows, K]."""
-    x = x.detach().reshape(-1, x.shape[-1]).float()
-    return [x] if exact is None else [x, exact.detach().reshape(x.shape).float() - x], x
-
-
-def stripes(count: int) -> Iterator[slice]:
-    """Runs of neighbouring rows of a total, which several processes can work on one behind the other."""
-    return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> None:
-    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both; of xᵀx only what `mirror` does not find."""
-    first = rows.start if left is right else 0
-    total[rows, first:].addmm_(left[:, rows].T, right[:, first:])
-
-
-def mirror(total: Tensor) -> None:
-    """Copy what stands above the stripes' blocks on the diagonal of a total [K, K] to where it stands below them."""
-    for rows in stripes(len(total)):
-        rest = slice(rows.stop, None)
-        total[rest, rows] = total[rows, rest].T
 
 
 @dataclass

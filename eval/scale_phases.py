@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantize import ranks
+from quantize.calibration import sums
 from quantize.calibration.runner import Runner
 from quantize.graph import execute
 from quantize.graph.execute import Values
@@ -93,7 +93,7 @@ def watch() -> Phases:
     phases._switch()
     for owner, attribute, name, flops in (
         (Runner, "run", "forward", lambda *_: 0.0),
-        (ranks, "add_product", "Gram", product_flops),
+        (sums, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
         (gptq, "find_grid", "scales", lambda *_: 0.0),
         (rtn, "find_grid", "scales", lambda *_: 0.0),
@@ -106,7 +106,7 @@ def watch() -> Phases:
     return phases
 
 
-def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice) -> float:
+def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice, *_: int) -> float:
     """Of some rows of leftᵀ right; of xᵀx only what stands right of the diagonal is computed."""
     columns: int = len(total) - (rows.start if left is right else 0)
     return 2.0 * len(left) * int(rows.stop - rows.start) * columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantize.activation_work import NODE, batched, calibration, looked_at, quantized, rounded, rows
-from quantize.calibration.statistics import BLOCK
+from quantize.calibration.sums import BLOCK
 from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
 from quantize.preflight import Preflight

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from quantize.calibration.runner import Runner
-from quantize.calibration.statistics import Gram, factors, mirror
+from quantize.calibration.statistics import Gram
+from quantize.calibration.sums import factors, mirror
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
 from quantize.graph.execute import State

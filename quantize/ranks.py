@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quantize.calibration.statistics import Statistic, add_product, stripes
+from quantize.calibration.statistics import Statistic
+from quantize.calibration.sums import add_product, add_products, stripes
 from quantize.errors import QuantizeError
 from quantize.stored import from_bytes, to_bytes
 
@@ -65,10 +66,10 @@ class Ranks:
             totals: [K, K] each, the same on all ranks.
             parts: this rank's batches in order: a left factor [n, K] for each total, and the right one.
         """
+        seen = 0
         for lefts, right in parts:
-            for total, left in zip(totals, lefts, strict=True):
-                for rows in stripes(len(total)):
-                    add_product(total, left, right, rows)
+            add_products(totals, lefts, right, seen)
+            seen += len(right)
 
 
 class Processes(Ranks):
@@ -97,22 +98,23 @@ class Processes(Ranks):
     def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
         """Each rank adds to the rows that the one before it has summed, while that goes on to the next rows."""
         held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
-        self.agree()
+        before = sum(self.gather(sum(len(right) for _, right in held))[: self.rank])
         for number, total in enumerate(sums):
             for rows in stripes(len(total)):
-                self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held])
+                self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held], before)
         with contact():
             for total, here in zip(totals, sums, strict=True):
                 dist.broadcast(here, self.count - 1)
                 total.copy_(here)
 
-    def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """One stripe: from the rank before, with what this rank adds, to the one after."""
+    def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]], seen: int) -> None:
+        """One stripe: from the rank before, a sum over so many rows, with what this rank adds, to the one after."""
         if self.rank:
             with contact():
                 dist.recv(total[rows], self.rank - 1)
         for left, right in held:
-            add_product(total, left, right, rows)
+            add_product(total, left, right, rows, seen)
+            seen += len(right)
         if self.rank + 1 < self.count:
             with contact():
                 dist.send(total[rows], self.rank + 1)
