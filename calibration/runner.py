@@ -20,6 +20,8 @@ from quantize.graph.execute import State, Values, advance, start
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 
+FEW = 1 << 25  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
+
 
 class Runner:
     """Batches of inputs on their way through a program.
@@ -44,8 +46,8 @@ class Runner:
 
     def run(self, nodes: Iterable[fx.Node], state: State) -> None:
         """Advance every batch over some nodes."""
-        whole = tuple(nodes)
-        for part in self._parts(whole, state) if self.values.file is None else [whole]:
+        whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= FEW
+        for part in self._parts(whole, state) if few else [whole]:
             with unpacked(state.linears[node] for node in part if node in state.linears):
                 for number, values in enumerate(self.values):
                     advance(self.program, part, values, state)

@@ -15,7 +15,7 @@ from torch import Tensor
 from quantize.errors import QuantizeError
 from quantize.graph.execute import Values
 
-IN_MEMORY = 1 << 26  # bytes of one runner's values that stay in memory
+IN_MEMORY = 1 << 29  # bytes of one runner's values that stay in memory
 SMALL = 1 << 12  # bytes below which a tensor always does
 
 
@@ -46,9 +46,12 @@ class Batches(Sequence[Values]):
 
     def __setitem__(self, index: int, values: Values) -> None:
         self.held[index] = {}
-        room = IN_MEMORY - sum(size(x) for held in self.held for x in held.values())
-        fits = self.directory is None or sum(map(size, values.values())) <= room
+        fits = self.directory is None or self.in_memory() + sum(map(size, values.values())) <= IN_MEMORY
         self.held[index] = dict(values) if fits else self._filed(values, new=index == 0)
+
+    def in_memory(self) -> int:
+        """Bytes that are held in memory."""
+        return sum(size(x) for held in self.held for x in held.values())
 
     def _filed(self, values: Values, new: bool) -> Values:
         """Values with their tensors in the file, but for small ones and those that are no contiguous run of bytes.
