@@ -42,6 +42,11 @@ def bfloat16_products(wanted: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+def unrounded_products() -> contextlib.AbstractContextManager[None]:
+    """Products leave operands in float32; AVX-512 takes them by oneDNN then, which on AMD is faster than MKL."""
+    return bfloat16_products(bfloat16_unit() == "avx512_bf16")
+
+
 def product_dtype() -> torch.dtype:
     """What operands of products are rounded to; it pays to do so once with one that several products take."""
     return torch.bfloat16 if matmul.fp32_precision == "bf16" else torch.float32

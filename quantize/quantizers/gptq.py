@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
-from quantize.formats.qtensor import QTensor
+from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, pack
 from quantize.quantizers.columns import Columns, compensated, sweep
-from quantize.quantizers.hessian import factor, mirror, permute
+from quantize.quantizers.hessian import factor, mirror, panels, permute
 from quantize.scheme import WeightArgs
 
 
@@ -54,7 +54,8 @@ class GPTQ(Quantizer):
         columns = Columns(scale, None if args.symmetric else zero, group, args)
         R = torch.empty(len(H), scale.shape[1])
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
-            part.copy_(W[:, order].T)
+            for rows in panels(len(W), cached_rows(len(H))):
+                part[:, rows] = W[rows].T[order]
         R[dead[order]] = 0
         Q = self.rounded(R, H, columns)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import bfloat16_products
+from quantize.calibration.precision import unrounded_products
 from quantize.errors import QuantizeError
 
 PANEL = 256  # columns that go through BLAS together
@@ -47,7 +47,7 @@ def factor(H: Tensor, damp: float) -> Tensor:
     diagonal = H.diagonal().clone()
     while damp <= 100:
         H.diagonal().copy_(diagonal + damp * diagonal.mean())
-        with bfloat16_products(False):  # whose errors can be larger than the damping
+        with unrounded_products():  # rounding can change H by more than the damping
             d = factor_damped(H)
         if d is not None:
             return d
