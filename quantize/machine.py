@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, product_dtype
+from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
+from quantize.calibration.sums import FIRST, add_product
 from quantize.formats.qtensor import CACHED
 
-SIZE = 768  # of the matrices that are multiplied
+SIZE, TOKENS = 768, 2048  # of the matrices that are multiplied, and of a batch of activations
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
 REPEATS, TURNS = 2, 20  # a virtual machine is half as fast for a second or two where its neighbours work
 WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # instructions for products of few bits
@@ -29,7 +30,7 @@ class Machine:
 
     Attributes:
         products: multiply-adds of float32 matrix products, per second.
-        sums, rounded: the same where they may be rounded to bfloat16, of float32 operands and of rounded ones.
+        sums, rounded: the same where they may be rounded to bfloat16, summed as `add_product` does, and by themselves.
         elements: float32 numbers read, changed and written to new memory, per second.
         cached: the same of so few that they stay in a core's cache.
         operator: seconds that it takes to call an operator on next to nothing.
@@ -80,10 +81,12 @@ def measure() -> Machine:
     part = x[:CACHED]
     with bfloat16_products(multiplies_bfloat16()):
         p, q = a.to(product_dtype()), b.to(product_dtype())
+        left, right = (torch.ones(TOKENS, SIZE, dtype=factor_dtype()) for _ in range(2))
+    total = torch.ones(SIZE, SIZE)
 
     def summed() -> None:
         with bfloat16_products(multiplies_bfloat16()):
-            a @ b
+            add_product(total, left, right, slice(0, SIZE), FIRST)
 
     runs = (write_through, lambda: x * 1.0, lambda: part * 1.0, lambda: [one + one for _ in range(100)],
             lambda: a @ b, summed, lambda: p @ q)  # fmt: skip
@@ -91,7 +94,7 @@ def measure() -> Machine:
     file, elements, cached, operator, products, sums, rounded = map(min, zip(*turns, strict=True))
     return Machine(
         products=SIZE**3 / products,
-        sums=SIZE**3 / sums,
+        sums=TOKENS * SIZE**2 / sums,
         rounded=SIZE**3 / rounded,
         elements=ELEMENTS / elements,
         cached=CACHED / cached,

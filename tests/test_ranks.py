@@ -46,6 +46,23 @@ def test_sums_run_through_the_ranks_in_the_order_of_one_process(together):
     assert sorted(done.stdout.splitlines()) == [f"{rank} {expected}" for rank in range(3)]
 
 
+def test_a_rank_forecasts_from_what_those_before_it_have_summed(together):
+    """Sums in bfloat16, of which each batch but the first ones is forecast."""
+    body = """
+        from quantize.calibration import precision, sums
+        precision.bfloat16_unit = lambda: "avx512_bf16"
+        x = torch.randn(9, 200, 40, generator=torch.Generator().manual_seed(0)) + 1
+        with precision.bfloat16_products(True):
+            given = [sums.factors(part, None) for part in ranks.share(x)]
+            totals = [torch.zeros(40, 40)]
+            ranks.sum_products(totals, given)
+        sys.stdout.write(f"{totals[0].flatten().tolist()}\\n")
+        """
+    done, alone = together(body, count=3), together(body, count=1)
+    assert done.returncode == alone.returncode == 0, done.stderr + alone.stderr
+    assert set(done.stdout.splitlines()) == set(alone.stdout.splitlines())
+
+
 def test_a_failure_reaches_the_others_at_their_next_exchange(together):
     start = time.monotonic()
     done = together(

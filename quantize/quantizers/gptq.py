@@ -69,7 +69,8 @@ class GPTQ(Quantizer):
     def rounded(self, R: Tensor, H: Tensor, columns: Columns) -> Tensor:
         """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
         Q = compensated(R, H, columns, self.block_size)
-        mirror(H)
+        if self.sweeps:
+            mirror(H)
         for _ in range(self.sweeps):
             sweep(Q, R, H, columns, self.block_size)
         return Q
