@@ -15,7 +15,7 @@ from torch import Tensor
 from quantize.errors import QuantizeError
 from quantize.graph.execute import Values
 
-IN_MEMORY = 1 << 29  # bytes of one runner's values that stay in memory
+IN_MEMORY = 1 << 28  # bytes of one runner's values that stay in memory
 SMALL = 1 << 12  # bytes below which a tensor always does
 
 
