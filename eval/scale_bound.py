@@ -1,4 +1,4 @@
-"""The least time that GPTQ can take here: the steps that none goes without, each by the fastest of known libraries."""
+"""The least time that GPTQ can take here: the steps that none goes without, each by the fastest that is known."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoModel
 
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import bfloat16_products, multiplies_bfloat16, product_dtype
+from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
 from quantize.machine import best
+from quantize.quantizers import hessian
 from quantize.quantizers.columns import Grid, round_in_turn
 from quantize.scheme import WeightArgs
 
@@ -40,12 +41,15 @@ def forward(model: str, ids: Tensor) -> float:
 def gram(x: Tensor) -> float:
     """Seconds of xᵀx, of which half need be computed: by BLAS, and by torch as products may be rounded."""
     half, columns = np.zeros((x.shape[1], x.shape[1]), np.float32, order="F"), x.numpy().T
-    return fastest(partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1), halves=partial(torch.mm, x.T, x))
+    rounded = x.to(factor_dtype())
+    by_blas = partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1)
+    return fastest(by_blas, halves=partial(torch.mm, rounded.T, rounded))
 
 
 def factor(H: Tensor) -> float:
-    """Seconds of the Cholesky factor of H [K, K], symmetric: by LAPACK and by torch."""
-    return fastest(partial(spotrf, np.asfortranarray(H.numpy()), clean=0), partial(torch.linalg.cholesky, H))
+    """Seconds of the factor of H [K, K], symmetric: by LAPACK, by torch, and as it is taken here, damped anew."""
+    by_lapack = partial(spotrf, np.asfortranarray(H.numpy()), clean=0)
+    return fastest(by_lapack, partial(torch.linalg.cholesky, H), lambda: hessian.factor(H.clone(), 0.01))
 
 
 def feedback(H: Tensor, rows: int) -> float:
@@ -109,7 +113,7 @@ def verdict(rows: list[Row], peer: str) -> str:
         f"At {deepest} layers `gptq-plain` takes {time_part:.0%} of the time and {memory_part:.0%} of the memory of "
         f"{peer}.\n"
         f"Steps that no GPTQ goes without take, each alone, the best of {REPEATS} runs of the fastest of transformers, "
-        f"torch, BLAS and LAPACK, and of columns as they are rounded here, so many seconds: {steps}. With the "
+        f"torch, BLAS, LAPACK and what is done here, so many seconds: {steps}. With the "
         f"{rounding:.0f} of a run that only rounds, which opens, verifies and writes: {least:.0f}, or "
         f"{least / theirs['seconds']:.0%} of the peer's time.\n"
     )
