@@ -43,7 +43,7 @@ def bfloat16_products(wanted: bool) -> Iterator[None]:
 
 
 def unrounded_products() -> contextlib.AbstractContextManager[None]:
-    """Products leave operands in float32; AVX-512 takes them by oneDNN then, which on AMD is faster than MKL."""
+    """Products leave operands in float32, whatever `product_dtype` says; AVX-512 by oneDNN, on AMD faster than MKL."""
     return bfloat16_products(bfloat16_unit() == "avx512_bf16")
 
 

@@ -1,7 +1,5 @@
 """Products in bfloat16 where the processor has units for them and the model is stored so, and what they cost."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,6 +22,13 @@ def normal(*shape, seed=0):
 
 def correlated(rows=2048, columns=128):
     return normal(rows, columns) @ (torch.eye(columns) + 0.2 * normal(columns, columns, seed=1))
+
+
+def gram_of(X):
+    gram = Gram()
+    for part in X.split(512):
+        gram.update(part)
+    return gram
 
 
 def test_the_precision_lasts_as_long_as_it_was_asked_for():
@@ -54,13 +59,13 @@ def test_only_matrix_units_round_operands_of_float32():
 
 
 @pytest.mark.parametrize("sweeps", [0, 2])
-def test_gptq_loses_nothing_by_products_in_bfloat16(sweeps):
+@pytest.mark.parametrize("unit", ["amx", "avx512_bf16"])
+def test_gptq_loses_nothing_by_products_in_bfloat16(sweeps, unit, monkeypatch):
+    monkeypatch.setattr(precision, "bfloat16_unit", lambda: unit)
     X, W, quantizer = correlated(), normal(64, 128, seed=3), QUANTIZERS["gptq"](sweeps=sweeps, block_size=32)
-    gram = Gram()
-    gram.update(X)
-    exact = quantizer.quantize(W, GROUPED, copy.deepcopy(gram), torch.float32)
+    exact = quantizer.quantize(W, GROUPED, gram_of(X), torch.float32)
     with bfloat16_products(True):
-        rounded = quantizer.quantize(W, GROUPED, gram, torch.float32)
+        rounded = quantizer.quantize(W, GROUPED, gram_of(X), torch.float32)
     errors = [float(((W - q.dequantize()) @ X.T).square().sum()) for q in (exact, rounded)]
     assert not torch.equal(exact.data, rounded.data)
     assert errors[1] == pytest.approx(errors[0], rel=0.01)

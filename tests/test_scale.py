@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from quantize.calibration import scratch
+from quantize.calibration import runner, scratch
 from quantize.calibration.scratch import Batches, Filed
 from quantize.errors import QuantizeError
 from quantize.eval import bench_scale, scale_bound
@@ -24,7 +24,10 @@ def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, 
     monkeypatch.setattr(Filed, "read", lambda self, read=Filed.read: filed.append(self.nbytes) or read(self))
     in_files = small_run(one_layer, "W4A16", "files", recipe=recipe, nsamples=5, seqlen=512)
     assert sum(filed) > 1_000_000
-    assert tree(in_memory) == tree(in_files)
+    monkeypatch.undo()
+    monkeypatch.setattr(runner, "FEW", 0)  # all weights of a stretch unpacked at once, as for many activations
+    at_once = small_run(one_layer, "W4A16", "whole", recipe=recipe, nsamples=5, seqlen=512)
+    assert tree(in_memory) == tree(in_files) == tree(at_once)
 
 
 def test_what_finds_no_room_comes_back_as_it_was(tmp_path, monkeypatch):
