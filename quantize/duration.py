@@ -75,7 +75,7 @@ def group_work(found: Preflight, linears: list[Linear]) -> Work:
     calls = COLUMN * K * (1 + getattr(found.plan.quantizer, "sweeps", 0))
     sums = (0.5 + 0.5 * min(1, BLOCK / K) + exact) * rows(found) * K * K
     work += Work(sums=sums) if found.in_bfloat16 else Work(sums)
-    return work + Work(SOLVE * K**3 / 6, 0, calls) + batched(found, K, 3 + 4 * exact) + passes(8 * K * K, K * K)
+    return work + Work(SOLVE * K**3 / 6, 0, calls) + batched(found, K, 2 + 2 * exact) + passes(8 * K * K, K * K)
 
 
 def rounding(found: Preflight, N: int, K: int) -> Work:
