@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize.calibration import precision, sums
+from quantize.calibration import precision
 from quantize.calibration.precision import bfloat16_products
 from quantize.calibration.statistics import Gram
 from quantize.seeding import private_generator
@@ -60,22 +60,6 @@ def test_where_all_is_foreseen_nothing_is_rounded():
     exact = 8 * (x.float().T @ x.float())
     assert not torch.equal(8 * (x.T @ x).float(), exact)
     assert torch.equal(summed([x] * 8), exact)
-
-
-@pytest.mark.usefixtures("rounding")
-def test_a_sum_does_not_depend_on_who_holds_which_batch():
-    """One rank goes on with a sum where another one left it."""
-    parts = [sums.factors(x, None) for x in batches()]
-    whole, shared = torch.zeros(K, K), torch.zeros(K, K)
-    for number, (lefts, right) in enumerate(parts):
-        sums.add_products([whole], lefts, right, number * ROWS)
-    seen = 0
-    for rank in (parts[:3], parts[3:]):
-        for lefts, right in rank:
-            for rows in sums.stripes(K):
-                sums.add_product(shared, lefts[0], right, rows, seen)
-            seen += len(right)
-    assert torch.equal(whole, shared)
 
 
 @pytest.mark.usefixtures("rounding")
