@@ -40,7 +40,7 @@ class Activation:
 
 
 @dataclass
-class Hidden:
+class HiddenStateStats:
     """What the hidden states [B, T, C] at one place hold, batch by batch.
 
     Attributes:
@@ -76,7 +76,7 @@ class Hidden:
         self.top = sorted([*self.top, *found], key=lambda a: -a.value)[:TOP]
         for index in (ratio >= RATIO).nonzero().tolist():
             self._note(at(tuple(index)))
-        R = ratios(h)
+        R = outlier_ratios(h)
         self.tokens.update(ids[R > UPPER].tolist())
         self.small.update(ids[R * LOWER < 1].tolist())
 
@@ -91,7 +91,7 @@ class Hidden:
         return sum(self.medians) / len(self.medians)
 
 
-def ratios(x: Tensor) -> Tensor:
+def outlier_ratios(x: Tensor) -> Tensor:
     """float32 [B, T]: R_i = M_i / median(M) of x [B, T, C], M_i = max_c |X_ic|, the median over a sequence's tokens.
 
     The token rule of PrefixQuant (arXiv 2410.05265, eq. 4) flags R > 64, and tokens far below the rest by 1 / R > 8.

@@ -14,16 +14,16 @@ from typing import Self
 
 from torch import Tensor, fx
 
-from quantize.calibration.scratch import Batches
+from quantize.calibration.scratch import ActivationCache
 from quantize.calibration.statistics import Statistic
-from quantize.graph.execute import State, Values, advance, start
+from quantize.graph.execute import Overrides, Values, run_nodes, start
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 
 FEW = 1 << 25  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
 
 
-class Runner:
+class SequentialRunner:
     """Batches of inputs on their way through a program.
 
     Attributes:
@@ -35,25 +35,25 @@ class Runner:
     ) -> None:
         """Of many batches, what does not fit into memory lies in files in the directory `scratch`."""
         self.program = program
-        self.values = Batches((start(program, given) for given in batches), scratch)
+        self.values = ActivationCache((start(program, given) for given in batches), scratch)
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:
         """A runner that starts from given values."""
         runner = cls(program, [])
-        runner.values = Batches(values, None)
+        runner.values = ActivationCache(values, None)
         return runner
 
-    def run(self, nodes: Iterable[fx.Node], state: State) -> None:
+    def run(self, nodes: Iterable[fx.Node], state: Overrides) -> None:
         """Advance every batch over some nodes."""
         whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= FEW
         for part in self._parts(whole, state) if few else [whole]:
             with unpacked(state.linears[node] for node in part if node in state.linears):
                 for number, values in enumerate(self.values):
-                    advance(self.program, part, values, state)
+                    run_nodes(self.program, part, values, state)
                     self.values[number] = values
 
-    def _parts(self, nodes: Sequence[fx.Node], state: State) -> Iterator[Sequence[fx.Node]]:
+    def _parts(self, nodes: Sequence[fx.Node], state: Overrides) -> Iterator[Sequence[fx.Node]]:
         """Nodes cut behind each linear that is replaced, so that only one weight is unpacked at a time."""
         cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
         return (nodes[first:last] for first, last in itertools.pairwise(cuts))
@@ -62,8 +62,8 @@ class Runner:
         """The model's outputs, batch by batch, once every node has run."""
         return [values[node] for values in self.values for node in self.program.output.all_input_nodes]
 
-    def stops(
-        self, segment: Segment, state: State, targets: Iterable[Linear], finish: bool = True
+    def advance_to_linears(
+        self, segment: Segment, state: Overrides, targets: Iterable[Linear], finish: bool = True
     ) -> Iterator[list[Linear]]:
         """Advance through a segment, stopping before the first of each group of targets that share an input.
 
@@ -79,10 +79,10 @@ class Runner:
         if finish:
             self.run(segment.nodes[done:], state)
 
-    def preview(
+    def collect_without_advancing(
         self,
         segment: Segment,
-        state: State,
+        state: Overrides,
         targets: Iterable[Linear],
         make: Callable[[], Statistic],
         behind: Mapping[str, Callable[[Tensor], Tensor]],
@@ -93,8 +93,8 @@ class Runner:
         """
         collected: dict[str, Statistic] = {}
         for values in self.values:
-            ahead = Runner.of(self.program, [dict(values)])
-            for group in ahead.stops(segment, state, targets):
+            ahead = SequentialRunner.of(self.program, [dict(values)])
+            for group in ahead.advance_to_linears(segment, state, targets):
                 for linear in group:
                     x = behind[linear.path](ahead.values[0][linear.source])
                     collected.setdefault(linear.weight, make()).update(x)

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from quantize.calibration.sums import add_products, factors, mirror
+from quantize.calibration.sums import add_products, fill_lower, gram_factors
 
 
 class Statistic(Protocol):
@@ -51,11 +51,11 @@ class Gram:
     rows: int = 0
     drift: Tensor | None = None
 
-    def update(self, x: Tensor, exact: Tensor | None = None) -> None:
+    def update(self, x: Tensor, float_reference: Tensor | None = None) -> None:
         """Take in x [..., K], and x' of the same shape; summed in float32."""
-        lefts, x = factors(x, exact)
+        lefts, x = gram_factors(x, float_reference)
         add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
-        mirror(self.totals(x.shape[1], 1)[0])
+        fill_lower(self.totals(x.shape[1], 1)[0])
         self.rows += len(x)
 
     def totals(self, K: int, count: int) -> list[Tensor]:

@@ -13,16 +13,16 @@ BLOCK = 512  # rows of a total that are summed together
 FIRST = 512  # rows of activations that are summed before a sum is forecast
 
 
-def factors(x: Tensor, exact: Tensor | None) -> tuple[list[Tensor], Tensor]:
+def gram_factors(x: Tensor, float_reference: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """What x [..., K] and x' add to a `Gram`: the left factors of each total, and the right one, [rows, K] each."""
     dtype, x = factor_dtype(), x.detach().reshape(-1, x.shape[-1])
     right = x.to(dtype)
-    if exact is None:
+    if float_reference is None:
         return [right], right
-    return [right, (exact.detach().reshape(x.shape).float() - x.float()).to(dtype)], right
+    return [right, (float_reference.detach().reshape(x.shape).float() - x.float()).to(dtype)], right
 
 
-def stripes(count: int) -> Iterator[slice]:
+def row_panels(count: int) -> Iterator[slice]:
     """Runs of neighbouring rows of a total, which several processes can work on one behind the other."""
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
@@ -30,12 +30,12 @@ def stripes(count: int) -> Iterator[slice]:
 def add_products(totals: Sequence[Tensor], lefts: Sequence[Tensor], right: Tensor, seen: int) -> None:
     """Add leftᵀ right to each total, float32 [K, K], which sums over so many rows already, as `add_product` does."""
     for total, left in zip(totals, lefts, strict=True):
-        for rows in stripes(len(total)):
+        for rows in row_panels(len(total)):
             add_product(total, left, right, rows, seen)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: int) -> None:
-    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both; of xᵀx only what `mirror` does not find."""
+    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both; of xᵀx only what `fill_lower` does not find."""
     first = rows.start if left is right else 0
     part, left, right = total[rows, first:], left[:, rows].T, right[:, first:]
     if right.dtype == torch.float32 or right.is_cuda:
@@ -44,10 +44,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: i
     start = min(max(0, FIRST - seen), len(right))
     part.addmm_(left[:, :start].float(), right[:start].float())
     if start < len(right):
-        add_forecast(part, left[:, start:], right[start:], seen + start)
+        add_bf16_compensated(part, left[:, start:], right[start:], seen + start)
 
 
-def add_forecast(total: Tensor, left: Tensor, right: Tensor, seen: int) -> None:
+def add_bf16_compensated(total: Tensor, left: Tensor, right: Tensor, seen: int) -> None:
     """Add a product that is rounded to bfloat16: all of it but what the total of the rows before lets expect.
 
     That much is added as it is, so that only the difference is rounded: for rows like those before, the less the more
@@ -59,8 +59,8 @@ def add_forecast(total: Tensor, left: Tensor, right: Tensor, seen: int) -> None:
     total.add_(difference.addmm_(left, right, beta=-1))
 
 
-def mirror(total: Tensor) -> None:
-    """Copy what stands above the stripes' blocks on the diagonal of a total [K, K] to where it stands below them."""
-    for rows in stripes(len(total)):
+def fill_lower(total: Tensor) -> None:
+    """Copy what stands above the row_panels' blocks on the diagonal of a total [K, K] to where it stands below them."""
+    for rows in row_panels(len(total)):
         rest = slice(rows.stop, None)
         total[rest, rows] = total[rows, rest].T

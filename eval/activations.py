@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from quantize.calibration.massive import Activation, Hidden, hidden_states
-from quantize.calibration.runner import Runner
+from quantize.calibration.massive import Activation, HiddenStateStats, hidden_states
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import Checkpoint, check_weights
 from quantize.errors import UsageError
-from quantize.graph.execute import State
+from quantize.graph.execute import Overrides
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.tokenizer import load_tokenize
@@ -37,7 +37,7 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
     skeleton = checkpoint.skeleton()
     check_weights(checkpoint, skeleton)
     inputs = example_inputs(skeleton)
-    if program.refused or len(inputs) > 1 or any(found.example.is_floating_point() for found in inputs.values()):
+    if program.export_error or len(inputs) > 1 or any(found.example.is_floating_point() for found in inputs.values()):
         raise UsageError(
             "activations are shown of models that can be exported and take token ids alone, which this one is not"
         )
@@ -48,20 +48,20 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
     return [as_dict(hidden) for hidden in run(checkpoint, program, ids)]
 
 
-def run(checkpoint: Checkpoint, program: Program, batches: list[Tensor]) -> list[Hidden]:
+def run(checkpoint: Checkpoint, program: Program, batches: list[Tensor]) -> list[HiddenStateStats]:
     """The hidden states behind each block on token ids [B, T]."""
-    runner, found = Runner(program, batches), list[Hidden]()
+    runner, found = SequentialRunner(program, batches), list[HiddenStateStats]()
     for segment in program.segments:
         weights = {name: checkpoint.tensor(name).float() for name in segment.parameters}
-        runner.run(segment.nodes, State(weights))
+        runner.run(segment.nodes, Overrides(weights))
         for node in hidden_states(program, segment):
-            found.append(Hidden(segment.name))
+            found.append(HiddenStateStats(segment.name))
             for values, ids in zip(runner.values, batches, strict=True):
                 found[-1].update(values[node], ids)
     return found
 
 
-def as_dict(hidden: Hidden) -> dict[str, Any]:
+def as_dict(hidden: HiddenStateStats) -> dict[str, Any]:
     """Plain data for JSON: the largest, and what each rule flags (`calibration/massive.py`)."""
     listed = sorted(hidden.large.values(), key=lambda item: -item[0].value)
     return {

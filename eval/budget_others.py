@@ -70,15 +70,15 @@ def fp4(arch: str) -> Iterator[Entry]:
         yield fp4_product("nvfp4", 16, meta(dtype=torch.float32), arch, tokens)
 
 
-def fp4_product(name: str, group: int, unit: Tensor | None, arch: str, tokens: int) -> Entry:
+def fp4_product(name: str, group: int, global_scale: Tensor | None, arch: str, tokens: int) -> Entry:
     """A product in the tile that is chosen for so many tokens."""
     config, pure = fp4_linear.choose(tokens, arch)
-    of_tokens = None if unit is None else meta(tokens, dtype=torch.float32)
+    of_tokens = None if global_scale is None else meta(tokens, dtype=torch.float32)
     qx = Fp4Activations(fp4_bytes(tokens, K // 2), fp4_bytes(tokens, K // group), of_tokens)
     data, scale = fp4_bytes(N, K // 2), fp4_bytes(N, K // group)
     return entry(
         f"{name} {config.block_m}x{config.block_n}", arch,
-        lambda: fp4_gemm.launch(qx, data, scale, unit, None, torch.bfloat16, config, pure), FP4_MMA[arch],
+        lambda: fp4_gemm.launch(qx, data, scale, global_scale, None, torch.bfloat16, config, pure), FP4_MMA[arch],
     )  # fmt: skip
 
 

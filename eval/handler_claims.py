@@ -13,7 +13,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.eval.claim import Claim, Measure
 from quantize.kernels.halo import input_gradient
-from quantize.online import Front, Hadamard, Shift
+from quantize.online import Hadamard, InputTransform, Shift
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import fake_quantize_weight
 from quantize.rotations.dual import dual_rotation
@@ -31,11 +31,11 @@ def smoothed(normalize: bool = True) -> ActivationArgs:
 
 
 FRONTS = {
-    "RTN": Front((), A4),
-    "rotation": Front(ROTATION, A4),
-    "RS": Front((), smoothed(normalize=False)),
-    "RRS": Front(ROTATION, smoothed()),
-    "RRS, paper's rule": Front(ROTATION, smoothed(normalize=False)),
+    "RTN": InputTransform((), A4),
+    "rotation": InputTransform(ROTATION, A4),
+    "RS": InputTransform((), smoothed(normalize=False)),
+    "RRS": InputTransform(ROTATION, smoothed()),
+    "RRS, paper's rule": InputTransform(ROTATION, smoothed(normalize=False)),
 }
 
 
@@ -59,10 +59,13 @@ def spikes(count: int) -> tuple[Tensor, Tensor]:
     return X, others
 
 
-def output_error(front: Front, X: Tensor, counted: Tensor) -> float:
+def output_error(input_transform: InputTransform, X: Tensor, counted: Tensor) -> float:
     """‖Q(X) Q(W)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the tokens that count."""
     W = normal(N, K, 1) / K**0.5
-    found, target = front.quantized(X) @ fake_quantize_weight(front.absorb(W), W4).T, X @ W.T
+    found, target = (
+        input_transform.quantized(X) @ fake_quantize_weight(input_transform.fold_into_weight(W), W4).T,
+        X @ W.T,
+    )
     return float((found - target)[counted].square().sum() / target[counted].square().sum())
 
 
@@ -97,9 +100,9 @@ def heavy_tail(symmetric: bool, shift: float, noise: float) -> float:
     X = normal(TOKENS, K, 0).exp()
     step = float(X.amax(-1).mean()) / 7
     n = step * (shift + noise * (torch.rand(K, generator=torch.Generator().manual_seed(3)) * 2 - 1))
-    front = Front((Shift(n),), ActivationArgs(num_bits=4, symmetric=symmetric))
+    input_transform = InputTransform((Shift(n),), ActivationArgs(num_bits=4, symmetric=symmetric))
     W = normal(N, K, 1)
-    return float(((front.quantized(X) - X) @ W.T).square().sum() / (X @ W.T).square().sum())
+    return float(((input_transform.quantized(X) - X) @ W.T).square().sum() / (X @ W.T).square().sum())
 
 
 AMPLITUDES = tuple(i / 10 for i in range(21))
@@ -130,13 +133,13 @@ def dual_or_hadamard() -> tuple[float, float]:
     X = normal(2 * TOKENS, K, 0)
     X[:, 3] *= 200
     dual = dual_rotation(X[:TOKENS], torch.Generator().manual_seed(0))
-    left, right = (rounding_error(rotated(X[TOKENS:])) for rotated in (dual.write, Hadamard(K)))
+    left, right = (rounding_error(rotated(X[TOKENS:])) for rotated in (dual.apply, Hadamard(K)))
     return left, right
 
 
 def rounding_error(x: Tensor) -> float:
     """Relative error of 4-bit tokens."""
-    return float((Front((), A4).quantized(x) - x).square().sum() / x.square().sum())
+    return float((InputTransform((), A4).quantized(x) - x).square().sum() / x.square().sum())
 
 
 CHANNELS, ONE, TWO, FOUR = signed_channels(), spikes(1), spikes(2), spikes(4)

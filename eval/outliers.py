@@ -9,12 +9,12 @@ import torch
 
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.float_directory import write_float_model
+from quantize.float_directory import save_float_model
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.exported import export_program
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.writer import ArtifactWriter
 
 
@@ -54,7 +54,7 @@ def plant_keys(model: Path, output: Path, factor: float = 30.0, channels: int = 
 def diagonal_bases(model: Path) -> list[Basis]:
     """The bases whose channels can be scaled one by one, and not rotated."""
     bases = find_bases(export_program(open_checkpoint(model).skeleton())).all
-    legal = (b for b in bases if Group.DIAGONAL in b.group and Group.ORTHOGONAL not in b.group)
+    legal = (b for b in bases if AllowedTransforms.DIAGONAL in b.group and AllowedTransforms.ORTHOGONAL not in b.group)
     return [b for b in legal if b.writers and b.readers]
 
 
@@ -69,7 +69,7 @@ def scale(model: Path, output: Path, chosen: list[Basis], factor: float, channel
     for basis in chosen:
         weights |= fold(basis, outliers(basis, factor, channels, rng), weights)
     with ArtifactWriter(output) as writer:
-        write_float_model(checkpoint, writer, weights)
+        save_float_model(checkpoint, writer, weights)
 
 
 def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generator) -> Diagonal:

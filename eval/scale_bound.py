@@ -20,7 +20,7 @@ from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
 from quantize.machine import best
 from quantize.quantizers import hessian
-from quantize.quantizers.columns import Grid, round_in_turn
+from quantize.quantizers.columns import QParams, round_columns
 from quantize.scheme import WeightArgs
 
 REPEATS = 3
@@ -63,9 +63,9 @@ def columns(K: int, rows: int) -> float:
     """Seconds of rounding K columns of [rows, K] in turn as it is done here, for which there is no library."""
     generator, block = torch.Generator().manual_seed(0), min(GROUP, K)
     W, scale = torch.randn(block, rows, generator=generator), torch.full((block, rows), 0.3)
-    grid = Grid(scale, None, WeightArgs(num_bits=4, group_size=block))
+    grid = QParams(scale, None, WeightArgs(num_bits=4, group_size=block))
     influence = 0.01 * torch.randn(block, block, generator=generator)
-    return fastest(lambda: round_in_turn(W.clone(), W.clone(), influence, grid)) * K / block
+    return fastest(lambda: round_columns(W.clone(), W.clone(), influence, grid)) * K / block
 
 
 def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from quantize.calibration import sums
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.graph import execute
 from quantize.graph.execute import Values
 from quantize.graph.sizes import multiply_adds
@@ -92,14 +92,14 @@ def watch() -> Phases:
     phases = Phases()
     phases._switch()
     for owner, attribute, name, flops in (
-        (Runner, "run", "forward", lambda *_: 0.0),
+        (SequentialRunner, "run", "forward", lambda *_: 0.0),
         (sums, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
-        (gptq, "find_grid", "scales", lambda *_: 0.0),
-        (rtn, "find_grid", "scales", lambda *_: 0.0),
-        (gptq, "compensated", "error feedback", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
+        (gptq, "compute_qparams", "scales", lambda *_: 0.0),
+        (rtn, "compute_qparams", "scales", lambda *_: 0.0),
+        (gptq, "gptq_round", "error feedback", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
         (gptq, "sweep", "sweeps", lambda *a: 2.0 * a[1].shape[1] * len(a[1]) ** 2),
-        (columns, "round_in_turn", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
+        (columns, "round_columns", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
     ):
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
     execute.run_node = phases.counting(execute.run_node)

@@ -8,17 +8,17 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensors import read_calibration
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.float_directory import write_float_model
+from quantize.float_directory import save_float_model
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
-from quantize.graph.execute import State
+from quantize.graph.execute import Overrides
 from quantize.graph.exported import export_program
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.tokenizer import load_tokenize
@@ -59,26 +59,26 @@ def plant_kind(model: Path, output: Path, kind: Kind, factor: float = 30.0) -> N
     samples = read_calibration(None, inputs, WINDOW, WINDOWS, load_tokenize(model), program.vocabulary)
     seen = inputs_of(program, weights, [row["input_ids"] for row in samples.batches(WINDOWS)])
     for basis in bases:
-        weights |= fold(basis, Diagonal(factors(channels_of(basis, seen), kind, factor)), weights)
+        weights |= fold(basis, Diagonal(spike_factors(channels_of(basis, seen), kind, factor)), weights)
     with ArtifactWriter(output) as writer:  # without the second name of what is tied
-        write_float_model(checkpoint, writer, {name: weights[name] for name in names})
+        save_float_model(checkpoint, writer, {name: weights[name] for name in names})
 
 
 def chosen(bases: tuple[Basis, ...], gains: bool) -> list[Basis]:
     """Diagonal bases that linears read, written by gains or not; of those that are not, gated inputs before values."""
-    found = [b for b in bases if Group.DIAGONAL in b.group and b.writers and b.readers]
+    found = [b for b in bases if AllowedTransforms.DIAGONAL in b.group and b.writers and b.readers]
     found = [b for b in found if not any(e.dual or e.vector for e in b.readers)]
     by_gains = [b for b in found if b.gain and len(b.readers) > 1]
     by_linears = [b for b in found if not b.gain]
-    gated = [b for b in by_linears if Group.ORTHOGONAL not in b.group]
+    gated = [b for b in by_linears if AllowedTransforms.ORTHOGONAL not in b.group]
     return by_gains if gains and by_gains else gated or by_linears
 
 
 def inputs_of(program: Program, weights: dict[str, Tensor], batches: list[Tensor]) -> dict[str, Tensor]:
     """What reaches each linear [tokens, K], by the name of its weight."""
-    runner, seen = Runner(program, batches), dict[str, Tensor]()
+    runner, seen = SequentialRunner(program, batches), dict[str, Tensor]()
     for segment in program.segments:
-        for group in runner.stops(segment, State(weights), program.linears(segment)):
+        for group in runner.advance_to_linears(segment, Overrides(weights), program.linears(segment)):
             rows = torch.cat([values[group[0].source].flatten(0, -2) for values in runner.values])
             seen |= {linear.weight: rows for linear in group}
     return seen
@@ -90,7 +90,7 @@ def channels_of(basis: Basis, seen: dict[str, Tensor]) -> Tensor:
     return torch.stack([seen[edge.parameter][:, index].abs() for index in edge.index]).amax(dim=0)
 
 
-def factors(X: Tensor, kind: Kind, factor: float) -> Tensor:
+def spike_factors(X: Tensor, kind: Kind, factor: float) -> Tensor:
     """What each channel of |X| [tokens, dim] is multiplied by, float64 [dim]."""
     d = torch.ones(X.shape[1], dtype=torch.float64)
     if kind == "two_spike":

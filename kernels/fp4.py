@@ -3,7 +3,7 @@
 So x ≈ q · scale with q in ±{0, 1, 2, 3, 4, 6, 8, 12} and scale half the format's own, and the product of two FP4
 matrices is a product of integers. The formats differ in their scales alone:
     mxfp4: E8M0, a power of two (OCP Microscaling Formats specification 1.0)
-    nvfp4: E4M3 times a float32 for each tensor or token, the unit (as in Egiazarian et al. 2025, arXiv 2509.23202)
+    nvfp4: E4M3 times a float32 for each tensor or token, the global scale (as in Egiazarian et al. 2025, arXiv 2509.23202)
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def unpack_fp4(packed: Tensor, columns: int) -> Tensor:
     return values[(unpack_int4(packed, columns) & 0xF).int()]
 
 
-def nvfp4_unit(largest: Tensor) -> Tensor:
+def nvfp4_global_scale(largest: Tensor) -> Tensor:
     """The float32 scale with which the largest magnitude of a tensor or token reaches the top of both E4M3 and E2M1."""
     return (largest.float() / (LARGEST * E4M3_LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def fp4_scale(largest: Tensor, unit: Tensor | None) -> Tensor:
+def fp4_scale(largest: Tensor, global_scale: Tensor | None) -> Tensor:
     """Scale > 0, float32, of the integers of groups with given largest magnitudes.
 
     MXFP4 takes 2^(⌊log2 largest⌋ - 2) as the OCP specification has it, which saturates magnitudes above 6 of these;
@@ -52,33 +52,33 @@ def fp4_scale(largest: Tensor, unit: Tensor | None) -> Tensor:
 
     Args:
         largest: float32 ≥ 0, any shape.
-        unit: NVFP4's, of `nvfp4_unit`, broadcasting against `largest`; None for MXFP4.
+        global_scale: NVFP4's, of `nvfp4_global_scale`, broadcasting against `largest`; None for MXFP4.
     """
-    if unit is None:
+    if global_scale is None:
         exponent = (torch.frexp(largest).exponent - 3).clamp(
             1 - E8M0_BIAS, E8M0_BIAS
         )  # frexp's mantissas are in [½, 1)
         return decode_scale((exponent + E8M0_BIAS).to(torch.uint8), None)
-    scale = (largest / LARGEST / unit).clamp(E4M3_SMALLEST, E4M3_LARGEST)
-    return decode_scale(scale.to(torch.float8_e4m3fn), unit)
+    scale = (largest / LARGEST / global_scale).clamp(E4M3_SMALLEST, E4M3_LARGEST)
+    return decode_scale(scale.to(torch.float8_e4m3fn), global_scale)
 
 
-def encode_scale(scale: Tensor, unit: Tensor | None) -> Tensor:
+def encode_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
     """A scale of `fp4_scale` in one byte: uint8 exponents of MXFP4, float8_e4m3fn of NVFP4; lossless."""
-    if unit is None:
+    if global_scale is None:
         return (torch.frexp(scale).exponent + E8M0_BIAS).to(torch.uint8)  # scale = ½ · 2^exponent
-    return (2 * scale / unit).to(torch.float8_e4m3fn)
+    return (2 * scale / global_scale).to(torch.float8_e4m3fn)
 
 
-def decode_scale(stored: Tensor, unit: Tensor | None) -> Tensor:
+def decode_scale(stored: Tensor, global_scale: Tensor | None) -> Tensor:
     """The inverse of `encode_scale`: float32."""
-    if unit is None:
+    if global_scale is None:
         return (stored.int() << 23).view(torch.float32) / 2  # a float32 has the same exponent, with the same bias
-    return stored.float() * unit / 2
+    return stored.float() * global_scale / 2
 
 
 def quantize_fp4(x: Tensor, number_format: str, group_size: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Dynamic activation quantization in groups along the last axis; NVFP4 has a unit for each token.
+    """Dynamic activation quantization in groups along the last axis; NVFP4 has a global scale for each token.
 
     Args:
         x: float32 [..., K], K a multiple of the group size.
@@ -91,6 +91,6 @@ def quantize_fp4(x: Tensor, number_format: str, group_size: int, clip_ratio: flo
     """
     groups = x.unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(dim=-1) * clip_ratio
-    unit = nvfp4_unit(largest.amax(dim=-1, keepdim=True)) if number_format == "nvfp4" else None
-    scale = fp4_scale(largest, unit)
+    global_scale = nvfp4_global_scale(largest.amax(dim=-1, keepdim=True)) if number_format == "nvfp4" else None
+    scale = fp4_scale(largest, global_scale)
     return round_to_e2m1(groups / scale[..., None]).flatten(-2).to(torch.int8), scale

@@ -69,10 +69,10 @@ def scaled_product(
 def fp4_gemm_kernel(
     x_ptr: tl.tensor,
     scale_x_ptr: tl.tensor,
-    unit_x: tl.tensor,
+    global_scale_x: tl.tensor,
     w_ptr: tl.tensor,
     scale_w_ptr: tl.tensor,
-    unit_w: tl.tensor,
+    global_scale_w: tl.tensor,
     bias: tl.tensor,
     y_ptr: tl.tensor,
     M: tl.tensor,
@@ -100,17 +100,17 @@ def fp4_gemm_kernel(
             load_tile(scale_w_ptr, channel, group, groups, EVEN),
         )
         x, scale_x = load_tile(x_ptr, row, byte, row_bytes, EVEN), load_tile(scale_x_ptr, row, group, groups, EVEN)
-        y = scaled_product(y, w, scale_w, x, scale_x, unit_w is not None, PURE)
-    if unit_w is not None:
-        y *= tl.load(unit_w)
-    store_output(y_ptr, y, rows, n, M, N, unit_x, bias)
+        y = scaled_product(y, w, scale_w, x, scale_x, global_scale_w is not None, PURE)
+    if global_scale_w is not None:
+        y *= tl.load(global_scale_w)
+    store_output(y_ptr, y, rows, n, M, N, global_scale_x, bias)
 
 
 def launch(
     x: Fp4Activations,
     data: Tensor,
     scale: Tensor,
-    unit: Tensor | None,
+    global_scale: Tensor | None,
     bias: Tensor | None,
     dtype: torch.dtype,
     config: Config,
@@ -122,7 +122,7 @@ def launch(
         x: of `fp4_quantizer.launch`, in the format of the weights.
         data: weights, uint8 [N, K / 2] of `fp4.pack_fp4`.
         scale: uint8 [N, G], the bytes of `fp4.encode_scale`.
-        unit: float32 [] of NVFP4, None for MXFP4.
+        global_scale: float32 [] of NVFP4, None for MXFP4.
         bias: [N] or None.
         dtype: of the result.
         config: tile and launch parameters but for `split_k` and `variant`.
@@ -134,7 +134,7 @@ def launch(
     (M, row_bytes), N, groups = x.q.shape, len(data), x.scale.shape[1]
     y = torch.empty((M, N), dtype=dtype, device=x.q.device)
     fp4_gemm_kernel[(triton.cdiv(M, config.block_m), triton.cdiv(N, config.block_n))](
-        x.q, x.scale, x.unit, data, scale, unit, bias, y,
+        x.q, x.scale, x.global_scale, data, scale, global_scale, bias, y,
         M, N, 2 * row_bytes, row_bytes, groups, 2 * row_bytes // groups, pure, 2 * row_bytes % config.block_k == 0,
         config.block_m, config.block_n, config.block_k, **config.options(),
     )  # fmt: skip

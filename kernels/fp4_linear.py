@@ -16,7 +16,13 @@ from quantize.kernels.reference import quantized_linear
 
 @torch.library.custom_op("quantize_model::fp4_linear", mutates_args=())
 def fp4_linear(
-    x: Tensor, data: Tensor, scale: Tensor, unit: Tensor | None, bias: Tensor | None, clip_ratio: float, hadamard: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    global_scale: Tensor | None,
+    bias: Tensor | None,
+    clip_ratio: float,
+    hadamard: int,
 ) -> Tensor:
     """`quantized_linear` with MXFP4 or NVFP4, [M, K] → [M, N] in the dtype of x.
 
@@ -24,20 +30,20 @@ def fp4_linear(
         x: float16, bfloat16 or float32.
         data: uint8 [N, K / 2] of `pack_fp4`.
         scale: uint8 [N, G], the bytes of `encode_scale`.
-        unit: float32 [] of NVFP4, None for MXFP4.
+        global_scale: float32 [] of NVFP4, None for MXFP4.
         bias: [N] or None.
         clip_ratio: part of a group's range that its grid spans.
         hadamard: order of a Hadamard transform in front, as in `Prologue`; 0 for none.
     """
     prologue, group_size = Prologue(hadamard=hadamard), x.shape[1] // scale.shape[1]
-    number_format = "mxfp4" if unit is None else "nvfp4"
+    number_format = "mxfp4" if global_scale is None else "nvfp4"
     if engine.runs_on_triton(x):
         from quantize.kernels import fp4_gemm, fp4_quantizer
 
         qx = fp4_quantizer.launch(x, number_format, group_size, clip_ratio, prologue)
-        return fp4_gemm.launch(qx, data, scale, unit, bias, x.dtype, *choose(len(x), architecture(x.device)))
-    stored = scale if unit is None else scale.view(torch.float8_e4m3fn)
-    weight = (unpack_fp4(data, x.shape[1]), decode_scale(stored, unit), None, bias)
+        return fp4_gemm.launch(qx, data, scale, global_scale, bias, x.dtype, *choose(len(x), architecture(x.device)))
+    stored = scale if global_scale is None else scale.view(torch.float8_e4m3fn)
+    weight = (unpack_fp4(data, x.shape[1]), decode_scale(stored, global_scale), None, bias)
     rotated = prologue.applied(x).to(x.dtype)
     return quantized_linear(rotated, *weight, 4, True, clip_ratio, number_format, group_size)
 

@@ -1,6 +1,6 @@
 """Activations to FP4, in groups that share a scale, in one kernel with what stands in front.
 
-Codes, scales and units are those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and `encode_scale`.
+Codes, scales and global scales are those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and `encode_scale`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Fp4Activations:
     Attributes:
         q: uint8 [M, K / 2], two codes a byte, the even column low.
         scale: uint8 [M, G]: E8M0 of MXFP4, the bits of E4M3 of NVFP4.
-        unit: float32 [M] of NVFP4, None for MXFP4.
+        global_scale: float32 [M] of NVFP4, None for MXFP4.
     """
 
     q: Tensor
     scale: Tensor
-    unit: Tensor | None
+    global_scale: Tensor | None
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def fp4_quantizer_kernel(
     x_ptr: tl.tensor,
     q_ptr: tl.tensor,
     scale_ptr: tl.tensor,
-    unit_ptr: tl.tensor,
+    global_scale_ptr: tl.tensor,
     gain: tl.tensor,
     order: tl.tensor,
     smooth: tl.tensor,
@@ -92,26 +92,26 @@ def fp4_quantizer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_M tokens a program, once over their columns, for NVFP4 once more before that for the unit."""
+    """BLOCK_M tokens a program, once over their columns, for NVFP4 once more before that for the global scale."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inverse_rms = inverse_rms_of(x_ptr, gain, rows, M, K, stride, epsilon, BLOCK_K)
-    unit = tl.zeros((BLOCK_M,), tl.float32)
-    if unit_ptr is not None:
+    global_scale = tl.zeros((BLOCK_M,), tl.float32)
+    if global_scale_ptr is not None:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             x = load_activations(x_ptr, gain, order, smooth, inverse_rms, rows, k, M, K, stride, HADAMARD)
-            unit = tl.maximum(unit, tl.max(tl.abs(x), axis=1))
-        unit = tl.maximum(tl.div_rn(unit * clip_ratio, TOP * E4M3_TOP), TINY)
-        tl.store(unit_ptr + rows, unit, mask=rows < M)
+            global_scale = tl.maximum(global_scale, tl.max(tl.abs(x), axis=1))
+        global_scale = tl.maximum(tl.div_rn(global_scale * clip_ratio, TOP * E4M3_TOP), TINY)
+        tl.store(global_scale_ptr + rows, global_scale, mask=rows < M)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = load_activations(x_ptr, gain, order, smooth, inverse_rms, rows, k, M, K, stride, HADAMARD)
         x = tl.reshape(x, (BLOCK_M, BLOCK_K // GROUP, GROUP))
         largest = tl.max(tl.abs(x), axis=2) * clip_ratio
-        if unit_ptr is not None:
-            relative = tl.div_rn(tl.div_rn(largest, TOP), unit[:, None])
+        if global_scale_ptr is not None:
+            relative = tl.div_rn(tl.div_rn(largest, TOP), global_scale[:, None])
             byte = e4m3_of(tl.clamp(relative, E4M3_BOTTOM, E4M3_TOP))
-            scale = e4m3_value(byte) * unit[:, None] / 2
+            scale = e4m3_value(byte) * global_scale[:, None] / 2
         else:
             byte = e8m0_of(largest)
             scale = (byte << 23).to(tl.float32, bitcast=True) / 2
@@ -140,11 +140,11 @@ def launch(
     M, K = x.shape
     q = torch.empty((M, K // 2), dtype=torch.uint8, device=x.device)
     scale = torch.empty((M, K // group_size), dtype=torch.uint8, device=x.device)
-    unit = torch.empty(M, dtype=torch.float32, device=x.device) if number_format == "nvfp4" else None
+    global_scale = torch.empty(M, dtype=torch.float32, device=x.device) if number_format == "nvfp4" else None
     block_m, block_k = prologue.tile(M, K, group_size)
     fp4_quantizer_kernel[(triton.cdiv(M, block_m),)](
-        x, q, scale, unit, *prologue.tensors(), M, K, x.stride(0), prologue.epsilon,
+        x, q, scale, global_scale, *prologue.tensors(), M, K, x.stride(0), prologue.epsilon,
         clip_ratio, group_size, prologue.hadamard, block_m, block_k,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    return Fp4Activations(q, scale, unit)
+    return Fp4Activations(q, scale, global_scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 from quantize.kernels import engine
 from quantize.kernels.custom_ops import gemm as gemm_operator
 from quantize.kernels.custom_ops import quantize_tokens
-from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_unit, pack_fp4, unpack_fp4
+from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale, pack_fp4, unpack_fp4
 from quantize.kernels.fp4_linear import fp4_linear
 from quantize.kernels.halo import linear_with_int8_backward
 from quantize.kernels.packed import PackedWeight, QuantizedActivations
@@ -32,7 +32,7 @@ __all__ = [
     "has_kernel",
     "has_smooth_kernel",
     "linear_with_int8_backward",
-    "nvfp4_unit",
+    "nvfp4_global_scale",
     "on_kernels",
     "pack_fp4",
     "pack_int4",

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from quantize.attention import set_kv_cache
-from quantize.bounds import bounded_by
+from quantize.bounds import limit_parameters
 from quantize.checkpoint import read_config
 from quantize.errors import QuantizeError, UsageError
 from quantize.files import check_files, read_json
 from quantize.formats.qtensor import QTensor
 from quantize.kv_cache import read_kv_cache
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.linear import QuantizedLinear
 from quantize.manifest import Manifest
 from quantize.online import Online, restore
 from quantize.prefixed import attach
 from quantize.recipe import validated
 from quantize.scheme import ActivationArgs, Scheme
-from quantize.skeleton import assign, build_skeleton
+from quantize.skeleton import assign_and_tie, build_skeleton
 from quantize.weights import index_tensors, read_tensor
 from quantize.writer import PROBE, sha256
 
@@ -77,7 +77,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
-    with bounded_by(index_tensors(directory, PROBE)):
+    with limit_parameters(index_tensors(directory, PROBE)):
         model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
     return fill(model, directory, settings, dtype)
 
@@ -107,7 +107,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # FP4 scales keep theirs
     tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
-    wrong = assign(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
+    wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
     set_kv_cache(model, read_kv_cache(settings))
@@ -128,7 +128,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
     scale = scale.to(dtype) if scheme.weights.format == "int" and scale.is_floating_point() else scale
-    weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("unit"))
+    weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):
         raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
@@ -137,7 +137,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     parts = enumerate(entry.get("online", ()))
     online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
-    linear.leading = Leading(tuple(settings.get("prefix", ())))
+    linear.leading = PrefixTokens(tuple(settings.get("prefix", ())))
     return linear
 
 

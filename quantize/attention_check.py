@@ -36,9 +36,9 @@ def check_kv_cache(program: Program, skeleton: nn.Module) -> None:
     Raises:
         UsageError: there is no graph, no attention in it, or attention of which transformers knows nothing.
     """
-    if program.refused:
+    if program.export_error:
         raise UsageError(
-            f"the model cannot be exported ({program.refused}), so it is not known where it reads keys and values; "
+            f"the model cannot be exported ({program.export_error}), so it is not known where it reads keys and values; "
             f"{LEAVE_OUT}"
         )
     owners = [owner(node, skeleton) for segment in program.segments for node in attention_nodes(segment.nodes)]

@@ -13,39 +13,39 @@ from torch import Tensor
 
 from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.precision import bfloat16_products, calibrates_in_bfloat16
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint import Checkpoint
 from quantize.formats.qtensor import QTensor
-from quantize.graph.execute import State, Values
+from quantize.graph.execute import Overrides, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
-from quantize.group import GroupRounding
+from quantize.group import WeightRounder
 from quantize.kv_cache import check_hadamard, quantized_attention
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.linear import QuantizedLinear
-from quantize.memory import give_back
+from quantize.memory import trim_heap
 from quantize.once import Once, always
-from quantize.online import Front
+from quantize.online import InputTransform
 from quantize.plan import Plan
-from quantize.probes import probe_inputs
-from quantize.ranks import Ranks
+from quantize.probes import verification_inputs
+from quantize.ranks import SingleProcess
 from quantize.scheme import Scheme, TuneArgs
-from quantize.seeding import private_generator
+from quantize.seeding import derived_generator
 from quantize.settings import linear_settings
-from quantize.survey import survey
-from quantize.ties import Ties
-from quantize.transforming import Surveys, Transformer, float_state
-from quantize.tuning import Tuning, handed_on
+from quantize.survey import collect_global_statistics
+from quantize.ties import TiedWeights
+from quantize.transforming import PassRunner, Surveys, float_state
+from quantize.tuning import BlockTuner, block_outputs
 
 TUNE_TOKENS = 1024  # in a step of tuning
 
 
-class BlockRun:
+class SequentialPipeline:
     """Transforms and quantizes one block after the other.
 
     Attributes:
         modules: path → entry of the artifact's quantization settings.
-        probe_inputs: two different inputs that prove what is made.
+        verification_inputs: two different inputs that prove what is made.
         leading: the tokens in front of every sequence, also of the probes'.
         ties: what was stored of parameters that go by several names.
         ranks: the processes that share the calibration data.
@@ -61,72 +61,87 @@ class BlockRun:
         samples: Samples,
         console: Console | None = None,
         once: Once = always,
-        ranks: Ranks | None = None,
+        ranks: SingleProcess | None = None,
         collected: Surveys | None = None,
         scratch: Path | None = None,
     ) -> None:
         """Calibration activations that do not fit into memory lie in files in the directory `scratch`."""
         self.checkpoint, self.program, self.plan, self.samples = checkpoint, program, plan, samples
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or SingleProcess()
         batch_tokens = TUNE_TOKENS if plan.recipe.tune else BATCH_TOKENS
-        self.leading = Leading(plan.recipe.prefix_tokens)
+        self.leading = PrefixTokens(plan.recipe.prefix_tokens)
         runs = plan.calibrates and collected is None
         given = samples.batches(max(1, batch_tokens // plan.recipe.seqlen)) if runs else []
-        self.first_batch = self.ranks.part_of(len(given)).start
-        batches = self.leading.batches(self.ranks.share(given))
-        self.probe_inputs = probe_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
-        self.calibration, self.probes = Runner(program, batches, scratch), Runner(program, self.probes_run())
-        self.exact = Runner(program, batches if plan.quantizer.needs_exact or plan.recipe.tune else [], scratch)
-        self.rounding = GroupRounding(plan, self.ranks, self.leading, self.calibration, self.exact)
+        self.first_batch = self.ranks.shard_slice(len(given)).start
+        batches = self.leading.batches(self.ranks.shard(given))
+        self.verification_inputs = verification_inputs(samples.rows[-1], program.vocabulary, plan.recipe.seed)
+        self.calibration, self.probes = (
+            SequentialRunner(program, batches, scratch),
+            SequentialRunner(program, self.prefixed_probes()),
+        )
+        self.float_reference = SequentialRunner(
+            program, batches if plan.quantizer.needs_float_reference or plan.recipe.tune else [], scratch
+        )
+        self.rounding = WeightRounder(plan, self.ranks, self.leading, self.calibration, self.float_reference)
         scheme = plan.recipe.linear_scheme
         surveys = collected or once(
-            "survey", lambda: survey(checkpoint, program, plan, batches, self.ranks, console, scratch)
+            "survey",
+            lambda: collect_global_statistics(checkpoint, program, plan, batches, self.ranks, console, scratch),
         )
-        self.transformer = Transformer(
+        self.pass_runner = PassRunner(
             program, plan.steps, scheme, self.calibration, self.probes, plan.recipe.seed, surveys, self.leading,
             self.ranks,
         )  # fmt: skip
         self.modules: dict[str, dict[str, object]] = {}
-        self.ties = Ties(checkpoint.ties)
+        self.ties = TiedWeights(checkpoint.ties)
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; returns what is stored of it."""
-        give_back()
+        trim_heap()
         given, dtypes = self._read(segment)
-        weights, fronts = self.transformer.apply(segment, dict(given))
+        weights, input_transforms = self.pass_runner.apply(segment, dict(given))
         linears = self.program.linears(segment)
         targets = [linear for linear in linears if linear.path in self.plan.targets]
         replaced = {name for linear in targets for name in (linear.weight, linear.bias)}
-        exact = float_state(dict(weights), linears, fronts) if self.exact.values else State({})
+        float_reference = (
+            float_state(dict(weights), linears, input_transforms) if self.float_reference.values else Overrides({})
+        )
         changed = {n: w.to(dtypes[n]) for n, w in weights.items() if n not in replaced and w is not given[n]}
         same = [name for name, w in weights.items() if name not in replaced and w is given[name]]
         del given
         weights |= {name: t.float() for name, t in changed.items()}  # from here on the block runs with what is stored
         biases = {x.path: weights[x.bias].to(dtypes[x.bias]) for x in targets if x.bias}
-        state, tensors = self._with_kv_cache(segment, float_state(weights, linears, fronts)), dict[str, Tensor]()
+        state, tensors = (
+            self._with_kv_cache(segment, float_state(weights, linears, input_transforms)),
+            dict[str, Tensor](),
+        )
         tune, finish = self.plan.recipe.tune if targets else None, self.calibrates_after(segment)
         starts = list(self.calibration.values) if tune else []
         with bfloat16_products(calibrates_in_bfloat16(dtypes.values())):
             for group, _ in zip(
-                self.calibration.stops(segment, state, targets, finish),
-                self.exact.stops(segment, exact, targets, finish or tune is not None),
+                self.calibration.advance_to_linears(segment, state, targets, finish),
+                self.float_reference.advance_to_linears(segment, float_reference, targets, finish or tune is not None),
                 strict=True,
             ):
-                for part in self.rounding.parts(group, fronts, dtypes):
-                    for linear, weight in zip(part, self.rounding.quantize(part, state, fronts, dtypes), strict=True):
-                        tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
+                for part in self.rounding.same_input_groups(group, input_transforms, dtypes):
+                    for linear, weight in zip(
+                        part, self.rounding.quantize(part, state, input_transforms, dtypes), strict=True
+                    ):
+                        tensors |= self._replace(
+                            linear, state, weight, input_transforms[linear.path], biases.get(linear.path)
+                        )
                     if not tune:
-                        self._give_up(state, part)
-                give_back()
+                        self._free_weight(state, part)
+                trim_heap()
         if tune:
             for linear, weight in self._tune(segment, state, starts, targets, tune):
-                tensors |= self._replace(linear, state, weight, fronts[linear.path], biases.get(linear.path))
+                tensors |= self._replace(linear, state, weight, input_transforms[linear.path], biases.get(linear.path))
             for number, values in enumerate(starts):
                 self.calibration.values[number] = values
             self.calibration.run(segment.nodes if finish else (), state)
         self.probes.run(segment.nodes, state)
-        del weights, state, exact  # what is stored as it was is read again, not held twice
-        return tensors | self.ties.kept(changed | {name: self.checkpoint.tensor(name) for name in same})
+        del weights, state, float_reference  # what is stored as it was is read again, not held twice
+        return tensors | self.ties.deduplicate(changed | {name: self.checkpoint.tensor(name) for name in same})
 
     def _read(self, segment: Segment) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
         """The parameters of a block in float32, and the dtypes that they are stored in."""
@@ -139,30 +154,32 @@ class BlockRun:
         """Whether anything behind a block looks at the calibration activations."""
         return self.plan.calibrates_after(segment, self.program)
 
-    def _with_kv_cache(self, segment: Segment, state: State) -> State:
+    def _with_kv_cache(self, segment: Segment, state: Overrides) -> Overrides:
         """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""
         args = self.plan.recipe.kv_cache
         operators = quantized_attention(segment, args)
         if args is not None and args.hadamard and operators:
             found = check_hadamard(self.program, segment, state, self.probes.values)
-            self.transformer.differences.setdefault("kv_cache", {})[segment.name] = found
+            self.pass_runner.differences.setdefault("kv_cache", {})[segment.name] = found
         return replace(state, operators=operators)
 
-    def unused(self) -> dict[str, Tensor]:
+    def unquantized_tensors(self) -> dict[str, Tensor]:
         """Parameters that the forward pass never reads, and buffers, as they are stored."""
         read = {name for segment in self.program.segments for name in segment.parameters}
         unread = [name for name in self.program.parameters.values() if name not in read]
-        return self.ties.kept({name: self.checkpoint.tensor(name) for name in unread}) | self.checkpoint.buffers()
+        return (
+            self.ties.deduplicate({name: self.checkpoint.tensor(name) for name in unread}) | self.checkpoint.buffers()
+        )
 
     def outputs(self) -> list[Tensor]:
         """The model's outputs on the probes, once all blocks are done."""
         return self.probes.outputs()
 
-    def probes_run(self) -> list[dict[str, Tensor]]:
+    def prefixed_probes(self) -> list[dict[str, Tensor]]:
         """The probes as they run, with the prefix in front."""
-        return self.leading.batches(self.probe_inputs)
+        return self.leading.batches(self.verification_inputs)
 
-    def _give_up(self, state: State, linears: Sequence[Linear]) -> None:
+    def _free_weight(self, state: Overrides, linears: Sequence[Linear]) -> None:
         """Drop float weights that nothing but the linears that were replaced has read."""
         for name in {linear.weight for linear in linears}:
             readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
@@ -170,22 +187,26 @@ class BlockRun:
                 state.weights.pop(name, None)
 
     def _replace(
-        self, linear: Linear, state: State, weight: QTensor, front: Front, bias: Tensor | None
+        self, linear: Linear, state: Overrides, weight: QTensor, input_transform: InputTransform, bias: Tensor | None
     ) -> dict[str, Tensor]:
         """Let the block run with a quantized linear from here on; returns its tensors."""
-        scheme = Scheme(weights=weight.args, activations=front.activations)
-        bias = front.bias(weight.dequantize(), bias) if front.shifts else bias
-        module = QuantizedLinear(weight, bias, scheme, front.online)
+        scheme = Scheme(weights=weight.args, activations=input_transform.activations)
+        bias = input_transform.bias(weight.dequantize(), bias) if input_transform.has_shift else bias
+        module = QuantizedLinear(weight, bias, scheme, input_transform.online)
         module.leading, state.linears[linear.node] = self.leading, module
         self.modules[linear.path] = linear_settings(module, self.plan.recipe.activations)
-        self.ties.replaced(linear.weight)
+        self.ties.mark_replaced(linear.weight)
         return {f"{linear.path}.{name}": tensor for name, tensor in module.state_dict().items()}
 
     def _tune(
-        self, segment: Segment, state: State, starts: Sequence[Values], linears: Sequence[Linear], args: TuneArgs
+        self, segment: Segment, state: Overrides, starts: Sequence[Values], linears: Sequence[Linear], args: TuneArgs
     ) -> Iterator[tuple[Linear, QTensor]]:
         """The linears of a block with weights that are rounded together."""
-        exact = {linear.node: linear.oriented(state.weights[linear.weight]) for linear in linears}
-        tuning = Tuning(self.program, segment, state, starts, [handed_on(v, segment) for v in self.exact.values])
-        tuned = tuning.run(exact, args, private_generator(self.plan.recipe.seed, zlib.crc32(segment.name.encode())))
+        float_reference = {linear.node: linear.as_out_in(state.weights[linear.weight]) for linear in linears}
+        tuning = BlockTuner(
+            self.program, segment, state, starts, [block_outputs(v, segment) for v in self.float_reference.values]
+        )
+        tuned = tuning.run(
+            float_reference, args, derived_generator(self.plan.recipe.seed, zlib.crc32(segment.name.encode()))
+        )
         return ((linear, tuned[linear.node]) for linear in linears)

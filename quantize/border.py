@@ -7,18 +7,22 @@ from typing import Any
 
 from torch import fx
 
-from quantize.blocks import BlockRun
-from quantize.calibration.runner import Runner
+from quantize.blocks import SequentialPipeline
+from quantize.calibration.runner import SequentialRunner
 from quantize.errors import QuantizeError
 from quantize.graph.execute import Values
 from quantize.graph.program import Program
 from quantize.writer import ArtifactWriter, sha256
 
 
-def runners(blocks: BlockRun) -> list[tuple[str, Runner, int]]:
+def runners(blocks: SequentialPipeline) -> list[tuple[str, SequentialRunner, int]]:
     """All that is on its way through the blocks, and the number of its first batch among those of all ranks."""
     first = blocks.first_batch
-    return [("calibration", blocks.calibration, first), ("exact", blocks.exact, first), ("probes", blocks.probes, 0)]
+    return [
+        ("calibration", blocks.calibration, first),
+        ("float_reference", blocks.float_reference, first),
+        ("probes", blocks.probes, 0),
+    ]
 
 
 def plain_values(values: Values, program: Program) -> dict[str, Any]:
@@ -44,26 +48,26 @@ def held_value(node: fx.Node, program: Program) -> Any:
     return program.constants.get(node)
 
 
-def state_of(blocks: BlockRun) -> dict[str, Any]:
+def state_of(blocks: SequentialPipeline) -> dict[str, Any]:
     """What else a run carries across a border."""
-    transformer = blocks.transformer
-    sites = [{basis.index: transform for basis, transform in made.items()} for made in transformer.sites]
+    pass_runner = blocks.pass_runner
+    sites = [{basis.index: transform for basis, transform in made.items()} for made in pass_runner.sites]
     return {
         "modules": blocks.modules,
         "untied": blocks.ties.untied,
         "tied": blocks.ties.stored,
         "sites": sites,
-        "differences": transformer.differences,
-        "changed": transformer.changed,
+        "differences": pass_runner.differences,
+        "changed": pass_runner.changed,
     }
 
 
-def restore_state(blocks: BlockRun, state: dict[str, Any]) -> None:
+def restore_state(blocks: SequentialPipeline, state: dict[str, Any]) -> None:
     """The reverse of `state_of`."""
-    transformer = blocks.transformer
+    pass_runner = blocks.pass_runner
     blocks.modules, blocks.ties.untied, blocks.ties.stored = state["modules"], state["untied"], state["tied"]
-    transformer.differences, transformer.changed = state["differences"], state["changed"]
-    for step, made, sites in zip(transformer.steps, state["sites"], transformer.sites, strict=True):
+    pass_runner.differences, pass_runner.changed = state["differences"], state["changed"]
+    for step, made, sites in zip(pass_runner.steps, state["sites"], pass_runner.sites, strict=True):
         bases = {basis.index: basis for basis in step.sites}
         sites.update({bases[index]: transform for index, transform in made.items()})
 

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 # Files of packed integers hold two elements a byte, and tied or merged parameters count twice; the rest is room.
-ELEMENTS_PER_BYTE, PARAMETERS_PER_TENSOR, ROOM = 4, 8, 1 << 20
+ELEMENTS_PER_BYTE, PARAMETERS_PER_TENSOR, SLACK = 4, 8, 1 << 20
 
 
 @contextlib.contextmanager
-def bounded_by(files: Mapping[str, Path]) -> Iterator[None]:
+def limit_parameters(files: Mapping[str, Path]) -> Iterator[None]:
     """Stop every constructor in the block that makes far more parameters than files hold.
 
     Args:
@@ -25,7 +25,7 @@ def bounded_by(files: Mapping[str, Path]) -> Iterator[None]:
         ValueError: within the constructor, by that it cannot go on.
     """
     size = sum(path.stat().st_size for path in set(files.values()))
-    elements, parameters = ELEMENTS_PER_BYTE * size + ROOM, PARAMETERS_PER_TENSOR * (len(files) + 8)
+    elements, parameters = ELEMENTS_PER_BYTE * size + SLACK, PARAMETERS_PER_TENSOR * (len(files) + 8)
     found = [0, 0]
 
     def count(module: nn.Module, name: str, parameter: Any) -> None:

@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quantize.bounds import bounded_by
+from quantize.bounds import limit_parameters
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.files import SIDE_FILES, check_files, is_hidden, read_json
-from quantize.renaming import Source, sources
-from quantize.skeleton import assign, build_skeleton, fill_in, ties_of
-from quantize.weights import PIECE, index_tensors, is_finite, read_float, read_tensor
+from quantize.renaming import StoredTensor, map_keys
+from quantize.skeleton import assign_and_tie, build_skeleton, load_tensors, ties_of
+from quantize.weights import CHUNK, index_tensors, is_finite, read_float, read_tensor
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_COPIED = {"config.json", "manifest.json"}
@@ -41,14 +41,14 @@ class Checkpoint:
     files: dict[str, Path] = field(default_factory=dict)
     module: nn.Module | None = None
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    sources: dict[str, Source] = field(default_factory=dict)
+    sources: dict[str, StoredTensor] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """The model in float32 with parameters on the meta device, tied ones shared, and real buffers."""
         if self.module is None:
             model = build_skeleton(self.config)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
-            fill_in(model, {name: self.tensor(name) for name in buffers})
+            load_tensors(model, {name: self.tensor(name) for name in buffers})
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
@@ -81,7 +81,7 @@ class Checkpoint:
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The whole model in floating point, in evaluation mode."""
         model = self.skeleton()
-        assign(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
+        assign_and_tie(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
         return model.eval()
 
     def buffers(self) -> dict[str, Tensor]:
@@ -113,9 +113,9 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
     check_files(directory)
     files = index_tensors(directory)
-    with bounded_by(files):
+    with limit_parameters(files):
         model = build_skeleton(config)
-    return Checkpoint(directory, config, files, None, ties_of(model), sources(model, files))
+    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files))
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -168,6 +168,6 @@ def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
             )
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        if not all(map(is_finite, tensor.flatten().split(PIECE))):
+        if not all(map(is_finite, tensor.flatten().split(CHUNK))):
             index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
             raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

@@ -56,7 +56,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL, a directory or hub id, into a new directory."""
     from quantize import pipeline
-    from quantize.ranks import first
+    from quantize.ranks import is_rank_zero
     from quantize.recipe import load_recipe
 
     if dry_run:
@@ -84,7 +84,7 @@ def quantize(
         console=Console(stderr=True),
         **settings,
     )
-    if first():
+    if is_rank_zero():
         click.echo(artifact.summary())
 
 
@@ -113,8 +113,8 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
     from quantize.eval.bases import bases_table
 
-    if program.refused:
-        click.echo(program.refusal)
+    if program.export_error:
+        click.echo(program.export_error_message)
     Console().print(bases_table(bases))
 
 
@@ -181,9 +181,9 @@ def export(directory: Path, target: str, output_dir: Path, qdq: bool, hybrid: bo
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
     """Make text with an exported model in ONNX Runtime, always the most likely token."""
-    from quantize.export.encoded_runner import text
+    from quantize.export.encoded_runner import generate
 
-    for piece in text(directory, prompt, data, max_new_tokens):
+    for piece in generate(directory, prompt, data, max_new_tokens):
         click.echo(piece, nl=False)
     click.echo()
 

@@ -14,22 +14,22 @@ from typing import Any
 from rich.console import Console
 
 from quantize.calibration.data import BATCH_TOKENS, Samples
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
 from quantize.checkpoint import Checkpoint
 from quantize.errors import UsageError
 from quantize.graph.program import Program
-from quantize.identity import Identity, changes
-from quantize.leading import Leading
+from quantize.identity import Fingerprint, diff_fingerprints
+from quantize.leading import PrefixTokens
 from quantize.plan import Plan, Step
-from quantize.stored import read_stored, write_stored
+from quantize.stored import load_state, save_state
 from quantize.survey import one_run
-from quantize.transforming import Transformer
-from quantize.writer import disk_errors
+from quantize.transforming import PassRunner
+from quantize.writer import translate_disk_errors
 
 
 @dataclass(frozen=True)
-class Collected:
+class StatisticsFile:
     """What one or several parts of the data have shown.
 
     Attributes:
@@ -39,7 +39,7 @@ class Collected:
         statistics: of the inputs of all linears, by weight.
     """
 
-    identity: Identity
+    identity: Fingerprint
     data: Mapping[str, tuple[int, int]]
     step: int
     statistics: Mapping[str, Statistic]
@@ -50,7 +50,7 @@ class Collected:
         return {"sha256": list(self.data), "rows": rows, "tokens": tokens}
 
 
-def asking_step(plan: Plan) -> tuple[int, Step]:
+def only_calibrated_step(plan: Plan) -> tuple[int, Step]:
     """The one pass that asks for statistics, and its number.
 
     Raises:
@@ -67,31 +67,31 @@ def asking_step(plan: Plan) -> tuple[int, Step]:
 
 
 def collect(
-    checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, found: Identity, console: Console | None
-) -> Collected:
+    checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, found: Fingerprint, console: Console | None
+) -> StatisticsFile:
     """Statistics of the inputs of all linears, in front of the pass that asks for them; `found` is the run's identity.
 
     Raises:
         UsageError: the recipe needs more than statistics that can be merged.
     """
-    number, step = asking_step(plan)
-    recipe, leading = plan.recipe, Leading(plan.recipe.prefix_tokens)
+    number, step = only_calibrated_step(plan)
+    recipe, leading = plan.recipe, PrefixTokens(plan.recipe.prefix_tokens)
     batches = samples.batches(max(1, BATCH_TOKENS // recipe.seqlen))
-    runner, probes = Runner(program, leading.batches(batches)), Runner(program, [])
-    before = Transformer(program, plan.steps[:number], recipe.linear_scheme, runner, probes, recipe.seed)
+    runner, probes = SequentialRunner(program, leading.batches(batches)), SequentialRunner(program, [])
+    before = PassRunner(program, plan.steps[:number], recipe.linear_scheme, runner, probes, recipe.seed)
     weights = frozenset(linear.weight for segment in program.segments for linear in program.linears(segment))
     before.leading = leading
     statistics = one_run(checkpoint, before, weights, step.handler.needs, console)
     data = {samples.sha256: (len(samples.rows), samples.tokens)}
-    return Collected(without_data(found), data, number, statistics)
+    return StatisticsFile(without_data(found), data, number, statistics)
 
 
-def without_data(found: Identity) -> Identity:
+def without_data(found: Fingerprint) -> Fingerprint:
     """What all parts of the data share."""
     return {part: hashes for part, hashes in found.items() if part != "data"}
 
 
-def write_collected(path: Path, found: Collected) -> None:
+def write_collected(path: Path, found: StatisticsFile) -> None:
     """Write a new file.
 
     Raises:
@@ -100,37 +100,37 @@ def write_collected(path: Path, found: Collected) -> None:
     """
     if path.exists():
         raise UsageError(f"{path} exists already; give a new file")
-    beside = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
-        write_stored(beside, {name: getattr(found, name) for name in Collected.__dataclass_fields__})
-        beside.rename(path)
+    temporary = path.with_name(f".{path.name}.part")
+    with translate_disk_errors(path):
+        save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
+        temporary.rename(path)
 
 
-def read_collected(path: Path) -> Collected:
+def read_collected(path: Path) -> StatisticsFile:
     """What `write_collected` wrote.
 
     Raises:
         UsageError: no such file, or another one.
     """
     try:
-        return Collected(**read_stored(path))
+        return StatisticsFile(**load_state(path))
     except Exception as error:
         raise UsageError(f"{path} holds no statistics of --collect-stats: {error}") from error
 
 
-def fitting(path: Path, found: Identity) -> Collected:
+def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
     """Statistics for a run of the same model, recipe and code.
 
     Raises:
         UsageError: no such file, or for another run.
     """
     collected = read_collected(path)
-    if changed := changes(collected.identity, without_data(found)):
+    if changed := diff_fingerprints(collected.identity, without_data(found)):
         raise UsageError(f"{' and '.join(changed)} changed since {path} was collected; collect it anew")
     return collected
 
 
-def merge_stats(paths: Sequence[Path], output: Path) -> Collected:
+def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
     """Statistics of all data from those of its parts.
 
     Raises:
@@ -139,13 +139,13 @@ def merge_stats(paths: Sequence[Path], output: Path) -> Collected:
     first, *rest = [read_collected(path) for path in paths]
     data, statistics = dict(first.data), dict(first.statistics)
     for path, other in zip(paths[1:], rest, strict=True):
-        if changed := changes(first.identity, other.identity):
+        if changed := diff_fingerprints(first.identity, other.identity):
             raise UsageError(f"{' and '.join(changed)} of {path} differs from that of {paths[0]}; collect them alike")
         if data.keys() & other.data.keys():
             raise UsageError(f"{path} is of data that is in already; give each part of the data once")
         data |= other.data
         for name, statistic in other.statistics.items():
             statistics[name].merge(statistic)
-    merged = Collected(first.identity, dict(sorted(data.items())), first.step, statistics)
+    merged = StatisticsFile(first.identity, dict(sorted(data.items())), first.step, statistics)
     write_collected(output, merged)
     return merged

@@ -8,14 +8,14 @@ from quantize.duration import count
 from quantize.export.support import formats
 from quantize.foreseen import stored_dtypes
 from quantize.machine import measure, peak_memory
-from quantize.preflight import Preflight
+from quantize.preflight import MemoryEstimate
 from quantize.prepare import Prepared, describe
 
 
-def preflight(prepared: Prepared) -> Preflight:
+def preflight(prepared: Prepared) -> MemoryEstimate:
     """A run that has not begun, from headers alone."""
     dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
-    return Preflight(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
+    return MemoryEstimate(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
 
 
 def dry_run(prepared: Prepared) -> str:
@@ -24,7 +24,7 @@ def dry_run(prepared: Prepared) -> str:
     return "\n".join([*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe(prepared)])
 
 
-def estimates(found: Preflight, prepared: float) -> Iterator[str]:
+def estimates(found: MemoryEstimate, prepared: float) -> Iterator[str]:
     """Memory, disk and time, with the seconds that preparing the run has taken now and will take then."""
     held, more, machine, work = peak_memory(), found.memory_bytes(), measure(), count(found)
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
@@ -38,9 +38,9 @@ def estimates(found: Preflight, prepared: float) -> Iterator[str]:
     )
 
 
-def exports(found: Preflight) -> Iterator[str]:
+def exports(found: MemoryEstimate) -> Iterator[str]:
     """Whether the graph could be exported, and where the artifact could go."""
-    if not found.program.refused:
+    if not found.program.export_error:
         yield "the model can be exported as a graph"
     for name, why in formats(found).items():
         yield f"export to {name}: {f'no, {why}' if why else 'yes'}"

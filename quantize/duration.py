@@ -8,8 +8,8 @@ from quantize.activation_work import NODE, batched, calibration, looked_at, quan
 from quantize.calibration.sums import BLOCK
 from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
-from quantize.preflight import Preflight
-from quantize.quantizers.base import RANGES
+from quantize.preflight import MemoryEstimate
+from quantize.quantizers.base import SCALE_SEARCH
 from quantize.quantizers.gptq import GPTQ
 from quantize.work import Work, passes
 
@@ -30,12 +30,12 @@ FILES = 110  # of a block, its journal's among them, that are hashed and written
 LEARNING_TOKENS = 512
 
 
-def count(found: Preflight) -> Work:
+def count(found: MemoryEstimate) -> Work:
     """All that a run computes."""
     return sum(parts(found), Work())
 
 
-def parts(found: Preflight) -> Iterator[Work]:
+def parts(found: MemoryEstimate) -> Iterator[Work]:
     """Calibration, its sums, transforms, rounding, and what each block takes beside that."""
     forward = calibration(found)
     yield forward.times(runs(found))
@@ -48,7 +48,7 @@ def parts(found: Preflight) -> Iterator[Work]:
         yield forward.times(BACKWARD * tune.steps / max(1, sum(found.batches.values())))
 
 
-def runs(found: Preflight) -> int:
+def runs(found: MemoryEstimate) -> int:
     """How often the calibration data goes through the model: as itself, for statistics, surveys and the prefix."""
     plan = found.plan
     looking = [step.handler.needs is not None for step in plan.steps]
@@ -57,7 +57,7 @@ def runs(found: Preflight) -> int:
     return found.runners + sum(looking) + surveys + searched + (plan.recipe.tune is not None)
 
 
-def block(found: Preflight, segment: Segment) -> Work:
+def block(found: MemoryEstimate, segment: Segment) -> Work:
     """Each weight read, transformed, written and read back; and the probes, before and after each pass as well."""
     weights, steps = [found.parameters[name].numel() for name in segment.parameters], len(found.plan.steps)
     forwards = 2 * (2 + 2 * steps)
@@ -65,32 +65,32 @@ def block(found: Preflight, segment: Segment) -> Work:
     return changed + Work(PROBED * sum(weights) * (3 + 2 * steps), 0, NODE * len(segment.nodes) * forwards, FILES)
 
 
-def group_work(found: Preflight, linears: list[Linear]) -> Work:
+def group_work(found: MemoryEstimate, linears: list[Linear]) -> Work:
     """Linears that share an input: the sums over it, their rounding, and the input's."""
     N, K = [found.modules[x.path].out_features for x in linears], linears[0].columns
     work = sum((rounding(found, n, K) for n in N), Work()) + quantized(found, N, K) + looked_at(found, K)
     if not found.plan.quantizer.needs_gram:
         return work
-    exact = found.plan.quantizer.needs_exact
+    exact = found.plan.quantizer.needs_float_reference
     calls = COLUMN * K * (1 + getattr(found.plan.quantizer, "sweeps", 0))
     sums = (0.5 + 0.5 * min(1, BLOCK / K) + exact) * rows(found) * K * K
     work += Work(sums=sums) if found.in_bfloat16 else Work(sums)
     return work + Work(SOLVE * K**3 / 6, 0, calls) + batched(found, K, 2 + 2 * exact) + passes(8 * K * K, K * K)
 
 
-def rounding(found: Preflight, N: int, K: int) -> Work:
+def rounding(found: MemoryEstimate, N: int, K: int) -> Work:
     """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
-    tried = TRIED * len(RANGES[args.format]) if quantizer.mse else 0.0
-    work = Work(cached=(ONCE + tried) * N * K, operators=SEARCH * len(RANGES[args.format]) * quantizer.mse)
+    tried = TRIED * len(SCALE_SEARCH[args.format]) if quantizer.mse else 0.0
+    work = Work(cached=(ONCE + tried) * N * K, operators=SEARCH * len(SCALE_SEARCH[args.format]) * quantizer.mse)
     if not isinstance(quantizer, GPTQ):
         return work
     turns = 1 + quantizer.sweeps
-    work += Work(N * K * K * 2 * quantizer.needs_exact) + passes((COPIED + TURN * turns) * N * K, N * K)
+    work += Work(N * K * K * 2 * quantizer.needs_float_reference) + passes((COPIED + TURN * turns) * N * K, N * K)
     return work + Work(cached=IN_TURN * turns * N * K) + rounded(found, N * K * K * (0.5 + quantizer.sweeps))
 
 
-def learning(found: Preflight, dim: int) -> Work:
+def learning(found: MemoryEstimate, dim: int) -> Work:
     """A rotation [dim, dim] learned from activations."""
     steps = max(getattr(step.handler, "steps", 0) for step in found.plan.steps)
     numbers = passes(steps * LEARNING_TOKENS * dim * 30, LEARNING_TOKENS * dim)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
-from quantize.float_directory import write_float_model
+from quantize.float_directory import save_float_model
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import Linear
 from quantize.prepare import Prepared, prepare
@@ -140,7 +140,7 @@ def run(prepared: Prepared, settings: Settings, writer: ArtifactWriter, console:
     losses = train(model, teacher if settings.distill else None, list(standins.values()), batches, settings, console)
     replace(model, modules)
     after = mean_kurtosis(model, list(linears), probe)
-    write_float_model(prepared.checkpoint, writer, parameters)
+    save_float_model(prepared.checkpoint, writer, parameters)
     return Finetuned(writer.output, losses, {path: (before[path], after[path]) for path in linears})
 
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from quantize import gate
-from quantize.blocks import BlockRun
+from quantize.blocks import SequentialPipeline
 from quantize.checkpoint import side_files
 from quantize.graph.program import Program
 from quantize.identity import versions
@@ -22,14 +22,18 @@ from quantize.writer import ArtifactWriter, as_json
 
 
 def finish(
-    prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, data: Mapping[str, Any], console: Console | None
+    prepared: Prepared,
+    writer: ArtifactWriter,
+    blocks: SequentialPipeline,
+    data: Mapping[str, Any],
+    console: Console | None,
 ) -> dict[str, Any]:
     """Add all that is no block, verify what was written, and commit; returns the manifest, with what is in `data`."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
-    writer.add(shard_name(program, len(program.segments) + 1), blocks.unused())
+    writer.add(shard_name(program, len(program.segments) + 1), blocks.unquantized_tensors())
     settings = quantization_settings(plan.recipe, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
-    probes, outputs = blocks.probes_run(), blocks.outputs()
+    probes, outputs = blocks.prefixed_probes(), blocks.outputs()
     proof = parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     return writer.commit(
         {
@@ -37,8 +41,8 @@ def finish(
             "seed": plan.recipe.seed,
             "versions": versions(),
             "export": program.export_record() | {"not_compared": not_compared(blocks)},
-            "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.transformer.differences},
-            "online": blocks.transformer.changed,
+            "gate": {"tolerance": gate.TOLERANCE, "passes": blocks.pass_runner.differences},
+            "online": blocks.pass_runner.changed,
             "parity": proof,
             "untied": blocks.ties.untied,
             **{name: record for name, record in data.items() if record},
@@ -53,7 +57,9 @@ def shard_name(program: Program, number: int) -> str:
     return f"model-{number:05}-of-{len(program.segments) + 1:05}.safetensors"
 
 
-def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRun, settings: dict[str, Any]) -> None:
+def write_side_files(
+    prepared: Prepared, writer: ArtifactWriter, blocks: SequentialPipeline, settings: dict[str, Any]
+) -> None:
     """Config, resolved recipe, tensor index, tokenizer and other side files, and the probes with their outputs."""
     checkpoint = prepared.checkpoint
     if checkpoint.config:
@@ -64,8 +70,10 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
     if checkpoint.directory is not None:
         for path in side_files(checkpoint.directory):
             writer.write(path, (checkpoint.directory / path).read_bytes())
-    given = {name: torch.cat([probe[name] for probe in blocks.probe_inputs]) for name in blocks.probe_inputs[0]}
-    if prepared.program.refused:
+    given = {
+        name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
+    }
+    if prepared.program.export_error:
         fresh = build_skeleton(checkpoint.config) if checkpoint.config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
@@ -74,12 +82,12 @@ def write_side_files(prepared: Prepared, writer: ArtifactWriter, blocks: BlockRu
     writer.add_probe({**given, "output": output})
 
 
-def not_compared(blocks: BlockRun) -> list[str]:
+def not_compared(blocks: SequentialPipeline) -> list[str]:
     """Quantized linears that ran on no probe, so that neither gate nor parity saw them."""
-    return [path for path in blocks.program.idle(blocks.outputs()) if path in blocks.modules]
+    return [path for path in blocks.program.never_executed(blocks.outputs()) if path in blocks.modules]
 
 
-def coverage(plan: Plan, blocks: BlockRun) -> dict[str, str]:
+def coverage(plan: Plan, blocks: SequentialPipeline) -> dict[str, str]:
     """Every parameter: quantized, or the reason why not."""
     linears = (linear for segment in blocks.program.segments for linear in blocks.program.linears(segment))
     done = {linear.weight: "quantized" for linear in linears if linear.path in blocks.modules}

@@ -10,7 +10,7 @@ from quantize.checkpoint import Checkpoint, side_files
 from quantize.writer import ArtifactWriter, as_json
 
 
-def write_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:
+def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:
     """Write weights with the config, tokenizer and other side files of a model, and let the directory appear.
 
     Args:

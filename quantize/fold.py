@@ -12,19 +12,19 @@ from torch import Tensor
 from quantize.graph.basis import Basis, Edge
 from quantize.kernels.hadamard import hadamard_factors, kronecker_transform
 
-PIECE = 1 << 20  # numbers that are transformed together
+CHUNK = 1 << 20  # numbers that are transformed together
 
 
 class Transform(Protocol):
     """An invertible matrix T [dim, dim] on a basis: the channels x become x T. Tensors are [..., dim]."""
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`: what a writer's channels become, and the channels themselves."""
 
-    def read(self, columns: Tensor) -> Tensor:
+    def apply_inverse_transpose(self, columns: Tensor) -> Tensor:
         """`columns @ T⁻ᵀ`: what a reader's columns become."""
 
-    def undo(self, x: Tensor) -> Tensor:
+    def invert(self, x: Tensor) -> Tensor:
         """`x @ T⁻¹`."""
 
 
@@ -34,15 +34,15 @@ class Diagonal:
 
     d: Tensor
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows · d`."""
         return rows * self.d.to(rows)
 
-    def read(self, columns: Tensor) -> Tensor:
+    def apply_inverse_transpose(self, columns: Tensor) -> Tensor:
         """`columns / d`."""
         return columns / self.d.to(columns)
 
-    undo = read
+    invert = apply_inverse_transpose
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,14 +55,14 @@ class Rotation:
     signs: Tensor
     size: int
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`."""
         a, b = hadamard_factors(self.size)
         return kronecker_transform(rows * self.signs.to(rows), a.to(rows), b.to(rows))
 
-    read = write
+    apply_inverse_transpose = apply
 
-    def undo(self, x: Tensor) -> Tensor:
+    def invert(self, x: Tensor) -> Tensor:
         """`x @ Tᵀ`."""
         a, b = hadamard_factors(self.size)
         return kronecker_transform(x, a.T.to(x), b.T.to(x)) * self.signs.to(x)
@@ -76,20 +76,20 @@ class CentredRotation(Rotation):
     H by about 1/size.
     """
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`."""
-        return self._reflect(super().write(rows))
+        return self._reflect(super().apply(rows))
 
-    read = write
+    apply_inverse_transpose = apply
 
-    def undo(self, x: Tensor) -> Tensor:
+    def invert(self, x: Tensor) -> Tensor:
         """`x @ Tᵀ`."""
-        return super().undo(self._reflect(x))
+        return super().invert(self._reflect(x))
 
     def _reflect(self, x: Tensor) -> Tensor:
         runs = x.unflatten(-1, (-1, self.size))
         ones = torch.ones_like(self.signs)
-        u = (ones - super().write(ones)).to(x).unflatten(-1, (-1, self.size))
+        u = (ones - super().apply(ones)).to(x).unflatten(-1, (-1, self.size))
         length = (u * u).sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         reflected: Tensor = runs - 2 * (runs * u).sum(-1, keepdim=True) / length * u
         return reflected.flatten(-2)
@@ -104,7 +104,7 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
         weights: parameters by name, any floating dtype, which the results keep.
     """
     folded: dict[str, Tensor] = {}
-    for edges, side in ((basis.writers, transform.write), (basis.readers, transform.read)):
+    for edges, side in ((basis.writers, transform.apply), (basis.readers, transform.apply_inverse_transpose)):
         for edge in (e for e in edges if e.parameter in weights):
             folded[edge.parameter] = absorb(folded.get(edge.parameter, weights[edge.parameter]), edge, side)
     return folded
@@ -115,7 +115,7 @@ def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tens
     result = weight.clone(memory_format=torch.contiguous_format)
     part = result[tuple(slice(None) if a == edge.axis else s for a, s in enumerate(edge.region))]
     channels_last = part.movedim(edge.axis, -1)
-    rows = max(1, PIECE // max(1, channels_last[:1].numel()))
+    rows = max(1, CHUNK // max(1, channels_last[:1].numel()))
     for piece in channels_last.split(rows) if channels_last.dim() > 1 else [channels_last]:
         wide = piece.double() + edge.offset
         for index in edge.index:

@@ -18,15 +18,15 @@ from quantize.checkpoint import Checkpoint, side_files
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.graph.sizes import Sizes
+from quantize.graph.sizes import ShapeInfo
 from quantize.linear import QuantizedLinear
-from quantize.online import Front
-from quantize.passes.base import Place
+from quantize.online import InputTransform
+from quantize.passes.base import LinearContext
 from quantize.plan import Plan, Step
 from quantize.probes import PROBE_TOKENS
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme import Scheme, WeightArgs
-from quantize.seeding import private_generator
+from quantize.seeding import derived_generator
 from quantize.settings import linear_settings, quantization_settings
 from quantize.writer import as_json
 
@@ -34,7 +34,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class ArtifactEstimate:
     """What a run that has not begun will write, as far as no data decides it.
 
     Attributes:
@@ -61,18 +61,20 @@ class Foreseen:
         return {x.path: self._module(x) for x in linears if x.path in self.plan.targets}
 
     def _module(self, linear: Linear) -> QuantizedLinear:
-        W, recipe = linear.oriented(self.parameters[linear.weight]), self.plan.recipe
-        front = Front(activations=recipe.activations)
+        W, recipe = linear.as_out_in(self.parameters[linear.weight]), self.plan.recipe
+        input_transform = InputTransform(activations=recipe.activations)
         for step in self.plan.steps:
             if linear.path in step.online:
-                front = step.handler.front(self._place(step, linear, W, front))
+                input_transform = step.handler.input_transform(self._place(step, linear, W, input_transform))
         weight = rounded(W.shape, W.dtype, recipe.weights)
-        scheme = Scheme(weights=recipe.weights, activations=front.activations)
-        return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, front.online)
+        scheme = Scheme(weights=recipe.weights, activations=input_transform.activations)
+        return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
 
-    def _place(self, step: Step, linear: Linear, W: Tensor, front: Front) -> Place:
+    def _place(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
         basis = step.bases.reading(linear.weight)
-        return Place(linear.path, basis, None, W, front, self.plan.recipe.linear_scheme, private_generator(0))
+        return LinearContext(
+            linear.path, basis, None, W, input_transform, self.plan.recipe.linear_scheme, derived_generator(0)
+        )
 
     @functools.cached_property
     def tensors(self) -> list[dict[str, Tensor]]:
@@ -135,7 +137,7 @@ class Foreseen:
     def _probe_bytes(self) -> int:
         """Two inputs of a few tokens, and the last token's output."""
         node = self.program.output.all_input_nodes[0]
-        row = Sizes(self.program, {name: (1, *x.shape) for name, x in self.samples.rows[0].items()})
+        row = ShapeInfo(self.program, {name: (1, *x.shape) for name, x in self.samples.rows[0].items()})
         shape = row.shape(node)
         output = math.prod(shape[:1] + shape[2:] if len(shape) == 3 else shape)
         return 2 * (4 * output + 8 * sum(min(x.numel(), PROBE_TOKENS) for x in self.samples.rows[0].values())) + 300

@@ -11,18 +11,18 @@ from torch import Tensor
 from quantize.errors import QuantizeError
 from quantize.fold import Transform
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.execute import State, Values, advance
+from quantize.graph.execute import Overrides, Values, run_nodes
 from quantize.graph.program import Program, Segment
 
 TOLERANCE = 1e-5  # of the largest output, in float32: rounding makes about 1e-6
 Sites = Mapping[Basis, Transform]
 
 
-def difference(
+def max_relative_difference(
     program: Program,
     segment: Segment,
-    before: State,
-    after: State,
+    before: Overrides,
+    after: Overrides,
     probes: Sequence[Values],
     bases: Bases,
     sites: Sites,
@@ -38,8 +38,8 @@ def difference(
     worst = 0.0
     for probe in probes:
         expected, found = dict(probe), in_coordinates(probe, bases, sites)
-        advance(program, segment.nodes, expected, before)
-        advance(program, segment.nodes, found, after)
+        run_nodes(program, segment.nodes, expected, before)
+        run_nodes(program, segment.nodes, found, after)
         expected = in_coordinates(expected, bases, sites)
         worst = max(
             [worst, *(relative(found[n], expected[n]) for n in expected if n not in probe and floating(expected[n]))]
@@ -60,14 +60,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def in_coordinates(values: Values, bases: Bases, sites: Sites, undo: bool = False) -> Values:
+def in_coordinates(values: Values, bases: Bases, sites: Sites, invert: bool = False) -> Values:
     """Values with each transform applied (or undone) to those that live on its basis."""
     result = dict(values)
     for node in (n for n in values if n in bases.at):
         for basis, transform in sites.items():
             index = bases.at[node].of(basis)
             if index is not None:
-                side = transform.undo if undo else transform.write
+                side = transform.invert if invert else transform.apply
                 result[node] = on_channels(result[node], bases.at[node].axes, index, side)
     return result
 
@@ -82,7 +82,7 @@ def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[
     return rows.reshape(moved.shape).movedim(last, axes).to(x.dtype)
 
 
-def require(name: str, found: float, blame: Mapping[str, float], segment: Segment) -> None:
+def require_equivalent(name: str, found: float, blame: Mapping[str, float], segment: Segment) -> None:
     """Stop the run where a pass changed the function.
 
     Raises:

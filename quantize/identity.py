@@ -19,12 +19,12 @@ from quantize.checkpoint import Checkpoint, side_files
 from quantize.recipe import Recipe
 from quantize.writer import sha256
 
-Identity = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
+Fingerprint = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
 PACKAGE = Path(__file__).parent
 SOURCES = {".py", ".toml"}
 
 
-def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples) -> Identity:
+def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples) -> Fingerprint:
     """Everything that the bytes of an artifact depend on; every file of the model is read once.
 
     Args:
@@ -42,7 +42,7 @@ def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Sample
     }
 
 
-def changes(before: Identity, after: Identity) -> list[str]:
+def diff_fingerprints(before: Fingerprint, after: Fingerprint) -> list[str]:
     """What differs, in words: `the recipe (seed, passes)`."""
     found = []
     for part in after:

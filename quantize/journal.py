@@ -8,23 +8,24 @@ What is stored does not depend on how many processes share the work: activations
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from quantize.blocks import BlockRun
+from quantize.blocks import SequentialPipeline
 from quantize.border import plain_values, restore_files, restore_state, runners, state_of, values_of
 from quantize.errors import QuantizeError, UsageError
-from quantize.identity import Identity, changes
+from quantize.identity import Fingerprint, diff_fingerprints
 from quantize.once import always
-from quantize.ranks import Ranks
-from quantize.stored import read_stored, write_stored
-from quantize.writer import ArtifactWriter, as_json, disk_errors, flush
+from quantize.ranks import SingleProcess
+from quantize.stored import load_state, save_state
+from quantize.writer import ArtifactWriter, as_json, flush, translate_disk_errors
 
 T = TypeVar("T")
 DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
@@ -33,16 +34,16 @@ DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError,
 class Journal:
     """A run that keeps nothing; `KeptJournal` does."""
 
-    def once(self, name: str, make: Callable[[], T], /) -> T:
+    def cached(self, name: str, make: Callable[[], T], /) -> T:
         """What `make` gives, found only once in the life of a run."""
         return always(name, make)
 
-    def restore(self, blocks: BlockRun, writer: ArtifactWriter) -> int:
+    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
         """Bring a run behind the last finished block; returns how many blocks are finished."""
         del blocks, writer
         return 0
 
-    def record(self, done: int, blocks: BlockRun, writer: ArtifactWriter) -> None:
+    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
         """Keep that so many blocks are finished and written."""
         del done, blocks, writer
 
@@ -53,9 +54,9 @@ class KeptJournal(Journal):
 
     directory: Path
     output: Path
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: SingleProcess = field(default_factory=SingleProcess)
 
-    def begin(self, found: Identity) -> None:
+    def begin(self, found: Fingerprint) -> None:
         """Start with what the run depends on, or compare it with what the run was started with.
 
         Raises:
@@ -63,10 +64,10 @@ class KeptJournal(Journal):
         """
         path = self.directory / "identity.json"
         if not path.exists():
-            return self._place(path, lambda beside: beside.write_text(as_json(found)))
-        with self._damage():
+            return self._write_atomically(path, lambda temporary: temporary.write_text(as_json(found)))
+        with translate_damage(self.directory.parent):
             before = json.loads(path.read_text())
-            changed = changes(before, found)
+            changed = diff_fingerprints(before, found)
         if changed:
             raise UsageError(
                 f"{' and '.join(changed)} changed since the run in {self.directory.parent} was started; go on with "
@@ -74,48 +75,50 @@ class KeptJournal(Journal):
             )
         return None
 
-    def once(self, name: str, make: Callable[[], T], /) -> T:
+    def cached(self, name: str, make: Callable[[], T], /) -> T:
         """What `make` gave in this run or the one that it continues; see `stored` for what can be kept."""
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             made = make()
-            if self.ranks.first:
-                self._place(path, lambda beside: write_stored(beside, made))
+            if self.ranks.is_rank_zero:
+                self._write_atomically(path, lambda temporary: save_state(temporary, made))
             return made
-        with self._damage():
-            return read_stored(path)  # type: ignore[no-any-return]
+        with translate_damage(self.directory.parent):
+            return load_state(path)  # type: ignore[no-any-return]
 
-    def record(self, done: int, blocks: BlockRun, writer: ArtifactWriter) -> None:
+    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
         """Store what is alive behind block number `done`, then forget the border before it."""
         before, path = self._borders(), self.directory / f"border-{done:05}"
-        with disk_errors(self.output):
-            if self.ranks.first:
-                self._write_state(beside(path), blocks, writer)
+        with translate_disk_errors(self.output):
+            if self.ranks.is_rank_zero:
+                self._write_state(temporary_name(path), blocks, writer)
             self.ranks.gather(None)  # the folder is there
-            self._write_values(beside(path), done, blocks)
+            self._write_values(temporary_name(path), done, blocks)
             self.ranks.gather(None)  # all have written
-            if self.ranks.first:
+            if self.ranks.is_rank_zero:
                 self._rename(path)
-        for old in before if self.ranks.first else []:
+        for old in before if self.ranks.is_rank_zero else []:
             shutil.rmtree(old)
 
-    def _write_state(self, folder: Path, blocks: BlockRun, writer: ArtifactWriter) -> None:
+    def _write_state(self, folder: Path, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
         """What all ranks share, in a new folder."""
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         state = state_of(blocks) | {"files": [writer.weight_map, writer.hashes]}
-        write_stored(folder / "state.safetensors", state)
+        save_state(folder / "state.safetensors", state)
 
-    def _write_values(self, folder: Path, done: int, blocks: BlockRun) -> None:
+    def _write_values(self, folder: Path, done: int, blocks: SequentialPipeline) -> None:
         """What this rank has alive; of the probes, which all have, the first rank's."""
         last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # behind it only probes run
         for name, runner, first in runners(blocks):
-            for number, values in enumerate(runner.values if name != "probes" or self.ranks.first else [], first):
+            for number, values in enumerate(
+                runner.values if name != "probes" or self.ranks.is_rank_zero else [], first
+            ):
                 kept = plain_values({} if last and name != "probes" else values, blocks.program)
-                write_stored(folder / f"{name}-{number:05}.safetensors", kept)
+                save_state(folder / f"{name}-{number:05}.safetensors", kept)
 
-    def restore(self, blocks: BlockRun, writer: ArtifactWriter) -> int:
-        """As `Journal.restore`; what was written but not recorded is removed.
+    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
+        """As `Journal.load_last_block`; what was written but not recorded is removed.
 
         Raises:
             QuantizeError: a file is missing or damaged.
@@ -123,54 +126,46 @@ class KeptJournal(Journal):
         borders = self._borders()
         files: list[dict[str, str]] = [{}, {}]
         if borders:
-            with self._damage():
-                state = read_stored(borders[-1] / "state.safetensors")
+            with translate_damage(self.directory.parent):
+                state = load_state(borders[-1] / "state.safetensors")
                 files = state.pop("files")
                 restore_state(blocks, state)
                 for name, runner, first in runners(blocks):
                     for number in range(len(runner.values)):
-                        plain = read_stored(borders[-1] / f"{name}-{first + number:05}.safetensors")
+                        plain = load_state(borders[-1] / f"{name}-{first + number:05}.safetensors")
                         runner.values[number] = values_of(plain, blocks.program)
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             restore_files(writer, *files)
         return int(borders[-1].name.removeprefix("border-")) if borders else 0
 
     def _borders(self) -> list[Path]:
         return sorted(path for path in self.directory.glob("border-*") if not path.suffix)
 
-    def _place(self, path: Path, write: Callable[[Path], object]) -> None:
+    def _write_atomically(self, path: Path, write: Callable[[Path], object]) -> None:
         """Write a file beside its place, flush it, and rename it."""
-        with disk_errors(self.output):
-            write(beside(path))
+        with translate_disk_errors(self.output):
+            write(temporary_name(path))
             self._rename(path)
 
     def _rename(self, path: Path) -> None:
         """Flush what lies beside its place, and rename it."""
-        for written in [*beside(path).rglob("*"), beside(path)]:
+        for written in [*temporary_name(path).rglob("*"), temporary_name(path)]:
             flush(written)
-        beside(path).rename(path)
+        temporary_name(path).rename(path)
         flush(self.directory)
 
-    def _damage(self) -> damaged:
-        return damaged(self.directory.parent)
 
-
-class damaged:  # noqa: N801  a context manager, used like a function
+@contextlib.contextmanager
+def translate_damage(partial: Path) -> Iterator[None]:
     """Turn what is wrong with a stored file into one sentence."""
-
-    def __init__(self, partial: Path) -> None:
-        self.partial = partial
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DAMAGE):
-            raise QuantizeError(
-                f"the journal in {self.partial} is damaged ({error!r}); remove that directory to start again"
-            ) from error
+    try:
+        yield
+    except DAMAGE as error:
+        raise QuantizeError(
+            f"the journal in {partial} is damaged ({error!r}); remove that directory to start again"
+        ) from error
 
 
-def beside(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
     """Where something is written before it is whole."""
     return path.with_name(f"{path.name}.part")

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from quantize import gate
 from quantize.graph.basis import Bases
-from quantize.graph.execute import State, Values
+from quantize.graph.execute import Overrides, Values
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 from quantize.kernels.hadamard import hadamard_transform
@@ -56,7 +56,7 @@ def attention_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def quantized_attention(segment: Segment, args: KVCacheArgs | None) -> dict[fx.Node, Callable[..., Any]]:
-    """What runs in place of each attention of a block, for `State.operators`."""
+    """What runs in place of each attention of a block, for `Overrides.operators`."""
     return {} if args is None else changed_attention(segment, functools.partial(quantize_heads, args=args))
 
 
@@ -70,13 +70,13 @@ def attend(target: Any, change: Callable[..., Heads], *args: Any, **options: Any
     return target(*change(*args[:3]), *args[3:], **options)
 
 
-def check_hadamard(program: Program, segment: Segment, state: State, probes: Sequence[Values]) -> float:
+def check_hadamard(program: Program, segment: Segment, state: Overrides, probes: Sequence[Values]) -> float:
     """Largest relative difference that rotated queries and keys make to a block on two inputs, in floating point.
 
     Raises:
         QuantizeError: it is above the gate's tolerance.
     """
     rotated = replace(state, operators=changed_attention(segment, rotate_heads))
-    found = gate.difference(program, segment, state, rotated, probes, Bases((), {}), {})
-    gate.require("kv_cache", found, {}, segment)
+    found = gate.max_relative_difference(program, segment, state, rotated, probes, Bases((), {}), {})
+    gate.require_equivalent("kv_cache", found, {}, segment)
     return found

@@ -12,7 +12,7 @@ from quantize.errors import QuantizeError
 
 
 @dataclass
-class Leading:
+class PrefixTokens:
     """The prefix of every sequence (PrefixQuant, arXiv 2410.05265, section 4): its activations are not quantized.
 
     Attributes:

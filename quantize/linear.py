@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.precision import product_dtype
-from quantize.formats.qtensor import QTensor, Unpacked
+from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.online import Online
-from quantize.products import Operands, fused, has_product, lay_out, product
+from quantize.products import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.rounding import fake_quantize, quantizer_arguments
 from quantize.scheme import ActivationArgs, Scheme
 
@@ -31,19 +31,24 @@ class QuantizedLinear(nn.Module):
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    unit: Tensor | None
+    global_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
         super().__init__()
         self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
-        stored = {"qweight": weight.data, "scale": weight.scale, "zero_point": weight.zero_point, "unit": weight.unit}
+        stored = {
+            "qweight": weight.data,
+            "scale": weight.scale,
+            "zero_point": weight.zero_point,
+            "global_scale": weight.global_scale,
+        }
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
-        self.leading = Leading()
+        self.leading = PrefixTokens()
         self._packed: Operands | None = None
         self._unpacked: QTensor | None = None
 
@@ -54,12 +59,14 @@ class QuantizedLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The buffers as they are now, in one piece."""
         args = self.scheme.weights
-        return self._unpacked or QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.unit)
+        return self._unpacked or QTensor(
+            self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale
+        )
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[None]:
         """The weight is unpacked once, however often the module is called until the end of this."""
-        self._unpacked = Unpacked.of(self.qtensor(), product_dtype())
+        self._unpacked = CachedQTensor.of(self.qtensor(), product_dtype())
         try:
             yield
         finally:
@@ -67,13 +74,13 @@ class QuantizedLinear(nn.Module):
 
     def packed(self) -> Operands:
         """The weight as the GPU kernels read it; laid out once, held beside the buffers, and never saved."""
-        return self._packed or self._lay_out()
+        return self._packed or self._prepack()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _lay_out(self) -> Operands:
+    def _prepack(self) -> Operands:
         """Eagerly, since the layout depends on the scales' values; so a compiled model wants one call beforehand."""
         assert self.scheme.activations is not None
-        self._packed = lay_out(self.qtensor(), self.scheme.activations)
+        self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,37 +95,39 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        return self.leading.apart(x, lambda first: self._exact(self.transform(first)), self._rounded)
+        return self.leading.apart(
+            x, lambda first: self._forward_float_activations(self.transform(first)), self._forward_reference
+        )
 
-    def _exact(self, x: Tensor) -> Tensor:
+    def _forward_float_activations(self, x: Tensor) -> Tensor:
         """The product with activations as they are."""
         W = self.qtensor().dequantize()
         W = W if self._unpacked else W.to(x)
         return torch.nn.functional.linear(x.to(W), W, None if self.bias is None else self.bias.to(W)).to(x)
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def _forward_reference(self, x: Tensor) -> Tensor:
         """The product with activations transformed, and quantized as the scheme says."""
         weight, args = self.qtensor(), self.scheme.activations
         if args is None:
-            return self._exact(self.transform(x))
-        if has_product(x, weight, args):
-            return self._on_kernels(x, args)
+            return self._forward_float_activations(self.transform(x))
+        if has_gpu_kernel(x, weight, args):
+            return self._forward_gpu(x, args)
         operands = (self.transform(x), weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
         if smooth := args.runtime_smooth:
             grid = (args.num_bits, args.symmetric, args.clip_ratio)
             return runtime_smooth_linear(*operands, *grid, smooth.group_size, smooth.normalize_tokens)
         return quantized_linear(*operands, *quantizer_arguments(args))
 
-    def _on_kernels(self, x: Tensor, args: ActivationArgs) -> Tensor:
+    def _forward_gpu(self, x: Tensor, args: ActivationArgs) -> Tensor:
         """The same on a GPU, with a small Hadamard transform inside the quantizer."""
-        online, hadamard = fused(self.online)
+        online, hadamard = split_fused_hadamard(self.online)
         for transform in online:
             x = transform(x)
-        return product(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
+        return gpu_linear(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """The same function in floating point: quantized and dequantized operands, a float product."""
-        return self._exact(self.fake_input(x))
+        return self._forward_float_activations(self.fake_input(x))
 
     def fake_input(self, x: Tensor) -> Tensor:
         """What of x reaches the product: behind the online transforms, quantized and dequantized."""

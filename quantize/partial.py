@@ -12,10 +12,10 @@ from typing import Self
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.identity import Identity
+from quantize.identity import Fingerprint
 from quantize.journal import KeptJournal
-from quantize.ranks import Ranks
-from quantize.writer import ArtifactWriter, disk_errors, remove
+from quantize.ranks import SingleProcess
+from quantize.writer import ArtifactWriter, remove, translate_disk_errors
 
 
 class ResumableWriter(ArtifactWriter):
@@ -42,7 +42,7 @@ class ResumableWriter(ArtifactWriter):
             super().__init__(output)
 
     def __enter__(self) -> Self:
-        with disk_errors(self.output):
+        with translate_disk_errors(self.output):
             self.partial.mkdir(exist_ok=True)
         self._lock()
         if self._began() and not self.resume:
@@ -52,18 +52,18 @@ class ResumableWriter(ArtifactWriter):
             )
         self.directory, self.weight_map, self.hashes = self.partial / "artifact", {}, {}
         if not self.finished:
-            with disk_errors(self.output):
+            with translate_disk_errors(self.output):
                 self.journal.directory.mkdir(exist_ok=True)
                 self.directory.mkdir(exist_ok=True)
         return self
 
-    def begin(self, found: Identity, ranks: Ranks | None = None) -> KeptJournal:
+    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
         """The journal of this run, which depends on what was found.
 
         Raises:
             UsageError: the run to be resumed depended on something else.
         """
-        ranks = ranks or Ranks()
+        ranks = ranks or SingleProcess()
         self.journal.begin(found)
         ranks.gather(None)  # from here on the others find it
         return replace(self.journal, ranks=ranks)
@@ -109,14 +109,14 @@ class Onlooker(ArtifactWriter):
     ) -> None:
         """Nothing to remove."""
 
-    def begin(self, found: Identity, ranks: Ranks | None = None) -> KeptJournal:
+    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
         """The journal that the first rank has begun.
 
         Raises:
             UsageError: it lies on a disk of another machine.
         """
         del found
-        partial, ranks = partial_directory(self.output), ranks or Ranks()
+        partial, ranks = partial_directory(self.output), ranks or SingleProcess()
         ranks.gather(None)
         if not partial.exists():
             raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")

@@ -12,18 +12,18 @@ from rich.console import Console
 from torch import nn
 
 from quantize.artifact import load, read_manifest
-from quantize.blocks import BlockRun
+from quantize.blocks import SequentialPipeline
 from quantize.calibration.data import BUNDLED
-from quantize.collected import Collected, collect, fitting, write_collected
+from quantize.collected import StatisticsFile, collect, load_matching, write_collected
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.finish import calibration_record, finish, shard_name
-from quantize.identity import Identity, changes
+from quantize.identity import Fingerprint, diff_fingerprints
 from quantize.journal import Journal
 from quantize.partial import Onlooker, ResumableWriter
-from quantize.prefix import settle_prefix
+from quantize.prefix import resolve_prefix
 from quantize.prepare import Prepared, check_length, identity_of, prepare
 from quantize.progress import track
-from quantize.ranks import Ranks, joined
+from quantize.ranks import SingleProcess, init_distributed
 from quantize.recipe import Recipe, load_recipe
 from quantize.writer import ArtifactWriter, sha256
 
@@ -101,16 +101,19 @@ def quantize_model(
         scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
     )
     output = Path(output_dir)
-    with joined() as ranks, ResumableWriter(output, resume) if ranks.first else Onlooker(output) as writer:
+    with (
+        init_distributed() as ranks,
+        ResumableWriter(output, resume) if ranks.is_rank_zero else Onlooker(output) as writer,
+    ):
         prepared = prepare(model, resolved, Path(calibration) if calibration else None)
         found = identity_of(prepared)
-        collected = fitting(Path(stats), found) if stats else None
+        collected = load_matching(Path(stats), found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, ranks, found)
         journal = writer.begin(found, ranks)
         if ranks.gather(writer.finished)[0]:
             return Artifact(output, read_manifest(output))
-        return run(prepared, writer, console if ranks.first else None, journal, ranks, collected)
+        return run(prepared, writer, console if ranks.is_rank_zero else None, journal, ranks, collected)
 
 
 def collect_stats(
@@ -120,7 +123,7 @@ def collect_stats(
     recipe: Recipe,
     calibration: str | Path | None = None,
     console: Console | None = None,
-) -> Collected:
+) -> StatisticsFile:
     """Write statistics of some calibration data, to be merged with those of other data by `merge_stats`.
 
     Args:
@@ -139,7 +142,7 @@ def collect_stats(
     return found
 
 
-def check_ranks(recipe: Recipe, ranks: Ranks, found: Identity) -> None:
+def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> None:
     """Several ranks can do what the recipe asks for, and see the same model, data and code.
 
     Raises:
@@ -148,7 +151,7 @@ def check_ranks(recipe: Recipe, ranks: Ranks, found: Identity) -> None:
     if ranks.count > 1 and recipe.tune is not None:
         raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
     for rank, other in enumerate(ranks.gather(found)):
-        if changed := changes(other, found):
+        if changed := diff_fingerprints(other, found):
             raise UsageError(f"{' and '.join(changed)} of rank {rank} differs from that of rank {ranks.rank}")
 
 
@@ -157,37 +160,39 @@ def run(
     writer: ArtifactWriter,
     console: Console | None,
     journal: Journal | None = None,
-    ranks: Ranks | None = None,
-    collected: Collected | None = None,
+    ranks: SingleProcess | None = None,
+    collected: StatisticsFile | None = None,
 ) -> Artifact:
     """Quantize block by block into an open writer, verify what was written, and commit."""
-    journal, ranks = journal or Journal(), ranks or Ranks()
+    journal, ranks = journal or Journal(), ranks or SingleProcess()
     program, checkpoint = prepared.program, prepared.checkpoint
-    plan, prefix = settle_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.once)
+    plan, prefix = resolve_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.cached)
     check_length(checkpoint.config, plan.recipe)
     prepared = replace(prepared, plan=plan)
     announce(prepared, console)
     with running("the model"):
         surveys = None if collected is None else {collected.step: collected.statistics}
-        blocks = BlockRun(
-            checkpoint, program, plan, prepared.samples, console, journal.once, ranks, surveys, writer.directory
+        blocks = SequentialPipeline(
+            checkpoint, program, plan, prepared.samples, console, journal.cached, ranks, surveys, writer.directory
         )
-    done = journal.restore(blocks, writer)
+    done = journal.load_last_block(blocks, writer)
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
             writer.add(shard_name(program, number), blocks.process(segment))
-        journal.record(number, blocks, writer)
+        journal.save_block(number, blocks, writer)
     data = calibration_record(prepared) if collected is None else collected.record()
-    manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.first else {}
+    manifest = (
+        finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.is_rank_zero else {}
+    )
     return Artifact(writer.output, ranks.gather(manifest)[0])
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
     """Say what the exporter refused, and what is calibrated on, above all if it is not the user's own text."""
-    if console is not None and prepared.program.refused:
-        console.print(prepared.program.refusal, soft_wrap=True, markup=False)
+    if console is not None and prepared.program.export_error:
+        console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
     if console is None or not prepared.plan.calibrates:
         return
     rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples

@@ -85,7 +85,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
         handler.check(recipe.linear_scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     quantized = {linear.weight for linear in chosen}
-    reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.irreplaceable | skipped
+    reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.not_replaceable | skipped
     resolved = recipe.model_copy(
         update={
             "ignore": ignored_patterns(recipe),
@@ -184,9 +184,9 @@ def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linea
     if handler.needs is not None:
         sites = tuple(b for b in sites if quantized & reading(b))
         spanning = tuple(b for b in sites if not in_one_segment(b, program.segments))
-        sites = sites if handler.spans else tuple(b for b in sites if b not in spanning)
-    surveyed = frozenset[str]().union(*map(reading, spanning if handler.spans else ()))
-    online = (x.path for x in linears if handler.goes_online(bases.reading(x.weight), x.columns))
+        sites = sites if handler.cross_block else tuple(b for b in sites if b not in spanning)
+    surveyed = frozenset[str]().union(*map(reading, spanning if handler.cross_block else ()))
+    online = (x.path for x in linears if handler.transforms_input(bases.reading(x.weight), x.columns))
     return Step(handler, bases, sites, tuple(dict.fromkeys(online)), surveyed)
 
 

@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import Tensor, fx, nn
 
 from quantize.calibration.data import BATCH_TOKENS, Samples
-from quantize.calibration.massive import UPPER, hidden_states, ratios, rows_are_tokens
-from quantize.calibration.runner import Runner
+from quantize.calibration.massive import UPPER, hidden_states, outlier_ratios, rows_are_tokens
+from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint import Checkpoint
 from quantize.errors import UsageError
-from quantize.graph.execute import State
+from quantize.graph.execute import Overrides
 from quantize.graph.program import Program
 from quantize.once import Once, always
 from quantize.plan import Plan
@@ -36,7 +36,7 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
     prefix = plan.recipe.prefix
     if prefix is None:
         return
-    if (why := unfit(program, checkpoint, model)) is not None:
+    if (why := unsupported_reason(program, checkpoint, model)) is not None:
         raise UsageError(f"recipe: a prefix needs a causal language model of transformers, and {why}; leave it out")
     if prefix.tokens and max(prefix.tokens) >= program.vocabulary:
         raise UsageError(
@@ -48,11 +48,11 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
         raise UsageError(f"recipe: a prefix needs linears that run token by token; --ignore {odd[0]}, or leave it out")
 
 
-def unfit(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | None:
+def unsupported_reason(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | None:
     """Why a model is no causal language model, as part of a sentence; None if it is one."""
     if not checkpoint.config:
         return "the model is a module of its own"
-    if program.refused:
+    if program.export_error:
         return "the model cannot be exported"
     if list(program.inputs) != ["input_ids"] or not getattr(model, "can_generate", lambda: False)():
         return "the model does not generate from input_ids alone"
@@ -61,7 +61,7 @@ def unfit(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | N
 
 
 @dataclass(frozen=True)
-class Found:
+class OutlierTokens:
     """What the token rule flags in a float model.
 
     Attributes:
@@ -84,7 +84,7 @@ class Found:
         return tuple(ranked[: math.ceil(self.per_sequence)])
 
 
-def settle_prefix(
+def resolve_prefix(
     plan: Plan,
     program: Program,
     checkpoint: Checkpoint,
@@ -104,7 +104,7 @@ def settle_prefix(
         return dict(found.counts), found.sequences
 
     flagged, sequences = once("prefix", find)
-    found = Found(Counter(flagged), sequences)
+    found = OutlierTokens(Counter(flagged), sequences)
     settled = PrefixArgs(tokens=found.tokens) if found.tokens else None
     recipe = plan.recipe.model_copy(update={"prefix": settled})
     counts = {str(token): n for token, n in found.counts.most_common()}
@@ -112,29 +112,31 @@ def settle_prefix(
     return replace(plan, recipe=recipe), {"tokens": list(found.tokens), "searched": True} | record
 
 
-def find_prefix(checkpoint: Checkpoint, program: Program, batches: Sequence[Tensor], console: Console | None) -> Found:
+def find_prefix(
+    checkpoint: Checkpoint, program: Program, batches: Sequence[Tensor], console: Console | None
+) -> OutlierTokens:
     """Run the float model on token ids [B, T], block by block, and note the tokens of R > 64 (arXiv 2410.05265, eq. 4).
 
     Tokens far below the rest (1 / R > 8) are left out: each token has a grid of its own, so they harm nothing, and at
     gated inputs there are some in any text.
     """
-    runner, masks = Runner(program, batches), [torch.zeros_like(ids, dtype=torch.bool) for ids in batches]
+    runner, masks = SequentialRunner(program, batches), [torch.zeros_like(ids, dtype=torch.bool) for ids in batches]
     for segment in track(program.segments, "looking for massive activations in", lambda s: s.name, console):
-        state = State({name: checkpoint.tensor(name).float() for name in segment.parameters})
+        state = Overrides({name: checkpoint.tensor(name).float() for name in segment.parameters})
         linears = [x for x in program.linears(segment) if rows_are_tokens(program, x.source)]
-        for group in runner.stops(segment, state, linears):
-            note(runner, group[0].source, masks)
+        for group in runner.advance_to_linears(segment, state, linears):
+            flag_tokens(runner, group[0].source, masks)
         for node in hidden_states(program, segment):
-            note(runner, node, masks)
+            flag_tokens(runner, node, masks)
     counted, bos = [ids.clone() for ids in batches], bos_token(checkpoint.directory)
     if bos is not None:
         for ids in counted:
             ids[:, 0] = bos
     flags = (ids[mask].tolist() for ids, mask in zip(counted, masks, strict=True))
-    return Found(Counter(token for tokens in flags for token in tokens), sum(map(len, batches)))
+    return OutlierTokens(Counter(token for tokens in flags for token in tokens), sum(map(len, batches)))
 
 
-def note(runner: Runner, node: fx.Node, masks: Sequence[Tensor]) -> None:
+def flag_tokens(runner: SequentialRunner, node: fx.Node, masks: Sequence[Tensor]) -> None:
     """Add to the masks [B, T] the tokens that are flagged in a value."""
     for values, mask in zip(runner.values, masks, strict=True):
-        mask |= ratios(values[node].reshape(*mask.shape, -1)) > UPPER
+        mask |= outlier_ratios(values[node].reshape(*mask.shape, -1)) > UPPER

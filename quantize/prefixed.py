@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers.utils import ModelOutput
 
 from quantize.errors import UsageError
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.linear import QuantizedLinear
 
 CACHES = ("cache", "past_key_values")  # what transformers calls it, and called it before
@@ -26,12 +26,12 @@ def attach(model: nn.Module, tokens: Sequence[int]) -> None:
     A call gives what it would give with the prefix in front, of the given tokens only; so does `generate`. Attentions
     are returned as they are, and the parts of the model (its body without the head) run without prefix.
     """
-    prefixed = Prefixed(Leading(tuple(tokens), absent=True))
+    prefixed = PrefixHooks(PrefixTokens(tuple(tokens), absent=True))
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.leading = prefixed.leading
-    model.register_forward_pre_hook(prefixed.before, with_kwargs=True)
-    model.register_forward_hook(prefixed.after, always_call=True)
+    model.register_forward_pre_hook(prefixed.pre_forward, with_kwargs=True)
+    model.register_forward_hook(prefixed.post_forward, always_call=True)
 
 
 def detach(model: nn.Module) -> int:
@@ -39,14 +39,14 @@ def detach(model: nn.Module) -> int:
     found = 0
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
-            if isinstance(owner := getattr(hook, "__self__", None), Prefixed):
+            if isinstance(owner := getattr(hook, "__self__", None), PrefixHooks):
                 found = len(owner.leading.tokens)
                 del hooks[key]
     return found
 
 
 @dataclass
-class Prefixed:
+class PrefixHooks:
     """Hooks around forward; as such they go with copies of the model.
 
     Where a KV cache holds the prefix already, only mask and positions move.
@@ -56,10 +56,12 @@ class Prefixed:
         keep: logits asked for, where the head must see all rows.
     """
 
-    leading: Leading
+    leading: PrefixTokens
     keep: int = 0
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Put the prefix in front.
 
         Raises:
@@ -83,7 +85,7 @@ class Prefixed:
             name: move(kwargs[name], p) for name, move in moves.items() if kwargs.get(name) is not None
         }
 
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Leave the prefix out of what comes back."""
         del module, args
         if not self.leading.absent and self.leading.shape is not None:

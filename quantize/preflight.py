@@ -17,17 +17,17 @@ from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import calibrates_in_bfloat16
 from quantize.calibration.scratch import IN_MEMORY
 from quantize.calibration.statistics import Rows
-from quantize.foreseen import Foreseen
+from quantize.foreseen import ArtifactEstimate
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Segment
-from quantize.graph.sizes import Alive, Sizes, walk
+from quantize.graph.sizes import LiveBytes, ShapeInfo, walk
 from quantize.kernels.hadamard import hadamard_factors
 from quantize.online import Hadamard
 from quantize.passes.rotate import Rotate
 
 
 @dataclass(frozen=True)
-class Preflight(Foreseen):
+class MemoryEstimate(ArtifactEstimate):
     """A run that has not begun."""
 
     @property
@@ -46,9 +46,9 @@ class Preflight(Foreseen):
         )
 
     @functools.cached_property
-    def alive(self) -> list[tuple[int, Sizes, Alive]]:
+    def alive(self) -> list[tuple[int, ShapeInfo, LiveBytes]]:
         """How many batches there are of each shape, and what is alive on their way."""
-        found = [(count, Sizes(self.program, dict(shapes))) for shapes, count in self.batches.items()]
+        found = [(count, ShapeInfo(self.program, dict(shapes))) for shapes, count in self.batches.items()]
         return [(count, sizes, walk(sizes)) for count, sizes in found]
 
     @property
@@ -59,7 +59,7 @@ class Preflight(Foreseen):
     @property
     def runners(self) -> int:
         """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
-        return 1 + (self.plan.quantizer.needs_exact or self.plan.recipe.tune is not None)
+        return 1 + (self.plan.quantizer.needs_float_reference or self.plan.recipe.tune is not None)
 
     @functools.cached_property
     def calibrated(self) -> list[fx.Node]:
@@ -102,7 +102,7 @@ class Preflight(Foreseen):
 
     def _segment_bytes(self, segment: Segment) -> int:
         last = segment is self.program.segments[-1]
-        stops = sum(count * alive.stops[segment.name] for count, _, alive in self.alive if not last)
+        stops = sum(count * alive.linear_inputs[segment.name] for count, _, alive in self.alive if not last)
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
         copies = 1 + bool(self.plan.steps)
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
@@ -126,11 +126,11 @@ class Preflight(Foreseen):
         N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
         if not self.plan.quantizer.needs_gram:
             return 2 * max(N) * K
-        exact = self.plan.quantizer.needs_exact
+        float_reference = self.plan.quantizer.needs_float_reference
         rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
-        seen = 4 * rows * K * (1 + 4 * (exact and self.plan.recipe.activations is not None))
-        copies = (3 + exact) * sum(N) + max(N) * (1 + 2 * exact)
-        return 4 * (1 + exact) * K * K + max(4 * K * copies, seen)
+        seen = 4 * rows * K * (1 + 4 * (float_reference and self.plan.recipe.activations is not None))
+        copies = (3 + float_reference) * sum(N) + max(N) * (1 + 2 * float_reference)
+        return 4 * (1 + float_reference) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:
         """The sizes of the Hadamard matrices of each pass, in lines."""
@@ -138,14 +138,16 @@ class Preflight(Foreseen):
         for handler, sites in ((step.handler, step.sites) for step in self.plan.steps):
             if isinstance(handler, Rotate):
                 offline = Counter(handler.order(b.dim // b.heads, scheme) for b in sites)
-                yield from (f"{handler.name}: {n} bases offline, order {factors(k)}" for k, n in offline.items())
+                yield from (
+                    f"{handler.name}: {n} bases offline, order {kronecker_factors(k)}" for k, n in offline.items()
+                )
         online = Counter((t.size, t.stride) for m in self.modules.values() for t in m.online if isinstance(t, Hadamard))
         for (size, stride), count in online.items():
             across = f" across heads of {stride}" if stride > 1 else ""
-            yield f"online in front of {count} linears: order {factors(size)}{across}"
+            yield f"online in front of {count} linears: order {kronecker_factors(size)}{across}"
 
 
-def factors(n: int) -> str:
+def kronecker_factors(n: int) -> str:
     """`768 = 24 ⊗ 32`, and whether it is a Hadamard matrix."""
     a, b = hadamard_factors(n)
     flat = all(float((x.abs() - x.abs().max()).abs().max()) < 1e-9 for x in (a, b))

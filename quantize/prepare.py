@@ -18,7 +18,7 @@ from quantize.errors import UsageError
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.graph.unexported import make_program
-from quantize.identity import Identity, identity
+from quantize.identity import Fingerprint, identity
 from quantize.plan import NO_LINEAR, Plan, make_plan
 from quantize.prefix import check_prefix
 from quantize.recipe import Recipe
@@ -70,7 +70,7 @@ def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
         raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
 
 
-def identity_of(prepared: Prepared) -> Identity:
+def identity_of(prepared: Prepared) -> Fingerprint:
     """What the artifact of a run depends on."""
     graph = str(prepared.program.module.graph)
     return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
@@ -81,7 +81,7 @@ def describe(prepared: Prepared) -> str:
     plan, program = prepared.plan, prepared.program
     what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
     lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
-    lines += [program.refusal] if program.refused else []
+    lines += [program.export_error_message] if program.export_error else []
     if cache := plan.recipe.kv_cache:
         lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
     for step in plan.steps:

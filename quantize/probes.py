@@ -11,7 +11,7 @@ from quantize.calibration.data import Row
 PROBE_TOKENS = 32
 
 
-def probe_inputs(row: Row, vocabulary: int, seed: int) -> list[Row]:
+def verification_inputs(row: Row, vocabulary: int, seed: int) -> list[Row]:
     """Two different inputs of batch 1: a sample, of its token ids the start, and random data of the same shapes."""
     given = {name: (x if x.is_floating_point() else x[:PROBE_TOKENS])[None] for name, x in row.items()}
     rng = np.random.default_rng(seed)

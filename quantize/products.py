@@ -26,7 +26,7 @@ from quantize.scheme import ActivationArgs
 Operands = PackedWeight | list[Tensor | None]
 
 
-def has_product(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
+def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
     """Whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
     if args is None:
         return False
@@ -37,17 +37,17 @@ def has_product(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool
     return has_kernel(x, weight.scale.shape[1], weight.args.num_bits)
 
 
-def lay_out(weight: QTensor, args: ActivationArgs) -> Operands:
+def prepack_weight(weight: QTensor, args: ActivationArgs) -> Operands:
     """The weight as the kernel for `args` reads it."""
     if args.format == "mxfp4":
         return [weight.data, weight.scale, None]
-    if weight.unit is not None:  # a model of another dtype has cast the scales, which leaves their values
-        return [weight.data, weight.scale.to(torch.float8_e4m3fn).view(torch.uint8), weight.unit.float()]
+    if weight.global_scale is not None:  # a model of another dtype has cast the scales, which leaves their values
+        return [weight.data, weight.scale.to(torch.float8_e4m3fn).view(torch.uint8), weight.global_scale.float()]
     layout = smooth_prepack if args.runtime_smooth else prepack
     return layout(weight.unpack(), weight.scale, weight.zero_point, weight.args.num_bits)
 
 
-def fused(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
+def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
     """The transforms in front of a kernel, and the order of the Hadamard transform inside it, 0 for none."""
     last = online[-1] if online else None
     if isinstance(last, Hadamard) and last.stride == 1 and fuses(last.size):
@@ -55,18 +55,18 @@ def fused(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
     return online, 0
 
 
-def product(
+def gpu_linear(
     x: Tensor, operands: Operands, bias: Tensor | None, weight_bits: int, args: ActivationArgs, hadamard: int
 ) -> Tensor:
     """[..., K] → [..., N] in the dtype of x, as `quantized_linear`.
 
     Args:
         x: float16, bfloat16 or float32.
-        operands: of `lay_out`.
+        operands: of `prepack_weight`.
         bias: [N] or None.
         weight_bits: of the weight.
         args: how x is quantized.
-        hadamard: of `fused`.
+        hadamard: of `split_fused_hadamard`.
     """
     grid, smooth = (args.num_bits, args.symmetric, args.clip_ratio), args.runtime_smooth
     rows = x.reshape(-1, x.shape[-1])

@@ -22,17 +22,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from quantize.calibration.statistics import Statistic
-from quantize.calibration.sums import add_product, add_products, stripes
+from quantize.calibration.sums import add_product, add_products, row_panels
 from quantize.errors import QuantizeError
 from quantize.stored import from_bytes, to_bytes
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=1)  # the longest that one rank may work between two exchanges
-LAST_WORD = timedelta(seconds=30)
+EXCHANGE_TIMEOUT = timedelta(hours=1)  # the longest that one rank may work between two exchanges
+FAILURE_TIMEOUT = timedelta(seconds=30)
 Factors = tuple[Sequence[Tensor], Tensor]
 
 
-class Ranks:
+class SingleProcess:
     """One process by itself.
 
     Attributes:
@@ -43,15 +43,15 @@ class Ranks:
     rank, count = 0, 1
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
-    def share(self, batches: Sequence[T]) -> Sequence[T]:
+    def shard(self, batches: Sequence[T]) -> Sequence[T]:
         """Neighbouring batches for this rank; none is left over."""
-        return batches[self.part_of(len(batches))]
+        return batches[self.shard_slice(len(batches))]
 
-    def part_of(self, count: int) -> slice:
+    def shard_slice(self, count: int) -> slice:
         """Which of so many things are this rank's."""
         return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
@@ -72,7 +72,7 @@ class Ranks:
             seen += len(right)
 
 
-class Processes(Ranks):
+class ProcessGroup(SingleProcess):
     """Those that `torchrun` started.
 
     Attributes:
@@ -85,8 +85,8 @@ class Processes(Ranks):
     def gather(self, value: T) -> list[T]:
         """By way of safetensors, whose bytes say what they are."""
         mine = torch.frombuffer(bytearray(to_bytes(value)), dtype=torch.uint8)
-        self.agree()
-        with contact():
+        self.check_failure()
+        with dist_errors():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
             dist.all_gather(sizes, torch.tensor([len(mine)]))
             padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
@@ -100,9 +100,9 @@ class Processes(Ranks):
         held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
         before = sum(self.gather(sum(len(right) for _, right in held))[: self.rank])
         for number, total in enumerate(sums):
-            for rows in stripes(len(total)):
+            for rows in row_panels(len(total)):
                 self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held], before)
-        with contact():
+        with dist_errors():
             for total, here in zip(totals, sums, strict=True):
                 dist.broadcast(here, self.count - 1)
                 total.copy_(here)
@@ -110,25 +110,25 @@ class Processes(Ranks):
     def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]], seen: int) -> None:
         """One stripe: from the rank before, a sum over so many rows, with what this rank adds, to the one after."""
         if self.rank:
-            with contact():
+            with dist_errors():
                 dist.recv(total[rows], self.rank - 1)
         for left, right in held:
             add_product(total, left, right, rows, seen)
             seen += len(right)
         if self.rank + 1 < self.count:
-            with contact():
+            with dist_errors():
                 dist.send(total[rows], self.rank + 1)
 
-    def agree(self, failed: bool = False) -> None:
+    def check_failure(self, failed: bool = False) -> None:
         """Hear from all whether one failed; who failed itself does not wait long for those still at work.
 
         Raises:
             RankError: one did, or is gone.
         """
         flag = torch.tensor([self.rank + 1 if failed else 0])
-        with contact():
+        with dist_errors():
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
-            work.wait(LAST_WORD if failed else PATIENCE)
+            work.wait(FAILURE_TIMEOUT if failed else EXCHANGE_TIMEOUT)
         if flag.item() and not failed:
             raise RankError(f"rank {flag.item() - 1} of {self.count} failed, so this one stops too; see its message")
 
@@ -140,7 +140,7 @@ def moved(lefts: Sequence[Tensor], right: Tensor, device: torch.device) -> Facto
 
 
 @contextlib.contextmanager
-def contact() -> Iterator[None]:
+def dist_errors() -> Iterator[None]:
     """An exchange, which fails where a process is gone."""
     try:
         yield
@@ -152,7 +152,7 @@ class RankError(QuantizeError):
     """Another rank failed, and knows why."""
 
 
-def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks: Ranks) -> dict[str, Statistic]:
+def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks: SingleProcess) -> dict[str, Statistic]:
     """Statistics of what all ranks have seen, by name; a rank that has seen nothing need not name any.
 
     Args:
@@ -169,12 +169,12 @@ def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks:
     return whole
 
 
-def first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process speaks for all that `torchrun` started with it."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def place(rank: int, count: int) -> tuple[str, torch.device]:
+def select_backend(rank: int, count: int) -> tuple[str, torch.device]:
     """How one of `count` ranks on a machine talks to the others, and where it multiplies: on a GPU, if each has one."""
     if torch.cuda.device_count() < count:
         return "gloo", torch.device("cpu")
@@ -182,21 +182,21 @@ def place(rank: int, count: int) -> tuple[str, torch.device]:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
+def init_distributed() -> Iterator[SingleProcess]:
     """The ranks that `torchrun` started with this one, or this process alone; the others hear of a failure in here."""
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield Ranks()
+        yield SingleProcess()
         return
-    backend, device = place(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(backend, timeout=PATIENCE)
-    ranks = Processes(device)
+    backend, device = select_backend(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
+    ranks = ProcessGroup(device)
     try:
         yield ranks
     except RankError:
         raise
     except BaseException:
         with contextlib.suppress(RankError):
-            ranks.agree(failed=True)
+            ranks.check_failure(failed=True)
         raise
     finally:
         dist.destroy_process_group()

@@ -45,7 +45,7 @@ class RegularizedLinear(nn.Module):
 
     Attributes:
         clip: [c-, c+], learned; set by the first input.
-        noted: mean kurtosis of each output since `noted` was cleared, scalars.
+        output_kurtosis: mean kurtosis of each output since `output_kurtosis` was cleared, scalars.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RegularizedLinear(nn.Module):
         self.num_bits, self.backward = num_bits, backward
         self.clip = nn.Parameter(torch.tensor([-3.0, 4.0]))  # as the authors start it
         self.started = False
-        self.noted: list[Tensor] = []
+        self.output_kurtosis: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
@@ -64,7 +64,7 @@ class RegularizedLinear(nn.Module):
             self.start(x.detach())
         y = self.product(learned_clip(x, self.clip, self.num_bits))
         if y.numel():
-            self.noted.append(kurtosis(y).mean())
+            self.output_kurtosis.append(kurtosis(y).mean())
         return y
 
     def start(self, x: Tensor) -> None:

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """Where a tensor of a model lies in its files.
 
     Attributes:
@@ -38,7 +38,7 @@ class Source:
         return tensor
 
 
-def sources(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Source]:
+def map_keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, StoredTensor]:
     """Name in the model → where it lies, where transformers renames or merges tensors as it loads and saves them.
 
     Args:
@@ -46,11 +46,11 @@ def sources(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, Source]:
         stored: names in the files; one that fits the model stays.
     """
     steps, known = get_model_conversion_mapping(model), model.state_dict().keys()
-    found: dict[str, Source] = {}
+    found: dict[str, StoredTensor] = {}
     for name in sorted(stored, key=dot_natural_key):
         target, pattern, converter = (name, "", None) if name in known else converted(name, steps)
-        before = found.get(target, Source(()))
-        found[target] = Source((*before.names, name), (*before.patterns, pattern), converter)
+        before = found.get(target, StoredTensor(()))
+        found[target] = StoredTensor((*before.names, name), (*before.patterns, pattern), converter)
     return found
 
 

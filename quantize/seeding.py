@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 
-def private_generator(seed: int, *keys: int) -> torch.Generator:
+def derived_generator(seed: int, *keys: int) -> torch.Generator:
     """A generator of its own for each seed ≥ 0 and keys ≥ 0."""
     state = np.random.SeedSequence([seed, *keys]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))

@@ -32,14 +32,14 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Put tensors into a model in place of its own and tie what was tied, unless each has a tensor of its own.
 
     Returns:
         Parameters without a tensor, and tensors without a place.
     """
     ties = ties_of(model)
-    unexpected = fill_in(model, tensors)
+    unexpected = load_tensors(model, tensors)
     missing = [name for name in ties if name not in tensors]
     for name in list(missing):
         if stored := next((other for other in ties[name] if other in tensors), None):
@@ -49,7 +49,7 @@ def assign(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     return [*missing, *unexpected]
 
 
-def fill_in(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Put tensors into a model in place of its own; returns those without a place.
 
     Raises:

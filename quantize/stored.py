@@ -18,12 +18,12 @@ from quantize.fold import CentredRotation, Diagonal, Rotation
 from quantize.rotations.blocks import BlockRotation
 from quantize.rotations.dual import DualRotation
 
-KINDS = (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
+SERIALIZABLE = (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
 ALIGNMENT = 64  # bytes; where a tensor starts within them may decide in which order a product is summed
 
 
-def write_stored(path: Path, value: Any) -> None:
-    """Write numbers, text, None, lists, tuples, mappings with keys of text or numbers, tensors and `KINDS`.
+def save_state(path: Path, value: Any) -> None:
+    """Write numbers, text, None, lists, tuples, mappings with keys of text or numbers, tensors and `SERIALIZABLE`.
 
     Raises:
         TypeError: something else is in it.
@@ -35,8 +35,8 @@ def write_stored(path: Path, value: Any) -> None:
     save_file({str(i): window for i, window in enumerate(windows.bytes)}, path, {"stored": json.dumps(header)})
 
 
-def read_stored(path: Path) -> Any:
-    """What `write_stored` was given; each tensor in memory of its own, unless it shared it.
+def load_state(path: Path) -> Any:
+    """What `save_state` was given; each tensor in memory of its own, unless it shared it.
 
     Raises:
         SafetensorError, ValueError, KeyError, RuntimeError: the file is damaged, or was written by something else.
@@ -48,7 +48,7 @@ def read_stored(path: Path) -> Any:
 
 
 def to_bytes(value: Any) -> bytes:
-    """As `write_stored`, for another process, which needs no more than the values of tensors."""
+    """As `save_state`, for another process, which needs no more than the values of tensors."""
     tensors: list[Tensor] = []
     plain = flatten(value, tensors)
     content: bytes = save(
@@ -82,8 +82,8 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def kinds() -> dict[str, type]:
-    """Classes whose instances can be stored, by name: `KINDS` and what is derived from them."""
-    found: list[type] = list(KINDS)
+    """Classes whose instances can be stored, by name: `SERIALIZABLE` and what is derived from them."""
+    found: list[type] = list(SERIALIZABLE)
     for kind in found:
         derived: list[type] = type.__subclasses__(kind)
         found += [x for x in derived if x not in found]

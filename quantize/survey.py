@@ -8,23 +8,23 @@ from pathlib import Path
 from rich.console import Console
 
 from quantize.calibration.data import Row
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
 from quantize.checkpoint import Checkpoint
 from quantize.graph.program import Program
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.plan import Plan
 from quantize.progress import track
-from quantize.ranks import Ranks, merged
-from quantize.transforming import Transformer, behind, float_state
+from quantize.ranks import SingleProcess, merged
+from quantize.transforming import PassRunner, float_state, input_hooks
 
 
-def survey(
+def collect_global_statistics(
     checkpoint: Checkpoint,
     program: Program,
     plan: Plan,
     batches: Sequence[Row],
-    ranks: Ranks,
+    ranks: SingleProcess,
     console: Console | None = None,
     scratch: Path | None = None,
 ) -> dict[int, dict[str, Statistic]]:
@@ -35,18 +35,18 @@ def survey(
     found: dict[int, dict[str, Statistic]] = {}
     for number, step in enumerate(plan.steps):
         if step.surveyed:
-            calibration, steps = Runner(program, batches, scratch), plan.steps[:number]
-            scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, Leading(plan.recipe.prefix_tokens)
-            transformer = Transformer(
-                program, steps, scheme, calibration, Runner(program, []), seed, found, leading, ranks
+            calibration, steps = SequentialRunner(program, batches, scratch), plan.steps[:number]
+            scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, PrefixTokens(plan.recipe.prefix_tokens)
+            pass_runner = PassRunner(
+                program, steps, scheme, calibration, SequentialRunner(program, []), seed, found, leading, ranks
             )
-            found[number] = one_run(checkpoint, transformer, step.surveyed, step.handler.needs, console)
+            found[number] = one_run(checkpoint, pass_runner, step.surveyed, step.handler.needs, console)
     return found
 
 
 def one_run(
     checkpoint: Checkpoint,
-    transformer: Transformer,
+    pass_runner: PassRunner,
     weights: frozenset[str],
     make: type[Statistic] | None,
     console: Console | None,
@@ -54,15 +54,17 @@ def one_run(
     """Statistics of the inputs of some linears in one run of the float model."""
     assert make is not None
     found: dict[str, Statistic] = {}
-    program, calibration = transformer.program, transformer.calibration
+    program, calibration = pass_runner.program, pass_runner.calibration
     for segment in track(program.segments, "surveying", lambda s: s.name, console):
-        held, fronts = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
-        linears, transforms = program.linears(segment), behind(fronts, transformer.leading)
+        held, input_transforms = pass_runner.apply(
+            segment, {n: checkpoint.tensor(n).float() for n in segment.parameters}
+        )
+        linears, transforms = program.linears(segment), input_hooks(input_transforms, pass_runner.leading)
         targets = [linear for linear in linears if linear.weight in weights]
-        state, finish = float_state(held, linears, fronts), segment is not program.segments[-1]
-        for group in calibration.stops(segment, state, targets, finish):
+        state, finish = float_state(held, linears, input_transforms), segment is not program.segments[-1]
+        for group in calibration.advance_to_linears(segment, state, targets, finish):
             for linear in group:
                 found[linear.weight] = make()
                 for values in calibration.values:
                     found[linear.weight].update(transforms[linear.path](values[linear.source]))
-    return merged(found, make, transformer.ranks)
+    return merged(found, make, pass_runner.ranks)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass
-class Ties:
+class TiedWeights:
     """What was stored of tied parameters so far.
 
     Attributes:
@@ -24,7 +24,7 @@ class Ties:
     stored: dict[str, str] = field(default_factory=dict)
     untied: bool = False
 
-    def kept(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def deduplicate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors to store as they are; one that still equals a tied one stored before is left out."""
         kept = dict(tensors)
         for name in filter(self._is_tied, tensors):
@@ -36,7 +36,7 @@ class Ties:
             self.stored[name] = digest
         return kept
 
-    def replaced(self, name: str) -> None:
+    def mark_replaced(self, name: str) -> None:
         """A parameter is stored as something else."""
         self.untied |= self._is_tied(name)
 

@@ -112,9 +112,9 @@ def backward(
 ) -> float:
     """Leave the gradients of task + λ Σ Kurt in the parameters; returns the task loss."""
     for linear in linears:
-        linear.noted.clear()
+        linear.output_kurtosis.clear()
     task = task_loss(model, teacher, ids)
-    penalty = [kurtosis for linear in linears for kurtosis in linear.noted]
+    penalty = [kurtosis for linear in linears for kurtosis in linear.output_kurtosis]
     total = task + lambda_ * torch.stack(penalty).sum() if lambda_ else task
     total.backward()
     return float(task.detach())

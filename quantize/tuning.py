@@ -11,16 +11,16 @@ from torch import Tensor, fx, nn
 
 from quantize.formats.qtensor import QTensor
 from quantize.gate import floating
-from quantize.graph.execute import State, Values, run_node
+from quantize.graph.execute import Overrides, Values, run_node
 from quantize.graph.program import Program, Segment
 from quantize.linear import QuantizedLinear
-from quantize.quantizers.base import nearest
+from quantize.quantizers.base import quantize
 from quantize.scheme import TuneArgs
 
 CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
 
 
-class TunedLinear(nn.Module):
+class STELinear(nn.Module):
     """A quantized linear whose integers are rounded from real numbers u, which are learned.
 
     Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432); scales, zero
@@ -40,21 +40,23 @@ class TunedLinear(nn.Module):
     def integers(self) -> Tensor:
         """[N, K], with a gradient to u."""
         one = torch.ones(1)
-        return passed(self.u, nearest(self.u, one, torch.zeros(1), self.done.scheme.weights))
+        return straight_through(self.u, quantize(self.u, one, torch.zeros(1), self.done.scheme.weights))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], fake-quantized."""
         W = (self.integers() - self.zero_point) * self.scale
-        return nn.functional.linear(passed(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias)
+        return nn.functional.linear(
+            straight_through(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias
+        )
 
 
-def passed(x: Tensor, rounded: Tensor) -> Tensor:
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with the gradient of x."""
     return x + (rounded - x).detach()
 
 
 @dataclass(frozen=True)
-class Tuning:
+class BlockTuner:
     """One block to tune.
 
     Attributes:
@@ -66,20 +68,20 @@ class Tuning:
 
     program: Program
     segment: Segment
-    state: State
+    state: Overrides
     starts: Sequence[Values]
     targets: Sequence[Mapping[fx.Node, Tensor]]
 
     @torch.enable_grad()
     def run(
-        self, exact: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
+        self, float_reference: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
     ) -> dict[fx.Node, QTensor]:
-        """New weights of the quantized linears in `exact`, which holds the float weight [N, K] of each.
+        """New weights of the quantized linears in `float_reference`, which holds the float weight [N, K] of each.
 
         As in AutoRound (arXiv 2309.05516), but with Adam on the latent weights: the loss is ‖ŷ - y‖² / ‖y‖² of each
         token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
         """
-        made = {node: TunedLinear(done, exact[node]) for node, done in self._linears(exact).items()}
+        made = {node: STELinear(done, float_reference[node]) for node, done in self._linears(float_reference).items()}
         live = replace(self.state, linears=self.state.linears | made)
         adam = torch.optim.Adam([linear.u for linear in made.values()], args.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, args.steps)
@@ -88,13 +90,13 @@ class Tuning:
             self._loss(batch, live).backward()
             adam.step()
             schedule.step()
-        return {node: repacked(linear) for node, linear in made.items()}
+        return {node: to_qtensor(linear) for node, linear in made.items()}
 
-    def _linears(self, exact: Mapping[fx.Node, Tensor]) -> dict[fx.Node, QuantizedLinear]:
-        found = {node: self.state.linears[node] for node in exact}
+    def _linears(self, float_reference: Mapping[fx.Node, Tensor]) -> dict[fx.Node, QuantizedLinear]:
+        found = {node: self.state.linears[node] for node in float_reference}
         return {node: done for node, done in found.items() if isinstance(done, QuantizedLinear)}
 
-    def _loss(self, batch: int, live: State) -> Tensor:
+    def _loss(self, batch: int, live: Overrides) -> Tensor:
         """Mean over tokens, summed over what the block hands on."""
         values, target = dict(self.starts[batch]), self.targets[batch]
         for node in self.segment.nodes:
@@ -113,13 +115,13 @@ def relative_error(found: Tensor, y: Tensor) -> Tensor:
     return ((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)).mean()
 
 
-def handed_on(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
+def block_outputs(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
     """Of the values alive behind a block those that it computed."""
     return {node: value for node, value in values.items() if node in set(segment.nodes) and floating(value)}
 
 
 @torch.no_grad()
-def repacked(linear: TunedLinear) -> QTensor:
+def to_qtensor(linear: STELinear) -> QTensor:
     """The tuned integers on the grid they had."""
     weight = linear.done.qtensor()
-    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.unit)
+    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.global_scale)

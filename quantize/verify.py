@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from quantize import gate
 from quantize.artifact import check_hashes, fill, load, read_linear, read_manifest
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.errors import QuantizeError, reason
 from quantize.files import read_all
-from quantize.graph.execute import State
+from quantize.graph.execute import Overrides
 from quantize.graph.exported import forward_switches, quiet
 from quantize.graph.program import Program, Segment
 from quantize.kv_cache import quantized_attention, read_kv_cache
 from quantize.linear import QuantizedLinear
-from quantize.memory import give_back
+from quantize.memory import trim_heap
 from quantize.progress import track
 from quantize.weights import index_tensors, read_float
 from quantize.writer import PROBE
@@ -70,13 +70,13 @@ def parity(
     Raises:
         QuantizeError: the files do not give what was quantized.
     """
-    runner, files, fake_quant = Runner(program, probes), index_tensors(directory, PROBE), 0.0
+    runner, files, fake_quant = SequentialRunner(program, probes), index_tensors(directory, PROBE), 0.0
     for segment in track(program.segments, "verifying", lambda s: s.name, console):
         state = stored_state(program, segment, files, dict(settings), ties)
         runner.run(segment.nodes, state)
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
         del state  # before the next is read
-        give_back()
+        trim_heap()
     reloaded = max(gate.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
     if reloaded > gate.TOLERANCE or fake_quant > gate.TOLERANCE * 100:
         raise QuantizeError(
@@ -91,7 +91,7 @@ def stored_state(
     files: dict[str, Path],
     settings: dict[str, Any],
     ties: Mapping[str, tuple[str, ...]],
-) -> State:
+) -> Overrides:
     """One block as it was written."""
     linears = [linear for linear in program.linears(segment) if linear.path in settings["modules"]]
     replaced = {name for linear in linears for name in (linear.weight, linear.bias)}
@@ -102,7 +102,7 @@ def stored_state(
     }
     weights = {name: read_float(files[stored], stored) for name, stored in names.items()}
     modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
-    return State(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))
+    return Overrides(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))
 
 
 def verify_artifact(directory: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.errors import QuantizeError
 from quantize.files import UNREADABLE, tensor_names, weight_files
 
-PIECE = 1 << 22  # numbers of a tensor that are read or looked at together
+CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
 
 
 def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
@@ -44,7 +44,7 @@ def read_float(path: Path, name: str) -> Tensor:
     stored = read_tensor(path, name)
     if stored.dtype == torch.float32 or not stored.dim():
         return stored.float()
-    wide, rows = torch.empty(stored.shape), max(1, PIECE // max(1, stored[:1].numel()))
+    wide, rows = torch.empty(stored.shape), max(1, CHUNK // max(1, stored[:1].numel()))
     for part, start in zip(wide.split(rows), range(0, len(wide), rows), strict=True):
         part.copy_(read_tensor(path, name)[start : start + rows])
     return wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +45,7 @@ class ArtifactWriter:
 
     def __enter__(self) -> Self:
         beside = next(parent for parent in self.output.absolute().parents if parent.exists())
-        with disk_errors(self.output):
+        with translate_disk_errors(self.output):
             self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=beside))
         return self
 
@@ -56,7 +58,7 @@ class ArtifactWriter:
         """Write one safetensors file, and wait until it is on disk."""
         if tensors:
             path = self.directory / name
-            with disk_errors(self.output):
+            with translate_disk_errors(self.output):
                 save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, path, {"format": "pt"})
                 flush(path)
             self.weight_map |= dict.fromkeys(tensors, name)
@@ -75,7 +77,7 @@ class ArtifactWriter:
     def write(self, name: str | Path, content: str | bytes) -> None:
         """Write one small file."""
         path = self.directory / name
-        with disk_errors(self.output):
+        with translate_disk_errors(self.output):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -90,7 +92,7 @@ class ArtifactWriter:
 
     def publish(self) -> None:
         """Flush all to disk, and rename."""
-        with disk_errors(self.output):
+        with translate_disk_errors(self.output):
             for path in [*self.directory.rglob("*"), self.directory]:
                 path.chmod(0o755 if path.is_dir() else 0o644)
                 flush(path)
@@ -99,24 +101,17 @@ class ArtifactWriter:
             flush(self.output.parent)
 
 
-class disk_errors:  # noqa: N801  a context manager, used like a function
+@contextlib.contextmanager
+def translate_disk_errors(output: Path) -> Iterator[None]:
     """Turn what a disk answers into one sentence."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, OSError | SafetensorError):
-            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
-                r"no space|os error (27|28|122)\b", str(error).lower()
-            )
-            reason = "the disk is full" if full else f"writing failed ({error})"
-            raise QuantizeError(f"{reason}; {self.output} was not made") from error
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+            r"no space|os error (27|28|122)\b", str(error).lower()
+        )
+        reason = "the disk is full" if full else f"writing failed ({error})"
+        raise QuantizeError(f"{reason}; {output} was not made") from error
 
 
 def remove(directory: Path) -> None:

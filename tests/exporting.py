@@ -15,7 +15,7 @@ from quantize.export.parity import SESSION_CONFIG, open_session
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.reference import round_to_grid, scale_and_zero_point
 from quantize.linear import QuantizedLinear
-from quantize.online import Front, Hadamard
+from quantize.online import Hadamard, InputTransform
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
 
 FAMILIES = Path(__file__).parent / "models" / "families"
@@ -32,7 +32,7 @@ def scheme(bits, activations=None, group_size=0, symmetric=True):
 
 def round_to_nearest(weight, bias, scheme, online=()):
     args = scheme.weights
-    weight = Front(tuple(online)).absorb(weight)
+    weight = InputTransform(tuple(online)).fold_into_weight(weight)
     groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
     scale, zero_point = scale_and_zero_point(*groups.aminmax(dim=-1, keepdim=True), args.num_bits, args.symmetric)
     q = round_to_grid(groups, scale, zero_point, args.num_bits).flatten(1)

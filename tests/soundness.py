@@ -15,9 +15,9 @@ from torch.fx.node import map_aggregate
 from quantize.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.execute import State, advance, start
+from quantize.graph.execute import Overrides, run_nodes, start
 from quantize.graph.exported import export_program
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.graph.labels import shape_of
 from quantize.graph.program import Program
 from quantize.skeleton import build_skeleton
@@ -25,11 +25,11 @@ from quantize.skeleton import build_skeleton
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "models" / "families").glob("*.json"))}
 KEPT, MOVED = 1e-10, 1e-7  # relative; what is kept is kept to about 1e-15
 KINDS = {
-    "positive": Group.POSITIVE_DIAGONAL,
-    "diagonal": Group.DIAGONAL,
-    "centred": Group.CENTRED_ORTHOGONAL,
-    "orthogonal": Group.ORTHOGONAL,
-    "linear": Group.LINEAR,
+    "positive": AllowedTransforms.POSITIVE_DIAGONAL,
+    "diagonal": AllowedTransforms.DIAGONAL,
+    "centred": AllowedTransforms.CENTRED_ORTHOGONAL,
+    "orthogonal": AllowedTransforms.ORTHOGONAL,
+    "linear": AllowedTransforms.LINEAR,
 }
 
 
@@ -42,10 +42,10 @@ class Case:
     given: dict[str, Tensor]
 
     def outputs(self, changed: dict[str, Tensor]) -> Tensor:
-        values, state = start(self.program, self.given), State(self.weights | changed)
+        values, state = start(self.program, self.given), Overrides(self.weights | changed)
         for segment in self.program.segments:
-            advance(self.program, segment.nodes, values, state)
-        results = [n for n in self.program.output.all_input_nodes if n not in self.program.handed_on]
+            run_nodes(self.program, segment.nodes, values, state)
+        results = [n for n in self.program.output.all_input_nodes if n not in self.program.intermediate_outputs]
         return torch.cat([values[node].flatten().double() for node in results])
 
     @functools.cached_property
@@ -118,11 +118,11 @@ class Blocks:
 
     T: Tensor
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         return torch.einsum("...hd,hde->...he", rows.unflatten(-1, self.T.shape[:2]), self.T.to(rows)).flatten(-2)
 
-    def read(self, columns: Tensor) -> Tensor:
-        return Blocks(torch.linalg.inv(self.T).transpose(-1, -2)).write(columns)
+    def apply_inverse_transpose(self, columns: Tensor) -> Tensor:
+        return Blocks(torch.linalg.inv(self.T).transpose(-1, -2)).apply(columns)
 
 
 def random_transform(kind: str, dim: int, heads: int, rng: torch.Generator) -> Blocks:

@@ -11,7 +11,7 @@ from quantize.eval.handlers import DEFAULT, HANDLERS, LANGUAGE_ONLY, left_out
 from quantize.eval.handlers_report import markdown
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.report import kurtosis_report
-from quantize.eval.spikes import HEIGHT, KINDS, factors, plant_kind
+from quantize.eval.spikes import HEIGHT, KINDS, plant_kind, spike_factors
 from quantize.linear import QuantizedLinear
 from quantize.online import Hadamard
 from quantize.ordering import check_order
@@ -24,12 +24,12 @@ X = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 0.0, 4.0, 1.0], [1.0, 0.0, 0.0, 1.
 
 
 def test_peaked_channels_are_scaled():
-    assert factors(X, "token_sparse", 30.0).tolist() == [1, 30, 30, 1]
-    assert sorted(factors(X, "channel", 30.0).tolist()) == [1, 1, 30, 30]
+    assert spike_factors(X, "token_sparse", 30.0).tolist() == [1, 30, 30, 1]
+    assert sorted(spike_factors(X, "channel", 30.0).tolist()) == [1, 1, 30, 30]
 
 
 def test_two_spikes_of_one_token_reach_the_same_height():
-    d = factors(X, "two_spike", 30.0)  # the token with the highest peak is the first; its largest are 5 and a 1
+    d = spike_factors(X, "two_spike", 30.0)  # the token with the highest peak is the first; its largest are 5 and a 1
     spiked = X[0] * d
     height = HEIGHT * float(X.square().mean().sqrt())
     assert sorted(spiked.tolist())[2:] == pytest.approx([height, height])

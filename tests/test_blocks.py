@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import quantize
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax
 from quantize.checkpoint import open_checkpoint
-from quantize.graph.execute import State
+from quantize.graph.execute import Overrides
 from quantize.graph.exported import export_program
 
 
@@ -30,13 +30,15 @@ def test_a_bfloat16_model_runs_with_what_is_stored(books, stories_calibration, t
 def test_looking_ahead_does_not_advance(stories):
     checkpoint = open_checkpoint(stories)
     program = export_program(checkpoint.skeleton())
-    runner = Runner(program, [torch.arange(12)[None]])
+    runner = SequentialRunner(program, [torch.arange(12)[None]])
     head, block = program.segments[:2]
-    state = State({name: checkpoint.tensor(name) for name in (*head.parameters, *block.parameters)})
+    state = Overrides({name: checkpoint.tensor(name) for name in (*head.parameters, *block.parameters)})
     runner.run(head.nodes, state)
     before = dict(runner.values[0])
     linears = program.linears(block)
-    seen = runner.preview(block, state, linears, Absmax, {linear.path: nn.Identity() for linear in linears})
+    seen = runner.collect_without_advancing(
+        block, state, linears, Absmax, {linear.path: nn.Identity() for linear in linears}
+    )
     assert runner.values[0] == before
     assert {path: statistic.value.shape for path, statistic in seen.items()} == {
         linear.weight: (state.weights[linear.weight].shape[1],) for linear in program.linears(block)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import UsageError
-from quantize.identity import changes
+from quantize.identity import diff_fingerprints
 from quantize.pipeline import check_ranks, quantize_model
-from quantize.ranks import Ranks
+from quantize.ranks import SingleProcess
 from quantize.recipe import load_recipe
 
 ROWS = {"nsamples": 12, "seqlen": 512}  # three batches of 4 rows
@@ -66,7 +66,7 @@ def test_two_killed_ranks_are_resumed_by_one(variant, tmp_path):
     assert tree(artifact.directory) == tree(tmp_path / "one")
 
 
-class Two(Ranks):
+class Two(SingleProcess):
     """The first of two ranks, the other of which sees other data."""
 
     count = 2
@@ -81,4 +81,4 @@ def test_what_ranks_cannot_do_together_is_refused():
         check_ranks(load_recipe("W4A16", {}), Two(), found)
     with pytest.raises(UsageError, match="tune runs in one process; start without torchrun"):
         check_ranks(load_recipe("W4A16", {"tune": {"steps": 2}}), Two(), found)
-    assert not changes(found, found)
+    assert not diff_fingerprints(found, found)

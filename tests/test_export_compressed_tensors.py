@@ -20,7 +20,7 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint import open_checkpoint, read_config
 from quantize.errors import QuantizeError, UsageError
 from quantize.export import compressed_tensors, compressed_tensors_format
-from quantize.export.comparison import distance, rewritten, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, distance, with_float_activations
 from quantize.export.compressed_tensors_format import quantization_config, storage, stored
 from quantize.export.directory import export_artifact
 from quantize.export.input_ranges import input_divisors
@@ -81,8 +81,8 @@ def stored_by_the_package(weight, scheme):
     given = {"weight": weight.dequantize(), "weight_scale": scale}
     if weight.zero_point is not None:
         given["weight_zero_point"] = weight.zero_point
-    if weight.unit is not None:
-        given |= {"weight_global_scale": weight.unit.reciprocal()[None], "weight_scale": weight.scale.float()}
+    if weight.global_scale is not None:
+        given |= {"weight_global_scale": weight.global_scale.reciprocal()[None], "weight_scale": weight.scale.float()}
     return BaseCompressor.get_value_from_registry(storage(scheme)).compress(given, config.config_groups["group_0"])
 
 
@@ -136,9 +136,9 @@ def test_the_package_computes_the_same_where_it_has_the_same_grid(name):
 
 @pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.activations and s.activations.symmetric])
 def test_symmetric_activations_differ_by_their_rounding_at_most(name):
-    """Symmetric integers span half a step more; MXFP4's scales round up, too; NVFP4 has one unit for all tokens."""
+    """Symmetric integers span half a step more; MXFP4's scales round up, too; NVFP4 has one global scale for all tokens."""
     linear, x = random_linear(SCHEMES[name]), inputs()
-    y, exact = linear(x), linear._exact(x)
+    y, exact = linear(x), linear._forward_float_activations(x)
     assert distance([run_by_the_package(linear, x)], [y]) < 2 * distance([y], [exact])
 
 
@@ -148,7 +148,7 @@ def test_the_steps_of_symmetric_activations(bits):
     linear, x = random_linear(integers(8, bits)), inputs()
     step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / (2 ** (bits - 1) - 0.5)
     rounded = (x / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
-    assert distance([run_by_the_package(linear, x)], [linear._exact(rounded)]) < FLOAT32
+    assert distance([run_by_the_package(linear, x)], [linear._forward_float_activations(rounded)]) < FLOAT32
     assert distance([rounded], [fake_quantize(x, linear.scheme.activations)]) > FLOAT32
 
 
@@ -167,7 +167,7 @@ def logits(model):
 def apart(model, artifact):
     """Distance of the logits of both, and what rounding activations makes of the artifact's."""
     expected = logits(artifact)
-    exact = logits(rewritten(artifact, with_float_activations))
+    exact = logits(copy_with_replaced_linears(artifact, with_float_activations))
     return distance([logits(model)], [expected]), distance([exact], [expected])
 
 

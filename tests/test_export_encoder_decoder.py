@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from quantize.errors import QuantizeError
 from quantize.export.encoder_decoder import DECODER, ENCODER
 from quantize.export.genai import genai_config_of_sound
-from quantize.export.halves import EncoderHalf
+from quantize.export.halves import EncoderWithCrossKV
 from quantize.export.onnx import export_onnx, interface_of, leave_unread_out
 from quantize.export.parity import distance, open_session, parity
 from quantize.export.saving import SHARED, SMALL
@@ -110,9 +110,11 @@ def test_sound_goes_in_and_out_as_promised(exported):
         "present.0.decoder.key": TOTAL,
         "present.0.decoder.value": TOTAL,
     }
-    executes = json.loads((directory / "ort_config.json").read_text())["executes"]
-    assert sum(executes.values()) == 6 + 10 + 1  # the encoder's layer, the decoder's, the scores of the vocabulary
-    assert executes["8-bit weights, 8-bit activations by token, 32-bit sums"] == 6 + 2  # keys and values of the states
+    precisions = json.loads((directory / "ort_config.json").read_text())["precisions"]
+    assert sum(precisions.values()) == 6 + 10 + 1  # the encoder's layer, the decoder's, the scores of the vocabulary
+    assert (
+        precisions["8-bit weights, 8-bit activations by token, 32-bit sums"] == 6 + 2
+    )  # keys and values of the states
 
 
 def test_no_weight_is_in_both_files(exported):
@@ -133,20 +135,20 @@ def test_no_weight_is_in_both_files(exported):
 @whisper
 def test_exchanged_keys_and_values_are_noticed(exported, monkeypatch):
     model, directory, _ = exported
-    run = EncoderHalf.run_files
+    run = EncoderWithCrossKV.run_files
 
     def exchanged(self, sessions, feed):
         states, key, value = run(self, sessions, feed)
         return [states, value, key]
 
-    monkeypatch.setattr(EncoderHalf, "run_files", exchanged)
+    monkeypatch.setattr(EncoderWithCrossKV, "run_files", exchanged)
     differences = parity(interface_of(model), directory)
     assert differences["emulation"] > 0.1 > 1e-4 + 2 * differences["activations"]
 
 
 def test_a_file_that_reads_what_it_must_not_is_refused():
     """The tokens that are made, where keys and values should hold for all of them."""
-    interface = EncoderHalf(tiny("whisper"))
+    interface = EncoderWithCrossKV(tiny("whisper"))
     ids, same = (onnx.helper.make_tensor_value_info(name, 7, ["T"]) for name in ("decoder_input_ids", "same"))
     node = onnx.helper.make_node("Identity", ["decoder_input_ids"], ["same"])
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [ids], [same]))

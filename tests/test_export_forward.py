@@ -8,7 +8,7 @@ import torch
 from exporting import SYMMETRIC_8, nodes, quantized, run_onnx, scheme, shapes, tiny
 
 from quantize.errors import QuantizeError
-from quantize.export.forward import Forward
+from quantize.export.forward import SinglePassModel
 from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.parity import run_torch
 
@@ -50,8 +50,8 @@ def test_a_model_with_one_segment_takes_none():
 
 def test_an_input_that_has_no_effect_is_noticed(tmp_path, monkeypatch):
     """An image that the exporter takes for a constant."""
-    results = Forward.results
+    results = SinglePassModel.results
     constant = torch.ones(2, 3, 16, 16)
-    monkeypatch.setattr(Forward, "results", lambda self, feed: results(self, {"pixel_values": constant}))
+    monkeypatch.setattr(SinglePassModel, "results", lambda self, feed: results(self, {"pixel_values": constant}))
     with pytest.raises(QuantizeError, match="same output for different inputs"):
         export_onnx(quantized(tiny("vit"), scheme(4)), tmp_path)

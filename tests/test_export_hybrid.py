@@ -14,7 +14,7 @@ from onnx import helper
 
 from quantize.errors import UsageError
 from quantize.export import cache
-from quantize.export.comparison import rewritten
+from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.hybrid_linear import MANY, by_channel
 from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.onnx_decoder import OnnxDecoder
@@ -52,8 +52,8 @@ def test_prompts_are_exact_and_single_tokens_in_blocks(model, exported):
 def test_what_runs_is_said_and_what_is_alike_is_kept_once(exported):
     path, _ = exported
     config = json.loads((path / "ort_config.json").read_text())
-    assert sum(count for name, count in config["executes"].items() if name.startswith(BLOCKS)) == 14
-    assert config["executes_prompts"] == {INTEGERS: 14, "float32": 1}
+    assert sum(count for name, count in config["precisions"].items() if name.startswith(BLOCKS)) == 14
+    assert config["precisions_prompts"] == {INTEGERS: 14, "float32": 1}
     (choice,) = nodes(path / "model.onnx", "If")
     file = onnx.load(path / "model.onnx").graph
     many, few = (attributes(choice)[name] for name in ("then_branch", "else_branch"))
@@ -78,7 +78,7 @@ def test_groups_are_rounded_to_8_bits(tmp_path):
     feed = [interface.feed(1, 2 * MANY, 0, seed=4)]
     expected = run_torch(interface, feed)
     found = distance(run_onnx(tmp_path / "model.onnx", feed), expected)
-    assert 1e-4 < found < 1.5 * distance(run_torch(rewritten(interface, lower), feed), expected)
+    assert 1e-4 < found < 1.5 * distance(run_torch(copy_with_replaced_linears(interface, lower), feed), expected)
 
 
 def test_a_cache_goes_from_a_prompt_to_single_tokens(model, exported):
@@ -99,7 +99,7 @@ def test_a_cache_with_room_is_written_in_place(model, exported, monkeypatch):
     """Token by token as with copies, through a growing cache, and with a second prompt behind."""
     path, _ = exported
     model.config.save_pretrained(path)
-    monkeypatch.setattr(cache, "LEAST_ROOM", MANY + 4)
+    monkeypatch.setattr(cache, "LEAST_CAPACITY", MANY + 4)
     decoder, copying = OnnxDecoder(path), OnnxDecoder(path)
     assert decoder.in_place_below == MANY
     copying.in_place_below = 0
@@ -109,8 +109,8 @@ def test_a_cache_with_room_is_written_in_place(model, exported, monkeypatch):
         found, held = decoder.step(given, held)
         expected, copied = copying.step(given, copied)
         assert np.abs(found - expected).max() < 1e-5
-        assert held.tokens == copied.tokens == copied.room
-        rooms.append(held.room)
+        assert held.tokens == copied.tokens == copied.capacity
+        rooms.append(held.capacity)
     assert rooms == [20] * 17 + [35, 72, 72]
     before = held.values[3].data_ptr()
     assert decoder.step([5], held)[1].values[3].data_ptr() == before

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.block_linear import BlockLinear
-from quantize.export.comparison import rewritten
+from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.decoder import Decoder
 from quantize.export.integer_linear import IntegerLinear
 from quantize.export.onnx import export_onnx, interface_of
@@ -265,6 +265,6 @@ def test_what_onnx_runtime_cannot_do_is_refused():
 
 def test_a_rewritten_model_shares_its_weights():
     model = quantized(llama(layers=1), scheme(4))
-    twin = rewritten(model, lower)
+    twin = copy_with_replaced_linears(model, lower)
     assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert not any(isinstance(layer, QuantizedLinear) for layer in twin.modules())

@@ -55,5 +55,5 @@ def test_integers_are_standard_operators_too(tmp_path):
     assert len(nodes(tmp_path / "model.onnx", "MatMulInteger")) == 7
     assert {entry.domain for entry in onnx.load(tmp_path / "model.onnx").opset_import} == {""}
     config = json.loads((tmp_path / "ort_config.json").read_text())
-    assert config["executes"] == {"8-bit weights, 8-bit activations by token, 32-bit sums": 7}
+    assert config["precisions"] == {"8-bit weights, 8-bit activations by token, 32-bit sums": 7}
     assert QDQ_ACCURACY not in config["session_config_entries"]

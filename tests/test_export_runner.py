@@ -17,7 +17,7 @@ from quantize.export import session
 from quantize.export.directory import export_artifact
 from quantize.export.onnx_decoder import OnnxDecoder
 from quantize.export.runner import PARTIAL, stream
-from quantize.export.saturation import is_exact
+from quantize.export.saturation import has_exact_int8_gemm
 from quantize.tokenizer import load_tokenizer
 
 PROMPT = "Once upon a time"
@@ -66,7 +66,7 @@ def test_what_onnxruntime_genai_needs_lies_beside(exported, artifact_rtn):
 
 @pytest.mark.parametrize("vnni", [True, False])
 def test_cpus_without_vnni_are_told_to_be_exact(exported, monkeypatch, vnni):
-    monkeypatch.setattr(session, "is_exact", lambda: vnni)
+    monkeypatch.setattr(session, "has_exact_int8_gemm", lambda: vnni)
     options = session.session_of(exported).get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == ("0" if vnni else "1")
 
@@ -76,7 +76,7 @@ def test_whether_a_cpu_is_exact_is_measured():
     info = Path("/proc/cpuinfo")
     if not info.exists() or "flags" not in info.read_text():
         pytest.skip("x86 on Linux alone says so")
-    assert is_exact() == ("vnni" in info.read_text())
+    assert has_exact_int8_gemm() == ("vnni" in info.read_text())
 
 
 def test_it_stops_where_the_text_or_the_positions_end(cli, exported, tmp_path):

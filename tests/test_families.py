@@ -7,14 +7,14 @@ import pytest
 from soundness import CONFIGS, describe, family, lazy_pins, violations
 
 from quantize.graph.analysis import admissible_bases, find_bases
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 
 SITES = Path(__file__).parents[1] / "docs" / "sites.md"
 GROUPS = {
-    "diagonal": Group.DIAGONAL,
-    "positive diagonal": Group.POSITIVE_DIAGONAL,
-    "orthogonal": Group.ORTHOGONAL,
-    "centred orthogonal": Group.CENTRED_ORTHOGONAL,
+    "diagonal": AllowedTransforms.DIAGONAL,
+    "positive diagonal": AllowedTransforms.POSITIVE_DIAGONAL,
+    "orthogonal": AllowedTransforms.ORTHOGONAL,
+    "centred orthogonal": AllowedTransforms.CENTRED_ORTHOGONAL,
 }
 
 
@@ -24,7 +24,7 @@ def test_what_is_admissible_preserves_the_function_and_what_is_not_changes_it(na
     bases = find_bases(case.program)
     assert not violations(case, bases)
     assert not lazy_pins(case, bases)
-    assert all(b.pins for b in bases.all if b.group is Group.NONE)
+    assert all(b.pins for b in bases.all if b.group is AllowedTransforms.NONE)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -63,11 +63,14 @@ def check_site(row, bases):
         if answer in GROUPS:
             assert {short(e.parameter) for e in basis.readers} == wanted, describe(basis)
             assert GROUPS[answer] in basis.group, describe(basis)
-            stronger = {"positive diagonal": Group.DIAGONAL, "centred orthogonal": Group.ORTHOGONAL}.get(answer)
+            stronger = {
+                "positive diagonal": AllowedTransforms.DIAGONAL,
+                "centred orthogonal": AllowedTransforms.ORTHOGONAL,
+            }.get(answer)
             assert stronger is None or stronger not in basis.group
         else:
             quoted = [part.format(i=layer) for part in re.findall(r"`([^`]+)`", answer)]
-            assert basis.group is Group.NONE, describe(basis)
+            assert basis.group is AllowedTransforms.NONE, describe(basis)
             assert all(any(part in pin for pin in basis.pins) for part in quoted), describe(basis)
 
 

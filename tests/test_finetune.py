@@ -107,12 +107,12 @@ def test_a_stand_in_reads_levels_and_notes_kurtosis():
     linear = nn.Linear(2, 3)
     standin = RegularizedLinear(nn.Parameter(linear.weight.T), linear.bias, True, 2, "none")
     assert torch.equal(standin(torch.zeros(0, 2)), linear(torch.zeros(0, 2)))
-    assert (standin.started, standin.noted) == (False, [])
+    assert (standin.started, standin.output_kurtosis) == (False, [])
     x = torch.tensor([[-1.0, 2.0], [0.0, 1.0]])  # two bits reach them all
     assert torch.allclose(standin(x), linear(x))
     assert standin.clip.tolist() == [-1, 2]
     assert torch.allclose(standin(x + 0.3), linear(torch.tensor([[-1.0, 2.0], [0.0, 1.0]])))
-    assert float(standin.noted[0]) == pytest.approx(float(kurtosis(linear(x)).mean()))
+    assert float(standin.output_kurtosis[0]) == pytest.approx(float(kurtosis(linear(x)).mean()))
     standin(torch.zeros(1, 2))
 
 

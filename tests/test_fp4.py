@@ -28,7 +28,7 @@ from quantize.kernels.fp4 import (
 from quantize.kernels.ops import dequantize, quantized_linear
 from quantize.linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
-from quantize.quantizers.base import find_grid, grid_error, grouped
+from quantize.quantizers.base import compute_qparams, grouped, quantization_error
 from quantize.recipe import load_recipe
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.verify import verify_artifact
@@ -94,25 +94,27 @@ def test_mxfp4_by_hand():
 
 
 def test_nvfp4_by_hand():
-    """The unit puts the token's largest magnitude on 6 · 448; a group with largest 3.3 gets E4M3(448 · 3.3 / 6 / 2)."""
+    """The global scale puts the token's largest magnitude on 6 · 448; a group with largest 3.3 gets E4M3(448 · 3.3 / 6 / 2)."""
     x = torch.zeros(2, 32)
     x[0, 0], x[0, 16:18] = 12.0, torch.tensor([3.3, -1.0])
     x[1, 0] = 0.5
     q, scale = quantize_fp4(x, "nvfp4", 16)
-    unit = 12 / 6 / 448  # a token's own: the other token's is smaller
+    global_scale = 12 / 6 / 448  # a token's own: the other token's is smaller
     assert q[0, 0] == q[1, 0] == 12
     assert q[0, 16:18].tolist() == [12, -4]
-    assert scale[0].tolist() == pytest.approx([448 * unit / 2, 120 * unit / 2])  # 123.2 lies between 120 and 128
+    assert scale[0].tolist() == pytest.approx(
+        [448 * global_scale / 2, 120 * global_scale / 2]
+    )  # 123.2 lies between 120 and 128
     assert scale[1, 0].item() == pytest.approx(0.5 / 12)
 
 
-@pytest.mark.parametrize("unit", [None, torch.tensor(3.7e-4)])
-def test_scales_survive_their_byte(unit):
-    scale = fp4_scale(torch.logspace(-9, 3, 200), unit)
-    stored = encode_scale(scale, unit)
+@pytest.mark.parametrize("global_scale", [None, torch.tensor(3.7e-4)])
+def test_scales_survive_their_byte(global_scale):
+    scale = fp4_scale(torch.logspace(-9, 3, 200), global_scale)
+    stored = encode_scale(scale, global_scale)
     assert (scale > 0).all()
     assert stored.element_size() == 1
-    assert torch.equal(decode_scale(stored, unit), scale)
+    assert torch.equal(decode_scale(stored, global_scale), scale)
 
 
 @FORMATS
@@ -163,9 +165,9 @@ def test_rtn_takes_the_nearest_and_mse_only_improves(name):
     nearest = blocks.abs().amin(dim=-1).flatten(1)
     torch.testing.assert_close((rtn.dequantize() - W).abs(), nearest)
     assert (mse.dequantize() - W).square().mean() < 0.99 * (rtn.dequantize() - W).square().mean()
-    scale, zero_point = find_grid(W, args, torch.float32, mse=True)
+    scale, zero_point = compute_qparams(W, args, torch.float32, mse=True)
     torch.testing.assert_close(scale, mse.unpack_scale(), rtol=0, atol=0)  # what is stored is what was rounded with
-    error = grid_error(grouped(W, args), scale[..., None], zero_point[..., None], args, 1.0)
+    error = quantization_error(grouped(W, args), scale[..., None], zero_point[..., None], args, 1.0)
     torch.testing.assert_close(error.sum(), (mse.dequantize() - W).square().sum())
 
 
@@ -247,11 +249,11 @@ def test_an_artifact_is_saved_loaded_and_verified(name, one_layer, small_run, fl
     assert stored[f"{up}.scale"].shape == (rows, groups)
     bits = 8 * sum(t.nbytes for key, t in stored.items() if key.startswith(up)) / (rows * 64)
     assert bits == pytest.approx(4 + 8 / GROUP[name], abs=0.01)
-    assert (f"{up}.unit" in stored) == (name == "nvfp4")
+    assert (f"{up}.global_scale" in stored) == (name == "nvfp4")
     assert verify_artifact(artifact.directory)["difference"] <= 1e-5
     for dtype in (torch.float32, torch.bfloat16):  # scales stay as they are in any dtype
         layer = load(artifact.directory, dtype).get_submodule(up)
-        again = QTensor(layer.qweight, layer.scale, None, 64, ARGS[name], layer.unit)
+        again = QTensor(layer.qweight, layer.scale, None, 64, ARGS[name], layer.global_scale)
         torch.testing.assert_close(again.dequantize(), layer.qtensor().dequantize(), rtol=0, atol=0)
         assert layer.scale.dtype == stored[f"{up}.scale"].dtype
     W = float_stories.get_submodule(up).weight

@@ -6,7 +6,7 @@ from test_fp4 import ARGS, FORMATS, GROUP, SCHEMES, normal
 from test_ops import TESTS as CHECKS
 
 from quantize.kernels import fp4_quantizer
-from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_unit, pack_fp4, quantize_fp4
+from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale, pack_fp4, quantize_fp4
 from quantize.kernels.fp4_linear import choose, fp4_linear
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.kernels.prologue import Prologue
@@ -27,15 +27,15 @@ def spread(rows, columns, dtype=torch.float32):
 
 def assert_equal(found, x, name, clip_ratio=1.0):
     q, scale = quantize_fp4(x.float(), name, GROUP[name], clip_ratio)
-    unit = None
+    global_scale = None
     if name == "nvfp4":
         largest = x.float().unflatten(-1, (-1, GROUP[name])).abs().amax(-1) * clip_ratio
-        unit = nvfp4_unit(largest.amax(-1, keepdim=True))
-        assert torch.equal(found.unit, unit[:, 0])
+        global_scale = nvfp4_global_scale(largest.amax(-1, keepdim=True))
+        assert torch.equal(found.global_scale, global_scale[:, 0])
     assert torch.equal(found.q, pack_fp4(q))
-    assert torch.equal(found.scale, encode_scale(scale, unit).view(torch.uint8))
-    stored = found.scale if unit is None else found.scale.view(torch.float8_e4m3fn)
-    assert torch.equal(decode_scale(stored, unit), scale)
+    assert torch.equal(found.scale, encode_scale(scale, global_scale).view(torch.uint8))
+    stored = found.scale if global_scale is None else found.scale.view(torch.float8_e4m3fn)
+    assert torch.equal(decode_scale(stored, global_scale), scale)
 
 
 @FORMATS
@@ -58,7 +58,7 @@ def test_every_magnitude_of_float16(name):
 
 
 def test_scales_on_ties_go_to_the_even_byte():
-    """In every binade of E4M3, half-way between each two bytes; the largest value makes the unit 1."""
+    """In every binade of E4M3, half-way between each two bytes; the largest value makes the global scale 1."""
     bytes_ = torch.arange(1, 0x7E, dtype=torch.uint8)
     values = torch.stack([bytes_, bytes_ + 1]).view(torch.float8_e4m3fn).float()
     x = torch.zeros(126, 16)
@@ -91,7 +91,7 @@ def test_product_equals_the_reference(name, M, N, K, dtype):
     x, size = spread(M, K, dtype), GROUP[name]
     weight = QUANTIZERS["rtn"]().quantize(normal(N, K, seed=1), ARGS[name], None, torch.float32)
     bias = normal(N, seed=2)
-    y = fp4_linear(x, weight.data, weight.scale.view(torch.uint8), weight.unit, bias, 1.0, 0)
+    y = fp4_linear(x, weight.data, weight.scale.view(torch.uint8), weight.global_scale, bias, 1.0, 0)
     expected = quantized_linear(x, weight.unpack(), weight.unpack_scale(), None, bias, 4, True, 1.0, name, size)
     assert y.dtype == dtype
     ulp = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
@@ -101,7 +101,7 @@ def test_product_equals_the_reference(name, M, N, K, dtype):
 @FORMATS
 def test_the_linear_is_a_proper_operator(name):
     x, weight = normal(3, 96), QUANTIZERS["rtn"]().quantize(normal(5, 96, seed=1), ARGS[name], None, torch.float32)
-    stored = (weight.data, weight.scale.view(torch.uint8), weight.unit)
+    stored = (weight.data, weight.scale.view(torch.uint8), weight.global_scale)
     torch.library.opcheck(fp4_linear, (x, *stored, normal(5), 0.9, 32), test_utils=CHECKS)
     expected = QuantizedLinear(weight, None, SCHEMES[name], [Hadamard(32)])(x)
     torch.testing.assert_close(fp4_linear(x, *stored, None, 1.0, 32), expected)

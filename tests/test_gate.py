@@ -13,15 +13,15 @@ from quantize.passes import PASSES
 class WrongDiagonal(Diagonal):
     """A reader that divides by the square root only: half a fold."""
 
-    def read(self, columns):
+    def apply_inverse_transpose(self, columns):
         return columns / self.d.to(columns).sqrt()
 
 
 class WrongRotation(Rotation):
     """Readers that forget the signs."""
 
-    def read(self, columns):
-        return Rotation(torch.ones_like(self.signs), self.size).write(columns)
+    def apply_inverse_transpose(self, columns):
+        return Rotation(torch.ones_like(self.signs), self.size).apply(columns)
 
 
 def run(model, calibration, output, passes):

@@ -11,20 +11,20 @@ from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.fold import Diagonal
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
-from quantize.online import Dual, Front, Hadamard, Shift
+from quantize.online import Dual, Hadamard, InputTransform, Shift
 from quantize.passes import PASSES
 from quantize.passes.base import input_error
 from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
 from quantize.plan import make_plan
-from quantize.ranks import Ranks
+from quantize.ranks import SingleProcess
 from quantize.recipe import load_recipe
 from quantize.rotations.blocks import BlockRotation
 from quantize.rounding import fake_quantize
 from quantize.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
-from quantize.survey import survey
+from quantize.survey import collect_global_statistics
 
 INT4 = ActivationArgs(num_bits=4)
 
@@ -199,13 +199,13 @@ def test_theorem_one_is_what_monte_carlo_finds(x, n, b):
 
 def test_a_shift_is_taken_back_exactly_and_makes_a_bias_where_there_is_none():
     W, n, x = normal(3, 4), torch.tensor([0.5, -1.0, 2.0, 0.0]), normal(5, 4, 7)
-    front = Front((Hadamard(4), Shift(n)))
-    folded = front.absorb(W)
+    input_transform = InputTransform((Hadamard(4), Shift(n)))
+    folded = input_transform.fold_into_weight(W)
     for bias in (None, torch.tensor([1.0, 2.0, 3.0])):
-        made = front.bias(folded, bias)
+        made = input_transform.bias(folded, bias)
         expected = x @ W.T + (0 if bias is None else bias)
-        assert torch.allclose(front.transform(x) @ folded.T + made, expected, atol=1e-5)
-    assert Front((Hadamard(4),)).bias(folded, None) is None
+        assert torch.allclose(input_transform.transform(x) @ folded.T + made, expected, atol=1e-5)
+    assert InputTransform((Hadamard(4),)).bias(folded, None) is None
 
 
 def noisy_place(X, **arguments):
@@ -217,13 +217,13 @@ def test_noise_is_kept_only_where_it_helps():
     columns = torch.full((512, 16), 0.05)
     columns[:, 0] = 0.7  # step 0.1: everything else lies half a step from its two levels
     given, handler = noisy_place(columns)
-    found = handler.front(given)
-    assert found.shifts
-    assert input_error(given, columns, found) < input_error(given, columns, given.front)
+    found = handler.input_transform(given)
+    assert found.has_shift
+    assert input_error(given, columns, found) < input_error(given, columns, given.input_transform)
     given, handler = noisy_place(torch.full((512, 16), 0.7))
-    assert handler.front(given) == given.front
+    assert handler.input_transform(given) == given.input_transform
     given, handler = noisy_place(columns, amplitude=0.0)
-    assert handler.front(given) == given.front
+    assert handler.input_transform(given) == given.input_transform
 
 
 def test_noise_that_helps_only_where_it_was_searched_is_not_kept():
@@ -231,15 +231,17 @@ def test_noise_that_helps_only_where_it_was_searched_is_not_kept():
     X[::2, 1:] = 0.05  # the half on which it is searched gains, the other lies on its levels
     given = place(None, 16, Rows(value=X))
     shift = Shift(torch.linspace(-0.05, 0.05, 16))
-    assert input_error(given, X[1::2], given.front.then(shift)) > input_error(given, X[1::2], given.front)
-    assert PASSES["noisy_bias"]().front(given) == given.front
+    assert input_error(given, X[1::2], given.input_transform.append(shift)) > input_error(
+        given, X[1::2], given.input_transform
+    )
+    assert PASSES["noisy_bias"]().input_transform(given) == given.input_transform
 
 
 def test_a_constant_shift_is_searched_on_its_own():
     X = torch.full((512, 16), 0.05)
     X[:, 0] = 0.7
     given, handler = noisy_place(X, amplitude=0.5, mean_shift=True)
-    n = handler.front(given).online[-1].n
+    n = handler.input_transform(given).online[-1].n
     assert abs(float(n.mean())) > 0.01
 
 
@@ -248,9 +250,9 @@ def test_activation_clip_by_hand():
     X = torch.full((8, 800), 0.4)
     X[:, 0] = 7.0
     given = replace(place(None, 800, rows_of(X)), weight=torch.eye(800))
-    assert PASSES["activation_clip"]().front(given).activations.clip_ratio == pytest.approx(0.45)
+    assert PASSES["activation_clip"]().input_transform(given).activations.clip_ratio == pytest.approx(0.45)
     exact = place(None, 4, rows_of(torch.tensor([[7.0, -3.0, 1.0, 0.0]])))
-    assert PASSES["activation_clip"]().front(exact).activations.clip_ratio == 1.0
+    assert PASSES["activation_clip"]().input_transform(exact).activations.clip_ratio == 1.0
 
 
 # --- rotations ----------------------------------------------------------------------------------------------------
@@ -260,9 +262,9 @@ def test_blocks_of_a_rotation():
     rotate = PASSES["rotate"](block_size=4)
     residual = basis(16, [edge("e", 1, 16)], [edge("q.weight", 1, 16)])
     assert rotate.transform(site(residual, {})).size == 4
-    assert rotate.front(place(None, 12)).online[0].settings() == Hadamard(4).settings()
+    assert rotate.input_transform(place(None, 12)).online[0].settings() == Hadamard(4).settings()
     heads = basis(16, [edge("v", 0, 16)], [edge("o.weight", 1, 16)], heads=2)
-    assert rotate.front(place(heads, 16)).online == ()  # within heads of 8 the weights rotate blocks of four
+    assert rotate.input_transform(place(heads, 16)).online == ()  # within heads of 8 the weights rotate blocks of four
 
 
 def test_adaptive_rotation_by_the_papers_criterion():
@@ -270,32 +272,38 @@ def test_adaptive_rotation_by_the_papers_criterion():
     mild, wild = normal(64, 32) * 0.5, normal(64, 32)
     wild[:, 3] *= 200
     handler = PASSES["adaptive_rotation"](threshold=1.0)
-    assert isinstance(handler.front(place(None, 32, rows_of(mild))).online[0], Hadamard)
-    assert isinstance(handler.front(place(None, 32, rows_of(wild))).online[0], Dual)
+    assert isinstance(handler.input_transform(place(None, 32, rows_of(mild))).online[0], Hadamard)
+    assert isinstance(handler.input_transform(place(None, 32, rows_of(wild))).online[0], Dual)
 
 
 def test_a_dual_rotation_keeps_the_product():
     X = normal(64, 32)
     X[:, 3] *= 200
     given = place(None, 32, rows_of(X))
-    front = PASSES["adaptive_rotation"](threshold=1.0).front(given)
-    assert torch.allclose(front.transform(X) @ front.absorb(given.weight).T, X @ given.weight.T, atol=1e-2)
+    input_transform = PASSES["adaptive_rotation"](threshold=1.0).input_transform(given)
+    assert torch.allclose(
+        input_transform.transform(X) @ input_transform.fold_into_weight(given.weight).T, X @ given.weight.T, atol=1e-2
+    )
 
 
 def test_whole_bases_are_learned_and_heads_are_not():
     learned, X = PASSES["learned_rotation"](steps=3), rows_of(normal(64, 16))
-    whole = basis(16, [edge("e", 1, 16)], [edge("a.weight", 1, 16)], Group.CENTRED_ORTHOGONAL)
-    T = learned.transform(site(whole, {}, a=X)).write(torch.eye(16, dtype=torch.float64))
+    whole = basis(16, [edge("e", 1, 16)], [edge("a.weight", 1, 16)], AllowedTransforms.CENTRED_ORTHOGONAL)
+    T = learned.transform(site(whole, {}, a=X)).apply(torch.eye(16, dtype=torch.float64))
     assert torch.allclose(T @ T.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
     assert torch.allclose(T.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-10)  # a norm takes the mean
-    assert isinstance(learned.transform(site(replace(whole, group=Group.ORTHOGONAL), {}, a=X)), BlockRotation)
-    assert learned.transform(site(replace(whole, group=Group.LINEAR, heads=2), {}, a=X)).size == 8
+    assert isinstance(
+        learned.transform(site(replace(whole, group=AllowedTransforms.ORTHOGONAL), {}, a=X)), BlockRotation
+    )
+    assert learned.transform(site(replace(whole, group=AllowedTransforms.LINEAR, heads=2), {}, a=X)).size == 8
 
 
 def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
     """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
     plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
-    found = survey(open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], Ranks())
+    found = collect_global_statistics(
+        open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], SingleProcess()
+    )
     (number,) = found
     assert plan.steps[number].handler.name == "learned_rotation"
     readers = {name.rpartition(".")[0].rpartition(".")[2] for name in found[number]}

@@ -82,7 +82,7 @@ def test_artifacts_with_hostile_settings(damaged, artifact_rtn):
         ("zero_point", torch.zeros(172, 0, dtype=torch.int8)),
         ("zero_point", torch.zeros(172, 1)),
         ("zero_point", None),
-        ("unit", torch.ones(())),
+        ("global_scale", torch.ones(())),
         ("bias", torch.ones(7)),
     ],
 )

@@ -16,16 +16,16 @@ from quantize.export.directory import export_artifact
 from quantize.fold import Diagonal
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.exported import export_program
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.linear import QuantizedLinear
-from quantize.online import Front, Hadamard
+from quantize.online import Hadamard, InputTransform
 from quantize.passes import PASSES
-from quantize.passes.base import Site
+from quantize.passes.base import BasisContext
 from quantize.pipeline import quantize_model
 from quantize.scheme import Scheme, WeightArgs
-from quantize.transforming import absorbed, float_state
+from quantize.transforming import float_state, fold_online
 from quantize.verify import verify_artifact
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=3, n_positions=32, n_inner=40)
@@ -143,8 +143,8 @@ def test_a_module_that_is_one_product_is_a_linear(part):
     assert linear.columns == 6
     assert linear.weight in ("blocks.0.matrix", "blocks.0.weight")
     assert linear.bias in ("blocks.0.shift", "blocks.0.bias", None)
-    assert linear.oriented(torch.empty(program_shape(program, linear.weight))).shape == (4, 6)
-    assert not program.irreplaceable
+    assert linear.as_out_in(torch.empty(program_shape(program, linear.weight))).shape == (4, 6)
+    assert not program.not_replaceable
 
 
 def program_shape(program, name):
@@ -167,8 +167,8 @@ def program_shape(program, name):
 def test_a_module_that_computes_more_is_none(part, call):
     program, found = analysed(Model(part(), *([call] if call else [])))
     assert list(found) == ["head"]
-    (weight,) = program.irreplaceable
-    assert program.irreplaceable[weight] == NOT_ALONE
+    (weight,) = program.not_replaceable
+    assert program.not_replaceable[weight] == NOT_ALONE
     assert weight in ("blocks.0.matrix", "blocks.0.weight")
 
 
@@ -177,7 +177,7 @@ def test_a_weight_that_is_looked_at_elsewhere_stays():
     model = Model(Stored(), lambda model, x: model.blocks[0](x.to(model.blocks[0].matrix.dtype)))
     program, found = analysed(model)
     assert list(found) == ["head"]
-    assert program.irreplaceable == {"blocks.0.matrix": READ_ITSELF}
+    assert program.not_replaceable == {"blocks.0.matrix": READ_ITSELF}
     assert type(model.blocks[0]) is Stored
     sizes = Model(nn.Linear(6, 4), lambda model, x: model.blocks[0](x)[..., : model.blocks[0].out_features])
     assert list(analysed(sizes)[1]) == ["blocks.0", "head"]
@@ -186,7 +186,7 @@ def test_a_weight_that_is_looked_at_elsewhere_stays():
 def test_a_product_that_arranges_its_rows_anew_is_none():
     program, found = analysed(Model(Halves(), lambda model, x: model.blocks[0](x)[None]))
     assert "blocks.0" not in found
-    assert list(program.irreplaceable) == ["blocks.0.matrix"]
+    assert list(program.not_replaceable) == ["blocks.0.matrix"]
 
 
 def test_a_scaled_product_is_none():
@@ -246,28 +246,32 @@ def test_the_group_size_must_divide_the_inputs(small_run):
 
 def test_a_rotated_weight_stays_as_it_is_stored():
     found = analysed(Model(Stored()))[1]
-    linear, plain, front = found["blocks.0"], Front(), Front((Hadamard(2, 3),))
+    linear, plain, input_transform = found["blocks.0"], InputTransform(), InputTransform((Hadamard(2, 3),))
     rng = torch.Generator().manual_seed(0)
     weights = {"blocks.0.matrix": torch.randn(6, 4, generator=rng), "blocks.0.shift": torch.randn(4, generator=rng)}
-    rotated = absorbed(weights, [linear], {"blocks.0": plain}, {"blocks.0": front})["blocks.0.matrix"]
+    rotated = fold_online(weights, [linear], {"blocks.0": plain}, {"blocks.0": input_transform})["blocks.0.matrix"]
     assert rotated.shape == (6, 4)
     torch.testing.assert_close(rotated.T, hadamard_transform(weights["blocks.0.matrix"].T.contiguous(), 2, 3))
     x = torch.randn(5, 6, generator=rng)
-    run = float_state(weights | {"blocks.0.matrix": rotated}, [linear], {"blocks.0": front}).linears[linear.node]
+    run = float_state(weights | {"blocks.0.matrix": rotated}, [linear], {"blocks.0": input_transform}).linears[
+        linear.node
+    ]
     torch.testing.assert_close(run(x), x @ weights["blocks.0.matrix"] + weights["blocks.0.shift"])
 
 
 def test_smoothquant_takes_the_columns_of_a_transposed_weight():
     """As `test_smoothquant_by_hand`, the weight [K, N] = [2, 3]: the columns are its rows."""
     reader = Edge("a.matrix", 0, torch.arange(2)[None])
-    site = Basis(0, 2, 1, Group.LINEAR, (Edge("norm", 0, torch.arange(2)[None], vector=True),), (reader,), ())
+    site = Basis(
+        0, 2, 1, AllowedTransforms.LINEAR, (Edge("norm", 0, torch.arange(2)[None], vector=True),), (reader,), ()
+    )
     weights, seen = (
         {"a.matrix": torch.tensor([[1 / 16, 0.0, -1 / 32], [0.5, 1.0, 0.0]])},
         Rows(absmax=Absmax(torch.tensor([16.0, 1.0]))),
     )
     scheme = Scheme(weights=WeightArgs(num_bits=8))
     transform = PASSES["smoothquant"](alpha=0.75).transform(
-        Site(site, {"a.matrix": seen}, weights, scheme, torch.Generator())
+        BasisContext(site, {"a.matrix": seen}, weights, scheme, torch.Generator())
     )
     assert isinstance(transform, Diagonal)
     assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0], dtype=torch.float64))

@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from soundness import CONFIGS
 
-from quantize.calibration.massive import Activation, Hidden, ratios
+from quantize.calibration.massive import Activation, HiddenStateStats, outlier_ratios
 
 EMBEDDING, TOKEN, CHANNEL = "model.embed_tokens.weight", 426, 30
 
@@ -19,8 +19,8 @@ EMBEDDING, TOKEN, CHANNEL = "model.embed_tokens.weight", 426, 30
 def test_the_token_rule_by_hand():
     M = torch.tensor([[1.0, 2.0, 3.0, 195.0, 0.2], [1.0, 1.0, 1.0, 64.0, 65.0]])
     x = torch.stack([M / 2, -M], dim=-1)  # the maximum is over magnitudes
-    assert torch.allclose(ratios(x), M / torch.tensor([[2.0], [1.0]]))
-    hidden = Hidden("block")
+    assert torch.allclose(outlier_ratios(x), M / torch.tensor([[2.0], [1.0]]))
+    hidden = HiddenStateStats("block")
     hidden.update(x, torch.arange(10).reshape(2, 5))
     assert dict(hidden.tokens) == {3: 1, 9: 1}  # 97.5 and 65, but neither 64 nor 32
     assert dict(hidden.small) == {4: 1}  # a tenth, but not a half
@@ -36,7 +36,7 @@ def test_the_massive_rule_needs_both_and_the_other_the_ratio_alone(value, ratio,
 
 
 def test_the_largest_are_named_with_their_place_over_several_batches():
-    hidden, h = Hidden("block"), torch.full((2, 4, 3), 0.1)
+    hidden, h = HiddenStateStats("block"), torch.full((2, 4, 3), 0.1)
     h[1, 2, 0], h[0, 3, 1], h[0, 0, 2] = -300.0, 200.0, 50.0
     hidden.update(h, torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8]]))
     more = torch.full((1, 2, 3), 0.2)

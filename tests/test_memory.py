@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantize.memory import give_back
+from quantize.memory import trim_heap
 
 
 def resident():
@@ -20,6 +20,6 @@ def test_holes_between_blocks_in_use_are_given_back():
     kept = blocks[::2]
     del blocks
     before = resident()
-    give_back()
+    trim_heap()
     assert before - resident() > 40e6
     assert all(bool((block == 1).all()) for block in kept)

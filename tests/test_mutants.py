@@ -35,7 +35,7 @@ def sites(tree):
     """All places to mutate in the bodies of functions, in order."""
     for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
         for node in (node for statement in function.body for node in ast.walk(statement)):
-            is_group = isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "Group"
+            is_group = isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "AllowedTransforms"
             if called(node) in DROPPED or (is_group and node.attr != "LINEAR"):
                 yield node
 

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.fold import Diagonal, Rotation, absorb
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.exported import export_program
-from quantize.graph.group import Group
-from quantize.online import Front, Hadamard
+from quantize.graph.group import AllowedTransforms
+from quantize.online import Hadamard, InputTransform
 from quantize.ordering import legal_order
 from quantize.passes import PASSES
-from quantize.passes.base import Place, Site
+from quantize.passes.base import BasisContext, LinearContext
 from quantize.plan import Plan, make_plan, settings
-from quantize.ranks import Ranks
+from quantize.ranks import SingleProcess
 from quantize.recipe import load_recipe
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
-from quantize.survey import survey
-from quantize.transforming import Transformer, float_state
+from quantize.survey import collect_global_statistics
+from quantize.transforming import PassRunner, float_state
 
 W4A4 = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4))
 
@@ -29,20 +29,20 @@ def edge(name, axis, dim, vector=False):
     return Edge(name, axis, torch.arange(dim)[None], vector)
 
 
-def basis(dim, writers, readers, group=Group.LINEAR, heads=1):
+def basis(dim, writers, readers, group=AllowedTransforms.LINEAR, heads=1):
     return Basis(0, dim, heads, group, tuple(writers), tuple(readers), ())
 
 
 def site(basis, weights, **statistics):
     """A basis with what a pass is told of it; statistics by the letter of the weight."""
     seen = {f"{letter}.weight": value for letter, value in statistics.items()}
-    return Site(basis, seen, weights, W4A4, torch.Generator().manual_seed(0))
+    return BasisContext(basis, seen, weights, W4A4, torch.Generator().manual_seed(0))
 
 
 def place(basis, columns, statistic=None, rows=6):
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-    front = Front(activations=W4A4.activations)
-    return Place("a", basis, statistic, W, front, W4A4, torch.Generator().manual_seed(0))
+    input_transform = InputTransform(activations=W4A4.activations)
+    return LinearContext("a", basis, statistic, W, input_transform, W4A4, torch.Generator().manual_seed(0))
 
 
 def maxima(*values):
@@ -63,19 +63,19 @@ def test_smoothquant_with_alpha_one_flattens_activations():
     read = basis(2, [edge("n", 0, 2)], [edge("a.weight", 1, 2)])
     given = site(read, {"a.weight": torch.tensor([[3.0, 3.0]])}, a=maxima(8.0, 0.5))
     transform = PASSES["smoothquant"](alpha=1.0).transform(given)
-    assert torch.allclose(transform.write(torch.tensor([8.0, 0.5])), torch.ones(2))
+    assert torch.allclose(transform.apply(torch.tensor([8.0, 0.5])), torch.ones(2))
 
 
 def test_fold_norms_by_hand():
-    read = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], Group.DIAGONAL)
+    read = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], AllowedTransforms.DIAGONAL)
     weights = {"norm.weight": torch.tensor([4.0, -0.5]), "a.weight": torch.tensor([[1.0, 2.0]])}
     transform = PASSES["fold_norms"]().transform(site(read, weights))
-    assert absorb(weights["norm.weight"], read.writers[0], transform.write).tolist() == [1.0, 1.0]
-    assert absorb(weights["a.weight"], read.readers[0], transform.read).tolist() == [[4.0, -1.0]]
+    assert absorb(weights["norm.weight"], read.writers[0], transform.apply).tolist() == [1.0, 1.0]
+    assert absorb(weights["a.weight"], read.readers[0], transform.apply_inverse_transpose).tolist() == [[4.0, -1.0]]
 
 
 def test_a_zero_gain_cannot_be_folded():
-    read = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], Group.DIAGONAL)
+    read = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], AllowedTransforms.DIAGONAL)
     with pytest.raises(QuantizeError, match=r"norm\.weight has a gain of zero.*leave out the pass `fold_norms`"):
         PASSES["fold_norms"]().transform(site(read, {"norm.weight": torch.tensor([1.0, 0.0])}))
 
@@ -85,7 +85,7 @@ def test_rotation_by_hand():
     rotation = Rotation(torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64), 2)
     half = 0.5**0.5
     assert torch.allclose(
-        rotation.write(torch.tensor([1.0, 1.0, 2.0, 0.0])), torch.tensor([0.0, 2 * half, 2 * half, 2 * half])
+        rotation.apply(torch.tensor([1.0, 1.0, 2.0, 0.0])), torch.tensor([0.0, 2 * half, 2 * half, 2 * half])
     )
 
 
@@ -95,41 +95,50 @@ def test_rotation_by_hand():
 def test_a_reader_cancels_a_writer(transform):
     rng = torch.Generator().manual_seed(3)
     x, W = torch.randn(5, 4, generator=rng), torch.randn(6, 4, generator=rng)
-    assert torch.allclose(transform.write(x) @ transform.read(W).T, x @ W.T, atol=1e-5)
-    assert torch.allclose(transform.undo(transform.write(x)), x, atol=1e-6)
+    assert torch.allclose(transform.apply(x) @ transform.apply_inverse_transpose(W).T, x @ W.T, atol=1e-5)
+    assert torch.allclose(transform.invert(transform.apply(x)), x, atol=1e-6)
 
 
 def in_front(handler, basis, columns):
     """Settings of what a pass puts in front of a linear."""
     return (
-        [t.settings() for t in handler.front(place(basis, columns)).online]
-        if handler.goes_online(basis, columns)
+        [t.settings() for t in handler.input_transform(place(basis, columns)).online]
+        if handler.transforms_input(basis, columns)
         else []
     )
 
 
 def test_rotate_goes_online_where_no_weight_can():
     rotate = PASSES["rotate"]()
-    heads = basis(16, [edge("v", 0, 16)], [edge("o.weight", 1, 16)], Group.LINEAR, heads=2)
+    heads = basis(16, [edge("v", 0, 16)], [edge("o.weight", 1, 16)], AllowedTransforms.LINEAR, heads=2)
     assert in_front(rotate, None, 12) == [Hadamard(12).settings()]
-    assert in_front(rotate, basis(16, [], [edge("d.weight", 1, 16)], Group.NONE), 16) == [Hadamard(16).settings()]
+    assert in_front(rotate, basis(16, [], [edge("d.weight", 1, 16)], AllowedTransforms.NONE), 16) == [
+        Hadamard(16).settings()
+    ]
     assert in_front(rotate, heads, 32) == [Hadamard(4, 8).settings()]  # four query heads of 8 on two key/value heads
-    assert in_front(rotate, basis(16, [edge("e", 1, 16)], [edge("q.weight", 1, 16)], Group.ORTHOGONAL), 16) == []
+    assert (
+        in_front(rotate, basis(16, [edge("e", 1, 16)], [edge("q.weight", 1, 16)], AllowedTransforms.ORTHOGONAL), 16)
+        == []
+    )
     assert in_front(PASSES["rotate"](online_hadamard=False), None, 12) == []
 
 
-def transformer_for(model, passes, calibration):
+def pass_runner_for(model, passes, calibration):
     """The passes alone on a real model, without rounding."""
     checkpoint = open_checkpoint(model)
     program = export_program(checkpoint.skeleton())
     recipe = load_recipe("W4A8", {"passes": passes}, group_size=0)
     plan: Plan = make_plan(recipe, program)
-    surveys = survey(checkpoint, program, plan, [{"input_ids": ids} for ids in calibration], Ranks())
-    probes = Runner(program, [torch.arange(20)[None], torch.arange(40, 20, -1)[None]])
+    surveys = collect_global_statistics(
+        checkpoint, program, plan, [{"input_ids": ids} for ids in calibration], SingleProcess()
+    )
+    probes = SequentialRunner(program, [torch.arange(20)[None], torch.arange(40, 20, -1)[None]])
     return (
         checkpoint,
         program,
-        Transformer(program, plan.steps, recipe.linear_scheme, Runner(program, calibration), probes, 0, surveys),
+        PassRunner(
+            program, plan.steps, recipe.linear_scheme, SequentialRunner(program, calibration), probes, 0, surveys
+        ),
     )
 
 
@@ -142,15 +151,15 @@ def legal(passes):
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
     before = [{"name": "fold_norms"}] if name != "fold_norms" else []
     calibration = [torch.arange(64).reshape(2, 32)]
-    checkpoint, program, transformer = transformer_for(
+    checkpoint, program, pass_runner = pass_runner_for(
         request.getfixturevalue(model), legal([*before, {"name": name}]), calibration
     )
     for segment in program.segments:
-        weights, online = transformer.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
-        for runner in (transformer.calibration, transformer.probes):
+        weights, online = pass_runner.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
+        for runner in (pass_runner.calibration, pass_runner.probes):
             runner.run(segment.nodes, float_state(weights, program.linears(segment), online))
-    found = transformer.differences
+    found = pass_runner.differences
     assert set(found) <= {name, "fold_norms"}
     # post-norm gains cannot be folded; what only rounds otherwise changes no function
-    assert name in found or (model, name) == ("minilm", "fold_norms") or PASSES[name].legal is Group.NONE
+    assert name in found or (model, name) == ("minilm", "fold_norms") or PASSES[name].legal is AllowedTransforms.NONE
     assert all(difference < 1e-5 for blocks in found.values() for difference in blocks.values())

@@ -11,13 +11,13 @@ from quantize.calibration.statistics import Gram
 from quantize.linear import QuantizedLinear
 from quantize.quantizers.base import QUANTIZERS
 from quantize.scheme import Scheme, WeightArgs
-from quantize.seeding import private_generator
+from quantize.seeding import derived_generator
 
 GROUPED = WeightArgs(num_bits=4, group_size=32)
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=private_generator(seed))
+    return torch.randn(*shape, generator=derived_generator(seed))
 
 
 def correlated(rows=2048, columns=128):

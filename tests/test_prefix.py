@@ -22,7 +22,7 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.export.decoder import Decoder
 from quantize.export.directory import export_artifact
 from quantize.export.parity import run_torch
-from quantize.leading import Leading
+from quantize.leading import PrefixTokens
 from quantize.linear import QuantizedLinear
 from quantize.pipeline import quantize_model
 from quantize.prefixed import CACHES
@@ -188,9 +188,9 @@ def test_calibration_leaves_the_prefix_out(one_layer, small_run, monkeypatch, qu
         seen.append(x.shape[:-1].numel())
         return plain(x, *more)
 
-    update, factors = Absmax.update, group.factors
+    update, gram_factors = Absmax.update, group.gram_factors
     monkeypatch.setattr(Absmax, "update", lambda self, x: noted(x, plain=lambda x: update(self, x)))
-    monkeypatch.setattr(group, "factors", lambda *given: noted(*given, plain=factors))
+    monkeypatch.setattr(group, "gram_factors", lambda *given: noted(*given, plain=gram_factors))
     passes = [{"name": "fold_norms"}, {"name": "smoothquant"}]
     small_run(one_layer, recipe=prefixed(passes=passes, quantizer={"name": quantizer}))
     assert len(seen) > 20
@@ -201,15 +201,15 @@ def test_calibration_leaves_the_prefix_out(one_layer, small_run, monkeypatch, qu
 
 def test_rows_by_hand():
     x = torch.arange(12.0).reshape(2, 3, 2)
-    leading = Leading((7,), shape=(2, 3))
+    leading = PrefixTokens((7,), shape=(2, 3))
     for shaped in (x, x.flatten(0, 1)):
         assert torch.equal(leading.rest(shaped), x[:, 1:].flatten(0, 1))
         found = leading.apart(shaped, lambda first: first * 0, lambda rest: -rest)
         assert found.shape == shaped.shape
         assert torch.equal(found.reshape(x.shape)[:, 0], torch.zeros(2, 2))
         assert torch.equal(found.reshape(x.shape)[:, 1:], -x[:, 1:])
-    assert torch.equal(Leading((7,)).rest(x), x.flatten(0, 1)[1:])  # one sequence
-    assert torch.equal(Leading((7,), shape=(2, 3), absent=True).rest(x), x)
+    assert torch.equal(PrefixTokens((7,)).rest(x), x.flatten(0, 1)[1:])  # one sequence
+    assert torch.equal(PrefixTokens((7,), shape=(2, 3), absent=True).rest(x), x)
     with pytest.raises(QuantizeError, match="on 5 rows, which are not the tokens of 2 × 3"):
         leading.rest(torch.zeros(5, 2))
     given = [{"input_ids": torch.tensor([[1, 2], [3, 4]])}]

@@ -7,8 +7,8 @@ from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
 from quantize.formats import qtensor
 from quantize.quantizers import QUANTIZERS, base, rtn
-from quantize.quantizers.base import find_grid
-from quantize.quantizers.hessian import factor, mirror, permute, solve
+from quantize.quantizers.base import compute_qparams
+from quantize.quantizers.hessian import factor, fill_upper, permute, solve
 from quantize.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
@@ -47,7 +47,7 @@ def test_rtn_rounds_few_rows_at_a_time_to_the_same_bytes(monkeypatch):
     """Else what lies between takes three times the memory of the weight."""
     W, seen = weights(40), []
     whole = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
-    monkeypatch.setattr(rtn, "nearest", lambda w, *grid: seen.append(w.numel()) or base.nearest(w, *grid))
+    monkeypatch.setattr(rtn, "quantize", lambda w, *grid: seen.append(w.numel()) or base.quantize(w, *grid))
     monkeypatch.setattr(qtensor, "CACHED", 7 * 64)
     parts = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
     assert seen == [7 * 64] * 5 + [5 * 64]
@@ -104,8 +104,8 @@ def test_sweeps_never_raise_the_error_they_minimize():
 
 def test_mse_shrinks_a_range_with_one_outlier():
     W = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([2.6])])[None]
-    scale, _ = find_grid(W, PER_CHANNEL, torch.float32)
-    shrunk, _ = find_grid(W, PER_CHANNEL, torch.float32, mse=True)
+    scale, _ = compute_qparams(W, PER_CHANNEL, torch.float32)
+    shrunk, _ = compute_qparams(W, PER_CHANNEL, torch.float32, mse=True)
     assert scale.item() == pytest.approx(2.6 / 7)
     assert shrunk.item() < 0.9 * scale.item()
 
@@ -114,7 +114,7 @@ def test_importance_decides_what_is_clipped():
     W = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([2.6])])[None]
     importance = torch.ones(64)
     importance[-1] = 1000
-    kept, _ = find_grid(W, PER_CHANNEL, torch.float32, mse=True, importance=importance)
+    kept, _ = compute_qparams(W, PER_CHANNEL, torch.float32, mse=True, importance=importance)
     assert kept.item() * 7 == pytest.approx(2.6, rel=0.05)
 
 
@@ -201,7 +201,7 @@ def test_a_correction_with_a_ridge_solves_its_normal_equations():
     d = factor(H, 0.01)
     factored, A = H.clone(), gram.value.double()
     A += 1.01 * A.diagonal().mean() * torch.eye(300) + 0.01 * A.diagonal().mean() * torch.eye(300)
-    (found,) = QUANTIZERS["gptaq"](alpha=1.0, ridge=1.0).aimed_at([W], gram, H, d, order)
+    (found,) = QUANTIZERS["gptaq"](alpha=1.0, ridge=1.0).target_weights([W], gram, H, d, order)
     expected = W + torch.linalg.solve(A, (W.double() @ D).T).T
     assert torch.allclose(found.double(), expected, atol=1e-4)
     assert torch.equal(H, factored)
@@ -235,7 +235,7 @@ def test_a_hessian_is_factored_where_it_lies(columns):
     assert (A * d @ A.T - damped).abs().max() <= 1e-5 * damped.abs().max()
     M = weights(4, columns)
     assert torch.allclose(solve(H, d, M).double() @ damped, M.double(), atol=1e-3)
-    mirror(H)
+    fill_upper(H)
     assert torch.equal(H.triu(1), given.triu(1))
 
 
@@ -250,7 +250,7 @@ def test_layers_that_share_an_input_are_rounded_as_if_alone():
     W, gram = weights(48), gram_of(correlated())
     gptq = QUANTIZERS["gptq"]()
     alone = [gptq.quantize(part, GROUPED, gram, torch.float32) for part in W.split([32, 16])]
-    together = gptq.quantize_together(W.split([32, 16]), GROUPED, gram, torch.float32)
+    together = gptq.quantize_group(W.split([32, 16]), GROUPED, gram, torch.float32)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a.scale, b.scale)
         assert (a.unpack() != b.unpack()).float().mean() < 0.01  # float32 sums in another order
@@ -261,9 +261,9 @@ def test_ranges_left_out_of_the_search_are_no_better(args, monkeypatch):
     """The same scales as a search through all ranges."""
     W = weights(64, 256) * torch.linspace(-3, 2, 64)[:, None].exp()
     W[::7, 5] *= 30
-    found = find_grid(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
+    found = compute_qparams(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
     monkeypatch.setattr(base, "outside", lambda x, *rest: torch.zeros(len(x), 1))
-    full = find_grid(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
+    full = compute_qparams(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
     assert all(torch.equal(*pair) for pair in zip(found, full, strict=True))
 
 

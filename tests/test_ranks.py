@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantize.calibration.statistics import Rows
-from quantize.ranks import Ranks, merged, moved, place
+from quantize.ranks import SingleProcess, merged, moved, select_backend
 
 
 @pytest.fixture
@@ -16,7 +16,8 @@ def together(tmp_path, torchrun):
 
     def run(body, count=2):
         script = tmp_path / "script.py"
-        lines = "import sys, torch\nfrom quantize.ranks import joined, merged\nwith joined() as ranks:\n"
+        lines = "import sys, torch\nfrom quantize.ranks import init_distributed, merged\n"
+        lines += "with init_distributed() as ranks:\n"
         script.write_text(lines + textwrap.indent(textwrap.dedent(body), "    "))
         return torchrun(script, count=count)
 
@@ -30,7 +31,7 @@ def test_sums_run_through_the_ranks_in_the_order_of_one_process(together):
         lefts = torch.tensor([1.0, 1e8, 1.0, -1e8, 1.0, 0.5])
         totals = [torch.zeros(700, 700), torch.zeros(700, 700)]
         one = torch.ones(1, 700)
-        ranks.sum_products(totals, [([left * one, -left * one], one) for left in ranks.share(lefts)])
+        ranks.sum_products(totals, [([left * one, -left * one], one) for left in ranks.shard(lefts)])
         found = [total.unique().tolist() for total in totals]
         gathered = ranks.gather({"from": ranks.rank, "x": torch.arange(ranks.rank + 1)})
         found += [(given["from"], given["x"].tolist()) for given in gathered]
@@ -53,7 +54,7 @@ def test_a_rank_forecasts_from_what_those_before_it_have_summed(together):
         precision.bfloat16_unit = lambda: "avx512_bf16"
         x = torch.randn(9, 200, 40, generator=torch.Generator().manual_seed(0)) + 1
         with precision.bfloat16_products(True):
-            given = [sums.factors(part, None) for part in ranks.share(x)]
+            given = [sums.gram_factors(part, None) for part in ranks.shard(x)]
             totals = [torch.zeros(40, 40)]
             ranks.sum_products(totals, given)
         sys.stdout.write(f"{totals[0].flatten().tolist()}\\n")
@@ -118,8 +119,8 @@ def test_merged_statistics_are_those_of_all_data(together):
 
 
 def test_one_process_shares_with_nobody():
-    ranks = Ranks()
-    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    ranks = SingleProcess()
+    assert ranks.shard([1, 2, 3]) == [1, 2, 3]
     assert merged({"w": Rows()}, Rows, ranks) == {"w": Rows()}
 
 
@@ -128,7 +129,7 @@ def test_one_process_shares_with_nobody():
 )
 def test_products_are_taken_on_gpus_where_each_rank_has_one(monkeypatch, gpus, backend, device):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert place(1, 2) == (backend, torch.device(device))
+    assert select_backend(1, 2) == (backend, torch.device(device))
 
 
 def test_what_stands_on_both_sides_is_moved_once():

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.blocks import BlockRun
+from quantize.blocks import SequentialPipeline
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.fold import CentredRotation, Diagonal, Rotation
 from quantize.partial import partial_directory
-from quantize.stored import read_stored, write_stored
+from quantize.stored import load_state, save_state
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 RECIPES = {
@@ -76,7 +76,7 @@ def test_killed_at_ten_random_moments(drive, variant, recipe):
 @pytest.fixture
 def fails(monkeypatch):
     """Let runs fail in a block, with an error; None lets them be; a function."""
-    process = BlockRun.process
+    process = SequentialPipeline.process
 
     def at(name, error):
         def failing(self, segment):
@@ -84,7 +84,7 @@ def fails(monkeypatch):
                 raise error
             return process(self, segment)
 
-        monkeypatch.setattr(BlockRun, "process", failing)
+        monkeypatch.setattr(SequentialPipeline, "process", failing)
 
     return at
 
@@ -267,8 +267,8 @@ def test_values_come_back_with_their_bits_and_their_layout(tmp_path):
         "types": (torch.tensor([True]), torch.tensor([float("nan")]).half(), torch.arange(3), torch.ones(2).bfloat16()),
         3: [None, True, -1, 1.5e-300, float("inf"), "text", {}],
     }
-    write_stored(tmp_path / "x.safetensors", given)
-    found = read_stored(tmp_path / "x.safetensors")
+    save_state(tmp_path / "x.safetensors", given)
+    found = load_state(tmp_path / "x.safetensors")
     assert found[3] == given[3]
     assert isinstance(found["types"], tuple)
     for a, b in zip([*found["layouts"], *found["types"]], [*given["layouts"], *given["types"]], strict=True):
@@ -282,9 +282,9 @@ def test_values_come_back_with_their_bits_and_their_layout(tmp_path):
 def test_only_plain_data_is_stored(tmp_path):
     rows = Rows(torch.ones(2, 3), Absmax(torch.ones(3)))
     transforms = [Diagonal(torch.ones(3)), Rotation(torch.ones(4), 4), CentredRotation(torch.ones(4), 2)]
-    write_stored(tmp_path / "x.safetensors", {"rows": rows, "transforms": transforms})
-    found = read_stored(tmp_path / "x.safetensors")
+    save_state(tmp_path / "x.safetensors", {"rows": rows, "transforms": transforms})
+    found = load_state(tmp_path / "x.safetensors")
     assert [type(t) for t in found["transforms"]] == [type(t) for t in transforms]
     assert isinstance(found["rows"].absmax, Absmax)
     with pytest.raises(TypeError, match="a Linear cannot be stored"):
-        write_stored(tmp_path / "y.safetensors", [torch.nn.Linear(2, 2)])
+        save_state(tmp_path / "y.safetensors", [torch.nn.Linear(2, 2)])

@@ -68,7 +68,7 @@ def test_a_rotation_flattens(kind):
     X = with_outliers(512, 512, 8, 60)
     rotation = Rotation(signs(512), 512) if kind == "hadamard" else dual_rotation(X[:256], rng())
     assert float(kurtosis(X[256:].flatten())) > 100
-    assert float(kurtosis(rotation.write(X[256:]).flatten())) < 4
+    assert float(kurtosis(rotation.apply(X[256:]).flatten())) < 4
 
 
 # blocks
@@ -77,9 +77,9 @@ def test_a_rotation_flattens(kind):
 def test_block_rotation_by_hand():
     swap, turn = [[0.0, 1], [1, 0]], [[0.0, 1], [-1, 0]]
     x = torch.tensor([1.0, 2, 3, 4])
-    assert BlockRotation(torch.tensor([swap, turn])).write(x).tolist() == [2, 1, -4, 3]
-    assert BlockRotation(torch.tensor(turn)).write(x).tolist() == [-2, 1, -4, 3]
-    assert BlockRotation(torch.tensor(turn)).undo(x).tolist() == [2, -1, 4, -3]
+    assert BlockRotation(torch.tensor([swap, turn])).apply(x).tolist() == [2, 1, -4, 3]
+    assert BlockRotation(torch.tensor(turn)).apply(x).tolist() == [-2, 1, -4, 3]
+    assert BlockRotation(torch.tensor(turn)).invert(x).tolist() == [2, -1, 4, -3]
 
 
 def test_blocks_that_do_not_cover_the_channels():
@@ -138,9 +138,9 @@ def test_dual_rotation_is_the_product_of_its_parts():
     permutation = torch.tensor([3, 0, 5, 1, 4, 2])
     T = torch.block_diag(*first) @ identity(6)[:, permutation] @ torch.block_diag(*second)
     rotation, x = DualRotation(first, permutation, second), torch.randn(4, 6, generator=rng(3)).double()
-    assert torch.allclose(rotation.write(x), x @ T, atol=1e-14)
-    assert torch.allclose(rotation.read(x), x @ torch.linalg.inv(T).T, atol=1e-13)
-    assert torch.allclose(rotation.undo(x), x @ T.T, atol=1e-14)
+    assert torch.allclose(rotation.apply(x), x @ T, atol=1e-14)
+    assert torch.allclose(rotation.apply_inverse_transpose(x), x @ torch.linalg.inv(T).T, atol=1e-13)
+    assert torch.allclose(rotation.invert(x), x @ T.T, atol=1e-14)
 
 
 @pytest.mark.parametrize(("columns", "size"), [(1, 1), (7, 7), (96, 96), (131, 131), (256, 128), (344, 86), (262, 2)])
@@ -150,18 +150,18 @@ def test_dual_rotation_is_orthogonal_and_repeats(columns, size):
     rotation, again = (dual_rotation(X, rng(4), steps=8) for _ in range(2))
     assert rotation.first.shape == rotation.second.shape == (columns // size, size, size)
     assert sorted(rotation.permutation.tolist()) == list(range(columns))
-    T = rotation.write(identity(columns))
+    T = rotation.apply(identity(columns))
     assert torch.allclose(T @ T.T, identity(columns), atol=1e-10)
-    assert torch.allclose(rotation.undo(rotation.write(X.double())), X.double(), atol=1e-10)
-    assert torch.equal(T, again.write(identity(columns)))
+    assert torch.allclose(rotation.invert(rotation.apply(X.double())), X.double(), atol=1e-10)
+    assert torch.equal(T, again.apply(identity(columns)))
 
 
 def test_dual_rotation_against_a_hadamard_matrix():
     """One channel at 200: far better than nothing, better than Hadamard matrices of its blocks, not than one of all."""
     X = with_outliers(1024, 768, 1, 200)
     seen, held_back = X[:768], X[768:]
-    dual = dual_rotation(seen, rng()).write(held_back)
-    blocks, whole = (Rotation(signs(768), size).write(held_back) for size in (128, 768))
+    dual = dual_rotation(seen, rng()).apply(held_back)
+    blocks, whole = (Rotation(signs(768), size).apply(held_back) for size in (128, 768))
     error = [float(token_error(x).mean()) for x in (held_back, blocks, dual, whole)]
     assert error == sorted(error, reverse=True)
     assert error[2] < 0.2 * error[0]
@@ -242,4 +242,4 @@ def test_learning_helps_on_rows_it_never_saw(objective, centred):
 def test_learning_starts_at_a_random_hadamard_matrix(kind, centred):
     start = learn_rotation(torch.ones(1, 24), "whip", rng(3), 0, centred=centred)
     signs = torch.randint(0, 2, (24,), generator=rng(3)).double() * 2 - 1
-    assert torch.allclose(start, kind(signs, 24).write(identity(24)), atol=1e-6)
+    assert torch.allclose(start, kind(signs, 24).apply(identity(24)), atol=1e-6)

@@ -9,10 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantize.graph.analysis import find_bases
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 
-NONE, LINEAR, DIAGONAL, POSITIVE = Group.NONE, Group.LINEAR, Group.DIAGONAL, Group.POSITIVE_DIAGONAL
-ORTHOGONAL, CENTRED = Group.ORTHOGONAL, Group.CENTRED_ORTHOGONAL
+NONE, LINEAR, DIAGONAL, POSITIVE = (
+    AllowedTransforms.NONE,
+    AllowedTransforms.LINEAR,
+    AllowedTransforms.DIAGONAL,
+    AllowedTransforms.POSITIVE_DIAGONAL,
+)
+ORTHOGONAL, CENTRED = AllowedTransforms.ORTHOGONAL, AllowedTransforms.CENTRED_ORTHOGONAL
 EPS = 1e-5
 
 

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from quantize.calibration import runner, scratch
-from quantize.calibration.scratch import Batches, Filed
+from quantize.calibration.scratch import ActivationCache, SpilledTensor
 from quantize.errors import QuantizeError
 from quantize.eval import bench_scale, scale_bound
 from quantize.eval.scale_bound import verdict
@@ -21,7 +21,9 @@ def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, 
     in_memory = small_run(one_layer, "W4A16", "memory", recipe=recipe, nsamples=5, seqlen=512)
     filed = []
     monkeypatch.setattr(scratch, "IN_MEMORY", 100_000)
-    monkeypatch.setattr(Filed, "read", lambda self, read=Filed.read: filed.append(self.nbytes) or read(self))
+    monkeypatch.setattr(
+        SpilledTensor, "read", lambda self, read=SpilledTensor.read: filed.append(self.nbytes) or read(self)
+    )
     in_files = small_run(one_layer, "W4A16", "files", recipe=recipe, nsamples=5, seqlen=512)
     assert sum(filed) > 1_000_000
     monkeypatch.undo()
@@ -33,8 +35,8 @@ def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, 
 def test_what_finds_no_room_comes_back_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "IN_MEMORY", 50_000)
     values = [{"x": torch.randn(100, 100) * i, "ids": torch.arange(5), "switch": False} for i in range(3)]
-    batches = Batches(values, tmp_path)
-    assert [isinstance(held["x"], Filed) for held in batches.held] == [False, True, True]
+    batches = ActivationCache(values, tmp_path)
+    assert [isinstance(held["x"], SpilledTensor) for held in batches.held] == [False, True, True]
     for _ in range(2):
         for number, (found, expected) in enumerate(zip(batches, values, strict=True)):
             assert torch.equal(found["x"], expected["x"]) and torch.equal(found["ids"], expected["ids"])
@@ -46,7 +48,7 @@ def test_what_finds_no_room_comes_back_as_it_was(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "IN_MEMORY", 0)
     with pytest.raises(QuantizeError, match="cannot be written beside the output"):
-        Batches([{"x": torch.zeros(100, 100)}], tmp_path / "missing")
+        ActivationCache([{"x": torch.zeros(100, 100)}], tmp_path / "missing")
 
 
 def test_a_model_is_the_same_each_time(tmp_path, tree):

@@ -6,7 +6,7 @@ import torch
 from quantize.calibration import precision
 from quantize.calibration.precision import bfloat16_products
 from quantize.calibration.statistics import Gram
-from quantize.seeding import private_generator
+from quantize.seeding import derived_generator
 
 ROWS, K = 512, 96
 
@@ -21,7 +21,7 @@ def rounding(monkeypatch):
 
 def batches(count=8):
     """Activations with a mean, channels of very unequal size, and one that is silent now and then, or always."""
-    generator = private_generator(0)
+    generator = derived_generator(0)
     mean, size = torch.randn(K, generator=generator), torch.randn(K, generator=generator).exp()
     x = [(torch.randn(ROWS, K, generator=generator) + mean) * size for _ in range(count)]
     for number, batch in enumerate(x):
@@ -56,7 +56,7 @@ def test_a_forecast_sum_is_far_nearer_than_a_rounded_one():
 @pytest.mark.usefixtures("rounding")
 def test_where_all_is_foreseen_nothing_is_rounded():
     """What a forecast leaves of whole numbers is small whole numbers, which bfloat16 holds as they are."""
-    x = torch.randint(-8, 8, (ROWS, K), generator=private_generator(0)).bfloat16()
+    x = torch.randint(-8, 8, (ROWS, K), generator=derived_generator(0)).bfloat16()
     exact = 8 * (x.float().T @ x.float())
     assert not torch.equal(8 * (x.T @ x).float(), exact)
     assert torch.equal(summed([x] * 8), exact)

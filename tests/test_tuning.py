@@ -10,7 +10,7 @@ from quantize.linear import QuantizedLinear
 from quantize.online import Hadamard
 from quantize.quantizers import QUANTIZERS
 from quantize.scheme import ActivationArgs, Scheme, WeightArgs
-from quantize.tuning import TunedLinear, relative_error, repacked, shuffled
+from quantize.tuning import STELinear, relative_error, shuffled, to_qtensor
 
 MXFP4 = Scheme(
     weights=WeightArgs(num_bits=4, format="mxfp4", group_size=32),
@@ -29,9 +29,9 @@ def test_tuning_starts_at_what_was_rounded(scheme):
     rng = torch.Generator().manual_seed(0)
     W, x = torch.randn(6, 64, generator=rng), torch.randn(5, 64, generator=rng)
     done = rounded(scheme, W)
-    tuned = TunedLinear(done, W)
+    tuned = STELinear(done, W)
     assert torch.allclose(tuned(x), done.fake_quantized(x), atol=1e-4)
-    again, before = repacked(tuned), done.qtensor()
+    again, before = to_qtensor(tuned), done.qtensor()
     assert torch.equal(again.data, before.data)
     assert torch.equal(again.dequantize(), before.dequantize())
 
@@ -40,7 +40,7 @@ def test_a_weight_starts_as_near_to_its_value_as_its_integer_allows():
     """Scale 1: 0.3 was rounded to 0 and stays 0.3; 2.6 was rounded down to 2, of which 2.49 is the nearest."""
     scheme = Scheme(weights=WeightArgs(num_bits=4))
     weight = QTensor.pack(torch.tensor([[0, 2, 7]]), torch.ones(1, 1), None, scheme.weights)
-    tuned = TunedLinear(QuantizedLinear(weight, None, scheme), torch.tensor([[0.3, 2.6, 7.0]]))
+    tuned = STELinear(QuantizedLinear(weight, None, scheme), torch.tensor([[0.3, 2.6, 7.0]]))
     assert tuned.u.tolist()[0] == pytest.approx([0.3, 2.49, 7.0])
     tuned(torch.ones(1, 3)).sum().backward()
     assert tuned.u.grad.tolist() == [[1.0, 1.0, 1.0]]  # straight through the rounding

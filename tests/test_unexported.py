@@ -11,13 +11,13 @@ from torch.nn import functional
 from transformers import LongformerConfig, LongformerForMaskedLM
 
 from quantize import load
-from quantize.calibration.runner import Runner
+from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.analysis import find_bases
-from quantize.graph.execute import State
-from quantize.graph.group import Group
-from quantize.graph.unexported import KEPT_ROWS, Unexported, make_program
+from quantize.graph.execute import Overrides
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.unexported import KEPT_ROWS, LinearsOnlyProgram, make_program
 from quantize.linear import QuantizedLinear
 from quantize.online import Hadamard
 from quantize.verify import verify_artifact
@@ -107,9 +107,11 @@ def test_each_linear_is_given_what_reaches_it_in_the_float_model(module, rounds)
         model(TOKENS)
     program = program_of(module(rounds=rounds))
     assert [segment.name for segment in program.segments] == ["blocks.0", "blocks.1", "tail"]
-    runner = Runner(program, [TOKENS])
+    runner = SequentialRunner(program, [TOKENS])
     for segment in program.segments:
-        for (linear,) in runner.stops(segment, State(dict(model.named_parameters())), program.linears(segment)):
+        for (linear,) in runner.advance_to_linears(
+            segment, Overrides(dict(model.named_parameters())), program.linears(segment)
+        ):
             expected = torch.cat(seen.pop(linear.path)).flatten(0, 1)
             torch.testing.assert_close(runner.values[0][linear.source], expected, rtol=0, atol=0)
             assert len(expected) == TOKENS.numel() * (1 if linear.path == "head" else rounds)
@@ -119,10 +121,10 @@ def test_each_linear_is_given_what_reaches_it_in_the_float_model(module, rounds)
 
 def test_the_graph_admits_no_transform_and_says_why(module):
     program = program_of(module())
-    assert isinstance(program, Unexported)
+    assert isinstance(program, LinearsOnlyProgram)
     assert program.vocabulary == 512
     bases = find_bases(program).all
-    assert {basis.group for basis in bases} == {Group.NONE}
+    assert {basis.group for basis in bases} == {AllowedTransforms.NONE}
     assert {edge.parameter for b in bases for edge in b.readers} == {f"{path}.weight" for path in LINEARS}
     assert all(basis.pins for basis in bases)
 

@@ -9,45 +9,45 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-LEAST_ROOM = 256  # tokens
+LEAST_CAPACITY = 256  # tokens
 
 
 @dataclass(frozen=True)
-class Cache:
+class KVCache:
     """What stands of earlier tokens.
 
     Attributes:
-        values: layer by layer, keys before values, float32 [1, key/value heads, room, head_dim]; `room` ≥ `tokens`, and
-            what lies behind the tokens means nothing.
+        values: layer by layer, keys before values, float32 [1, key/value heads, capacity, head_dim]; `capacity` ≥
+            `tokens`, and what lies behind the tokens means nothing.
         tokens: how many are held.
     """
 
     values: list[onnxruntime.OrtValue]
     tokens: int = 0
 
-    def with_room(self, wanted: int) -> Cache:
+    def with_capacity(self, wanted: int) -> KVCache:
         """One that holds as much, in place for `wanted` tokens; where it is too small, in new memory of twice that."""
-        if self.room >= wanted:
+        if self.capacity >= wanted:
             return self
-        return self._copied(max(2 * wanted, LEAST_ROOM))
+        return self._copied(max(2 * wanted, LEAST_CAPACITY))
 
-    def exact(self) -> Cache:
-        """One without more room than it has tokens."""
-        return self if self.room == self.tokens else self._copied(self.tokens)
+    def exact(self) -> KVCache:
+        """One without more capacity than it has tokens."""
+        return self if self.capacity == self.tokens else self._copied(self.tokens)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """How many tokens it has memory for."""
         return int(self.values[0].shape()[2])
 
-    def _copied(self, room: int) -> Cache:
+    def _copied(self, capacity: int) -> KVCache:
         def copied(value: onnxruntime.OrtValue) -> onnxruntime.OrtValue:
             held = value.numpy()[:, :, : self.tokens]
-            made = np.zeros((*held.shape[:2], room, held.shape[3]), np.float32)
+            made = np.zeros((*held.shape[:2], capacity, held.shape[3]), np.float32)
             made[:, :, : self.tokens] = held
             return as_value(made)
 
-        return Cache([copied(value) for value in self.values], self.tokens)
+        return KVCache([copied(value) for value in self.values], self.tokens)
 
 
 def as_value(array: NDArray[Any]) -> onnxruntime.OrtValue:

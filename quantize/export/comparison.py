@@ -15,7 +15,7 @@ from quantize.scheme import Scheme
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def rewritten(model: Module, replace: Callable[[QuantizedLinear], nn.Module]) -> Module:
+def copy_with_replaced_linears(model: Module, replace: Callable[[QuantizedLinear], nn.Module]) -> Module:
     """A copy that shares all weights, without KV cache, each `QuantizedLinear` replaced."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
@@ -29,7 +29,7 @@ def rewritten(model: Module, replace: Callable[[QuantizedLinear], nn.Module]) ->
 
 
 def with_float_activations(layer: QuantizedLinear) -> QuantizedLinear:
-    """Itself, without activation quantization; for `rewritten`, whose layers are copies."""
+    """Itself, without activation quantization; for `copy_with_replaced_linears`, whose layers are copies."""
     layer.scheme = Scheme(weights=layer.scheme.weights)
     return layer
 

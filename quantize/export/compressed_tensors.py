@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantize.artifact import load, read_linear, read_manifest
 from quantize.checkpoint import read_config
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.export.comparison import distance, first_outputs, rewritten, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, distance, first_outputs, with_float_activations
 from quantize.export.compressed_tensors_format import NAME, quantization_config, stored
 from quantize.export.input_ranges import input_divisors
 from quantize.files import read_all
@@ -151,7 +151,9 @@ def parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
     expected = first_outputs(model, inputs)
     found = {
         "reference": distance(outputs_of(written, inputs, scheme), expected),
-        "activations": distance(first_outputs(rewritten(model, with_float_activations), inputs), expected),
+        "activations": distance(
+            first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), expected
+        ),
     }
     allowed = ROUNDING * torch.finfo(running_type(scheme)).eps + 2 * found["activations"]
     if not found["reference"] <= allowed:  # NaN is caught too

@@ -34,8 +34,10 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
     if weight.args.format != "int":
-        unit = {} if weight.unit is None else {"weight_global_scale": weight.unit.reciprocal().reshape(1)}
-        return {"weight_packed": weight.data, **scale, **unit}
+        global_scale = (
+            {} if weight.global_scale is None else {"weight_global_scale": weight.global_scale.reciprocal().reshape(1)}
+        )
+        return {"weight_packed": weight.data, **scale, **global_scale}
     q = weight.unpack()
     if not packed:
         return {"weight": q, **scale, **({} if zero_point is None else {"weight_zero_point": zero_point})}
@@ -85,14 +87,14 @@ def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> d
         whole: what the format calls one scale for a row.
         dynamic: scales are found as the inputs come; of NVFP4 those of groups alone, not that of the tensor.
     """
-    unit = args.format == "nvfp4"
-    strategy = "tensor_group" if unit else "group" if args.group_size else whole
+    has_global_scale = args.format == "nvfp4"
+    strategy = "tensor_group" if has_global_scale else "group" if args.group_size else whole
     return {
         "num_bits": args.num_bits,
         "type": "int" if args.format == "int" else "float",
         "symmetric": args.symmetric,
         "strategy": strategy,
         "group_size": args.group_size or None,
-        "dynamic": "local" if dynamic and unit else dynamic,
+        "dynamic": "local" if dynamic and has_global_scale else dynamic,
         **({"scale_dtype": SCALE_TYPES[args.format]} if args.format in SCALE_TYPES else {}),
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quantize.errors import UsageError
-from quantize.export.comparison import rewritten
+from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.interface import BATCH, SEQUENCE, Feed, Interface, random_tokens
 from quantize.graph.inputs import example_inputs
 from quantize.prefixed import CACHES, HELD, detach
@@ -39,7 +39,9 @@ class Decoder(Interface):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(rewritten(model, lambda layer: layer))  # a copy, from which a prefix can be taken
+        super().__init__(
+            copy_with_replaced_linears(model, lambda layer: layer)
+        )  # a copy, from which a prefix can be taken
         taken = inspect.signature(model.forward).parameters
         self.cache_argument = next(name for name in CACHES if name in taken)
         held = self.cached(random_tokens(model, 1, 1, 0))
@@ -107,7 +109,7 @@ def tensors(cache: DynamicCache) -> list[Tensor]:
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
-def decodes(model: PreTrainedModel) -> bool:
+def is_causal_lm(model: PreTrainedModel) -> bool:
     """Whether a model scores the next token and keeps keys and values of those before.
 
     Raises:

@@ -49,7 +49,7 @@ def export_artifact(
                 raise UsageError("ONNX Runtime takes ranges of activations as they come; leave --calibration out")
             parity: dict[str, Any] = dict(export_onnx_directory(directory, writer, qdq, hybrid))
             config = json.loads((writer.directory / "ort_config.json").read_text())
-            said = {name: products for name, products in config.items() if name.startswith("executes")}
+            said = {name: products for name, products in config.items() if name.startswith("precisions")}
         else:
             if qdq or hybrid:
                 raise UsageError(f"--{'qdq' if qdq else 'hybrid'} is a form of ONNX files; leave it out")

@@ -14,14 +14,14 @@ from quantize.errors import UsageError
 from quantize.export.encoder_decoder import DECODER, ENCODER
 from quantize.export.halves import MASK
 from quantize.export.onnx_decoder import OnnxDecoder
-from quantize.export.runner import pieces, stream, tokenizer_of
+from quantize.export.runner import detokenize_stream, stream, tokenizer_of
 from quantize.export.session import read, session_of
 from quantize.files import read_all
 
 Arrays = dict[str, NDArray[Any]]
 
 
-def text(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
+def generate(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
     """Pieces of text, whole characters each, by the most likely tokens.
 
     Args:
@@ -44,7 +44,7 @@ def text(directory: Path, prompt: str | None, data: Path | None, max_new_tokens:
 
 
 def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
-    """Of an encoder-decoder; arguments, results and errors are those of `text`."""
+    """Of an encoder-decoder; arguments, results and errors are those of `generate`."""
     encoder, tokenizer = session_of(directory, ENCODER), tokenizer_of(directory)
     start = [(read(directory / "generation_config.json") | read(directory / "config.json"))["decoder_start_token_id"]]
     if "input_ids" in shapes(encoder):
@@ -53,7 +53,7 @@ def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_toke
         feed = of_file(encoder, data)
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else start
     decoder = OnnxDecoder(directory, DECODER, known(encoder, feed))
-    yield from pieces(tokenizer, start, decoder.greedy(start, max_new_tokens))
+    yield from detokenize_stream(tokenizer, start, decoder.greedy(start, max_new_tokens))
 
 
 def known(encoder: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:

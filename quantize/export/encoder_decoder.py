@@ -9,7 +9,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from quantize.export.halves import DecoderHalf, EncoderHalf
+from quantize.export.halves import DecoderWithPast, EncoderWithCrossKV
 from quantize.export.interface import Feed, Interface, Outputs
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 
 
 class EncoderDecoder(Interface):
-    """`EncoderHalf`, and `DecoderHalf` behind it.
+    """`EncoderWithCrossKV`, and `DecoderWithPast` behind it.
 
     Cross-attention's keys and values are made by the encoder's file, as onnxruntime-genai has it, so that both files
     hold different weights; files and caches have the names of optimum's.
     """
 
-    def __init__(self, encoder: EncoderHalf, decoder: DecoderHalf) -> None:
+    def __init__(self, encoder: EncoderWithCrossKV, decoder: DecoderWithPast) -> None:
         super().__init__(encoder.model)
         self.encoder, self.decoder = encoder, decoder
         self.outputs = encoder.outputs | decoder.outputs
@@ -37,8 +37,8 @@ class EncoderDecoder(Interface):
     def lowered(self) -> Interface:
         """Each half lowered as it is in its file."""
         encoder, decoder = self.encoder.lowered(), self.decoder.lowered()
-        assert isinstance(encoder, EncoderHalf)
-        assert isinstance(decoder, DecoderHalf)
+        assert isinstance(encoder, EncoderWithCrossKV)
+        assert isinstance(decoder, DecoderWithPast)
         return EncoderDecoder(encoder, decoder)
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
@@ -65,5 +65,5 @@ def taken(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
 
 def encoder_decoder(model: PreTrainedModel) -> EncoderDecoder:
     """Both halves of a model."""
-    encoder = EncoderHalf(model)
-    return EncoderDecoder(encoder, DecoderHalf(encoder))
+    encoder = EncoderWithCrossKV(model)
+    return EncoderDecoder(encoder, DecoderWithPast(encoder))

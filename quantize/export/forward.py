@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.export.interface import BATCH, SEQUENCE, Axes, Feed, Interface, random_tokens
-from quantize.export.onnx_linear import lower_for_many_tokens
+from quantize.export.onnx_linear import lower_for_prefill
 from quantize.graph.exported import forward_switches
 from quantize.graph.inputs import example_inputs
 
@@ -20,7 +20,7 @@ SHAPES = {"one": (1, 9), "two": (2, 7), "three": (3, 5)}  # samples, and tokens 
 AXES = {"decoder_input_ids": {0: BATCH, 1: f"decoder_{SEQUENCE}"}, "input_ids": {0: BATCH, 1: SEQUENCE}}
 
 
-class Forward(Interface):
+class SinglePassModel(Interface):
     """A model without a cache: `logits` if it has them, else `last_hidden_state`.
 
     Token ids are int64 [batch, sequence]; with `input_ids` go `attention_mask` and, where the model tells segments
@@ -28,7 +28,7 @@ class Forward(Interface):
     [batch, channels, height, width], `input_features` float32 [batch, bins, frames], `decoder_input_ids`.
     """
 
-    lower = staticmethod(lower_for_many_tokens)
+    lower = staticmethod(lower_for_prefill)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from quantize.export.decoder import PAST, SHAPES, TOTAL, holds_heads, tensors
-from quantize.export.forward import Forward
+from quantize.export.forward import SinglePassModel
 from quantize.export.interface import BATCH, SEQUENCE, Axes, Feed, Interface
-from quantize.export.onnx_linear import lower_for_many_tokens
+from quantize.export.onnx_linear import lower_for_prefill
 from quantize.graph.inputs import example_inputs
 from quantize.prefixed import CACHES
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 TOKENS, STATES, MASK = "decoder_input_ids", "encoder_hidden_states", "encoder_attention_mask"
 
 
-class EncoderHalf(Interface):
+class EncoderWithCrossKV(Interface):
     """`encoder_hidden_states` float32 [batch, positions, channels] and what cross-attention makes of them, once.
 
     It is the whole model, of which the graph keeps what its outputs need: with the encoder those linears of the decoder
     that make keys and values of its states. The decoder's tokens are traced along and are no input of the file.
 
-    Inputs: as `Forward`, but for `decoder_input_ids`.
+    Inputs: as `SinglePassModel`, but for `decoder_input_ids`.
     Outputs: `encoder_hidden_states`, and for each layer N `present.N.encoder.key` and `.value`, float32
     [batch, heads, positions, head_dim].
     """
 
-    lower = staticmethod(lower_for_many_tokens)
+    lower = staticmethod(lower_for_prefill)
     unread = (TOKENS,)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
-        self.random = Forward(model)
+        self.random = SinglePassModel(model)
         self.inputs = dict(self.random.inputs)
         self.free = {1: f"encoder_{SEQUENCE}"} if MASK.removeprefix("encoder_") in self.inputs else {}
         _, cache = self.results(self.random.feeds(0)["two"])
@@ -73,7 +73,7 @@ class EncoderHalf(Interface):
         return self.random.feeds(seed)
 
 
-class DecoderHalf(Interface):
+class DecoderWithPast(Interface):
     """`logits` float32 [batch, sequence, vocabulary] and the decoder's own cache behind these tokens.
 
     Inputs: `input_ids` int64 [batch, sequence]; where the graph reads them, `encoder_attention_mask` and
@@ -85,7 +85,7 @@ class DecoderHalf(Interface):
 
     optional = (MASK, STATES)
 
-    def __init__(self, encoder: EncoderHalf) -> None:
+    def __init__(self, encoder: EncoderWithCrossKV) -> None:
         super().__init__(encoder.model)
         self.encoder = encoder
         self.past, self.crossed = (encoder.named("past_key_values", half) for half in ("decoder", "encoder"))
@@ -142,13 +142,13 @@ def cache_argument(model: PreTrainedModel) -> str:
     return next(name for name in CACHES if name in taken)
 
 
-def decodes_encoded(model: PreTrainedModel) -> bool:
+def is_seq2seq(model: PreTrainedModel) -> bool:
     """Whether a model scores the next token from an encoder's states and keeps keys and values of both."""
     taken = set(CACHES) & set(inspect.signature(model.forward).parameters)
     if TOKENS not in example_inputs(model) or not model.can_generate() or not taken:
         return False
     with torch.no_grad():
-        found = model(**Forward(model).feeds(0)["two"], use_cache=True)
+        found = model(**SinglePassModel(model).feeds(0)["two"], use_cache=True)
     cache = next((found[name] for name in CACHES if found.get(name) is not None), None)
     if not isinstance(cache, EncoderDecoderCache):
         return False

@@ -11,8 +11,8 @@ from onnx_ir.convenience import replace_all_uses_with
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.export.comparison import rewritten
-from quantize.export.decoder import Decoder, decodes
+from quantize.export.comparison import copy_with_replaced_linears
+from quantize.export.decoder import Decoder, is_causal_lm
 from quantize.export.hybrid_linear import MANY, HybridLinear, gains, is_prompt, lower_for_prompt
 from quantize.export.interface import IN_PLACE, Feed, Interface
 from quantize.export.onnx_linear import lower
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class HybridDecoder(Decoder):
-    """A language model whose file is `either` of two graphs.
+    """A language model whose file is `branch_on_length` of two graphs.
 
     For few tokens, `past_key_values` may have room for more tokens than lie in them, and `present` may be bound to the
     same memory: then nothing is copied. `attention_mask` says how many there are.
@@ -35,7 +35,7 @@ class HybridDecoder(Decoder):
 
     def graphs(self) -> Sequence[Interface]:
         """For few tokens, and for many."""
-        return [rewritten(self, lower), rewritten(self, lower_for_prompt)]
+        return [copy_with_replaced_linears(self, lower), copy_with_replaced_linears(self, lower_for_prompt)]
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
         """As other decoders, by the linears that the file takes for so many tokens."""
@@ -57,7 +57,7 @@ def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
         UsageError: it is no such model.
     """
     linears = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    if not decodes(model) or not any(map(gains, linears)):
+    if not is_causal_lm(model) or not any(map(gains, linears)):
         raise UsageError(
             "the model has no W4A8 linears of a causal language model, which alone are multiplied in two ways; "
             "leave --hybrid out"
@@ -65,7 +65,7 @@ def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
     return HybridDecoder(model)
 
 
-def either(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -> onnx_ir.Model:
+def branch_on_length(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -> onnx_ir.Model:
     """One model that runs `few` where its input `tokens` has fewer than `MANY` elements, of one sample or one of each.
 
     All else runs `many`. One If around everything costs a microsecond, and each branch is optimized as a graph of its
@@ -76,18 +76,18 @@ def either(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -
     metadata = {IN_PLACE: str(MANY)} if keep_in_place(few) else {}
     inputs = [like(value, value.name) for value in few.graph.inputs]
     outputs = [like(value, value.name) for value in few.graph.outputs]
-    graph = onnx_ir.Graph(inputs, outputs, nodes=[], opset_imports=few.graph.opset_imports, name="either")
+    graph = onnx_ir.Graph(inputs, outputs, nodes=[], opset_imports=few.graph.opset_imports, name="branch_on_length")
     share_initializers(graph, few.graph, many.graph)
     for name, inner in (("few", few.graph), ("many", many.graph)):
-        enclose(inner, {value.name: value for value in inputs}, name)
+        capture_subgraph(inner, {value.name: value for value in inputs}, name)
     given = next(value for value in inputs if value.name == tokens)
     branches = {"then_branch": many.graph, "else_branch": few.graph}
-    choice, wanted = goes_to_many(graph, given)
+    choice, wanted = is_prefill(graph, given)
     graph.extend([*choice, onnx_ir.node("If", [wanted], branches, outputs=outputs)])
     return onnx_ir.Model(graph, ir_version=few.ir_version, metadata_props=metadata)
 
 
-def goes_to_many(graph: onnx_ir.Graph, tokens: onnx_ir.Value) -> tuple[list[onnx_ir.Node], onnx_ir.Value]:
+def is_prefill(graph: onnx_ir.Graph, tokens: onnx_ir.Value) -> tuple[list[onnx_ir.Node], onnx_ir.Value]:
     """`is_prompt` of tokens [batch, sequence], behind the nodes that find it out."""
     size, shape = onnx_ir.node("Size", [tokens]), onnx_ir.node("Shape", [tokens])
     longest = onnx_ir.node("ReduceMax", [shape.outputs[0]], {"keepdims": 0})
@@ -117,7 +117,7 @@ def share_initializers(graph: onnx_ir.Graph, *inner: onnx_ir.Graph) -> None:
                 del other.initializers[name]
 
 
-def enclose(inner: onnx_ir.Graph, inputs: dict[str | None, onnx_ir.Value], name: str) -> None:
+def capture_subgraph(inner: onnx_ir.Graph, inputs: dict[str | None, onnx_ir.Value], name: str) -> None:
     """Make a graph the branch of an If: it reads the values around it, and its outputs have names of their own."""
     inner.name = name
     for value in inner.inputs:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from quantize.export.block_linear import BlockLinear
 from quantize.export.integer_linear import IntegerLinear
-from quantize.export.onnx_linear import lower, lower_for_many_tokens
+from quantize.export.onnx_linear import lower, lower_for_prefill
 from quantize.formats.qtensor import QTensor
 from quantize.linear import QuantizedLinear
 from quantize.scheme import Scheme, WeightArgs
@@ -46,10 +46,10 @@ def gains(layer: QuantizedLinear) -> bool:
 
 
 def lower_for_prompt(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
-    """As `lower_for_many_tokens`, and W4A8 in groups of columns with its weights rounded anew by channel."""
+    """As `lower_for_prefill`, and W4A8 in groups of columns with its weights rounded anew by channel."""
     if layer.scale.shape[1] > 1 and gains(layer):
-        return lower_for_many_tokens(by_channel(layer))
-    return lower_for_many_tokens(layer)
+        return lower_for_prefill(by_channel(layer))
+    return lower_for_prefill(layer)
 
 
 def by_channel(layer: QuantizedLinear) -> QuantizedLinear:

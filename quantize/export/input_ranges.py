@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from quantize.artifact import load
 from quantize.calibration.tensors import read_calibration
-from quantize.export.comparison import rewritten, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.graph.inputs import example_inputs
-from quantize.kernels.ops import nvfp4_unit
+from quantize.kernels.ops import nvfp4_global_scale
 from quantize.linear import QuantizedLinear
 from quantize.recipe import load_recipe
 from quantize.tokenizer import load_tokenize
@@ -32,7 +32,7 @@ def input_divisors(directory: Path, calibration: Path | None) -> dict[str, Tenso
         UsageError: no such file, or not what the model takes.
         QuantizeError: it is damaged, or there is too little in it.
     """
-    model: Any = rewritten(load(directory), with_float_activations)
+    model: Any = copy_with_replaced_linears(load(directory), with_float_activations)
     recipe, tokenize = load_recipe(None, directory / "recipe.toml"), load_tokenize(directory)
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     limit = min(recipe.nsamples, ROWS)
@@ -45,7 +45,7 @@ def input_divisors(directory: Path, calibration: Path | None) -> dict[str, Tenso
     with torch.no_grad():
         for batch in samples.batches(1):
             model(**batch)
-    return {path: nvfp4_unit(found).reciprocal() for path, found in largest.items()}
+    return {path: nvfp4_global_scale(found).reciprocal() for path, found in largest.items()}
 
 
 def keep_largest(found: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -37,7 +37,7 @@ class IntegerLinear(nn.Module):
         self.columns = layer.in_features // groups
         q, zero_point, scale = layer.weight_integers().split(self.columns, dim=1), layer.zero_point, layer.scale.float()
         zero_points = [None] * groups if zero_point is None else [zero_point[:, g] for g in range(groups)]
-        self.groups = nn.ModuleList(map(Group, q, zero_points, scale.unbind(dim=1)))
+        self.groups = nn.ModuleList(map(ScaleGroup, q, zero_points, scale.unbind(dim=1)))
         sums = centred(layer.weight_integers(), zero_point).float().unflatten(1, (groups, -1)).sum(dim=-1)
         self.register_buffer("shift", (sums * scale).sum(dim=1))
         self.register_buffer("middle", torch.tensor(MIDDLE, dtype=torch.uint8))
@@ -85,7 +85,7 @@ class IntegerLinear(nn.Module):
         return found
 
 
-class Group(nn.Module):
+class ScaleGroup(nn.Module):
     """Columns that share a scale for each row: one `com.microsoft::MatMulIntegerToFloat`.
 
     Shapes: weight int8 [c, N], scale float32 [N], zero_point int8 [N] or None.

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quantize.export.comparison import rewritten
+from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.onnx_linear import lower
 from quantize.linear import QuantizedLinear
 
@@ -57,7 +57,7 @@ class Interface(nn.Module):
 
     def lowered(self) -> Interface:
         """A copy that computes what the file does."""
-        return rewritten(self, self.lower)
+        return copy_with_replaced_linears(self, self.lower)
 
     def graphs(self) -> Sequence[Interface]:
         """What is traced into the file; of several graphs one runs at a time."""

@@ -10,14 +10,14 @@ import onnx_ir
 
 from quantize.attention import has_kv_cache
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.decoder import Decoder, decodes
+from quantize.export.decoder import Decoder, is_causal_lm
 from quantize.export.encoder_decoder import encoder_decoder
-from quantize.export.forward import Forward
-from quantize.export.halves import decodes_encoded
-from quantize.export.hybrid import either, hybrid_decoder
+from quantize.export.forward import SinglePassModel
+from quantize.export.halves import is_seq2seq
+from quantize.export.hybrid import branch_on_length, hybrid_decoder
 from quantize.export.interface import Interface
 from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
-from quantize.export.precision import executed
+from quantize.export.precision import precision_counts
 from quantize.export.rewrites import rewrite
 from quantize.export.saving import LARGE, save
 from quantize.export.tracing import traced
@@ -39,11 +39,11 @@ def export_onnx(
     An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are proved one behind the other.
 
     Beside it lies `ort_config.json` with the session options that make it exact on every CPU, those that are better
-    `with_vnni` instructions, and `executes`: how many products run in which precision.
+    `with_vnni` instructions, and `precisions`: how many products run in which precision.
 
-    What goes in and out is said by `Decoder` for causal language models, by `EncoderHalf` and `DecoderHalf` for
-    encoder-decoders, by `Forward` for all others. Weights of more than `large` bytes lie in `model.onnx.data`, those
-    that two files read in `shared.onnx.data`.
+    What goes in and out is said by `Decoder` for causal language models, by `EncoderWithCrossKV` and `DecoderWithPast`
+    for encoder-decoders, by `SinglePassModel` for all others. Weights of more than `large` bytes lie in
+    `model.onnx.data`, those that two files read in `shared.onnx.data`.
 
     Two right answers may differ: a sum that differs in its last bit moves an activation that lies between two grid
     points by a whole step, which moves others further on, up to the size of the activations' own rounding error.
@@ -93,9 +93,9 @@ def interface_of(model: PreTrainedModel, hybrid: bool = False) -> Interface:
     with quiet():
         if hybrid:
             return hybrid_decoder(model)
-        if decodes_encoded(model):
+        if is_seq2seq(model):
             return encoder_decoder(model)
-        return Decoder(model) if decodes(model) else Forward(model)
+        return Decoder(model) if is_causal_lm(model) else SinglePassModel(model)
 
 
 def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dict[str, dict[str, Any]]]:
@@ -105,21 +105,21 @@ def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dic
         What becomes the file, and its settings.
         session_config_entries: the session options to run it with.
         with_vnni: those that are better on CPUs with VNNI or AMX instructions.
-        executes: precision → products that run in it; of a hybrid for few tokens, and `executes_prompts` for many.
+        precisions: precision → products that run in it; of a hybrid for few tokens, and `precisions_prompts` for many.
 
     Raises:
         QuantizeError: it cannot be traced.
     """
     graphs = [traced(part) for part in interface.graphs()]
-    executes = dict(zip(("executes", "executes_prompts"), map(executed, graphs), strict=False))
+    precisions = dict(zip(("precisions", "precisions_prompts"), map(precision_counts, graphs), strict=False))
     levels = [level for model in graphs for level in accuracy_levels(model)]
     for model in graphs:
         rewrite(model, portable=qdq)
         leave_unread_out(model, interface)
-    model = either(*graphs) if len(graphs) > 1 else graphs[0]
+    model = branch_on_length(*graphs) if len(graphs) > 1 else graphs[0]
     # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
-    return model, {"session_config_entries": entries, "with_vnni": WITH_VNNI, **executes}
+    return model, {"session_config_entries": entries, "with_vnni": WITH_VNNI, **precisions}
 
 
 def accuracy_levels(model: onnx_ir.Model) -> list[int]:
@@ -132,7 +132,7 @@ def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
     found: dict[str, dict[str, Any]] = {}
     for name in ("session_config_entries", "with_vnni"):
         found[name] = {key: value for config in configs for key, value in config[name].items()}
-    for name in ("executes", "executes_prompts"):
+    for name in ("precisions", "precisions_prompts"):
         products = sum((Counter(config.get(name, {})) for config in configs), Counter[str]())
         found |= {name: dict(sorted(products.items()))} if products else {}
     return found

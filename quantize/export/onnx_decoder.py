@@ -12,7 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from quantize.errors import UsageError
-from quantize.export.cache import Cache, as_value
+from quantize.export.cache import KVCache, as_value
 from quantize.export.interface import IN_PLACE
 from quantize.export.session import read, session_of
 
@@ -64,12 +64,12 @@ class OnnxDecoder:
             yield token
             given = [token]
 
-    def start(self) -> Cache:
+    def start(self) -> KVCache:
         """Keys and values of no token."""
         shapes = [self.inputs[name].shape for name in self.past]
-        return Cache([as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes])
+        return KVCache([as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes])
 
-    def step(self, given: list[int], cache: Cache) -> tuple[NDArray[np.float32], Cache]:
+    def step(self, given: list[int], cache: KVCache) -> tuple[NDArray[np.float32], KVCache]:
         """Logits [1, tokens, vocabulary] of tokens behind those of a cache, and the cache with them.
 
         A cache stays where ONNX Runtime keeps it: as arrays, all keys and values were copied for each token. Where the
@@ -83,11 +83,11 @@ class OnnxDecoder:
         }
         values = self.given | {name: as_value(array) for name, array in feed.items() if name in self.inputs}
         if len(given) < self.in_place_below:
-            held = cache.with_room(total).values
-            return self._step_in_place(values, held), Cache(held, total)
+            held = cache.with_capacity(total).values
+            return self._step_in_place(values, held), KVCache(held, total)
         values |= dict(zip(self.past, cache.exact().values, strict=True))
         logits, *present = self.session.run_with_ort_values(None, values)
-        return logits.numpy(), Cache(present, total)
+        return logits.numpy(), KVCache(present, total)
 
     def _step_in_place(
         self, values: Mapping[str, onnxruntime.OrtValue], held: Sequence[onnxruntime.OrtValue]

@@ -42,7 +42,7 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
     return IntegerLinear(layer, activations)
 
 
-def lower_for_many_tokens(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
+def lower_for_prefill(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
     """As `lower`, but W4A8 with one group becomes `IntegerLinear`: from 16 tokens on up to twice as fast, and exact.
 
     The weights take 8 bits in memory then.

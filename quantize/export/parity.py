@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 
 from quantize.errors import QuantizeError
-from quantize.export.comparison import rewritten, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.export.interface import Feed, Interface, Outputs
 
 # Without VNNI, sums of two products of 8-bit integers saturate at 16 bits; in this mode weights are unsigned there.
@@ -57,7 +57,9 @@ def parity(
     return {
         "emulation": distance(found, run_torch(interface.lowered(), feeds)),
         "reference": distance(found, expected),
-        "activations": distance(run_torch(rewritten(interface, with_float_activations), feeds), expected),
+        "activations": distance(
+            run_torch(copy_with_replaced_linears(interface, with_float_activations), feeds), expected
+        ),
     }
 
 

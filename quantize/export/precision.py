@@ -12,7 +12,7 @@ INTEGERS = "8-bit weights, 8-bit activations by token, 32-bit sums"  # 4- and 6-
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
 
-def executed(model: onnx_ir.Model) -> dict[str, int]:
+def precision_counts(model: onnx_ir.Model) -> dict[str, int]:
     """What products with weights run in → how many there are, sorted."""
     found = Counter(precision(node) for node in model.graph if takes_weights(node))
     return dict(sorted(found.items()))

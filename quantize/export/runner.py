@@ -33,10 +33,10 @@ def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
     ids = tokenizer(prompt)["input_ids"]
     if not 0 < len(ids) < model.positions:
         raise UsageError(f"the prompt has {len(ids)} tokens; the model takes 1 to {model.positions - 1}")
-    yield from pieces(tokenizer, ids, model.greedy(ids, max_new_tokens))
+    yield from detokenize_stream(tokenizer, ids, model.greedy(ids, max_new_tokens))
 
 
-def pieces(tokenizer: Any, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
+def detokenize_stream(tokenizer: Any, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens behind `ids`, whole characters each."""
     made: list[int] = []
     shown = ""

@@ -12,7 +12,7 @@ COLUMNS = 64
 
 
 @functools.cache
-def is_exact() -> bool:
+def has_exact_int8_gemm() -> bool:
     """Whether ONNX Runtime, without session options, sums the largest products of uint8 and int8 without saturating.
 
     So it does with VNNI or AMX instructions. There the option that makes other CPUs exact is not needed, and costs

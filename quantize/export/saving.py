@@ -20,12 +20,12 @@ def save(models: Mapping[str, onnx_ir.Model], directory: Path, large: int = LARG
     What several hold alike, such as tied embeddings, lies in `shared.onnx.data`; of what is left, more than `large`
     bytes of one model lie in NAME.data.
     """
-    if alike := held_alike(list(models.values())):
-        lay_apart(alike, directory, SHARED)
+    if alike := shared_initializers(list(models.values())):
+        externalize(alike, directory, SHARED)
     for name, model in models.items():
         own = [value for value in weights(model) if not isinstance(value.const_value, onnx_ir.ExternalTensor)]
         if sum(value.const_value.nbytes for value in own if value.const_value) > large:
-            lay_apart([[value] for value in own], directory, f"{name}.data")
+            externalize([[value] for value in own], directory, f"{name}.data")
         onnx_ir.save(model, directory / name)
 
 
@@ -35,7 +35,7 @@ def weights(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
     return (value for value in held if value.const_value is not None and value.const_value.nbytes > SMALL)
 
 
-def held_alike(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Value]]:
+def shared_initializers(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Value]]:
     """Weights of the same type, shape and bytes in several models."""
     groups: dict[object, list[tuple[int, onnx_ir.Value]]] = {}
     for number, model in enumerate(models if len(models) > 1 else ()):
@@ -50,7 +50,7 @@ def content(tensor: onnx_ir.TensorProtocol | None) -> object:
     return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
 
 
-def lay_apart(groups: Sequence[Sequence[onnx_ir.Value]], directory: Path, file: str) -> None:
+def externalize(groups: Sequence[Sequence[onnx_ir.Value]], directory: Path, file: str) -> None:
     """Write one weight of each group into a file, and let all of the group refer to it."""
     written = convert_tensors_to_external([group[0].const_value for group in groups], directory, file)
     for group, at in zip(groups, written, strict=True):

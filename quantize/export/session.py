@@ -10,7 +10,7 @@ import onnxruntime
 
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.parity import open_session
-from quantize.export.saturation import is_exact
+from quantize.export.saturation import has_exact_int8_gemm
 
 
 def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:
@@ -24,7 +24,7 @@ def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.Inferen
     if not path.is_file():
         raise UsageError(f"{directory} holds no {file}; write one with `quantize-model export --format onnx`")
     config = read(directory / "ort_config.json")
-    entries = config.get("session_config_entries", {}) | (config.get("with_vnni", {}) if is_exact() else {})
+    entries = config.get("session_config_entries", {}) | (config.get("with_vnni", {}) if has_exact_int8_gemm() else {})
     try:
         return open_session(path, entries)
     except Exception as error:  # of onnxruntime's own kinds

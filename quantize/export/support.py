@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors import obstacles
 from quantize.export.onnx_linear import lower
-from quantize.foreseen import Foreseen
+from quantize.foreseen import ArtifactEstimate
 
 
-def formats(found: Foreseen) -> dict[str, str]:
+def formats(found: ArtifactEstimate) -> dict[str, str]:
     """Format → why it cannot express the artifact; empty where it can."""
     if not found.checkpoint.config:
         return dict.fromkeys(("onnx", "compressed-tensors"), "a module that transformers does not know is not exported")
@@ -20,7 +20,7 @@ def formats(found: Foreseen) -> dict[str, str]:
     return {"onnx": "; ".join(onnx_obstacles(found)), "compressed-tensors": "; ".join(places)}
 
 
-def onnx_obstacles(found: Foreseen) -> Iterator[str]:
+def onnx_obstacles(found: ArtifactEstimate) -> Iterator[str]:
     """What ONNX Runtime cannot run, each reason once."""
     if found.plan.recipe.kv_cache:
         yield "quantized keys and values cannot be exported; leave the table kv_cache out"

@@ -35,7 +35,7 @@ class QTensor:
         W ≈ (unpack() - zero_point) · unpack_scale(), each group of columns with its own column of both
         data: int8 [N, K] at 6 and 8 bits, uint8 [N, ⌈K/2⌉] at 4 bits (`kernels/packing.py`, `kernels/fp4.py`)
         scale: [N, G], > 0: floating point for integers, uint8 exponents for MXFP4, float8_e4m3fn for NVFP4
-        zero_point: int8 [N, G], None if symmetric;  unit: float32 [] of NVFP4, None for others
+        zero_point: int8 [N, G], None if symmetric;  global_scale: float32 [] of NVFP4, None for others
     """
 
     data: Tensor
@@ -43,7 +43,7 @@ class QTensor:
     zero_point: Tensor | None
     columns: int
     args: WeightArgs
-    unit: Tensor | None = None
+    global_scale: Tensor | None = None
 
     def check(self, name: str) -> None:
         """Compare with the invariants.
@@ -58,7 +58,7 @@ class QTensor:
             "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
             "scale": (self.scale, scales, SCALE_TYPES[args.format]),
             "zero point": (self.zero_point, None if args.symmetric else scales, {torch.int8}),
-            "unit": (self.unit, () if args.format == "nvfp4" else None, {torch.float32}),
+            "global scale": (self.global_scale, () if args.format == "nvfp4" else None, {torch.float32}),
         }
         for part, (tensor, shape, dtypes) in wanted.items():
             found = None if tensor is None else tuple(tensor.shape)
@@ -72,13 +72,15 @@ class QTensor:
 
     @classmethod
     def pack(
-        cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, args: WeightArgs, unit: Tensor | None = None
+        cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, args: WeightArgs, global_scale: Tensor | None = None
     ) -> QTensor:
         """From integers [N, K] in any dtype, within the range of `args.num_bits`, and scales as they are stored."""
         q = q.to(torch.int8)
         pack = pack_int4 if args.format == "int" else pack_fp4
         data = pack(q) if args.num_bits == 4 else q.contiguous()
-        return cls(data, scale, None if zero_point is None else zero_point.to(torch.int8), q.shape[1], args, unit)
+        return cls(
+            data, scale, None if zero_point is None else zero_point.to(torch.int8), q.shape[1], args, global_scale
+        )
 
     def unpack(self) -> Tensor:
         """int8 [N, K]."""
@@ -87,30 +89,35 @@ class QTensor:
 
     def unpack_scale(self) -> Tensor:
         """[N, G] floating point: what one integer stands for."""
-        return self.scale if self.args.format == "int" else decode_scale(self.scale, self.unit)
+        return self.scale if self.args.format == "int" else decode_scale(self.scale, self.global_scale)
 
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
         return dequantize(self.unpack(), self.unpack_scale(), self.zero_point)
 
-    def rows(self, part: slice) -> QTensor:
+    def slice_rows(self, part: slice) -> QTensor:
         """Some rows."""
         zero_point = None if self.zero_point is None else self.zero_point[part]
-        return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, self.unit)
+        return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, self.global_scale)
 
-    def joined(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
-        """All rows, from the `tensors` of some rows each, of the same format as here, without a unit."""
+    def cat_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
+        """All rows, from the `tensors` of some rows each, of the same format as here, without a global scale."""
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return replace(self, data=whole["qweight"], scale=whole["scale"], zero_point=whole.get("zero_point"))
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved, by the suffix it is saved under."""
-        named = {"qweight": self.data, "scale": self.scale, "zero_point": self.zero_point, "unit": self.unit}
+        named = {
+            "qweight": self.data,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "global_scale": self.global_scale,
+        }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
-class Unpacked(QTensor):
+class CachedQTensor(QTensor):
     """A quantized weight that keeps what it was unpacked to, as long as it lives.
 
     Attributes:
@@ -141,5 +148,5 @@ class Unpacked(QTensor):
         """A few rows at a time, so that what lies between stays in a core's cache."""
         values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), cached_rows(self.columns)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
-            part.copy_(self.rows(slice(start, start + rows)).dequantize())
+            part.copy_(self.slice_rows(slice(start, start + rows)).dequantize())
         return values

@@ -13,31 +13,31 @@ from torch import fx
 
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.group import Group
-from quantize.graph.labels import Walk, meeting, shape_of
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace, id_pairs, shape_of
 from quantize.graph.program import Program
 from quantize.graph.rules import visit
 from quantize.graph.views import disjoint
 
 
 def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
-    """Walk the graph once and sort its channels into bases.
+    """ChannelTrace the graph once and sort its channels into bases.
 
     Args:
         program: the exported model.
         folded: gains to count as ones.
     """
-    walk = Walk(program.parameters, folded)
+    walk = ChannelTrace(program.parameters, folded)
     for segment in program.segments:
         for node in segment.nodes:
             visit(walk, node)
-    for value in (n for n in program.output.all_input_nodes if n not in program.handed_on):
+    for value in (n for n in program.output.all_input_nodes if n not in program.intermediate_outputs):
         walk.pin(value, "it is an output of the model")
     share(walk)
     return assemble(walk)
 
 
-def share(walk: Walk) -> None:
+def share(walk: ChannelTrace) -> None:
     """Make what a parameter that is used several times touches one: it can absorb a transform only once."""
     placeholders = {name: node for node, name in walk.parameters.items()}
     by_axis: dict[tuple[str, int, bool], list[int]] = {}
@@ -51,10 +51,10 @@ def share(walk: Walk) -> None:
         shape = shape_of(placeholders[name])
         for n, i in enumerate(found):
             part = walk.events[i].region
-            share_one(walk, i, [j for j in found[:n] if not disjoint(part, walk.events[j].region, shape)])
+            join_shared_parameter(walk, i, [j for j in found[:n] if not disjoint(part, walk.events[j].region, shape)])
 
 
-def share_one(walk: Walk, i: int, others: list[int]) -> None:
+def join_shared_parameter(walk: ChannelTrace, i: int, others: list[int]) -> None:
     """Join the channels of one event with those of an earlier one that takes the same part of the parameter."""
     event = walk.events[i]
     for other in (walk.events[j] for j in others):
@@ -63,17 +63,17 @@ def share_one(walk: Walk, i: int, others: list[int]) -> None:
     if others:
         other = walk.events[others[0]]
         meet = walk.joined if other.reads is event.reads else walk.paired
-        meet.append(meeting(other.channels, event.channels))
+        meet.append(id_pairs(other.channels, event.channels))
         walk.events[i] = replace(event, parameter="", counted=True)
 
 
-def pin_uses(walk: Walk, name: str, why: str) -> None:
+def pin_uses(walk: ChannelTrace, name: str, why: str) -> None:
     """Rule out every transform that a parameter would have to absorb."""
     for event in [e for e in walk.events if e.parameter == name]:
-        walk.restrict(event.channels, Group.NONE, f"`{name}` {why}")
+        walk.restrict(event.channels, AllowedTransforms.NONE, f"`{name}` {why}")
 
 
-def consumers(walk: Walk, node: fx.Node) -> Iterator[fx.Node]:
+def consumers(walk: ChannelTrace, node: fx.Node) -> Iterator[fx.Node]:
     """The nodes that compute with a parameter, behind those that only take it apart or turn it around."""
     for user in node.users:
         if user in walk.views:
@@ -87,7 +87,7 @@ def admissible_bases(program: Program) -> tuple[Basis, ...]:
     found = find_bases(program)
     gains = frozenset(b.gain.parameter for b in found.all if b.gain)
     folded = {origin_of(b): b for b in find_bases(program, gains).all if b.writers} if gains else {}
-    return tuple(unlocked(b, folded, gains) for b in found.all)
+    return tuple(after_gain_folding(b, folded, gains) for b in found.all)
 
 
 def origin_of(basis: Basis) -> tuple[str, int, int]:
@@ -96,7 +96,7 @@ def origin_of(basis: Basis) -> tuple[str, int, int]:
     return edge.parameter, edge.axis, int(edge.index[0, 0])
 
 
-def unlocked(basis: Basis, folded: dict[tuple[str, int, int], Basis], gains: frozenset[str]) -> Basis:
+def after_gain_folding(basis: Basis, folded: dict[tuple[str, int, int], Basis], gains: frozenset[str]) -> Basis:
     """The basis as it is once its gains are folded, with their names."""
     needed = tuple(e.parameter for e in basis.readers if e.parameter in gains)
     found = folded.get(origin_of(basis)) if basis.writers and needed else None

@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from quantize.graph.basis import Bases, Basis, Edge, Placement
-from quantize.graph.group import Group
-from quantize.graph.labels import Event, Walk
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace, ChannelUse
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Channels:
         return np.asarray(self.copy * 2 + self.dual)
 
 
-def assemble(walk: Walk) -> Bases:
+def assemble(walk: ChannelTrace) -> Bases:
     """Components of channels that are one, then classes of components that are used alike."""
     channels = find_components(walk)
     itself = torch.from_numpy(np.flatnonzero(channels.itself))
-    events = [*walk.events, Event(itself, Group.ORTHOGONAL, "it is multiplied with itself")]
+    events = [*walk.events, ChannelUse(itself, AllowedTransforms.ORTHOGONAL, "it is multiplied with itself")]
     hashes = signatures(channels, events) + meetings(channels, [*walk.joined, *walk.paired])
     blocks = block_signatures(channels.component, events)
     first = np.full(len(hashes), walk.count)
@@ -58,7 +58,7 @@ def assemble(walk: Walk) -> Bases:
     return build(walk, events, channels, rank[channels.component], starts, blocks[order])
 
 
-def find_components(walk: Walk) -> Channels:
+def find_components(walk: ChannelTrace) -> Channels:
     """Sort channels into components.
 
     Every channel is taken twice, plain and dual: a sum joins plain with plain and dual with dual, a product plain with
@@ -92,7 +92,7 @@ def pairs(found: list[Tensor]) -> np.ndarray:
     return torch.cat(found, dim=1).numpy() if found else np.empty((2, 0), dtype=np.int64)
 
 
-def signatures(channels: Channels, events: list[Event]) -> np.ndarray:
+def signatures(channels: Channels, events: list[ChannelUse]) -> np.ndarray:
     """A 64-bit hash for each component of the events that touch it, and on which side.
 
     A parameter, and a sum over channels, counts as often as it touches the component, another restriction once.
@@ -121,7 +121,7 @@ def meetings(channels: Channels, found: list[Tensor]) -> np.ndarray:
     return result
 
 
-def block_signatures(component: np.ndarray, events: list[Event]) -> np.ndarray:
+def block_signatures(component: np.ndarray, events: list[ChannelUse]) -> np.ndarray:
     """A 64-bit hash for each component of the blocks that it lies in."""
     rng, result = np.random.default_rng(1), np.zeros(component.max(initial=-1) + 1, dtype=np.uint64)
     for event in (e for e in events if e.blocks is not None):
@@ -155,12 +155,17 @@ def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
 
 
 def build(
-    walk: Walk, events: list[Event], channels: Channels, rank: np.ndarray, starts: np.ndarray, blocks: np.ndarray
+    walk: ChannelTrace,
+    events: list[ChannelUse],
+    channels: Channels,
+    rank: np.ndarray,
+    starts: np.ndarray,
+    blocks: np.ndarray,
 ) -> Bases:
     """Bases from sorted components: basis b holds the ranks from starts[b] to starts[b + 1]."""
     of_channel = np.searchsorted(starts, rank, side="right") - 1
     place = rank - starts[of_channel]
-    touching: list[list[Event]] = [[] for _ in starts]
+    touching: list[list[ChannelUse]] = [[] for _ in starts]
     for event in events:
         for b in np.flatnonzero(np.bincount(of_channel[event.channels.reshape(-1).numpy()])):
             touching[b].append(event)
@@ -177,11 +182,11 @@ def build(
 Where = tuple[np.ndarray, np.ndarray, Channels]  # for each channel its basis, its place in it, and how it belongs to it
 
 
-def make_basis(index: int, events: list[Event], where: Where, blocks: np.ndarray) -> Basis:
+def make_basis(index: int, events: list[ChannelUse], where: Where, blocks: np.ndarray) -> Basis:
     """One basis from the events that touch it."""
     dim, starts = len(blocks), np.flatnonzero(np.diff(blocks, prepend=~blocks[:1]))
     heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
-    group = functools.reduce(operator.and_, (e.group for e in events), Group.LINEAR)
+    group = functools.reduce(operator.and_, (e.group for e in events), AllowedTransforms.LINEAR)
     writers: list[Edge] = []
     readers: list[Edge] = []
     for event in (e for e in events if e.parameter):
@@ -191,13 +196,13 @@ def make_basis(index: int, events: list[Event], where: Where, blocks: np.ndarray
             if len(here):
                 (readers if event.reads is not dual else writers).append(make_edge(event, here, dual, where, dim))
     reasons = [e.reason for e in events if e.reason]
-    if heads == dim and group & Group.ORTHOGONAL:
-        group &= Group.DIAGONAL
+    if heads == dim and group & AllowedTransforms.ORTHOGONAL:
+        group &= AllowedTransforms.DIAGONAL
         reasons.append("factors or heads set each of its channels apart from the others")
     return Basis(index, dim, heads, group, tuple(writers), tuple(readers), tuple(dict.fromkeys(reasons)))
 
 
-def make_edge(event: Event, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:
+def make_edge(event: ChannelUse, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:
     """Where along the parameter's axis the channels of one basis lie, copy by copy."""
     ids = event.channels.numpy()[here]
     here = here[np.lexsort((here, where[2].copy[ids], where[1][ids]))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.graph.views import Region
 
 
@@ -50,7 +50,7 @@ class Basis:
     index: int
     dim: int
     heads: int
-    group: Group
+    group: AllowedTransforms
     writers: tuple[Edge, ...]
     readers: tuple[Edge, ...]
     pins: tuple[str, ...]
@@ -61,7 +61,7 @@ class Basis:
         """The norm gain that writes the basis and that its readers can absorb, if there is one."""
         scaled = [e for e in self.writers if e.vector]
         linear = bool(self.readers) and not any(e.vector or e.dual for e in self.readers)
-        return scaled[0] if len(scaled) == 1 and linear and Group.DIAGONAL in self.group else None
+        return scaled[0] if len(scaled) == 1 and linear and AllowedTransforms.DIAGONAL in self.group else None
 
     def as_dict(self) -> dict[str, object]:
         """Plain data for JSON."""

@@ -17,7 +17,7 @@ Values = dict[fx.Node, Any]
 
 
 @dataclass(frozen=True)
-class State:
+class Overrides:
     """What a stretch of the program runs with.
 
     Attributes:
@@ -39,7 +39,7 @@ def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
 
 
 @torch.no_grad()
-def advance(program: Program, nodes: Iterable[fx.Node], values: Values, state: State) -> None:
+def run_nodes(program: Program, nodes: Iterable[fx.Node], values: Values, state: Overrides) -> None:
     """Compute nodes in order, adding their values to `values` and dropping each value after its last use."""
     for node in nodes:
         values[node] = run_node(program, node, values, state)
@@ -48,7 +48,7 @@ def advance(program: Program, nodes: Iterable[fx.Node], values: Values, state: S
                 values.pop(source, None)
 
 
-def run_node(program: Program, node: fx.Node, values: Values, state: State) -> Any:
+def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
     """One node's value."""
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))

@@ -94,8 +94,10 @@ def from_exported(
     constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
     output = next(n for n in module.graph.nodes if n.op == "output")
     inputs = {name: by_name[name] for name in names}
-    handed_on = frozenset(node for name, node in named_outputs(exported, output) if name.startswith("encoder_"))
-    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, handed_on)
+    intermediate_outputs = frozenset(
+        node for name, node in named_outputs(exported, output) if name.startswith("encoder_")
+    )
+    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, intermediate_outputs)
 
 
 def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Flag
 
 
-class Group(Flag):
+class AllowedTransforms(Flag):
     """Which matrices T may act on a basis; `A in B`: B allows every A; `A & B`: what both allow.
 
     `CENTRED_ORTHOGONAL` are the orthogonal matrices with T 1 = 1, which keep the mean of the channels as well as their

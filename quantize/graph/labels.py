@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from quantize.graph.group import Group
+from quantize.graph.group import AllowedTransforms
 from quantize.graph.views import Region, View, indices
 
 
 @dataclass(frozen=True)
-class Event:
+class ChannelUse:
     """Something that happens to channels: a parameter writes or reads them, or an operator restricts their group.
 
     Attributes:
@@ -32,7 +32,7 @@ class Event:
     """
 
     channels: Tensor
-    group: Group = Group.LINEAR
+    group: AllowedTransforms = AllowedTransforms.LINEAR
     reason: str = ""
     parameter: str = ""
     axis: int = 0
@@ -46,7 +46,7 @@ class Event:
 
 
 @dataclass
-class Walk:
+class ChannelTrace:
     """One walk over a graph: channel labels of its values, and what was found on the way.
 
     Attributes:
@@ -71,7 +71,7 @@ class Walk:
     views: dict[fx.Node, Any] = field(default_factory=dict)
     joined: list[Tensor] = field(default_factory=list)
     paired: list[Tensor] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    events: list[ChannelUse] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     uses: dict[str, list[tuple[fx.Node, Region]]] = field(default_factory=dict)
     accounted: set[tuple[fx.Node, str]] = field(default_factory=set)
@@ -91,20 +91,20 @@ class Walk:
         return ids
 
     def restrict(
-        self, labels: Tensor, group: Group, reason: str, blocks: Tensor | None = None, counted: bool = False
+        self, labels: Tensor, group: AllowedTransforms, reason: str, blocks: Tensor | None = None, counted: bool = False
     ) -> None:
         """Leave the channels of a label tensor at most `group`; `blocks` is of its shape."""
         for axis in set(range(labels.dim())) - set(channel_axes(labels)):
             labels = labels.narrow(axis, 0, 1)
             blocks = blocks if blocks is None else blocks.narrow(axis, 0, 1)
-        self.events.append(Event(labels.reshape(-1), group, reason, blocks=blocks, counted=counted))
+        self.events.append(ChannelUse(labels.reshape(-1), group, reason, blocks=blocks, counted=counted))
 
     def pin(self, node: fx.Node, reason: str) -> None:
         """Rule out every transform of the channels of a node's value; no channels, nothing to do."""
         for labels in (self.labels.get(node), self.squares.get(node), self.means.get(node)):
             for one in labels if isinstance(labels, list | tuple) else [labels]:
                 if one is not None:
-                    self.restrict(one, Group.NONE, reason)
+                    self.restrict(one, AllowedTransforms.NONE, reason)
 
     def pin_derived(self, node: fx.Node, reason: str) -> None:
         """Pin the channels whose square or mean a node's value is."""
@@ -127,15 +127,20 @@ class Walk:
         """
         region, along = view.region(), view.along(axis)
         if along is None or region is None or len(ids) != view.size[axis]:
-            return self.restrict(ids, Group.NONE, f"`{view.name}` is used in another shape than it is stored in")
-        group, positions = Group.DIAGONAL if gain else Group.LINEAR, indices(along[1], view.shape[along[0]])
+            return self.restrict(
+                ids, AllowedTransforms.NONE, f"`{view.name}` is used in another shape than it is stored in"
+            )
+        group, positions = (
+            AllowedTransforms.DIAGONAL if gain else AllowedTransforms.LINEAR,
+            indices(along[1], view.shape[along[0]]),
+        )
         self.events.append(
-            Event(ids, group, gain, view.name, along[0], reads, bool(gain), view.offset, positions, region)
+            ChannelUse(ids, group, gain, view.name, along[0], reads, bool(gain), view.offset, positions, region)
         )
         self.uses.setdefault(view.name, []).append((node, region))
         self.accounted.add((node, view.name))
 
-    def alike(self, labels: Tensor, axis: int = -1) -> Tensor:
+    def merge_equal(self, labels: Tensor, axis: int = -1) -> Tensor:
         """One id for each index of an axis: a parameter along it treats all that stands there alike, so it is one."""
         rows = labels.movedim(axis, -1)
         for d in range(rows.dim() - 1):
@@ -143,7 +148,7 @@ class Walk:
                 rows = rows.narrow(d, 0, 1)
         rows = rows.reshape(-1, rows.shape[-1])
         if len(rows) > 1:
-            self.joined.append(meeting(rows[:1].expand_as(rows[1:]), rows[1:]))
+            self.joined.append(id_pairs(rows[:1].expand_as(rows[1:]), rows[1:]))
         return rows[0].clone()
 
     def view(self, node: Any) -> View | None:
@@ -167,7 +172,7 @@ def concrete(value: Any) -> Any:
     return int(expression.xreplace(known).xreplace(dict.fromkeys(expression.free_symbols, 2)))
 
 
-def move(walk: Walk, node: fx.Node) -> Any:
+def move(walk: ChannelTrace, node: fx.Node) -> Any:
     """Run a data-movement operator on labels instead of values."""
 
     def substitute(n: fx.Node) -> Any:
@@ -208,7 +213,7 @@ def trimmed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def meeting(a: Tensor, b: Tensor) -> Tensor:
+def id_pairs(a: Tensor, b: Tensor) -> Tensor:
     """Int64 [2, count]: which ids of two label tensors of one shape meet."""
     return torch.stack([a.reshape(-1), b.reshape(-1)])
 

@@ -64,7 +64,7 @@ class Linear:
     columns: int
     transposed: bool
 
-    def oriented(self, weight: Tensor) -> Tensor:
+    def as_out_in(self, weight: Tensor) -> Tensor:
         """The weight as [N, K] from how it is stored, and back."""
         return weight.T if self.transposed else weight
 
@@ -108,7 +108,7 @@ def parameter_size(node: Any, parameters: Mapping[fx.Node, str]) -> tuple[int, .
     return tuple(node.meta["val"].shape) if isinstance(node, fx.Node) and node in parameters else ()
 
 
-def irreplaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapping[fx.Node, str]) -> set[str]:
+def not_replaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapping[fx.Node, str]) -> set[str]:
     """Weights of linears whose module computes anything else, so that no other module can stand in for it."""
     by_name, inside = {name: node for node, name in parameters.items()}, nodes_inside(graph)
     groups: dict[str, list[Linear]] = defaultdict(list)  # a module may be called several times

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, irreplaceable, stacks
+from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, not_replaceable, stacks
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
@@ -40,9 +40,10 @@ class Program:
         inputs: argument of forward → its placeholder, the main input first.
         segments: all other nodes but the output, in order.
         output: the node that returns.
-        handed_on: outputs that are no result: an encoder's states beside a decoder's output, which the decoder reads.
+        intermediate_outputs: outputs that are no result: an encoder's states beside a decoder's output, which the
+            decoder reads.
         read: names of weights that the model reads itself beside their product.
-        refused: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
+        export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
     module: fx.GraphModule
@@ -52,18 +53,18 @@ class Program:
     inputs: dict[str, fx.Node]
     segments: tuple[Segment, ...]
     output: fx.Node
-    handed_on: frozenset[fx.Node] = frozenset()
+    intermediate_outputs: frozenset[fx.Node] = frozenset()
     read: frozenset[str] = frozenset()
-    refused: str = ""
+    export_error: str = ""
 
     @property
-    def refusal(self) -> str:
+    def export_error_message(self) -> str:
         """What it means that the model cannot be exported, as a line to show."""
-        return f"the model cannot be exported ({self.refused}): only online transforms are used"
+        return f"the model cannot be exported ({self.export_error}): only online transforms are used"
 
     def export_record(self) -> dict[str, object]:
         """Plain data for JSON: whether the model could be exported, and why not."""
-        return {"exported": not self.refused, "reason": self.refused}
+        return {"exported": not self.export_error, "reason": self.export_error}
 
     @property
     def vocabulary(self) -> int:
@@ -79,15 +80,15 @@ class Program:
     def linears(self, segment: Segment) -> list[Linear]:
         """The linears of a segment that a quantized one can stand in for, in order."""
         found = (self._linears[node] for node in segment.nodes if node in self._linears)
-        return [linear for linear in found if linear.weight not in self.irreplaceable]
+        return [linear for linear in found if linear.weight not in self.not_replaceable]
 
     @functools.cached_property
-    def irreplaceable(self) -> dict[str, str]:
+    def not_replaceable(self) -> dict[str, str]:
         """The weights of all other linears, and stacks of them, and why."""
-        more = irreplaceable(self.module.graph, self._linears.values(), self.parameters)
+        more = not_replaceable(self.module.graph, self._linears.values(), self.parameters)
         return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE) | stacks(self.parameters)
 
-    def idle(self, outputs: list[Tensor]) -> list[str]:
+    def never_executed(self, outputs: list[Tensor]) -> list[str]:
         """Linears that none of some runs has reached; an exported graph runs all."""
         del outputs
         return []

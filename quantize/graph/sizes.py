@@ -22,7 +22,7 @@ Shape = Callable[[fx.Node], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ShapeInfo:
     """A program on inputs of certain shapes.
 
     Attributes:
@@ -50,7 +50,7 @@ class Sizes:
     def number(self, size: int | torch.SymInt) -> int:
         """A size that may depend on those of the inputs."""
         if isinstance(size, int):
-            return self.rows if self.program.refused and size == BATCH else size  # a batch of rows, not in a graph
+            return self.rows if self.program.export_error and size == BATCH else size  # a batch of rows, not in a graph
         if (expression := size.node.expr) not in self._known:
             self._known[expression] = int(expression.subs(self._symbols))
         return self._known[expression]
@@ -67,11 +67,11 @@ class Sizes:
         """What a node's value holds: identity of a storage → bytes. Views hold the storage of what they look at."""
         value = node.meta.get("val")
         tensors = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
-        if self.program.refused:
+        if self.program.export_error:
             return {id(x): math.prod(map(self.number, x.shape)) * 4 for x in tensors}
         return {x.untyped_storage()._cdata: self.number(x.untyped_storage().nbytes()) for x in tensors}
 
-    def made(self, node: fx.Node) -> int:
+    def bytes_written(self, node: fx.Node) -> int:
         """Bytes that a node writes: its value, unless that is a view."""
         given = {key for source in node.all_input_nodes if "val" in source.meta for key in self.storages(source)}
         return sum(size for key, size in self.storages(node).items() if key not in given)
@@ -86,7 +86,7 @@ class Sizes:
 
 
 def multiply_adds(node: fx.Node, shape: Shape) -> int:
-    """`Sizes.multiply_adds`, given the shape of each node's value."""
+    """`ShapeInfo.multiply_adds`, given the shape of each node's value."""
     name = name_of(node) if node.op == "call_function" else ""
     if name in PRODUCTS:
         inner = shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def multiply_adds(node: fx.Node, shape: Shape) -> int:
 
 
 def scores(node: fx.Node, shape: Shape) -> int:
-    """`Sizes.scores`, given the shape of each node's value."""
+    """`ShapeInfo.scores`, given the shape of each node's value."""
     if node.op != "call_function" or name_of(node) != ATTENTION:
         return 0
     query, key = (shape(n) for n in node.args[:2])  # type: ignore[arg-type]
@@ -103,28 +103,28 @@ def scores(node: fx.Node, shape: Shape) -> int:
 
 
 @dataclass
-class Alive:
+class LiveBytes:
     """The values alive on one batch's way through a program.
 
     Attributes:
         peaks: for each segment the most bytes alive within it.
-        stops: the most bytes alive at the first of the linears that share an input, and behind it.
+        linear_inputs: the most bytes alive at the first of the linears that share an input, and behind it.
         borders: bytes alive behind it.
     """
 
     peaks: dict[str, int]
-    stops: dict[str, int]
+    linear_inputs: dict[str, int]
     borders: dict[str, int]
 
 
-def walk(sizes: Sizes) -> Alive:
+def walk(sizes: ShapeInfo) -> LiveBytes:
     """Follow the values of one batch from their making to their last use."""
     program, held = sizes.program, dict[fx.Node, dict[int, int]]()
-    found = Alive({}, {}, {})
+    found = LiveBytes({}, {}, {})
     for node in program.inputs.values():
         held[node] = {id(node): 8 * math.prod(next(iter(sizes.shapes.values())))}
     for segment in program.segments:
-        sources, peak, stop = stops(program, segment), 0, total(held)
+        sources, peak, stop = first_linear_per_input(program, segment), 0, total(held)
         for node in segment.nodes:
             stop = max(stop, total(held) if node in sources else 0)
             held[node] = sizes.storages(node)
@@ -133,7 +133,7 @@ def walk(sizes: Sizes) -> Alive:
                 if program.last_use[source] is node:
                     held.pop(source, None)
         found.peaks[segment.name], found.borders[segment.name] = peak, total(held)
-        found.stops[segment.name] = max(stop, total(held))
+        found.linear_inputs[segment.name] = max(stop, total(held))
     return found
 
 
@@ -142,6 +142,6 @@ def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
     return sum({key: size for storages in held.values() for key, size in storages.items()}.values())
 
 
-def stops(program: Program, segment: Segment) -> set[fx.Node]:
+def first_linear_per_input(program: Program, segment: Segment) -> set[fx.Node]:
     """The first node of each group of linears that share an input."""
     return {group[0].node for group in by_input(program.linears(segment))}

@@ -30,7 +30,7 @@ Linears = list[tuple[str, nn.Linear]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unexported(Program):
+class LinearsOnlyProgram(Program):
     """A program of linears alone.
 
     Attributes:
@@ -47,11 +47,11 @@ class Unexported(Program):
         return vocabulary(self.model)
 
     @functools.cached_property
-    def irreplaceable(self) -> dict[str, str]:
+    def not_replaceable(self) -> dict[str, str]:
         """The weights of linears that no other module can stand in for, and why."""
         return {f"{path}.weight": READ_ITSELF for path in weights_read(self.model)}
 
-    def idle(self, outputs: list[Tensor]) -> list[str]:
+    def never_executed(self, outputs: list[Tensor]) -> list[str]:
         """Linears without a row in any of the outputs, which are those of one run after the other."""
         return [path for i, path in enumerate(self.paths) if not any(map(len, outputs[i :: len(self.paths)]))]
 
@@ -75,12 +75,12 @@ def make_program(checkpoint: Checkpoint, skeleton: nn.Module) -> Program:
         return program
 
 
-def unexported_program(checkpoint: Checkpoint, refused: str) -> Unexported:
+def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnlyProgram:
     """A graph of a model's linears, block by block, each on what `linear_inputs` gives.
 
     Args:
         checkpoint: the model.
-        refused: why it cannot be exported.
+        export_error: why it cannot be exported.
     """
     skeleton = checkpoint.skeleton()
     exported.untie(skeleton)
@@ -92,7 +92,7 @@ def unexported_program(checkpoint: Checkpoint, refused: str) -> Unexported:
     weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters(remove_duplicate=False)}
     runs = [(name, add_block(graph, source, inputs, weights, run)) for name, run in blocks_of(linears)]
     output = graph.output(tuple(node for _, nodes in runs for node in nodes if not node.users))
-    return Unexported(
+    return LinearsOnlyProgram(
         module=fx.GraphModule(nn.Module(), graph),
         parameters={node: name for name, node in weights.items()},
         buffers={},
@@ -100,7 +100,7 @@ def unexported_program(checkpoint: Checkpoint, refused: str) -> Unexported:
         inputs=inputs,
         segments=tuple(segment(name, nodes, weights) for name, nodes in exported.split_tail(runs)),
         output=output,
-        refused=refused,
+        export_error=export_error,
         model=model,
         paths=tuple(linears),
     )

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from quantize.online.base import Online as Online
 from quantize.online.dual import Dual
-from quantize.online.front import Front as Front
+from quantize.online.front import InputTransform as InputTransform
 from quantize.online.hadamard import Hadamard, hadamard
 from quantize.online.shift import Shift
 
 KINDS: dict[str, type[Online]] = {kind.kind: kind for kind in (Dual, Hadamard, Shift)}
-__all__ = ["KINDS", "Dual", "Front", "Hadamard", "Online", "Shift", "hadamard", "restore"]
+__all__ = ["KINDS", "Dual", "Hadamard", "InputTransform", "Online", "Shift", "hadamard", "restore"]
 
 
 def restore(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], columns: int) -> Online:

@@ -16,11 +16,11 @@ class Online(nn.Module):
 
     Attributes:
         kind: what artifacts call it.
-        shifts: n is not zero.
+        has_shift: n is not zero.
     """
 
     kind: ClassVar[str]
-    shifts: ClassVar[bool] = False
+    has_shift: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Dual(Online):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., K]."""
-        return DualRotation(self.first, self.permutation, self.second).write(x)
+        return DualRotation(self.first, self.permutation, self.second).apply(x)
 
     def weight(self, W: Tensor) -> Tensor:
         """T is orthogonal, so T⁻ᵀ = T."""

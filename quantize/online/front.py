@@ -13,25 +13,25 @@ from quantize.scheme import ActivationArgs
 
 
 @dataclass(frozen=True)
-class Front:
+class InputTransform:
     """Online transforms in order, then how the result is quantized (None: it is not)."""
 
     online: tuple[Online, ...] = ()
     activations: ActivationArgs | None = None
 
-    def then(self, online: Online) -> Front:
+    def append(self, online: Online) -> InputTransform:
         """With one more transform behind the others."""
         return replace(self, online=(*self.online, online))
 
     @property
-    def shifts(self) -> bool:
+    def has_shift(self) -> bool:
         """Whether the bias has to make up for something."""
-        return any(transform.shifts for transform in self.online)
+        return any(transform.has_shift for transform in self.online)
 
     @property
     def rotations(self) -> tuple[Online, ...]:
         """The transforms that the weight absorbs."""
-        return tuple(transform for transform in self.online if not transform.shifts)
+        return tuple(transform for transform in self.online if not transform.has_shift)
 
     def transform(self, x: Tensor) -> Tensor:
         """[..., K] → [..., K] as it reaches the quantizer."""
@@ -48,9 +48,9 @@ class Front:
     def quantized(self, x: Tensor) -> Tensor:
         """[..., K] → [..., K]: `rotate`, with the error that the quantizer makes."""
         rounded = fake_quantize(self.transform(x), self.activations)
-        return rounded - self.transform(torch.zeros_like(x[..., :1, :])) if self.shifts else rounded
+        return rounded - self.transform(torch.zeros_like(x[..., :1, :])) if self.has_shift else rounded
 
-    def absorb(self, W: Tensor, done: int = 0) -> Tensor:
+    def fold_into_weight(self, W: Tensor, done: int = 0) -> Tensor:
         """W [N, K] behind the transforms from number `done` on, computed in float64, in the dtype of W."""
         wide = W.double()
         for transform in self.online[done:]:
@@ -59,7 +59,7 @@ class Front:
 
     def bias(self, W: Tensor, bias: Tensor | None) -> Tensor | None:
         """The output bias [N] that takes the shift back exactly for the weight W [N, K] that is multiplied with."""
-        if not self.shifts:
+        if not self.has_shift:
             return bias
         surplus = self.transform(torch.zeros(W.shape[1], dtype=torch.float64)) @ W.double().T
         return (-surplus if bias is None else bias.double() - surplus).float()

@@ -13,7 +13,7 @@ class Shift(Online):
     """x → x + n, n [K]; the bias becomes b - n Wᵀ (NoisyQuant, arXiv 2211.16056, equation 8)."""
 
     kind: ClassVar[str] = "shift"
-    shifts: ClassVar[bool] = True
+    has_shift: ClassVar[bool] = True
     n: Tensor
 
     def __init__(self, n: Tensor) -> None:

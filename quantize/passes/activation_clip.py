@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.online import Front
-from quantize.passes.base import PASSES, Pass, Place, input_error
+from quantize.online import InputTransform
+from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 
 RATIOS = tuple(1 - i / 20 for i in range(13))
 
@@ -21,18 +21,21 @@ class ActivationClip(Pass):
     needs: ClassVar[type[Statistic] | None] = Rows
     never_after: ClassVar[Mapping[str, str]] = {"noisy_bias": "the bias was searched for the grid before clipping"}
 
-    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+    def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """In front of every linear."""
         del basis, columns
         return True
 
-    def front(self, place: Place) -> Front:
+    def input_transform(self, place: LinearContext) -> InputTransform:
         """The same, with the grid clipped."""
-        if place.front.activations is None or place.rows is None:
-            return place.front
+        if place.input_transform.activations is None or place.rows is None:
+            return place.input_transform
         rows = place.rows
-        fronts = [
-            replace(place.front, activations=place.front.activations.model_copy(update={"clip_ratio": ratio}))
+        input_transforms = [
+            replace(
+                place.input_transform,
+                activations=place.input_transform.activations.model_copy(update={"clip_ratio": ratio}),
+            )
             for ratio in RATIOS
         ]
-        return min(fronts, key=lambda front: input_error(place, rows, front))
+        return min(input_transforms, key=lambda input_transform: input_error(place, rows, input_transform))

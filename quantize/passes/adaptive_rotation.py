@@ -8,9 +8,9 @@ from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.fold import Rotation, Transform
-from quantize.graph.group import Group
-from quantize.online import Dual, Front
-from quantize.passes.base import PASSES, Place, Site
+from quantize.graph.group import AllowedTransforms
+from quantize.online import Dual, InputTransform
+from quantize.passes.base import PASSES, BasisContext, LinearContext
 from quantize.passes.rotate import Rotate
 from quantize.rotations.adaptive import adaptive_rotation
 
@@ -28,20 +28,20 @@ class AdaptiveRotation(Rotate):
     """
 
     needs: ClassVar[type[Statistic] | None] = Rows
-    spans: ClassVar[bool] = True
+    cross_block: ClassVar[bool] = True
     threshold: float | None = Field(None, gt=0)
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """The rotation that suits the inputs of all linears that read the basis."""
-        if site.basis.heads > 1 or Group.ORTHOGONAL not in site.basis.group:
+        if site.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in site.basis.group:
             return super().transform(site)
         return adaptive_rotation(site.inputs(), self.threshold, site.generator)
 
-    def front(self, place: Place) -> Front:
+    def input_transform(self, place: LinearContext) -> InputTransform:
         """The rotation that suits the input, or the part of one that no weight absorbed."""
         if not self.unreached(place.basis) or place.rows is None:
-            return super().front(place)
+            return super().input_transform(place)
         found = adaptive_rotation(place.rows, self.threshold, place.generator)
         if isinstance(found, Rotation):
-            return super().front(place)
-        return place.front.then(Dual(found.first, found.permutation, found.second))
+            return super().input_transform(place)
+        return place.input_transform.append(Dual(found.first, found.permutation, found.second))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quantize.fold import Diagonal, Transform
-from quantize.passes.base import PASSES, Site
+from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
 
 EXPONENTS = tuple(i / 10 for i in range(11))
@@ -17,7 +17,7 @@ class AQAS(Scaling):
     AWQ (b = 0, by magnitude) and the identity, so on the calibration data the error is at most theirs.
     """
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = diag(1/s)."""
         X, W = reach(site)
         candidates = (live(X**a / W**b, X, W) for a in EXPONENTS for b in EXPONENTS)

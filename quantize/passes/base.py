@@ -12,8 +12,8 @@ from torch import Tensor
 from quantize.calibration.statistics import Statistic
 from quantize.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
-from quantize.graph.group import Group
-from quantize.online import Front
+from quantize.graph.group import AllowedTransforms
+from quantize.online import InputTransform
 from quantize.registry import Registry
 from quantize.scheme import Data, Scheme
 
@@ -21,7 +21,7 @@ PASSES = Registry("pass")
 
 
 @dataclass(frozen=True)
-class Site:
+class BasisContext:
     """A basis to transform.
 
     Attributes:
@@ -61,15 +61,15 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Place:
+class LinearContext:
     """A linear that is quantized, and what is in front of it.
 
     Attributes:
         path: its module.
         basis: what it reads, if that is one basis.
-        statistic: of its input behind `front`; None without `Pass.needs`.
-        weight: [N, K] behind `front`.
-        front: what the passes before have put there.
+        statistic: of its input behind `input_transform`; None without `Pass.needs`.
+        weight: [N, K] behind `input_transform`.
+        input_transform: what the passes before have put there.
         scheme: what it is quantized to.
         generator: private, the same for all linears that share an input.
     """
@@ -78,7 +78,7 @@ class Place:
     basis: Basis | None
     statistic: Any
     weight: Tensor
-    front: Front
+    input_transform: InputTransform
     scheme: Scheme
     generator: torch.Generator
 
@@ -94,16 +94,17 @@ class Pass(Data):
     Attributes:
         name: what recipes call it.
         legal: a basis must admit this group.
-        needs: the statistic of linear inputs that `transform` and `front` are given; None for none.
-        spans: with `needs`, act on bases that run through several blocks as well; the float model is run once more.
+        needs: the statistic of linear inputs that `transform` and `input_transform` are given; None for none.
+        cross_block: with `needs`, act on bases that run through several blocks as well; the float model is run once
+            more.
         folds_gains: after the pass the gains that write its sites are ones.
         never_after: names of passes that must not come before this one, and why.
     """
 
     name: ClassVar[str]
-    legal: ClassVar[Group] = Group.NONE
+    legal: ClassVar[AllowedTransforms] = AllowedTransforms.NONE
     needs: ClassVar[type[Statistic] | None] = None
-    spans: ClassVar[bool] = False
+    cross_block: ClassVar[bool] = False
     folds_gains: ClassVar[bool] = False
     never_after: ClassVar[Mapping[str, str]] = {}
 
@@ -115,33 +116,34 @@ class Pass(Data):
         """
         del scheme
 
-    def acts_on(self, basis: Basis) -> bool:
+    def selects(self, basis: Basis) -> bool:
         """Whether to transform a basis that is legal, written and read."""
         del basis
         return False
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T for one basis on which the pass acts."""
         return Diagonal(torch.ones(site.basis.dim))
 
-    def goes_online(self, basis: Basis | None, columns: int) -> bool:
-        """Whether `front` may change what is in front of a linear of `columns` inputs that reads `basis`."""
+    def transforms_input(self, basis: Basis | None, columns: int) -> bool:
+        """Whether `input_transform` may change what is in front of a linear of `columns` inputs that reads `basis`."""
         del basis, columns
         return False
 
-    def front(self, place: Place) -> Front:
-        """What shall be in front of a linear: `place.front`, or more."""
-        return place.front
+    def input_transform(self, place: LinearContext) -> InputTransform:
+        """What shall be in front of a linear: `place.input_transform`, or more."""
+        return place.input_transform
 
     def sites(self, bases: tuple[Basis, ...]) -> tuple[Basis, ...]:
         """The bases to transform."""
-        return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.acts_on(b))
+        return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.selects(b))
 
 
-def input_error(place: Place, X: Tensor, front: Front) -> float:
-    """‖(X̂ - X) Wᵀ‖²: what the rounding of a linear's input X [rows, K] behind `place.front` costs its output.
+def input_error(place: LinearContext, X: Tensor, input_transform: InputTransform) -> float:
+    """‖(X̂ - X) Wᵀ‖²: what the rounding of a linear's input X [rows, K] behind `place.input_transform` costs its output.
 
-    `front` is `place.front` with other activation arguments, or one more transform that no weight absorbs.
+    `input_transform` is `place.input_transform` with other activation arguments, or one more transform that no weight
+    absorbs.
     """
-    behind = Front(front.online[len(place.front.online) :], front.activations)
+    behind = InputTransform(input_transform.online[len(place.input_transform.online) :], input_transform.activations)
     return float(((behind.quantized(X) - X) @ place.weight.T).square().sum())

@@ -7,8 +7,8 @@ from typing import ClassVar
 from quantize.errors import QuantizeError
 from quantize.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
-from quantize.graph.group import Group
-from quantize.passes.base import PASSES, Pass, Site
+from quantize.graph.group import AllowedTransforms
+from quantize.passes.base import PASSES, BasisContext, Pass
 
 
 @PASSES.register("fold_norms")
@@ -18,14 +18,14 @@ class FoldNorms(Pass):
     Only then does the residual stream admit rotations.
     """
 
-    legal: ClassVar[Group] = Group.DIAGONAL
+    legal: ClassVar[AllowedTransforms] = AllowedTransforms.DIAGONAL
     folds_gains: ClassVar[bool] = True
 
-    def acts_on(self, basis: Basis) -> bool:
+    def selects(self, basis: Basis) -> bool:
         """Bases that one gain writes."""
         return basis.gain is not None
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = diag(1/g).
 
         Raises:

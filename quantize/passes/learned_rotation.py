@@ -8,8 +8,8 @@ from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.fold import Transform
-from quantize.graph.group import Group
-from quantize.passes.base import PASSES, Site
+from quantize.graph.group import AllowedTransforms
+from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.rotate import Rotate
 from quantize.rotations.blocks import BlockRotation
 from quantize.rotations.learned import Objective, learn_rotation
@@ -28,13 +28,13 @@ class LearnedRotation(Rotate):
     """
 
     needs: ClassVar[type[Statistic] | None] = Rows
-    spans: ClassVar[bool] = True
+    cross_block: ClassVar[bool] = True
     objective: Objective = "whip"
     steps: int = Field(200, ge=0)
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = R, with R 1 = 1 where a norm takes the mean; within heads a random Hadamard matrix."""
         if site.basis.heads > 1:
             return super().transform(site)
-        centred = Group.ORTHOGONAL not in site.basis.group
+        centred = AllowedTransforms.ORTHOGONAL not in site.basis.group
         return BlockRotation(learn_rotation(site.inputs(), self.objective, site.generator, self.steps, centred=centred))

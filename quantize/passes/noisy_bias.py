@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.online import Front, Shift
-from quantize.passes.base import PASSES, Pass, Place, input_error
+from quantize.online import InputTransform, Shift
+from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 
 AFTER_BIAS = "the bias was searched for inputs that are not rotated"
 
@@ -36,17 +36,17 @@ class NoisyBias(Pass):
     steps: int = Field(20, ge=1)
     mean_shift: bool = False
 
-    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+    def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """In front of every linear."""
         del basis, columns
         return True
 
-    def front(self, place: Place) -> Front:
+    def input_transform(self, place: LinearContext) -> InputTransform:
         """With a shift, if one helps."""
-        if place.front.activations is None or place.rows is None or place.front.shifts:
-            return place.front
+        if place.input_transform.activations is None or place.rows is None or place.input_transform.has_shift:
+            return place.input_transform
         search, held_out = place.rows[::2], place.rows[1::2]
-        step = mean_step(search, place.front.activations.num_bits)
+        step = mean_step(search, place.input_transform.activations.num_bits)
         noise = torch.rand(search.shape[1], generator=place.generator) * 2 - 1
         m = torch.zeros_like(noise)
         if self.mean_shift:
@@ -54,13 +54,15 @@ class NoisyBias(Pass):
             m = m + self._best(place, search, [m, *(m + value for value in grid)]).mean()
         grid = [step * self.amplitude * i / self.steps for i in range(self.steps + 1)]
         shift = self._best(place, search, [m + n * noise for n in grid])
-        front = place.front.then(Shift(shift))
-        helps = bool(shift.any()) and input_error(place, held_out, front) < input_error(place, held_out, place.front)
-        return front if helps else place.front
+        input_transform = place.input_transform.append(Shift(shift))
+        helps = bool(shift.any()) and input_error(place, held_out, input_transform) < input_error(
+            place, held_out, place.input_transform
+        )
+        return input_transform if helps else place.input_transform
 
-    def _best(self, place: Place, X: Tensor, shifts: list[Tensor]) -> Tensor:
+    def _best(self, place: LinearContext, X: Tensor, shifts: list[Tensor]) -> Tensor:
         """The shift of least output error, the first of equals."""
-        return min(shifts, key=lambda shift: input_error(place, X, place.front.then(Shift(shift))))
+        return min(shifts, key=lambda shift: input_error(place, X, place.input_transform.append(Shift(shift))))
 
 
 def mean_step(X: Tensor, num_bits: int) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.fold import Diagonal, Transform
-from quantize.passes.base import PASSES, Site
+from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, live
 
 
@@ -18,13 +18,13 @@ class Rescale(Scaling):
     and the error of a product to both. A diagonal that a model was scaled with before leaves the result as it is.
     """
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
         X, W = energies(site)
         return Diagonal(1 / live((X / W) ** 0.25, X, W))
 
 
-def energies(site: Site) -> tuple[Tensor, Tensor]:
+def energies(site: BasisContext) -> tuple[Tensor, Tensor]:
     """Σ X_j² and Σ W_j² of each channel of a basis over the linears that read it, float64 [dim]."""
     X, W = torch.zeros(2, site.basis.dim, dtype=torch.float64)
     for seen, weight, indices in site.readers():

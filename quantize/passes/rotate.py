@@ -12,9 +12,9 @@ from pydantic import Field
 from quantize.errors import UsageError
 from quantize.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
-from quantize.graph.group import Group
-from quantize.online import Front, hadamard
-from quantize.passes.base import PASSES, Pass, Place, Site
+from quantize.graph.group import AllowedTransforms
+from quantize.online import InputTransform, hadamard
+from quantize.passes.base import PASSES, BasisContext, LinearContext, Pass
 from quantize.scheme import Scheme
 
 FORMAT_BLOCKS = {"mxfp4": 32}  # a group of its own scale (MR-GPTQ, arXiv 2509.23202, section 4)
@@ -39,7 +39,7 @@ class Rotate(Pass):
             lose by rotation (`make bench-handlers`), so there it must be asked for.
     """
 
-    legal: ClassVar[Group] = Group.CENTRED_ORTHOGONAL
+    legal: ClassVar[AllowedTransforms] = AllowedTransforms.CENTRED_ORTHOGONAL
     never_after: ClassVar[Mapping[str, str]] = AFTER_SEARCH
     residual: bool = True
     heads: bool = True
@@ -54,20 +54,20 @@ class Rotate(Pass):
                 "leave it out, or give it a block_size"
             )
 
-    def acts_on(self, basis: Basis) -> bool:
+    def selects(self, basis: Basis) -> bool:
         """Heads of values, or whole bases, as switched on."""
         if any(edge.dual for edge in basis.readers):
             return False  # queries and keys: nothing that is quantized gains
         return self.heads if basis.heads > 1 else self.residual
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = diag(random signs) · (I ⊗ H), H as large as a head; where a norm takes the mean, one that keeps it."""
         basis = site.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
-        kind = Rotation if Group.ORTHOGONAL in basis.group else CentredRotation
+        kind = Rotation if AllowedTransforms.ORTHOGONAL in basis.group else CentredRotation
         return kind(signs, self.order(basis.dim // basis.heads, site.scheme))
 
-    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+    def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
         del columns
         return self.online_hadamard and (self.unreached(basis) or (basis is not None and basis.heads > 1))
@@ -76,14 +76,14 @@ class Rotate(Pass):
         """Whether no weight rotates what a linear reads."""
         return basis is None or not self.sites((basis,))
 
-    def front(self, place: Place) -> Front:
+    def input_transform(self, place: LinearContext) -> InputTransform:
         """The part of a full rotation that no weight absorbed."""
         basis, columns = place.basis, place.weight.shape[1]
         if basis is None or self.unreached(basis):
-            return place.front.then(hadamard(self.order(columns, place.scheme)))
+            return place.input_transform.append(hadamard(self.order(columns, place.scheme)))
         head_dim = basis.dim // basis.heads
         across = self.order(columns, place.scheme) // self.order(head_dim, place.scheme)
-        return place.front.then(hadamard(across, head_dim)) if across > 1 else place.front
+        return place.input_transform.append(hadamard(across, head_dim)) if across > 1 else place.input_transform
 
     def order(self, columns: int, scheme: Scheme) -> int:
         """How many channels a rotation mixes."""

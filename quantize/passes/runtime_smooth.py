@@ -10,8 +10,8 @@ from pydantic import Field
 
 from quantize.errors import UsageError
 from quantize.graph.basis import Basis
-from quantize.online import Front
-from quantize.passes.base import PASSES, Pass, Place
+from quantize.online import InputTransform
+from quantize.passes.base import PASSES, LinearContext, Pass
 from quantize.scheme import RuntimeSmoothArgs, Scheme
 
 
@@ -49,13 +49,16 @@ class RuntimeSmooth(Pass):
                 "give --group-size 0, one scale for each output channel"
             )
 
-    def goes_online(self, basis: Basis | None, columns: int) -> bool:
+    def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Everywhere that there is more than one group."""
         del basis
         return columns > self.group_size
 
-    def front(self, place: Place) -> Front:
+    def input_transform(self, place: LinearContext) -> InputTransform:
         """The same, with activations smoothed before they are quantized."""
-        assert place.front.activations is not None
+        assert place.input_transform.activations is not None
         args = RuntimeSmoothArgs(group_size=self.group_size, normalize_tokens=self.normalize_tokens)
-        return replace(place.front, activations=place.front.activations.model_copy(update={"runtime_smooth": args}))
+        return replace(
+            place.input_transform,
+            activations=place.input_transform.activations.model_copy(update={"runtime_smooth": args}),
+        )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.graph.group import Group
-from quantize.passes.base import Pass, Site
+from quantize.graph.group import AllowedTransforms
+from quantize.passes.base import BasisContext, Pass
 from quantize.quantizers.base import fake_quantize_weight
 from quantize.rounding import fake_quantize
 
@@ -21,18 +21,18 @@ AFTER_ROTATION = "the rotation has spread the outliers over all channels, and sc
 class Scaling(Pass):
     """T = diag(1/s), s > 0, on every basis that linears read."""
 
-    legal: ClassVar[Group] = Group.POSITIVE_DIAGONAL
+    legal: ClassVar[AllowedTransforms] = AllowedTransforms.POSITIVE_DIAGONAL
     needs: ClassVar[type[Statistic] | None] = Rows
     never_after: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("rotate", "adaptive_rotation", "learned_rotation"), AFTER_ROTATION
     )
 
-    def acts_on(self, basis: Basis) -> bool:
+    def selects(self, basis: Basis) -> bool:
         """Bases that linears read."""
         return not any(edge.vector or edge.dual for edge in basis.readers)
 
 
-def reach(site: Site) -> tuple[Tensor, Tensor]:
+def reach(site: BasisContext) -> tuple[Tensor, Tensor]:
     """max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads it."""
     X, W = torch.zeros(site.basis.dim, dtype=torch.float64), torch.zeros(site.basis.dim, dtype=torch.float64)
     for seen, weight, indices in site.readers():
@@ -48,7 +48,7 @@ def live(s: Tensor, X: Tensor, W: Tensor) -> Tensor:
     return torch.where((X > 0) & (W > 0), s, torch.ones_like(s))
 
 
-def joint_error(site: Site, s: Tensor) -> float:
+def joint_error(site: BasisContext, s: Tensor) -> float:
     """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the linears that read a basis (AQAS, arXiv 2311.05161, equation 1).
 
     Args:
@@ -69,6 +69,6 @@ def joint_error(site: Site, s: Tensor) -> float:
     return total
 
 
-def best_scale(site: Site, candidates: Iterable[Tensor]) -> Tensor:
+def best_scale(site: BasisContext, candidates: Iterable[Tensor]) -> Tensor:
     """The candidate of least `joint_error`, the first of equals."""
     return min(candidates, key=lambda s: joint_error(site, s))

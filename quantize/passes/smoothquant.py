@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantize.fold import Diagonal, Transform
-from quantize.passes.base import PASSES, Site
+from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
 
 GRID = tuple(i / 20 for i in range(21))
@@ -25,7 +25,7 @@ class SmoothQuant(Scaling):
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
 
-    def transform(self, site: Site) -> Transform:
+    def transform(self, site: BasisContext) -> Transform:
         """T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
         X, W = reach(site)
         if self.alpha == "search":

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
-from quantize.quantizers.base import on_integers
+from quantize.quantizers.base import round_to_grid
 from quantize.quantizers.hessian import panels
 from quantize.scheme import WeightArgs
 
-LEAF = 16  # columns that move one another one by one; more of them do so by a matrix product
+LEAF_COLUMNS = 16  # columns that move one another one by one; more of them do so by a matrix product
 
 
 @dataclass(frozen=True)
-class Grid:
+class QParams:
     """The grid of some columns [b] of N rows: scale and zero point [b, N], no zero point if it is symmetric."""
 
     scale: Tensor
@@ -29,7 +29,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Columns:
+class OrderedColumns:
     """The columns in the order in which they are rounded; each has the grid of its group.
 
     Attributes:
@@ -42,13 +42,13 @@ class Columns:
     group: Tensor
     args: WeightArgs
 
-    def grid(self, block: slice) -> Grid:
+    def grid(self, block: slice) -> QParams:
         """The grid of some of them."""
         group = self.group[block]
-        return Grid(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
+        return QParams(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
 
 
-def compensated(R: Tensor, A: Tensor, columns: Columns, block_size: int) -> Tensor:
+def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -> Tensor:
     """GPTQ: integers int8 [K, N] of weights, whose errors W - Ŵ take the place of the weights in R [K, N].
 
     Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ: the same as GPTQ's updates
@@ -58,12 +58,12 @@ def compensated(R: Tensor, A: Tensor, columns: Columns, block_size: int) -> Tens
     Q, errors = torch.empty_like(R, dtype=torch.int8), R.to(product_dtype())
     for block in panels(len(R), block_size):
         target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
-        round_in_turn(target, R[block], A[block, block], columns.grid(block))
+        round_columns(target, R[block], A[block, block], columns.grid(block))
         Q[block], errors[block] = target, R[block]
     return Q
 
 
-def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: Columns, block_size: int) -> None:
+def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int) -> None:
     """One round of coordinate descent on tr(R H Rᵀ): each column again, given all others; Q and R change in place.
 
     Args:
@@ -78,13 +78,13 @@ def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: Columns, block_size: int) ->
         grid, diagonal = columns.grid(block), H.diagonal()[block]
         change = grid.value(Q[block])
         target = change + H[block].to(errors) @ errors / diagonal[:, None]
-        round_in_turn(target, change, H[block, block] / diagonal, grid)
+        round_columns(target, change, H[block, block] / diagonal, grid)
         Q[block] = target
         R[block] += change
         errors[block] = R[block]
 
 
-def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Grid) -> None:
+def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QParams) -> None:
     """Integers q in place of the target [b, N], errors e = reference - value(q) in that of the reference, in turn.
 
     Args:
@@ -94,34 +94,34 @@ def round_in_turn(target: Tensor, reference: Tensor, feedback: Tensor, grid: Gri
         grid: of these columns.
     """
     with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
-        Turn(target, reference, feedback, grid).halves(slice(0, len(target)))
+        RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What `round_in_turn` is given."""
+class RecursiveUpdate:
+    """What `round_columns` is given."""
 
     target: Tensor
     reference: Tensor
     feedback: Tensor
-    grid: Grid
+    grid: QParams
 
-    def halves(self, part: slice) -> None:
+    def run(self, part: slice) -> None:
         """Some columns: one half, then the other, moved by the errors of the first."""
-        if part.stop - part.start <= LEAF:
-            return self.one_by_one(part)
+        if part.stop - part.start <= LEAF_COLUMNS:
+            return self.round_leaf(part)
         middle = (part.start + part.stop) // 2
         first, second = slice(part.start, middle), slice(middle, part.stop)
-        self.halves(first)
+        self.run(first)
         self.target[second].addmm_(self.feedback[first, second].T, self.reference[first])
-        return self.halves(second)
+        return self.run(second)
 
-    def one_by_one(self, part: slice) -> None:
+    def round_leaf(self, part: slice) -> None:
         """Few columns, each moved by the errors of all before it."""
         feedback, errors, args = self.feedback[part, part].T.contiguous(), self.reference[part].T, self.grid.args
         zeros = [None] * len(feedback) if self.grid.zero_point is None else self.grid.zero_point[part].unbind()
         rows = (x[part].unbind() for x in (self.target, self.reference, self.grid.scale))
         for k, (w, e, scale, zero) in enumerate(zip(*rows, zeros, strict=True)):
             w.addmv_(errors[:, :k], feedback[k, :k]).div_(scale)
-            q = on_integers(w if zero is None else w.add_(zero), args, out=w)
+            q = round_to_grid(w if zero is None else w.add_(zero), args, out=w)
             e.addcmul_(q if zero is None else q - zero, scale, value=-1)

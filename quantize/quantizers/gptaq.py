@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.gptq import GPTQ
-from quantize.quantizers.hessian import factor, mirror, solve
+from quantize.quantizers.hessian import factor, fill_upper, solve
 
 
 @QUANTIZERS.register("gptaq")
@@ -29,11 +29,13 @@ class GPTAQ(GPTQ):
         ridge: part of the mean diagonal that is added to the Hessian once more, for the correction alone.
     """
 
-    needs_exact: ClassVar[bool] = True
+    needs_float_reference: ClassVar[bool] = True
     alpha: float = Field(0.5, ge=0, le=1)
     ridge: float = Field(0.0, ge=0)
 
-    def aimed_at(self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor) -> Sequence[Tensor]:
+    def target_weights(
+        self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor
+    ) -> Sequence[Tensor]:
         """W + α W D (H + ridge · mean)⁻¹ for each W; without a ridge it brings W X nearest to W X', H damped."""
         D, gram.drift = gram.drift, None
         if D is None:
@@ -42,7 +44,7 @@ class GPTAQ(GPTQ):
         del D  # its place is taken by a second Hessian
         if self.ridge:
             H = H.clone()
-            mirror(H)
+            fill_upper(H)
             d = factor(H, self.ridge)
         back = order.argsort()
         return [W + self.alpha * solve(H, d, M)[:, back] for W, M in zip(weights, drifts, strict=True)]

@@ -12,9 +12,9 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor, cached_rows
-from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, pack
-from quantize.quantizers.columns import Columns, compensated, sweep
-from quantize.quantizers.hessian import factor, mirror, panels, permute
+from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, pack
+from quantize.quantizers.columns import OrderedColumns, gptq_round, sweep
+from quantize.quantizers.hessian import factor, fill_upper, panels, permute
 from quantize.scheme import WeightArgs
 
 
@@ -38,20 +38,20 @@ class GPTQ(Quantizer):
     block_size: int = Field(128, ge=1)
     sweeps: int = Field(2, ge=0)
 
-    def quantize_together(
+    def quantize_group(
         self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
     ) -> list[QTensor]:
         """Round each W [N, K] to the least error of W X, X the inputs that `gram` saw; its matrices are overwritten."""
-        gram, H = told(gram)
+        gram, H = require_gram(gram)
         importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
         H.diagonal()[dead] = 1
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
         permute(H, order)
-        weights = self.aimed_at(weights, gram, H, factor(H, self.damp), order)
-        grids = [find_grid(W, args, scale_dtype, self.mse, importance) for W in weights]
+        weights = self.target_weights(weights, gram, H, factor(H, self.damp), order)
+        grids = [compute_qparams(W, args, scale_dtype, self.mse, importance) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
         group = order // (args.group_size or len(H))
-        columns = Columns(scale, None if args.symmetric else zero, group, args)
+        columns = OrderedColumns(scale, None if args.symmetric else zero, group, args)
         R = torch.empty(len(H), scale.shape[1])
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
             for rows in panels(len(W), cached_rows(len(H))):
@@ -61,22 +61,24 @@ class GPTQ(Quantizer):
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
         return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
 
-    def aimed_at(self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor) -> Sequence[Tensor]:
+    def target_weights(
+        self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor
+    ) -> Sequence[Tensor]:
         """What is rounded instead of the weights, given H [K, K] as `factor` left it, its columns in another order."""
         del gram, H, d, order
         return weights
 
-    def rounded(self, R: Tensor, H: Tensor, columns: Columns) -> Tensor:
+    def rounded(self, R: Tensor, H: Tensor, columns: OrderedColumns) -> Tensor:
         """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
-        Q = compensated(R, H, columns, self.block_size)
+        Q = gptq_round(R, H, columns, self.block_size)
         if self.sweeps:
-            mirror(H)
+            fill_upper(H)
         for _ in range(self.sweeps):
             sweep(Q, R, H, columns, self.block_size)
         return Q
 
 
-def told(gram: Gram | None) -> tuple[Gram, Tensor]:
+def require_gram(gram: Gram | None) -> tuple[Gram, Tensor]:
     """A Gram matrix and its value [K, K], whose scale does not matter.
 
     Raises:

@@ -26,7 +26,7 @@ def permute(H: Tensor, order: Tensor) -> None:
         H[panel] = H[panel].index_select(1, order)
 
 
-def mirror(H: Tensor) -> None:
+def fill_upper(H: Tensor) -> None:
     """Replace what stands above the diagonal by what stands below it, in place."""
     for panel in panels(len(H)):
         H[: panel.start, panel] = H[panel, : panel.start].T
@@ -51,7 +51,7 @@ def factor(H: Tensor, damp: float) -> Tensor:
             d = factor_damped(H)
         if d is not None:
             return d
-        mirror(H)
+        fill_upper(H)
         damp *= 10
     raise QuantizeError(
         "the Hessian of the inputs is not positive definite: the calibration activations are not finite"

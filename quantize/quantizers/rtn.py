@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Gram
 from quantize.formats.qtensor import QTensor, cached_rows
-from quantize.quantizers.base import QUANTIZERS, Quantizer, find_grid, grouped, nearest, pack
+from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
 from quantize.scheme import WeightArgs
 
 
@@ -17,7 +17,7 @@ from quantize.scheme import WeightArgs
 class RoundToNearest(Quantizer):
     """Each weight to the nearest point of its group's grid; needs no data."""
 
-    def quantize_together(
+    def quantize_group(
         self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
     ) -> list[QTensor]:
         """Round each W [N, K]."""
@@ -26,8 +26,8 @@ class RoundToNearest(Quantizer):
 
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
         """A few rows at a time, so that what lies between is small, and stays in a core's cache."""
-        scale, zero_point = find_grid(W, args, scale_dtype, self.mse)
+        scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
         q, rows = torch.empty_like(W, dtype=torch.int8), cached_rows(W.shape[1])
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
-            part.copy_(nearest(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
+            part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)

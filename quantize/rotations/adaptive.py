@@ -56,7 +56,7 @@ def is_better(one: Transform, other: Transform, X: Tensor) -> bool:
     """Whether the mean `token_error` of X [rows, K] after `one` is smaller by two standard errors; two rows tell."""
     if len(X) < 2:
         return False
-    gain = token_error(other.write(X)) - token_error(one.write(X))
+    gain = token_error(other.apply(X)) - token_error(one.apply(X))
     return bool(gain.mean() > STANDARD_ERRORS * gain.std() / len(gain) ** 0.5)
 
 

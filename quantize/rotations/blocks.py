@@ -17,13 +17,13 @@ class BlockRotation:
 
     blocks: Tensor
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`."""
         return multiply_blocks(rows, self.blocks)
 
-    read = write  # T⁻ᵀ = T
+    apply_inverse_transpose = apply  # T⁻ᵀ = T
 
-    def undo(self, x: Tensor) -> Tensor:
+    def invert(self, x: Tensor) -> Tensor:
         """`x @ Tᵀ`."""
         return multiply_blocks(x, self.blocks.mT)
 

@@ -27,13 +27,13 @@ class DualRotation:
     permutation: Tensor
     second: Tensor
 
-    def write(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`."""
         return multiply_blocks(multiply_blocks(rows, self.first)[..., self.permutation], self.second)
 
-    read = write  # T⁻ᵀ = T
+    apply_inverse_transpose = apply  # T⁻ᵀ = T
 
-    def undo(self, x: Tensor) -> Tensor:
+    def invert(self, x: Tensor) -> Tensor:
         """`x @ Tᵀ`."""
         return multiply_blocks(multiply_blocks(x, self.second.mT)[..., self.permutation.argsort()], self.first.mT)
 

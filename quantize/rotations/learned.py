@@ -90,8 +90,8 @@ def starting_point(size: int, generator: torch.Generator, centred: bool) -> Tens
     signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
     identity = torch.eye(size, dtype=torch.float64)
     if not centred:
-        return Rotation(signs, size).write(identity)
-    return reflect(reflect(CentredRotation(signs, size).write(identity)).T).T[1:, 1:]
+        return Rotation(signs, size).apply(identity)
+    return reflect(reflect(CentredRotation(signs, size).apply(identity)).T).T[1:, 1:]
 
 
 def orthogonal_factor(Z: Tensor) -> Tensor:

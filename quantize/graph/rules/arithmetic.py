@@ -8,8 +8,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
-from quantize.graph.group import Group
-from quantize.graph.labels import Walk, axis_index, channel_axes, meeting, shape_of, trimmed
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, shape_of, trimmed
 from quantize.graph.rules.movement import as_value, origin
 from quantize.graph.rules.norms import mean_square, squared
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
@@ -18,7 +18,7 @@ from quantize.graph.views import View
 
 
 @rule("add", "add_", "sub", "sub_", operands=2, kind=SOURCES)
-def added(walk: Walk, node: fx.Node) -> None:
+def added(walk: ChannelTrace, node: fx.Node) -> None:
     """Residual sums make two channels one; a parameter added writes; anything else that is added pins."""
     x, y = arguments(node)[:2]
     if offset_gain(walk, node, x, y) or not any(isinstance(n, fx.Node) and walk.touches(n) for n in (x, y)):
@@ -36,7 +36,7 @@ def added(walk: Walk, node: fx.Node) -> None:
     walk.labels[node] = walk.labels[known].expand(shape_of(node))
 
 
-def offset_gain(walk: Walk, node: fx.Node, x: Any, y: Any) -> bool:
+def offset_gain(walk: ChannelTrace, node: fx.Node, x: Any, y: Any) -> bool:
     """Whether the sum is a parameter plus a number, such as the gain 1 + w."""
     view, number = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
     if view is None or not isinstance(number, int | float) or name_of(node) != "add" or node.kwargs:
@@ -45,25 +45,25 @@ def offset_gain(walk: Walk, node: fx.Node, x: Any, y: Any) -> bool:
     return True
 
 
-def centred(walk: Walk, node: fx.Node, x: fx.Node, mean: fx.Node) -> None:
+def centred(walk: ChannelTrace, node: fx.Node, x: fx.Node, mean: fx.Node) -> None:
     """The mean over the channels is subtracted."""
     labels = walk.labels[x]
     if walk.means[mean] is not labels:
         return pin_all(walk, node, "the mean of other channels is subtracted from it")
     reduced = [d for d, (n, m) in enumerate(zip(shape_of(x), shape_of(mean), strict=True)) if m != n]
-    mean_square(walk, labels, reduced, Group.CENTRED_ORTHOGONAL)
+    mean_square(walk, labels, reduced, AllowedTransforms.CENTRED_ORTHOGONAL)
     walk.labels[node] = labels
 
 
-def join(walk: Walk, node: fx.Node, a: Tensor, b: Tensor) -> None:
+def join(walk: ChannelTrace, node: fx.Node, a: Tensor, b: Tensor) -> None:
     """The channels of two summands are the same channels."""
     a, b = torch.broadcast_tensors(a, b)
     walk.labels[node] = a if len(channel_axes(a)) <= len(channel_axes(b)) else b
-    walk.joined.append(meeting(*trimmed(a, b)))
+    walk.joined.append(id_pairs(*trimmed(a, b)))
 
 
 @rule("mul", "mul_", "div", "div_", operands=2, kind=SOURCES)
-def scaled(walk: Walk, node: fx.Node) -> None:
+def scaled(walk: ChannelTrace, node: fx.Node) -> None:
     """A number or a factor for each token changes nothing; a factor for each channel commutes with diagonals only."""
     x, y = arguments(node)[:2]
     if x is y and x in walk.labels and name_of(node) == "mul":
@@ -80,7 +80,7 @@ def scaled(walk: Walk, node: fx.Node) -> None:
     scale(walk, node, known, other)
 
 
-def scale_unknown(walk: Walk, node: fx.Node, x: Any, y: Any) -> None:
+def scale_unknown(walk: ChannelTrace, node: fx.Node, x: Any, y: Any) -> None:
     """A gain that scales what has no channels writes some; other products without channels are no concern."""
     view, other = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
     if isinstance(other, fx.Node) and walk.view(other) is None and is_gain(view, node):
@@ -94,7 +94,7 @@ def is_gain(view: View | None, node: fx.Node) -> TypeGuard[View]:
     return max(view.size) == view.size[-1] == shape_of(node)[-1] > 1
 
 
-def scale(walk: Walk, node: fx.Node, known: fx.Node, other: Any) -> None:
+def scale(walk: ChannelTrace, node: fx.Node, known: fx.Node, other: Any) -> None:
     """`known` has channels and `other` multiplies it."""
     labels, view = walk.labels[known], walk.view(other)
     if not isinstance(other, fx.Node) or not hasattr(other.meta["val"], "shape"):
@@ -105,14 +105,14 @@ def scale(walk: Walk, node: fx.Node, known: fx.Node, other: Any) -> None:
         factor(walk, node, labels, other)
 
 
-def factor(walk: Walk, node: fx.Node, labels: Tensor, other: fx.Node) -> None:
+def factor(walk: ChannelTrace, node: fx.Node, labels: Tensor, other: fx.Node) -> None:
     """A computed factor: harmless where it is one number for all channels of a block."""
     labels = labels.expand(shape_of(node))
     size = (1,) * (labels.dim() - len(shape_of(other))) + shape_of(other)
     axes = channel_axes(labels)
     apart = [d for d in axes if size[d] != 1]
     if apart and apart == axes:
-        walk.restrict(labels, Group.DIAGONAL, f"{origin(other)} scales its channels one by one")
+        walk.restrict(labels, AllowedTransforms.DIAGONAL, f"{origin(other)} scales its channels one by one")
     elif apart:
-        walk.restrict(labels, Group.LINEAR, "", blocks=axis_index(labels, apart))
+        walk.restrict(labels, AllowedTransforms.LINEAR, "", blocks=axis_index(labels, apart))
     walk.labels[node] = labels

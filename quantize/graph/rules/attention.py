@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from quantize.graph.group import Group
-from quantize.graph.labels import Walk, axis_index, channel_axes, meeting, shape_of, trimmed
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, shape_of, trimmed
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import multiply
 
 
 @rule("scaled_dot_product_attention", operands=3)
-def attention(walk: Walk, node: fx.Node) -> None:
+def attention(walk: ChannelTrace, node: fx.Node) -> None:
     """softmax(q kᵀ) v: each head averages its value channels over the tokens."""
     q, k, v = arguments(node)[:3]
     pair(walk, q, k, -2)
@@ -23,7 +23,7 @@ def attention(walk: Walk, node: fx.Node) -> None:
 
 
 @rule("matmul", "bmm", "mm", operands=2, kind=SOURCES)
-def product(walk: Walk, node: fx.Node) -> None:
+def product(walk: ChannelTrace, node: fx.Node) -> None:
     """A product with a parameter, of queries with keys, or of scores with values."""
     a, b = arguments(node)
     if (view := walk.view(b)) is not None and len(view.size) > 1:
@@ -37,14 +37,14 @@ def product(walk: Walk, node: fx.Node) -> None:
 
 
 @rule("baddbmm", operands=3)
-def added_product(walk: Walk, node: fx.Node) -> None:
+def added_product(walk: ChannelTrace, node: fx.Node) -> None:
     """Queries with keys, and a bias of the scores."""
     bias, q, k = arguments(node)[:3]
     walk.pin(bias, "it is added to attention scores")
     pair(walk, q, k, -1)
 
 
-def pair(walk: Walk, q: fx.Node, k: fx.Node, token_axis: int) -> None:
+def pair(walk: ChannelTrace, q: fx.Node, k: fx.Node, token_axis: int) -> None:
     """Scores Σ q_i k_i: what T does to the queries, T⁻ᵀ must do to the keys; `token_axis` is that of the keys."""
     reason = "attention scores multiply it with something that no weight writes"
     rows = [token_row(walk, n, axis) for n, axis in ((q, -2), (k, token_axis))]
@@ -55,13 +55,13 @@ def pair(walk: Walk, q: fx.Node, k: fx.Node, token_axis: int) -> None:
     for d in (d for d in range(a.dim() - 1) if b.shape[d] not in (1, a.shape[d])):  # grouped queries
         b = b.repeat_interleave(a.shape[d] // b.shape[d], dim=d)
     a, b = trimmed(*torch.broadcast_tensors(a, b))
-    walk.paired.append(meeting(a, b))
+    walk.paired.append(id_pairs(a, b))
     apart = [d for d in range(a.dim() - 1) if a.shape[d] > 1]
     for side in (a, b):
-        walk.restrict(side, Group.LINEAR, "", axis_index(side, apart), counted=True)
+        walk.restrict(side, AllowedTransforms.LINEAR, "", axis_index(side, apart), counted=True)
 
 
-def token_row(walk: Walk, node: fx.Node, token_axis: int) -> Tensor | None:
+def token_row(walk: ChannelTrace, node: fx.Node, token_axis: int) -> Tensor | None:
     """Labels of one token, channels last, if all tokens have the same."""
     labels = walk.labels.get(node)
     if labels is None or token_axis % labels.dim() in channel_axes(labels):
@@ -70,14 +70,14 @@ def token_row(walk: Walk, node: fx.Node, token_axis: int) -> Tensor | None:
     return row if token_axis == -2 else row.transpose(-1, -2)
 
 
-def mix_tokens(walk: Walk, node: fx.Node, source: fx.Node, labels: Tensor) -> None:
+def mix_tokens(walk: ChannelTrace, node: fx.Node, source: fx.Node, labels: Tensor) -> None:
     """Sums over axis -2 with weights of their own for each index of the axes before: heads must not mix."""
     axes, shape = channel_axes(labels), shape_of(node)
     if labels.dim() - 2 in axes or len(shape) != labels.dim():
         return walk.pin(source, f"`{name_of(node)}` sums over its channels")
     heads = [d for d in axes if d < labels.dim() - 2]
     if heads:
-        walk.restrict(labels, Group.LINEAR, "", blocks=axis_index(labels, heads))
+        walk.restrict(labels, AllowedTransforms.LINEAR, "", blocks=axis_index(labels, heads))
     row = labels.narrow(-2, 0, 1)
     for d in heads:  # grouped queries: each key/value head serves a run of query heads
         row = row.repeat_interleave(shape[d] // row.shape[d], dim=d)

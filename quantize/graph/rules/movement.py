@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from quantize.graph.labels import Walk, concrete, last_axis, move, shape_of
+from quantize.graph.labels import ChannelTrace, concrete, last_axis, move, shape_of
 from quantize.graph.rules.table import RULES, SOURCES, TRANSPARENT, arguments, name_of, pin_all, rule
 from quantize.graph.views import as_view
 
@@ -40,7 +40,7 @@ from quantize.graph.views import as_view
     "getitem",
     kind=TRANSPARENT,
 )
-def moved(walk: Walk, node: fx.Node) -> None:
+def moved(walk: ChannelTrace, node: fx.Node) -> None:
     """Data movement: channels go where their elements go."""
     first = node.all_input_nodes[0]
     if first in walk.squares or first in walk.means:
@@ -51,7 +51,7 @@ def moved(walk: Walk, node: fx.Node) -> None:
         move_view(walk, node)
 
 
-def move_view(walk: Walk, node: fx.Node) -> None:
+def move_view(walk: ChannelTrace, node: fx.Node) -> None:
     """A parameter, taken apart or turned around, stays that parameter."""
     source = node.all_input_nodes[0]
     view = walk.views[source]
@@ -67,7 +67,7 @@ def move_view(walk: Walk, node: fx.Node) -> None:
 
 @rule("dropout", "to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias", "detach", "neg", "dropout_",
       "lift_fresh_copy", operands=2, kind=TRANSPARENT)  # fmt: skip
-def same(walk: Walk, node: fx.Node) -> None:
+def same(walk: ChannelTrace, node: fx.Node) -> None:
     """Casts (to the type of another value, too), signs and inactive dropout: the same channels, up to one factor."""
     source = node.all_input_nodes[0]
     for table in (walk.labels, walk.squares, walk.means):
@@ -82,12 +82,12 @@ SOURCES |= {moved, same}  # they carry parameters, too
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full",
       "sym_size", "sym_numel", "sym_stride")  # fmt: skip
-def measured(walk: Walk, node: fx.Node) -> None:
+def measured(walk: ChannelTrace, node: fx.Node) -> None:
     """Only the shape and the type of a value are used."""
 
 
 @rule("view_as", "reshape_as", "expand_as", operands=2)
-def shaped_like(walk: Walk, node: fx.Node) -> None:
+def shaped_like(walk: ChannelTrace, node: fx.Node) -> None:
     """Data movement to the shape of another value."""
     if (labels := walk.labels.get(arguments(node)[0])) is None:
         return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
@@ -96,7 +96,7 @@ def shaped_like(walk: Walk, node: fx.Node) -> None:
 
 
 @rule("cat", "stack")
-def concatenated(walk: Walk, node: fx.Node) -> None:
+def concatenated(walk: ChannelTrace, node: fx.Node) -> None:
     """Data movement if every part has channels; parts that no weight writes cannot absorb anything."""
     parts = [as_value(walk, n) for n in arguments(node)[0]]
     if any(labels is None for labels in parts):
@@ -106,7 +106,7 @@ def concatenated(walk: Walk, node: fx.Node) -> None:
 
 
 @rule("index", "index_select", "cumsum", "constant_pad_nd", "pad", kind=SOURCES)
-def tokenwise(walk: Walk, node: fx.Node) -> None:
+def tokenwise(walk: ChannelTrace, node: fx.Node) -> None:
     """Operators that pick or sum tokens do the same to each channel, if they leave the axis of the channels alone."""
     x, size = arguments(node)[0], shape_of(node)
     labels = as_value(walk, x)
@@ -130,7 +130,7 @@ def touches_last_axis(node: fx.Node, dims: int) -> bool:
 
 
 @rule("masked_fill")
-def masked(walk: Walk, node: fx.Node) -> None:
+def masked(walk: ChannelTrace, node: fx.Node) -> None:
     """Tokens masked out by zeros: a factor of zero for all channels of a token."""
     x, mask, value = arguments(node)[:3]
     if x not in walk.labels or value != 0 or (shape_of(mask) or (1,))[-1] != 1 or last_axis(walk.labels[x]) is None:
@@ -138,7 +138,7 @@ def masked(walk: Walk, node: fx.Node) -> None:
     walk.labels[node] = walk.labels[x]
 
 
-def as_value(walk: Walk, node: Any) -> Tensor | None:
+def as_value(walk: ChannelTrace, node: Any) -> Tensor | None:
     """Labels of an operand; a parameter that is an operand itself writes channels along its last axis."""
     if not isinstance(node, fx.Node) or node in walk.labels:
         return walk.labels.get(node)

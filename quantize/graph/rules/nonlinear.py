@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from quantize.graph.group import Group
-from quantize.graph.labels import Walk
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace
 from quantize.graph.rules.table import arguments, name_of, pin_all, rule
 
 
 @rule("relu", "relu_", "leaky_relu", "abs")
-def positive(walk: Walk, node: fx.Node) -> None:
+def positive(walk: ChannelTrace, node: fx.Node) -> None:
     """Functions with f(d x) = d f(x) for d > 0."""
     labels = walk.labels.get(arguments(node)[0])
     if labels is None:
         return pin_all(walk, node, f"`{name_of(node)}` acts on its square or mean")
-    walk.restrict(labels, Group.POSITIVE_DIAGONAL, f"`{name_of(node)}` commutes with positive factors only")
+    walk.restrict(labels, AllowedTransforms.POSITIVE_DIAGONAL, f"`{name_of(node)}` commutes with positive factors only")
     walk.labels[node] = labels
 
 
@@ -38,6 +38,6 @@ def positive(walk: Walk, node: fx.Node) -> None:
     "rsqrt",
     "sqrt",
 )
-def nonlinear(walk: Walk, node: fx.Node) -> None:
+def nonlinear(walk: ChannelTrace, node: fx.Node) -> None:
     """A nonlinear function of each channel ends every symmetry."""
     pin_all(walk, node, f"the nonlinearity `{name_of(node)}` acts on each channel")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from quantize.graph.group import Group
-from quantize.graph.labels import Walk, axis_index, channel_axes
+from quantize.graph.group import AllowedTransforms
+from quantize.graph.labels import ChannelTrace, axis_index, channel_axes
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
 
 
 @rule("pow", "square")
-def squared(walk: Walk, node: fx.Node) -> None:
+def squared(walk: ChannelTrace, node: fx.Node) -> None:
     """The square: only its mean over the channels keeps a symmetry, the orthogonal group."""
     if arguments(node)[0] not in walk.labels or (name_of(node) == "pow" and arguments(node)[1] != 2):
         return pin_all(walk, node, f"`{name_of(node)}` acts on each channel")
@@ -19,7 +19,7 @@ def squared(walk: Walk, node: fx.Node) -> None:
 
 
 @rule("mean", "sum")
-def averaged(walk: Walk, node: fx.Node) -> None:
+def averaged(walk: ChannelTrace, node: fx.Node) -> None:
     """Over tokens it is the same for each channel; the mean square over channels is invariant under rotations."""
     x, labels = arguments(node)[0], walk.labels.get(arguments(node)[0])
     reduced = reduced_axes(node, walk)
@@ -33,7 +33,7 @@ def averaged(walk: Walk, node: fx.Node) -> None:
         pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
 
 
-def reduced_axes(node: fx.Node, walk: Walk) -> list[int]:
+def reduced_axes(node: fx.Node, walk: ChannelTrace) -> list[int]:
     """The axes that a reduction sums over."""
     x = arguments(node)[0]
     dims = next(t[x] for t in (walk.labels, walk.squares, walk.means) if x in t).dim()
@@ -54,37 +54,37 @@ def without(labels: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 
 @rule("var", "std", "linalg_vector_norm", "norm")
-def deviation(walk: Walk, node: fx.Node) -> None:
+def deviation(walk: ChannelTrace, node: fx.Node) -> None:
     """Variance and length over the channels: the one keeps rotations that keep the mean, the other all."""
     x, second, *rest = arguments(node)
     labels, is_norm = walk.labels.get(x), "norm" in name_of(node)
     axes = rest[0] if is_norm and rest else second
     if labels is None or not isinstance(axes, list) or (is_norm and second != 2) or "correction" in node.kwargs:
         return pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
-    group = Group.ORTHOGONAL if is_norm else Group.CENTRED_ORTHOGONAL
+    group = AllowedTransforms.ORTHOGONAL if is_norm else AllowedTransforms.CENTRED_ORTHOGONAL
     mean_square(walk, labels, [a % labels.dim() for a in axes], group)
 
 
 @rule("rms_norm", kind=SOURCES)
-def rms_norm(walk: Walk, node: fx.Node) -> None:
+def rms_norm(walk: ChannelTrace, node: fx.Node) -> None:
     """RMSNorm as one operator: the mean square and the gain."""
-    normalize(walk, node, Group.ORTHOGONAL)
+    normalize(walk, node, AllowedTransforms.ORTHOGONAL)
 
 
 @rule("layer_norm", kind=SOURCES)
-def layer_norm(walk: Walk, node: fx.Node) -> None:
+def layer_norm(walk: ChannelTrace, node: fx.Node) -> None:
     """LayerNorm keeps rotations that keep the mean over the channels; its bias writes what its gain has scaled."""
-    normalize(walk, node, Group.CENTRED_ORTHOGONAL)
+    normalize(walk, node, AllowedTransforms.CENTRED_ORTHOGONAL)
     bias = arguments(node)[3] if len(arguments(node)) > 3 else None
     if bias is None or node not in walk.labels:
         return
     if (view := walk.view(bias)) is None:
-        walk.restrict(walk.labels[node], Group.NONE, "the bias of a norm is no parameter")
+        walk.restrict(walk.labels[node], AllowedTransforms.NONE, "the bias of a norm is no parameter")
     else:
-        walk.use(node, view, -1, walk.alike(walk.labels[node]))
+        walk.use(node, view, -1, walk.merge_equal(walk.labels[node]))
 
 
-def normalize(walk: Walk, node: fx.Node, group: Group) -> None:
+def normalize(walk: ChannelTrace, node: fx.Node, group: AllowedTransforms) -> None:
     """A norm over the last axis, and its gain."""
     x, size, *rest = arguments(node)
     labels, parameter = walk.labels.get(x), rest[0] if rest else None
@@ -99,13 +99,15 @@ def normalize(walk: Walk, node: fx.Node, group: Group) -> None:
         gain(walk, node, labels, view)
 
 
-def mean_square(walk: Walk, labels: Tensor, reduced: list[int], group: Group = Group.ORTHOGONAL) -> None:
+def mean_square(
+    walk: ChannelTrace, labels: Tensor, reduced: list[int], group: AllowedTransforms = AllowedTransforms.ORTHOGONAL
+) -> None:
     """The channels along the reduced axes are averaged together, apart for each index of the others."""
     apart = [d for d in channel_axes(labels) if d not in reduced]
     walk.restrict(labels, group, REASONS[group], axis_index(labels, apart) if apart else None, counted=True)
 
 
 REASONS = {
-    Group.ORTHOGONAL: "its root mean square is taken, which only rotations keep",
-    Group.CENTRED_ORTHOGONAL: "its mean and variance are taken, which only rotations that keep the mean keep",
+    AllowedTransforms.ORTHOGONAL: "its root mean square is taken, which only rotations keep",
+    AllowedTransforms.CENTRED_ORTHOGONAL: "its mean and variance are taken, which only rotations that keep the mean keep",
 }

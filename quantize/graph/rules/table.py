@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from quantize.errors import reason
-from quantize.graph.labels import Walk, varying
+from quantize.graph.labels import ChannelTrace, varying
 
-Rule = Callable[[Walk, fx.Node], None]
+Rule = Callable[[ChannelTrace, fx.Node], None]
 RULES: dict[str, Rule] = {}
 SOURCES: set[Rule] = set()  # rules that make channels even where no input has any
 TRANSPARENT: set[Rule] = set()  # rules of operators that compute nothing
@@ -48,7 +48,7 @@ def arguments(node: fx.Node) -> Any:
     return node.args
 
 
-def visit(walk: Walk, node: fx.Node) -> None:
+def visit(walk: ChannelTrace, node: fx.Node) -> None:
     """Apply the rule of a node that touches channels; what no rule looks at is pinned."""
     touched = [n for n in node.all_input_nodes if walk.touches(n)]
     apply = RULES.get(name_of(node))
@@ -62,7 +62,7 @@ def visit(walk: Walk, node: fx.Node) -> None:
     finish(walk, node)
 
 
-def try_rule(walk: Walk, node: fx.Node, apply: Rule) -> None:
+def try_rule(walk: ChannelTrace, node: fx.Node, apply: Rule) -> None:
     """Apply a rule; an operator that is used in a form the rule does not know pins all it touches."""
     try:
         apply(walk, node)
@@ -71,7 +71,7 @@ def try_rule(walk: Walk, node: fx.Node, apply: Rule) -> None:
         walk.pin(node, "what writes it is not understood")
 
 
-def finish(walk: Walk, node: fx.Node) -> None:
+def finish(walk: ChannelTrace, node: fx.Node) -> None:
     """Note which parameters the node took as values, and where the channels of its own value lie.
 
     The labels are kept without the axes along which they do not change: a large model has many.
@@ -86,7 +86,7 @@ def finish(walk: Walk, node: fx.Node) -> None:
         walk.at[node] = axes, distinct.reshape(-1)
 
 
-def pin_all(walk: Walk, node: fx.Node, reason: str) -> None:
+def pin_all(walk: ChannelTrace, node: fx.Node, reason: str) -> None:
     """Pin every basis that a node touches."""
     for source in node.all_input_nodes:
         walk.pin(source, reason)
