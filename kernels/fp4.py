@@ -3,7 +3,8 @@
 So x ≈ q · scale with q in ±{0, 1, 2, 3, 4, 6, 8, 12} and scale half the format's own, and the product of two FP4
 matrices is a product of integers. The formats differ in their scales alone:
     mxfp4: E8M0, a power of two (OCP Microscaling Formats specification 1.0)
-    nvfp4: E4M3 times a float32 for each tensor or token, the global scale (as in Egiazarian et al. 2025, arXiv 2509.23202)
+    nvfp4: E4M3 times a float32 for each tensor or token, the global scale (as in Egiazarian et al. 2025,
+        arXiv 2509.23202)
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Activations to FP4, in groups that share a scale, in one kernel with what stands in front.
 
-Codes, scales and global scales are those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and `encode_scale`.
+Codes, scales and global scales are those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and
+`encode_scale`.
 """
 
 from __future__ import annotations

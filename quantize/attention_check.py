@@ -38,8 +38,8 @@ def check_kv_cache(program: Program, skeleton: nn.Module) -> None:
     """
     if program.export_error:
         raise UsageError(
-            f"the model cannot be exported ({program.export_error}), so it is not known where it reads keys and values; "
-            f"{LEAVE_OUT}"
+            f"the model cannot be exported ({program.export_error}), so it is not known where it reads keys and "
+            f"values; {LEAVE_OUT}"
         )
     owners = [owner(node, skeleton) for segment in program.segments for node in attention_nodes(segment.nodes)]
     if not owners:

@@ -96,5 +96,5 @@ class WeightRounder:
         return [weight.cat_rows(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
 
     def _splits(self, weights: Sequence[Tensor]) -> bool:
-        """Whether each rank rounds some rows of the weights: they are rounded apart, but for NVFP4's common global scale."""
+        """Whether each rank rounds some rows of the weights: rows are rounded apart, but for NVFP4's global scale."""
         return 1 < self.ranks.count <= min(map(len, weights)) and self.plan.recipe.weights.format != "nvfp4"

@@ -136,7 +136,7 @@ def test_the_package_computes_the_same_where_it_has_the_same_grid(name):
 
 @pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.activations and s.activations.symmetric])
 def test_symmetric_activations_differ_by_their_rounding_at_most(name):
-    """Symmetric integers span half a step more; MXFP4's scales round up, too; NVFP4 has one global scale for all tokens."""
+    """Symmetric integers span half a step more; MXFP4's scales round up; NVFP4 has one global scale for all tokens."""
     linear, x = random_linear(SCHEMES[name]), inputs()
     y, exact = linear(x), linear._forward_float_activations(x)
     assert distance([run_by_the_package(linear, x)], [y]) < 2 * distance([y], [exact])

@@ -94,7 +94,10 @@ def test_mxfp4_by_hand():
 
 
 def test_nvfp4_by_hand():
-    """The global scale puts the token's largest magnitude on 6 · 448; a group with largest 3.3 gets E4M3(448 · 3.3 / 6 / 2)."""
+    """The global scale puts the token's largest magnitude on 6 · 448.
+
+    A group with largest 3.3 gets E4M3(448 · 3.3 / 6 / 2).
+    """
     x = torch.zeros(2, 32)
     x[0, 0], x[0, 16:18] = 12.0, torch.tensor([3.3, -1.0])
     x[1, 0] = 0.5

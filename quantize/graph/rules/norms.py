@@ -109,5 +109,7 @@ def mean_square(
 
 REASONS = {
     AllowedTransforms.ORTHOGONAL: "its root mean square is taken, which only rotations keep",
-    AllowedTransforms.CENTRED_ORTHOGONAL: "its mean and variance are taken, which only rotations that keep the mean keep",
+    AllowedTransforms.CENTRED_ORTHOGONAL: (
+        "its mean and variance are taken, which only rotations that keep the mean keep"
+    ),
 }
