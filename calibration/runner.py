@@ -20,7 +20,9 @@ from quantize.graph.execute import Overrides, Values, run_nodes, start
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 
-FEW = 1 << 25  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
+SMALL_ACTIVATION_BYTES = (
+    1 << 25
+)  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
 
 
 class SequentialRunner:
@@ -46,7 +48,7 @@ class SequentialRunner:
 
     def run(self, nodes: Iterable[fx.Node], state: Overrides) -> None:
         """Advance every batch over some nodes."""
-        whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= FEW
+        whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= SMALL_ACTIVATION_BYTES
         for part in self._parts(whole, state) if few else [whole]:
             with unpacked(state.linears[node] for node in part if node in state.linears):
                 for number, values in enumerate(self.values):

@@ -45,10 +45,10 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
     tokenize = load_tokenize(checkpoint.directory)
     samples = read_calibration(calibration, inputs, length, SEQUENCES, tokenize, program.vocabulary)
     ids = [next(iter(batch.values())) for batch in samples.batches(SEQUENCES)]
-    return [as_dict(hidden) for hidden in run(checkpoint, program, ids)]
+    return [as_dict(hidden) for hidden in collect_hidden_states(checkpoint, program, ids)]
 
 
-def run(checkpoint: Checkpoint, program: Program, batches: list[Tensor]) -> list[HiddenStateStats]:
+def collect_hidden_states(checkpoint: Checkpoint, program: Program, batches: list[Tensor]) -> list[HiddenStateStats]:
     """The hidden states behind each block on token ids [B, T]."""
     runner, found = SequentialRunner(program, batches), list[HiddenStateStats]()
     for segment in program.segments:

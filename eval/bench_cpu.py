@@ -16,7 +16,7 @@ from typing import Any
 import click
 import onnxruntime
 
-from quantize.eval.cpu_contenders import VOCABULARY, Contender, contenders, make_float_model, run
+from quantize.eval.cpu_contenders import VOCABULARY, Contender, contenders, make_float_model, run_command
 from quantize.eval.cpu_encoder import FLOAT, SCHEMES, make_encoders, spearman, write_batches
 from quantize.eval.cpu_report import report
 from quantize.eval.similarity import read_pairs
@@ -46,7 +46,7 @@ def decoders(folder: Path, layers: int, peer: str | None, sizes: Sequence[int], 
         say(f"{name}: {missing or 'made'}", since)
     ceilings: list[dict[str, float]] = []
     for number in range(rounds):
-        ceilings.append(json.loads(run([*HERE, "ceilings"])))
+        ceilings.append(json.loads(run_command([*HERE, "ceilings"])))
         for name in list(ready):
             if missing := attempt(lambda n=name: measure(ready[n], folder / n, sizes, found[n])):
                 found[name]["missing"] = missing
@@ -70,7 +70,7 @@ def attempt(call: Any) -> str | None:
 def measure(contender: Contender, path: Path, sizes: Sequence[int], row: Found) -> None:
     """One round of an engine, in a process of its own."""
     numbers = map(str, (VOCABULARY, *sizes))
-    row["rounds"].append(json.loads(run([*contender.command, str(path), *numbers])))
+    row["rounds"].append(json.loads(run_command([*contender.command, str(path), *numbers])))
 
 
 def bounds(contender: Contender, weights: int, prompt: int, ceilings: dict[str, float]) -> Found:
@@ -98,9 +98,9 @@ def encoders(model: Path, texts: Sequence[Path], folder: Path, rounds: int, sinc
     for number in range(rounds):
         for name, path in files.items():
             command = [*HERE, "encoder", str(path), str(folder / "all.npz"), "3"]
-            rows[name]["rounds"].append(json.loads(run(command)))
+            rows[name]["rounds"].append(json.loads(run_command(command)))
         say(f"encoders, round {number + 1} of {rounds}", since)
-    found["linears"] = json.loads(run([*HERE, "linears", str(files[FLOAT]), str(folder / "all.npz")]))
+    found["linears"] = json.loads(run_command([*HERE, "linears", str(files[FLOAT]), str(folder / "all.npz")]))
     found |= {"sentences": 2 * len(pairs[::TIMED]), "texts": [text.stem for text in texts], "engines": rows}
     return found | {"float": FLOAT, "schemes": SCHEMES}
 

@@ -25,7 +25,7 @@ from quantize.eval.judges import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.spikes import KINDS, plant_kind
 from quantize.finetuning import finetune
-from quantize.pipeline import run
+from quantize.pipeline import run_pipeline
 from quantize.plan import make_plan
 from quantize.prepare import Prepared, prepare
 from quantize.recipe import Recipe, load_recipe
@@ -124,7 +124,7 @@ def measure(
         recipe = load_recipe(scheme, recipes[handler], seed=seed, **settings)
         given = finetuned(model, recipe, scratch) if handler == FINETUNED else prepared
         with ArtifactWriter(scratch / str(number)) as writer:
-            artifact = run(replace(given, plan=make_plan(recipe, given.program)), writer, None)
+            artifact = run_pipeline(replace(given, plan=make_plan(recipe, given.program)), writer, None)
         quantized = artifact.load()
         paths = list(artifact.manifest["quantization"]["modules"])
         before = before or input_kurtosis(judge.reference, judge.sample, paths)

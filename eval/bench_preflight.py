@@ -17,7 +17,7 @@ from quantize.duration import count
 from quantize.eval.scale_model import write_model, write_tokens
 from quantize.machine import measure, peak_memory, processor
 from quantize.partial import ResumableWriter
-from quantize.pipeline import run
+from quantize.pipeline import run_pipeline
 from quantize.prepare import identity_of, prepare
 from quantize.recipe import load_recipe
 
@@ -38,7 +38,7 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         start, output = time.perf_counter(), Path(scratch, "out")
         with ResumableWriter(output) as writer:
-            run(prepared, writer, None, writer.begin(identity_of(prepared)))
+            run_pipeline(prepared, writer, None, writer.begin(identity_of(prepared)))
         seconds = time.perf_counter() - start
         disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {"foreseen": foreseen, "measured": {"disk": disk, "seconds": seconds, "memory": peak_memory()}}

@@ -72,7 +72,7 @@ def fp4(arch: str) -> Iterator[Entry]:
 
 def fp4_product(name: str, group: int, global_scale: Tensor | None, arch: str, tokens: int) -> Entry:
     """A product in the tile that is chosen for so many tokens."""
-    config, pure = fp4_linear.choose(tokens, arch)
+    config, pure = fp4_linear.choose_fp4_config(tokens, arch)
     of_tokens = None if global_scale is None else meta(tokens, dtype=torch.float32)
     qx = Fp4Activations(fp4_bytes(tokens, K // 2), fp4_bytes(tokens, K // group), of_tokens)
     data, scale = fp4_bytes(N, K // 2), fp4_bytes(N, K // group)

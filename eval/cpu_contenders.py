@@ -101,12 +101,12 @@ def peer_makes(peer: str | None, command: str) -> Callable[[Path, Path], None]:
     def make(model: Path, path: Path) -> None:
         if peer is None:
             raise FileNotFoundError("no --peer was given")
-        run([peer, str(PEER), command, str(model), str(path)])
+        run_command([peer, str(PEER), command, str(model), str(path)])
 
     return make
 
 
-def run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
     """What a command prints last.
 
     Raises:

@@ -69,7 +69,7 @@ def read_table() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 @lru_cache(maxsize=4096)
-def choose(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
+def choose_config(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
     """The configuration of the tabled shape that is nearest, made to fit.
 
     Args:
@@ -80,12 +80,12 @@ def choose(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
         arch: of `architecture`; one that is not tabled takes the next older one's rows.
     """
     rows = read_table()[nearest_architecture(arch)][scheme]
-    row = dict(min(rows, key=lambda row: distance(row["shape"], (M, N, K))))
+    row = dict(min(rows, key=lambda row: shape_distance(row["shape"], (M, N, K))))
     del row["shape"]
     return fitted(Config(**row), M, K, in_groups=scheme.endswith("g"))
 
 
-def distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
+def shape_distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     """How far two shapes are apart, in factors; a product of no tokens is as one of a single token."""
     return sum(abs(log(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import engine
-from quantize.kernels.config import Config, architecture, choose
+from quantize.kernels.config import Config, architecture, choose_config
 from quantize.kernels.packed import BLOCK, PackedWeight, QuantizedActivations, pack_activations
 from quantize.kernels.prepack import exact_gemm
 from quantize.kernels.prologue import Prologue
@@ -64,7 +64,7 @@ def _(activations: Sequence[Tensor], _: str, weight: Sequence[Tensor], *others: 
 def triton_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """The product by the tabled configuration."""
     scheme = f"{pw.layout}a{4 if qa.layout == 'pair' else 8}" + "g" * (pw.group_scale is not None)
-    config = choose(qa.q.shape[0], pw.data.shape[0], qa.q.shape[1], scheme, architecture(qa.q.device))
+    config = choose_config(qa.q.shape[0], pw.data.shape[0], qa.q.shape[1], scheme, architecture(qa.q.device))
     return launch_gemm(qa, pw, bias, out_dtype, config)
 
 

@@ -41,7 +41,9 @@ def fp4_linear(
         from quantize.kernels import fp4_gemm, fp4_quantizer
 
         qx = fp4_quantizer.launch(x, number_format, group_size, clip_ratio, prologue)
-        return fp4_gemm.launch(qx, data, scale, global_scale, bias, x.dtype, *choose(len(x), architecture(x.device)))
+        return fp4_gemm.launch(
+            qx, data, scale, global_scale, bias, x.dtype, *choose_fp4_config(len(x), architecture(x.device))
+        )
     stored = scale if global_scale is None else scale.view(torch.float8_e4m3fn)
     weight = (unpack_fp4(data, x.shape[1]), decode_scale(stored, global_scale), None, bias)
     rotated = prologue.applied(x).to(x.dtype)
@@ -53,7 +55,7 @@ def _(x: Tensor, data: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], data.shape[0]))
 
 
-def choose(M: int, arch: str) -> tuple[Config, bool]:
+def choose_fp4_config(M: int, arch: str) -> tuple[Config, bool]:
     """Tile of a product of M tokens, and whether NVFP4 does without `tl.dot_scaled`.
 
     What has no FP4 of its own multiplies in half precision, with operands that take more registers: smaller tiles.

@@ -18,7 +18,7 @@ FLOAT = "sdpa"  # the implementation that becomes `scaled_dot_product_attention`
 PREFIX = "quantized_kv_cache_"
 
 
-def attend(
+def attend_with_quantized_cache(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -47,7 +47,7 @@ def attend(
 def register(args: KVCacheArgs) -> str:
     """Make transformers know attention with these settings; returns its name, which says all of them."""
     name = PREFIX + "_".join(f"{key}={value}" for key, value in args.model_dump().items())
-    AttentionInterface.register(name, functools.partial(attend, kv_cache=args))
+    AttentionInterface.register(name, functools.partial(attend_with_quantized_cache, kv_cache=args))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[FLOAT])
     return name
 

@@ -27,7 +27,7 @@ def runners(blocks: SequentialPipeline) -> list[tuple[str, SequentialRunner, int
 
 def plain_values(values: Values, program: Program) -> dict[str, Any]:
     """Values by the name of their node; None for what the program itself holds."""
-    return {node.name: {} if held(node, program) else {"value": value} for node, value in values.items()}
+    return {node.name: {} if is_held_by_program(node, program) else {"value": value} for node, value in values.items()}
 
 
 def values_of(plain: dict[str, Any], program: Program) -> Values:
@@ -36,7 +36,7 @@ def values_of(plain: dict[str, Any], program: Program) -> Values:
     return {nodes[name]: kept.get("value", held_value(nodes[name], program)) for name, kept in plain.items()}
 
 
-def held(node: fx.Node, program: Program) -> bool:
+def is_held_by_program(node: fx.Node, program: Program) -> bool:
     """Whether the program itself holds a node's value."""
     return node in program.constants or node.op == "get_attr"
 

@@ -9,7 +9,7 @@ from quantize.export.support import formats
 from quantize.foreseen import stored_dtypes
 from quantize.machine import measure, peak_memory
 from quantize.preflight import MemoryEstimate
-from quantize.prepare import Prepared, describe
+from quantize.prepare import Prepared, describe_run
 
 
 def preflight(prepared: Prepared) -> MemoryEstimate:
@@ -21,7 +21,7 @@ def preflight(prepared: Prepared) -> MemoryEstimate:
 def dry_run(prepared: Prepared) -> str:
     """What would happen, in lines."""
     found = preflight(prepared)
-    return "\n".join([*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe(prepared)])
+    return "\n".join([*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)])
 
 
 def estimates(found: MemoryEstimate, prepared: float) -> Iterator[str]:

@@ -20,7 +20,7 @@ from quantize.graph.linears import Linear
 from quantize.prepare import Prepared, prepare
 from quantize.recipe import load_recipe, validated
 from quantize.regularized import Backward, RegularizedLinear
-from quantize.training import Batches, Settings, mean_kurtosis, train
+from quantize.training import Batches, FinetuneSettings, mean_kurtosis, train
 from quantize.writer import ArtifactWriter
 
 
@@ -87,7 +87,7 @@ def finetune(
         QuantizeError: the run failed; nothing is left behind.
     """
     settings = validated(
-        lambda: Settings(
+        lambda: FinetuneSettings(
             distill=distill,
             steps=steps,
             batch_size=batch_size,
@@ -101,10 +101,10 @@ def finetune(
         "finetune",
     )
     with ArtifactWriter(Path(output_dir)) as writer:
-        return run(find_parts(model, settings, Path(text) if text else None), settings, writer, console)
+        return run_finetuning(find_parts(model, settings, Path(text) if text else None), settings, writer, console)
 
 
-def find_parts(model: str | Path | nn.Module, settings: Settings, text: Path | None) -> Prepared:
+def find_parts(model: str | Path | nn.Module, settings: FinetuneSettings, text: Path | None) -> Prepared:
     """The model with the linears that every scheme would quantize, and all of the text."""
     check_kind(open_checkpoint(model).skeleton())
     no_passes = {"passes": (), "quantizer": {"name": "rtn"}}
@@ -126,7 +126,9 @@ def check_kind(model: nn.Module) -> None:
         )
 
 
-def run(prepared: Prepared, settings: Settings, writer: ArtifactWriter, console: Console | None) -> Finetuned:
+def run_finetuning(
+    prepared: Prepared, settings: FinetuneSettings, writer: ArtifactWriter, console: Console | None
+) -> Finetuned:
     """Fine-tune a copy of the model, and write it."""
     batches = Batches(token_stream(prepared, settings), settings)
     teacher = prepared.checkpoint.load().requires_grad_(False)
@@ -144,7 +146,7 @@ def run(prepared: Prepared, settings: Settings, writer: ArtifactWriter, console:
     return Finetuned(writer.output, losses, {path: (before[path], after[path]) for path in linears})
 
 
-def token_stream(prepared: Prepared, settings: Settings) -> Tensor:
+def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
     """All rows of the text, one behind the other, [tokens]."""
     stream = torch.cat([row["input_ids"] for row in prepared.samples.rows])
     if len(stream) < settings.seqlen:
@@ -161,7 +163,7 @@ def find_linears(prepared: Prepared) -> dict[str, Linear]:
     return {linear.path: linear for linear in found if linear.path in prepared.plan.targets}
 
 
-def stand_in(linear: Linear, parameters: dict[str, nn.Parameter], settings: Settings) -> RegularizedLinear:
+def stand_in(linear: Linear, parameters: dict[str, nn.Parameter], settings: FinetuneSettings) -> RegularizedLinear:
     """What takes the place of a linear while it is trained, on the same parameters."""
     bias = None if linear.bias is None else parameters[linear.bias]
     weight = parameters[linear.weight]

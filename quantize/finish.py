@@ -17,7 +17,7 @@ from quantize.plan import Plan
 from quantize.prepare import Prepared
 from quantize.settings import quantization_settings
 from quantize.skeleton import build_skeleton
-from quantize.verify import at_last_token, parity, written_output
+from quantize.verify import artifact_parity, at_last_token, written_output
 from quantize.writer import ArtifactWriter, as_json
 
 
@@ -34,7 +34,7 @@ def finish(
     settings = quantization_settings(plan.recipe, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.outputs()
-    proof = parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
+    proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,

@@ -66,7 +66,7 @@ class ArtifactEstimate:
         for step in self.plan.steps:
             if linear.path in step.online:
                 input_transform = step.handler.input_transform(self._place(step, linear, W, input_transform))
-        weight = rounded(W.shape, W.dtype, recipe.weights)
+        weight = quantize_on_meta(W.shape, W.dtype, recipe.weights)
         scheme = Scheme(weights=recipe.weights, activations=input_transform.activations)
         return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
 
@@ -144,7 +144,7 @@ class ArtifactEstimate:
 
 
 @functools.lru_cache
-def rounded(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
+def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
     """A weight on the meta device; blocks are alike, so each shape is rounded once."""
     return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
 

@@ -97,7 +97,7 @@ def require_equivalent(name: str, found: float, blame: Mapping[str, float], segm
     )
 
 
-def describe(basis: Basis) -> str:
+def describe_basis(basis: Basis) -> str:
     """A basis by its first writer and reader."""
     ends = [edges[0].parameter for edges in (basis.writers, basis.readers) if edges]
     return f"basis {basis.index} ({' → '.join(ends)})"

@@ -62,10 +62,12 @@ def quantized_attention(segment: Segment, args: KVCacheArgs | None) -> dict[fx.N
 
 def changed_attention(segment: Segment, change: Callable[..., Heads]) -> dict[fx.Node, Callable[..., Any]]:
     """For each attention of a block the same operator behind `change(query, key, value)`."""
-    return {node: functools.partial(attend, node.target, change) for node in attention_nodes(segment.nodes)}
+    return {
+        node: functools.partial(attend_on_changed_heads, node.target, change) for node in attention_nodes(segment.nodes)
+    }
 
 
-def attend(target: Any, change: Callable[..., Heads], *args: Any, **options: Any) -> Any:
+def attend_on_changed_heads(target: Any, change: Callable[..., Heads], *args: Any, **options: Any) -> Any:
     """An attention operator on changed queries, keys and values, its first three arguments."""
     return target(*change(*args[:3]), *args[3:], **options)
 

@@ -16,7 +16,7 @@ import torch
 
 from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
 from quantize.calibration.sums import FIRST, add_product
-from quantize.formats.qtensor import CACHED
+from quantize.formats.qtensor import L2_ELEMENTS
 
 SIZE, TOKENS = 768, 2048  # of the matrices that are multiplied, and of a batch of activations
 ELEMENTS = 1 << 24  # 64 MiB, whose pages are new to the process each time, as most large results are
@@ -78,7 +78,7 @@ def processor() -> Processor:
 def measure() -> Machine:
     """The best of a few runs of each, all in turn: what slows the machine for a moment slows only some of them."""
     a, b, x, one = torch.ones(SIZE, SIZE), torch.ones(SIZE, SIZE), torch.ones(ELEMENTS), torch.ones(1)
-    part = x[:CACHED]
+    part = x[:L2_ELEMENTS]
     with bfloat16_products(multiplies_bfloat16()):
         p, q = a.to(product_dtype()), b.to(product_dtype())
         left, right = (torch.ones(TOKENS, SIZE, dtype=factor_dtype()) for _ in range(2))
@@ -97,7 +97,7 @@ def measure() -> Machine:
         sums=TOKENS * SIZE**2 / sums,
         rounded=SIZE**3 / rounded,
         elements=ELEMENTS / elements,
-        cached=CACHED / cached,
+        cached=L2_ELEMENTS / cached,
         operator=operator / 100,
         file=file,
     )

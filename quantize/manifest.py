@@ -23,7 +23,7 @@ class Entry(Data):
     activations: ActivationArgs | None = None
 
 
-class Settings(Data):
+class QuantizationSettings(Data):
     """The `quantization_config` of an artifact; see `Recipe` for the attributes they share.
 
     Attributes:
@@ -47,5 +47,5 @@ class Manifest(BaseModel):
     """
 
     files: dict[str, str]
-    quantization: Settings
+    quantization: QuantizationSettings
     parity: dict[str, Any]

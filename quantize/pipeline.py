@@ -113,7 +113,7 @@ def quantize_model(
         journal = writer.begin(found, ranks)
         if ranks.gather(writer.finished)[0]:
             return Artifact(output, read_manifest(output))
-        return run(prepared, writer, console if ranks.is_rank_zero else None, journal, ranks, collected)
+        return run_pipeline(prepared, writer, console if ranks.is_rank_zero else None, journal, ranks, collected)
 
 
 def collect_stats(
@@ -155,7 +155,7 @@ def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> Non
             raise UsageError(f"{' and '.join(changed)} of rank {rank} differs from that of rank {ranks.rank}")
 
 
-def run(
+def run_pipeline(
     prepared: Prepared,
     writer: ArtifactWriter,
     console: Console | None,

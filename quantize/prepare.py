@@ -76,7 +76,7 @@ def identity_of(prepared: Prepared) -> Fingerprint:
     return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
 
 
-def describe(prepared: Prepared) -> str:
+def describe_run(prepared: Prepared) -> str:
     """What a run would do, in lines."""
     plan, program = prepared.plan, prepared.program
     what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"

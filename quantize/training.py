@@ -23,7 +23,7 @@ from quantize.scheme import Data
 MAX_NORM = 1.0  # of the gradient: a rounded input can cross many levels at once
 
 
-class Settings(Data):
+class FinetuneSettings(Data):
     """How to fine-tune; see `quantize.finetune`."""
 
     distill: bool
@@ -40,7 +40,7 @@ class Settings(Data):
 class Batches:
     """Windows of a stream of tokens, [batch_size, seqlen] each, that start anywhere in it."""
 
-    def __init__(self, stream: Tensor, settings: Settings) -> None:
+    def __init__(self, stream: Tensor, settings: FinetuneSettings) -> None:
         self.stream, self.settings = stream, settings
         self.generator = torch.Generator().manual_seed(settings.seed)
 
@@ -57,7 +57,7 @@ def train(
     teacher: nn.Module | None,
     linears: Sequence[RegularizedLinear],
     batches: Batches,
-    settings: Settings,
+    settings: FinetuneSettings,
     console: Console | None,
 ) -> tuple[float, ...]:
     """Train all parameters of a model and the clips of its linears, in place.
@@ -97,7 +97,7 @@ def last(losses: Sequence[float]) -> str:
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], linears: Sequence[RegularizedLinear], settings: Settings
+    parameters: list[nn.Parameter], linears: Sequence[RegularizedLinear], settings: FinetuneSettings
 ) -> torch.optim.Adam:
     """Adam moves every number by the learning rate whatever its gradient; a clip by that part of its range."""
     clips: list[dict[str, Any]] = [

@@ -163,7 +163,7 @@ class PassRunner:
             for basis in touched:
                 alone = Overrides(before.weights | fold(basis, sites[basis], before.weights), before.linears)
                 only = {basis: sites[basis]}
-                blame[gate.describe(basis)] = gate.max_relative_difference(
+                blame[gate.describe_basis(basis)] = gate.max_relative_difference(
                     self.program, segment, before, alone, probes, step.bases, only
                 )
         gate.require_equivalent(step.handler.name, found, blame, segment)

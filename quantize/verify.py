@@ -47,7 +47,7 @@ class Compared:
         return y
 
 
-def parity(
+def artifact_parity(
     program: Program,
     directory: Path,
     settings: Mapping[str, Any],

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from quantize import journal, partial, writer
-from quantize.pipeline import run
+from quantize.pipeline import run_pipeline
 from quantize.prepare import identity_of, prepare
 from quantize.recipe import load_recipe
 
@@ -36,7 +36,7 @@ class Runs:
         done = count_flushes(flush, then)
         with partial.ResumableWriter(output, resume) as writer:
             kept = writer.begin(identity_of(self.prepared))
-            writer.finished or run(self.prepared, writer, None, kept)
+            writer.finished or run_pipeline(self.prepared, writer, None, kept)
         os._exit(len(done) if count else 0)
 
     def run(self, output, **how):

@@ -12,7 +12,7 @@ from exporting import SYMMETRIC_8, quantized, scheme, tiny
 from transformers import AutoModel, AutoTokenizer
 
 from quantize.eval import bench_cpu, cpu_run
-from quantize.eval.cpu_contenders import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run
+from quantize.eval.cpu_contenders import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run_command
 from quantize.eval.cpu_encoder import read_batches, spearman, write_batches
 from quantize.eval.cpu_peer import timed
 from quantize.eval.cpu_profile import shares
@@ -101,7 +101,7 @@ def test_goals_say_by_how_much_they_are_missed_and_what_bounds_them(found):
 def test_an_engine_that_is_missing_is_no_crash(tmp_path):
     engines = contenders(None)
     assert bench_cpu.attempt(lambda: engines[LLAMA].make(tmp_path, tmp_path / "x")) == "no --peer was given"
-    assert "No such file" in str(bench_cpu.attempt(lambda: run(["/nowhere/python"])))
+    assert "No such file" in str(bench_cpu.attempt(lambda: run_command(["/nowhere/python"])))
     script = tmp_path / "broken"
     script.write_text("#!/bin/sh\necho first >&2\necho No module named gguf >&2\nexit 3\n")
     script.chmod(0o755)

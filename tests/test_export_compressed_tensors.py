@@ -20,7 +20,7 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint import open_checkpoint, read_config
 from quantize.errors import QuantizeError, UsageError
 from quantize.export import compressed_tensors, compressed_tensors_format
-from quantize.export.comparison import copy_with_replaced_linears, distance, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
 from quantize.export.compressed_tensors_format import quantization_config, storage, stored
 from quantize.export.directory import export_artifact
 from quantize.export.input_ranges import input_divisors
@@ -122,7 +122,7 @@ def run_by_the_package(linear, x):
         model.load_state_dict({**given, "0.bias": linear.bias}, strict=True)
         compressor.decompress_model(model)
     assert torch.equal(model[0].weight, weight.dequantize().to(dtype)) or scheme.weights.format == "nvfp4"
-    assert distance([model[0].weight], [weight.dequantize()]) < (FLOAT32 if dtype == torch.float32 else 2**-9)
+    assert relative_error([model[0].weight], [weight.dequantize()]) < (FLOAT32 if dtype == torch.float32 else 2**-9)
     return model(x.to(dtype)).detach()
 
 
@@ -131,7 +131,7 @@ def run_by_the_package(linear, x):
 )
 def test_the_package_computes_the_same_where_it_has_the_same_grid(name):
     linear, x = random_linear(SCHEMES[name]), inputs()
-    assert distance([run_by_the_package(linear, x)], [linear(x)]) < FLOAT32
+    assert relative_error([run_by_the_package(linear, x)], [linear(x)]) < FLOAT32
 
 
 @pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.activations and s.activations.symmetric])
@@ -139,7 +139,7 @@ def test_symmetric_activations_differ_by_their_rounding_at_most(name):
     """Symmetric integers span half a step more; MXFP4's scales round up; NVFP4 has one global scale for all tokens."""
     linear, x = random_linear(SCHEMES[name]), inputs()
     y, exact = linear(x), linear._forward_float_activations(x)
-    assert distance([run_by_the_package(linear, x)], [y]) < 2 * distance([y], [exact])
+    assert relative_error([run_by_the_package(linear, x)], [y]) < 2 * relative_error([y], [exact])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -148,8 +148,8 @@ def test_the_steps_of_symmetric_activations(bits):
     linear, x = random_linear(integers(8, bits)), inputs()
     step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / (2 ** (bits - 1) - 0.5)
     rounded = (x / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
-    assert distance([run_by_the_package(linear, x)], [linear._forward_float_activations(rounded)]) < FLOAT32
-    assert distance([rounded], [fake_quantize(x, linear.scheme.activations)]) > FLOAT32
+    assert relative_error([run_by_the_package(linear, x)], [linear._forward_float_activations(rounded)]) < FLOAT32
+    assert relative_error([rounded], [fake_quantize(x, linear.scheme.activations)]) > FLOAT32
 
 
 def exported(artifact, output, **arguments):
@@ -168,7 +168,7 @@ def apart(model, artifact):
     """Distance of the logits of both, and what rounding activations makes of the artifact's."""
     expected = logits(artifact)
     exact = logits(copy_with_replaced_linears(artifact, with_float_activations))
-    return distance([logits(model)], [expected]), distance([exact], [expected])
+    return relative_error([logits(model)], [expected]), relative_error([exact], [expected])
 
 
 ROTATED = {

@@ -22,7 +22,7 @@ from quantize.export.encoder_decoder import DECODER, ENCODER
 from quantize.export.genai import genai_config_of_sound
 from quantize.export.halves import EncoderWithCrossKV
 from quantize.export.onnx import export_onnx, interface_of, leave_unread_out
-from quantize.export.parity import distance, open_session, parity
+from quantize.export.parity import onnx_parity, open_session, relative_output_error
 from quantize.export.saving import SHARED, SMALL
 
 PAST, TOTAL = (["batch_size", 4, f"{which}_sequence_length", 8] for which in ("past", "total"))
@@ -88,7 +88,9 @@ def test_token_by_token_they_give_what_the_model_gives_at_once(exported):
         logits, *present = decoder.run(None, token | known | past)
         past = dict(zip(interface.decoder.past, present, strict=True))
         found.append(logits)
-    assert distance([found], [np.split(expected, len(found), axis=1)]) < 1e-5 + 2 * differences["activations"]
+    assert (
+        relative_output_error([found], [np.split(expected, len(found), axis=1)]) < 1e-5 + 2 * differences["activations"]
+    )
 
 
 @whisper
@@ -142,7 +144,7 @@ def test_exchanged_keys_and_values_are_noticed(exported, monkeypatch):
         return [states, value, key]
 
     monkeypatch.setattr(EncoderWithCrossKV, "run_files", exchanged)
-    differences = parity(interface_of(model), directory)
+    differences = onnx_parity(interface_of(model), directory)
     assert differences["emulation"] > 0.1 > 1e-4 + 2 * differences["activations"]
 
 

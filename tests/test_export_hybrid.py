@@ -19,7 +19,7 @@ from quantize.export.hybrid_linear import MANY, by_channel
 from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.onnx_decoder import OnnxDecoder
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import distance, run_torch
+from quantize.export.parity import relative_output_error, run_torch
 from quantize.export.rewrites.in_place import keep_in_place
 from quantize.linear import QuantizedLinear
 
@@ -45,7 +45,7 @@ def test_prompts_are_exact_and_single_tokens_in_blocks(model, exported):
     interface = interface_of(model)
     for samples, tokens, exact in [(1, MANY, 1), (4, 4, 1), (2, 2, 1), (1, MANY - 1, 0), (5, 1, 0), (1, 1, 0)]:
         feed = interface.feed(samples, tokens, 3, seed=4)
-        found = distance(run_onnx(path / "model.onnx", [feed]), run_torch(interface, [feed]))
+        found = relative_output_error(run_onnx(path / "model.onnx", [feed]), run_torch(interface, [feed]))
         assert (found < 1e-5) == bool(exact), (samples, tokens, found)
 
 
@@ -77,8 +77,12 @@ def test_groups_are_rounded_to_8_bits(tmp_path):
     interface = interface_of(model)
     feed = [interface.feed(1, 2 * MANY, 0, seed=4)]
     expected = run_torch(interface, feed)
-    found = distance(run_onnx(tmp_path / "model.onnx", feed), expected)
-    assert 1e-4 < found < 1.5 * distance(run_torch(copy_with_replaced_linears(interface, lower), feed), expected)
+    found = relative_output_error(run_onnx(tmp_path / "model.onnx", feed), expected)
+    assert (
+        1e-4
+        < found
+        < 1.5 * relative_output_error(run_torch(copy_with_replaced_linears(interface, lower), feed), expected)
+    )
 
 
 def test_a_cache_goes_from_a_prompt_to_single_tokens(model, exported):

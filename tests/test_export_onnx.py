@@ -31,7 +31,7 @@ from quantize.export.decoder import Decoder
 from quantize.export.integer_linear import IntegerLinear
 from quantize.export.onnx import export_onnx, interface_of
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import distance, open_session, parity, run_torch
+from quantize.export.parity import onnx_parity, open_session, relative_output_error, run_torch
 from quantize.export.tracing import OPSET
 from quantize.formats.qtensor import QTensor
 from quantize.graph.exported import quiet
@@ -62,7 +62,7 @@ def test_w8a8_encoder(tmp_path):
 
     one_token = {name: tensor[:1, :1] for name, tensor in interface_of(model).feeds(3)["one"].items()}
     found = run_onnx(tmp_path / "model.onnx", [one_token])
-    assert distance(found, run_torch(interface_of(model), [one_token])) < differences["activations"]
+    assert relative_output_error(found, run_torch(interface_of(model), [one_token])) < differences["activations"]
 
 
 def test_w4a8_encoder(tmp_path):
@@ -116,7 +116,7 @@ def test_w4a16_decoder_has_the_promised_interface(tmp_path):
     constant = interface_of(model)
     constant.feeds = lambda seed: Decoder.feeds(constant, 1)
     with pytest.raises(QuantizeError, match="same output for different inputs"):
-        parity(constant, tmp_path)
+        onnx_parity(constant, tmp_path)
 
 
 def test_w4a4_decoder_with_online_hadamard(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from exporting import ASYMMETRIC_4, SYMMETRIC_8, nodes, quantized, run_onnx, scheme, tiny
 
 from quantize.export.onnx import QDQ_ACCURACY, export_onnx, interface_of
-from quantize.export.parity import distance, run_torch
+from quantize.export.parity import relative_output_error, run_torch
 
 
 def as_run(path, tmp_path, entries):
@@ -45,8 +45,8 @@ def test_without_the_option_activations_would_be_rounded(tmp_path):
     interface = interface_of(model)
     feeds = [interface.feeds(1)["prefill"]]
     expected = run_torch(interface, feeds)
-    assert distance(run_onnx(tmp_path / "model.onnx", feeds, {QDQ_ACCURACY: "0"}), expected) < 1e-5
-    assert distance(run_onnx(tmp_path / "model.onnx", feeds, {}), expected) > 1e-4
+    assert relative_output_error(run_onnx(tmp_path / "model.onnx", feeds, {QDQ_ACCURACY: "0"}), expected) < 1e-5
+    assert relative_output_error(run_onnx(tmp_path / "model.onnx", feeds, {}), expected) > 1e-4
 
 
 def test_integers_are_standard_operators_too(tmp_path):

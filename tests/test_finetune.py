@@ -21,7 +21,7 @@ from quantize.finetuning import token_stream
 from quantize.kernels.halo import input_gradient, int8_product, linear_with_int8_backward
 from quantize.regularized import RegularizedLinear, best_clip, learned_clip
 from quantize.rotations.kurtosis import kurtosis
-from quantize.training import Batches, Settings, mean_kurtosis, task_loss
+from quantize.training import Batches, FinetuneSettings, mean_kurtosis, task_loss
 
 FEW = {"steps": 2, "batch_size": 2, "seqlen": 16}
 RTN = {
@@ -150,7 +150,7 @@ def test_task_losses_by_hand():
 
 
 def settings(**changes):
-    return Settings(**({**FEW, "distill": True, "num_bits": 4, "kurtosis": 0, "learning_rate": 1e-4} | changes))
+    return FinetuneSettings(**({**FEW, "distill": True, "num_bits": 4, "kurtosis": 0, "learning_rate": 1e-4} | changes))
 
 
 def test_windows_start_anywhere_and_come_from_the_seed():

@@ -7,7 +7,7 @@ from test_ops import TESTS as CHECKS
 
 from quantize.kernels import fp4_quantizer
 from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale, pack_fp4, quantize_fp4
-from quantize.kernels.fp4_linear import choose, fp4_linear
+from quantize.kernels.fp4_linear import choose_fp4_config, fp4_linear
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.kernels.prologue import Prologue
 from quantize.kernels.reference import quantized_linear
@@ -108,6 +108,11 @@ def test_the_linear_is_a_proper_operator(name):
 
 
 def test_tiles_by_architecture():
-    assert choose(16, "sm_100")[0].block_n == 128
-    assert choose(17, "sm_90")[0].block_m == 64
-    assert [choose(1, arch)[1] for arch in ("interpreter", "sm_80", "sm_89", "sm_120")] == [True, True, False, False]
+    assert choose_fp4_config(16, "sm_100")[0].block_n == 128
+    assert choose_fp4_config(17, "sm_90")[0].block_m == 64
+    assert [choose_fp4_config(1, arch)[1] for arch in ("interpreter", "sm_80", "sm_89", "sm_120")] == [
+        True,
+        True,
+        False,
+        False,
+    ]

@@ -7,7 +7,7 @@ import torch
 from operands import SCHEMES, activations, rng, weight
 
 from quantize.kernels import custom_ops, gemm, grouped, split_k
-from quantize.kernels.config import Config, choose, fitted, nearest_architecture, read_table
+from quantize.kernels.config import Config, choose_config, fitted, nearest_architecture, read_table
 from quantize.kernels.ops import packed_linear, prepack, quantize_activations, quantized_linear
 from quantize.kernels.packed import pack_activations
 from quantize.kernels.prepack import exact_gemm, supported
@@ -94,15 +94,18 @@ def test_every_shape_finds_a_configuration_that_fits():
     for arch in read_table():
         for scheme in ("w8a8", "w4a8", "w4a4", "w8a8g", "w4a8g"):
             for M in (0, 1, 100, 5000):
-                config = choose(M, 70, 384, scheme, arch)
+                config = choose_config(M, 70, 384, scheme, arch)
                 assert 384 % config.block_k == 0 and config.split_k <= 3
                 assert config.split_k == 1 or 4 * config.block_m >= M
 
 
 def test_the_nearest_row_is_taken():
-    assert choose(4096, 14336, 4096, "w4a8", "sm_90").block_m == 128
-    assert choose(1, 14336, 4096, "w4a8", "sm_90").block_m == 16
-    assert choose(16, 4096, 14336, "w4a8", "sm_90").split_k > choose(16, 14336, 4096, "w4a8", "sm_90").split_k
+    assert choose_config(4096, 14336, 4096, "w4a8", "sm_90").block_m == 128
+    assert choose_config(1, 14336, 4096, "w4a8", "sm_90").block_m == 16
+    assert (
+        choose_config(16, 4096, 14336, "w4a8", "sm_90").split_k
+        > choose_config(16, 14336, 4096, "w4a8", "sm_90").split_k
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_the_longest_sums_do_not_overflow():
     K, one = 35200, torch.ones(1, 1)
     pw = prepack(torch.full((1, K), -8, dtype=torch.int8), one, torch.full((1, 1), 7, dtype=torch.int8), 4)
     qa = pack_activations(torch.full((1, K), -128, dtype=torch.int8), one[0], torch.tensor([127]), "int8")
-    y = gemm.launch(qa, pw, None, torch.float32, choose(1000, 1, K, "w4a8", "interpreter"))
+    y = gemm.launch(qa, pw, None, torch.float32, choose_config(1000, 1, K, "w4a8", "interpreter"))
     assert y.item() == 15 * 255 * K
 
 

@@ -78,7 +78,7 @@ def quantized_linear():
 
 def test_an_unpacked_linear_computes_the_same(monkeypatch):
     module, x, unpack = quantized_linear(), normal(5, 64, seed=2), QuantizedLinear.qtensor
-    monkeypatch.setattr("quantize.formats.qtensor.CACHED", 64 * 7)  # rows in pieces of 7
+    monkeypatch.setattr("quantize.formats.qtensor.L2_ELEMENTS", 64 * 7)  # rows in pieces of 7
     apart = module(x)
     with module.unpacked():
         assert torch.equal(module(x), apart)

@@ -48,7 +48,7 @@ def test_rtn_rounds_few_rows_at_a_time_to_the_same_bytes(monkeypatch):
     W, seen = weights(40), []
     whole = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
     monkeypatch.setattr(rtn, "quantize", lambda w, *grid: seen.append(w.numel()) or base.quantize(w, *grid))
-    monkeypatch.setattr(qtensor, "CACHED", 7 * 64)
+    monkeypatch.setattr(qtensor, "L2_ELEMENTS", 7 * 64)
     parts = QUANTIZERS["rtn"]().quantize(W, GROUPED, None, torch.float32)
     assert seen == [7 * 64] * 5 + [5 * 64]
     assert all(torch.equal(x, parts.tensors()[name]) for name, x in whole.tensors().items())
@@ -262,7 +262,7 @@ def test_ranges_left_out_of_the_search_are_no_better(args, monkeypatch):
     W = weights(64, 256) * torch.linspace(-3, 2, 64)[:, None].exp()
     W[::7, 5] *= 30
     found = compute_qparams(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
-    monkeypatch.setattr(base, "outside", lambda x, *rest: torch.zeros(len(x), 1))
+    monkeypatch.setattr(base, "clipping_error_bound", lambda x, *rest: torch.zeros(len(x), 1))
     full = compute_qparams(W, args, torch.bfloat16, mse=True, importance=torch.linspace(0.1, 3, 256))
     assert all(torch.equal(*pair) for pair in zip(found, full, strict=True))
 

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from quantize.export.onnx import interface_of
 from quantize.export.onnx_linear import lower
-from quantize.export.parity import copy_with_replaced_linears, distance
+from quantize.export.parity import copy_with_replaced_linears, relative_output_error
 from quantize.export.rewrites import rewrite
 from quantize.export.rewrites.attention import CacheInAttention
 from quantize.export.rewrites.heads import HeadsInPlace
@@ -62,7 +62,7 @@ def test_a_pass_leaves_the_function(llama, passes, expected, tmp_path):
         kind()(model)
     model.opset_imports.setdefault("com.microsoft", 1)
     RemoveUnusedNodesPass()(model)
-    assert distance(outputs(model, feeds, tmp_path), before) < 1e-6
+    assert relative_output_error(outputs(model, feeds, tmp_path), before) < 1e-6
     found = kinds(model)
     assert {name: found[name] for name in expected} == expected
 
@@ -72,7 +72,7 @@ def test_all_passes_together(llama, tmp_path):
     model = onnx_ir.load(path)
     nodes = len(list(model.graph))
     rewrite(model)
-    assert distance(outputs(model, feeds, tmp_path), before) < 1e-6
+    assert relative_output_error(outputs(model, feeds, tmp_path), before) < 1e-6
     found = kinds(model)
     layer = {"MatMulNBits": 4, "Split": 2, "RotaryEmbedding": 2, "Attention": 1, "SkipSimplifiedLayerNormalization": 2}
     assert {name: found[name] for name in layer} == {name: LAYERS * count for name, count in layer.items()}

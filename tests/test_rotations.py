@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantize.fold import CentredRotation, Diagonal, Rotation
-from quantize.rotations.adaptive import adaptive_rotation, choose, is_better, rms, token_error
+from quantize.rotations.adaptive import adaptive_rotation, choose_rotation, is_better, rms, token_error
 from quantize.rotations.blocks import BlockRotation, multiply_blocks, reflect
 from quantize.rotations.dual import (
     DualRotation,
@@ -174,8 +174,8 @@ def test_dual_rotation_against_a_hadamard_matrix():
 def test_the_papers_criterion():
     normal, outliers = with_outliers(64, 256, 0, 1) * 0.5, with_outliers(64, 256, 1, 200)
     assert rms(torch.tensor([[3.0, 4], [0, 0]])) == 2.5
-    assert (choose(normal, 1), choose(outliers, 1)) == ("hadamard", "dual")
-    assert choose(outliers * 0.01, 1) == "hadamard"  # J is not free of scale
+    assert (choose_rotation(normal, 1), choose_rotation(outliers, 1)) == ("hadamard", "dual")
+    assert choose_rotation(outliers * 0.01, 1) == "hadamard"  # J is not free of scale
 
 
 def test_token_error_by_hand():

@@ -27,7 +27,9 @@ def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, 
     in_files = small_run(one_layer, "W4A16", "files", recipe=recipe, nsamples=5, seqlen=512)
     assert sum(filed) > 1_000_000
     monkeypatch.undo()
-    monkeypatch.setattr(runner, "FEW", 0)  # all weights of a stretch unpacked at once, as for many activations
+    monkeypatch.setattr(
+        runner, "SMALL_ACTIVATION_BYTES", 0
+    )  # all weights of a stretch unpacked at once, as for many activations
     at_once = small_run(one_layer, "W4A16", "whole", recipe=recipe, nsamples=5, seqlen=512)
     assert tree(in_memory) == tree(in_files) == tree(at_once)
 

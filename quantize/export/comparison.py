@@ -46,7 +46,7 @@ def first_output(outputs: Any) -> Tensor:
     return found
 
 
-def distance(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """‖y - target‖ / ‖target‖, the largest of the pairs."""
     pairs = ((y.double(), target.double()) for y, target in zip(outputs, expected, strict=True))
     return max(float((y - target).norm() / target.norm()) for y, target in pairs)

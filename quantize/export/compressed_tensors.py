@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantize.artifact import load, read_linear, read_manifest
 from quantize.checkpoint import read_config
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.export.comparison import copy_with_replaced_linears, distance, first_outputs, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
 from quantize.export.compressed_tensors_format import NAME, quantization_config, stored
 from quantize.export.input_ranges import input_divisors
 from quantize.files import read_all
@@ -41,7 +41,8 @@ def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibrati
         calibration: data for NVFP4, as for quantizing; None takes the bundled prose.
 
     Returns:
-        What `parity` measured, or `{"transformers": "not verified"}` where the package is not installed.
+        What `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package is
+        not installed.
 
     Raises:
         UsageError: the format cannot express what the artifact does.
@@ -61,7 +62,7 @@ def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibrati
     writer.write("config.json", as_json({**config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
         return {"transformers": "not verified"}
-    return parity(directory, writer.directory, scheme)
+    return compressed_tensors_parity(directory, writer.directory, scheme)
 
 
 def check_expressible(settings: Mapping[str, Any], scheme: Scheme, skeleton: nn.Module) -> None:
@@ -127,7 +128,7 @@ def shards(
         yield file.name, tensors
 
 
-def parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
+def compressed_tensors_parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
     """How far transformers with the package is from the artifact, on the artifact's two probes.
 
     The package's steps of symmetric activations are max/7.5 or max/127.5, not max/7 or max/127, so where activations
@@ -150,8 +151,8 @@ def parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
     model = load(directory)
     expected = first_outputs(model, inputs)
     found = {
-        "reference": distance(outputs_of(written, inputs, scheme), expected),
-        "activations": distance(
+        "reference": relative_error(outputs_of(written, inputs, scheme), expected),
+        "activations": relative_error(
             first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), expected
         ),
     }

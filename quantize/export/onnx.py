@@ -16,7 +16,7 @@ from quantize.export.forward import SinglePassModel
 from quantize.export.halves import is_seq2seq
 from quantize.export.hybrid import branch_on_length, hybrid_decoder
 from quantize.export.interface import Interface
-from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, parity
+from quantize.export.parity import SESSION_CONFIG, WITH_VNNI, onnx_parity
 from quantize.export.precision import precision_counts
 from quantize.export.rewrites import rewrite
 from quantize.export.saving import LARGE, save
@@ -59,7 +59,7 @@ def export_onnx(
         large: bytes.
 
     Returns:
-        What `parity` measured on two random inputs of three shapes, the same for every call.
+        What `onnx_parity` measured on two random inputs of three shapes, the same for every call.
 
     Raises:
         UsageError: if ONNX Runtime has no kernel for a layer's scheme, or for what the model keeps of earlier tokens;
@@ -78,7 +78,7 @@ def export_onnx(
     save({name: model for name, (model, _) in made.items()}, output_dir, large)
     config = joined([config for _, config in made.values()])
     (output_dir / "ort_config.json").write_text(as_json(config))
-    differences = parity(interface, output_dir, config["session_config_entries"])
+    differences = onnx_parity(interface, output_dir, config["session_config_entries"])
     allowed = FLOAT_ROUNDING + 2 * differences["activations"]
     if not differences["emulation"] <= allowed:  # NaN is caught too
         raise QuantizeError(

@@ -27,7 +27,7 @@ def open_session(path: Path, entries: Mapping[str, str] = SESSION_CONFIG) -> onn
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def parity(
+def onnx_parity(
     interface: Interface, directory: Path, session_config: Mapping[str, str] = SESSION_CONFIG
 ) -> dict[str, float]:
     """How far ONNX Runtime is from torch: ‖difference‖ / ‖output‖, the largest of all outputs, shapes and inputs.
@@ -55,9 +55,9 @@ def parity(
     feeds = [feed for pair in pairs for feed in pair]
     found, expected = [run for pair in outputs for run in pair], run_torch(interface, feeds)
     return {
-        "emulation": distance(found, run_torch(interface.lowered(), feeds)),
-        "reference": distance(found, expected),
-        "activations": distance(
+        "emulation": relative_output_error(found, run_torch(interface.lowered(), feeds)),
+        "reference": relative_output_error(found, expected),
+        "activations": relative_output_error(
             run_torch(copy_with_replaced_linears(interface, with_float_activations), feeds), expected
         ),
     }
@@ -69,7 +69,7 @@ def run_torch(interface: Interface, feeds: Sequence[Feed]) -> list[Outputs]:
         return [[output.numpy() for output in interface(feed)] for feed in feeds]
 
 
-def distance(found: Sequence[Outputs], expected: Sequence[Outputs]) -> float:
+def relative_output_error(found: Sequence[Outputs], expected: Sequence[Outputs]) -> float:
     """‖y - target‖ / ‖target‖, the largest of all outputs of all runs."""
     pairs = [pair for runs in zip(found, expected, strict=True) for pair in zip(*runs, strict=True)]
     norm = np.linalg.norm

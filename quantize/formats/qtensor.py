@@ -14,7 +14,7 @@ from quantize.errors import QuantizeError
 from quantize.kernels.ops import decode_scale, dequantize, pack_fp4, pack_int4, unpack_fp4, unpack_int4
 from quantize.scheme import WeightArgs
 
-CACHED = 1 << 17  # weights that are worked on together, so that all that is computed stays in a core's cache
+L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that all that is computed stays in a core's cache
 SCALE_TYPES = {
     "int": {torch.float64, torch.float32, torch.float16, torch.bfloat16},
     "mxfp4": {torch.uint8},
@@ -24,7 +24,7 @@ SCALE_TYPES = {
 
 def cached_rows(columns: int) -> int:
     """How many rows of a weight are worked on together."""
-    return max(1, CACHED // columns)
+    return max(1, L2_ELEMENTS // columns)
 
 
 @dataclass(frozen=True)

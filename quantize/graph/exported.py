@@ -47,7 +47,7 @@ def export_program(skeleton: nn.Module) -> Program:
     program = from_exported(exported, buffers, switches, tuple(inputs))
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
     with quiet():
-        return replace(program, read=read_past_forward(skeleton, linears, example))
+        return replace(program, weights_read_directly=read_past_forward(skeleton, linears, example))
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:

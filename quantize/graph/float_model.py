@@ -74,13 +74,13 @@ def linear_inputs(model: FloatModel, paths: tuple[str, ...], /, **given: Tensor)
     One that runs several times has the rows of all of them; one that does not run has no rows.
     """
     sizes = [int(model.module.get_submodule(path).in_features) for path in paths]  # type: ignore[arg-type]
-    seen = [Rows([torch.empty(0, size)]) for size in sizes]
+    seen = [LinearInputRows([torch.empty(0, size)]) for size in sizes]
     model.run(given, {path: rows.add for path, rows in zip(paths, seen, strict=True)})
     return tuple(torch.cat(rows.parts) for rows in seen)
 
 
 @dataclass(frozen=True)
-class Rows:
+class LinearInputRows:
     """What reaches one linear, [rows, K] in parts."""
 
     parts: list[Tensor]

@@ -42,7 +42,7 @@ class Program:
         output: the node that returns.
         intermediate_outputs: outputs that are no result: an encoder's states beside a decoder's output, which the
             decoder reads.
-        read: names of weights that the model reads itself beside their product.
+        weights_read_directly: names of weights that the model reads itself beside their product.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
@@ -54,7 +54,7 @@ class Program:
     segments: tuple[Segment, ...]
     output: fx.Node
     intermediate_outputs: frozenset[fx.Node] = frozenset()
-    read: frozenset[str] = frozenset()
+    weights_read_directly: frozenset[str] = frozenset()
     export_error: str = ""
 
     @property
@@ -86,7 +86,11 @@ class Program:
     def not_replaceable(self) -> dict[str, str]:
         """The weights of all other linears, and stacks of them, and why."""
         more = not_replaceable(self.module.graph, self._linears.values(), self.parameters)
-        return dict.fromkeys(self.read, READ_ITSELF) | dict.fromkeys(more, NOT_ALONE) | stacks(self.parameters)
+        return (
+            dict.fromkeys(self.weights_read_directly, READ_ITSELF)
+            | dict.fromkeys(more, NOT_ALONE)
+            | stacks(self.parameters)
+        )
 
     def never_executed(self, outputs: list[Tensor]) -> list[str]:
         """Linears that none of some runs has reached; an exported graph runs all."""

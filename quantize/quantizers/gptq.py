@@ -57,7 +57,7 @@ class GPTQ(Quantizer):
             for rows in panels(len(W), cached_rows(len(H))):
                 part[:, rows] = W[rows].T[order]
         R[dead[order]] = 0
-        Q = self.rounded(R, H, columns)
+        Q = self.round_and_sweep(R, H, columns)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
         return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
 
@@ -68,7 +68,7 @@ class GPTQ(Quantizer):
         del gram, H, d, order
         return weights
 
-    def rounded(self, R: Tensor, H: Tensor, columns: OrderedColumns) -> Tensor:
+    def round_and_sweep(self, R: Tensor, H: Tensor, columns: OrderedColumns) -> Tensor:
         """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
         Q = gptq_round(R, H, columns, self.block_size)
         if self.sweeps:

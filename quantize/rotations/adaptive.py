@@ -15,7 +15,7 @@ HELD_BACK = 0.25  # part of the rows that the comparison sees and the search doe
 STANDARD_ERRORS = 2  # how clearly the dual rotation must win; else the one that is fast online
 
 
-def choose(X: Tensor, threshold: float) -> Literal["hadamard", "dual"]:
+def choose_rotation(X: Tensor, threshold: float) -> Literal["hadamard", "dual"]:
     """The paper's criterion: Hadamard where J = ‖X‖_F / √(rows · K) is below the threshold, the paper's being 1.
 
     J is not free of scale: behind a norm whose gain is folded it is 1 whatever the outliers, and one factor on all of
@@ -38,14 +38,14 @@ def adaptive_rotation(X: Tensor, threshold: float | None, generator: torch.Gener
 
     Args:
         X: activations [..., K]; at least 8 rows without a threshold.
-        threshold: of `choose`, or None to measure.
+        threshold: of `choose_rotation`, or None to measure.
         generator: of signs, held-back rows and the search.
     """
     rows = X.detach().reshape(-1, X.shape[-1])
     signs = torch.randint(0, 2, (X.shape[-1],), generator=generator).double() * 2 - 1
     hadamard = Rotation(signs, X.shape[-1])
     if threshold is not None:
-        return hadamard if choose(rows, threshold) == "hadamard" else dual_rotation(rows, generator)
+        return hadamard if choose_rotation(rows, threshold) == "hadamard" else dual_rotation(rows, generator)
     rows = rows[torch.randperm(len(rows), generator=generator)]
     held_back, seen = rows.tensor_split([round(len(rows) * HELD_BACK)])
     dual = dual_rotation(seen, generator)

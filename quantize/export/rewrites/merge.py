@@ -46,12 +46,12 @@ def kind(node: onnx_ir.Node) -> tuple[Any, ...]:
     """What linears must have in common: operator, attributes but N, all other inputs, zero points or none."""
     settings = sorted((name, held.value) for name, held in node.attributes.items() if name != "N")
     own = PARTS[node.op_type]
-    shared = [held(value) for i, value in enumerate(node.inputs) if i not in own]
+    shared = [constant_or_value(value) for i, value in enumerate(node.inputs) if i not in own]
     optional = [i < len(node.inputs) and node.inputs[i] is not None for i in own if i != BIAS.get(node.op_type)]
     return (node.op_type, *shared, *settings, *optional)
 
 
-def held(value: onnx_ir.Value | None) -> Any:
+def constant_or_value(value: onnx_ir.Value | None) -> Any:
     """What two values have in common if they are the same: themselves, or the constant they hold."""
     array = constant(value)
     return value if array is None else (str(array.dtype), array.tobytes())

@@ -36,7 +36,7 @@ def dequantized(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     """One linear with 4-bit weights."""
     x, weight, scale, zero_point, _, bias = padded(node.inputs)
     columns, (rows, blocks, _) = int(attribute(node, "K")), weight.shape
-    scales = np.ascontiguousarray(held(scale).reshape(rows, blocks).T)
+    scales = np.ascontiguousarray(constant_array(scale).reshape(rows, blocks).T)
     operands = [int4(graph, weight, rows, columns), initializer(graph, f"{scale.name}.blocks", scales)]
     if zero_point is not None:
         operands.append(int4(graph, zero_point, rows, blocks))
@@ -61,7 +61,7 @@ def padded(inputs: Sequence[onnx_ir.Value | None]) -> list[Any]:
     return [*inputs, *[None] * (6 - len(inputs))]
 
 
-def held(value: onnx_ir.Value) -> NDArray[Any]:
+def constant_array(value: onnx_ir.Value) -> NDArray[Any]:
     """What an initializer holds."""
     found = constant(value)
     assert found is not None  # weights are constants, as `BlockLinear` makes them
@@ -70,7 +70,7 @@ def held(value: onnx_ir.Value) -> NDArray[Any]:
 
 def int4(graph: onnx_ir.Graph, value: onnx_ir.Value, rows: int, columns: int) -> onnx_ir.Value:
     """Packed uint8 [rows, ...], 8 for zero, as an initializer INT4 [columns, rows], less what pads the rows."""
-    packed = held(value).reshape(rows, -1)
+    packed = constant_array(value).reshape(rows, -1)
     apart = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1).astype(np.int8) - 8
     array = np.ascontiguousarray(apart[:, :columns].T).astype(ml_dtypes.int4)
     return initializer(graph, f"{value.name}.int4", array)
