@@ -65,12 +65,12 @@ class ArtifactEstimate:
         input_transform = InputTransform(activations=recipe.activations)
         for step in self.plan.steps:
             if linear.path in step.online:
-                input_transform = step.handler.input_transform(self._place(step, linear, W, input_transform))
+                input_transform = step.handler.input_transform(self._linear_context(step, linear, W, input_transform))
         weight = quantize_on_meta(W.shape, W.dtype, recipe.weights)
         scheme = Scheme(weights=recipe.weights, activations=input_transform.activations)
         return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
 
-    def _place(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
+    def _linear_context(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
         basis = step.bases.reading(linear.weight)
         return LinearContext(
             linear.path, basis, None, W, input_transform, self.plan.recipe.linear_scheme, derived_generator(0)

@@ -85,10 +85,10 @@ class PassRunner:
         after = dict(weights)
         for basis in touched:
             if basis not in self.sites[number]:
-                site = BasisContext(
+                context = BasisContext(
                     basis, statistics, weights, self.scheme, derived_generator(self.seed, number, basis.index)
                 )
-                self.sites[number][basis] = step.handler.transform(site)
+                self.sites[number][basis] = step.handler.transform(context)
             after |= fold(basis, self.sites[number][basis], after)
         changed = {
             x.path: self._input_transform(number, x, after, input_transforms[x.path], statistics) for x in reached

@@ -26,16 +26,16 @@ class ActivationClip(Pass):
         del basis, columns
         return True
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
+    def input_transform(self, context: LinearContext) -> InputTransform:
         """The same, with the grid clipped."""
-        if place.input_transform.activations is None or place.rows is None:
-            return place.input_transform
-        rows = place.rows
+        if context.input_transform.activations is None or context.rows is None:
+            return context.input_transform
+        rows = context.rows
         input_transforms = [
             replace(
-                place.input_transform,
-                activations=place.input_transform.activations.model_copy(update={"clip_ratio": ratio}),
+                context.input_transform,
+                activations=context.input_transform.activations.model_copy(update={"clip_ratio": ratio}),
             )
             for ratio in RATIOS
         ]
-        return min(input_transforms, key=lambda input_transform: input_error(place, rows, input_transform))
+        return min(input_transforms, key=lambda input_transform: input_error(context, rows, input_transform))

@@ -31,17 +31,17 @@ class AdaptiveRotation(Rotate):
     cross_block: ClassVar[bool] = True
     threshold: float | None = Field(None, gt=0)
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """The rotation that suits the inputs of all linears that read the basis."""
-        if site.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in site.basis.group:
-            return super().transform(site)
-        return adaptive_rotation(site.inputs(), self.threshold, site.generator)
+        if context.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in context.basis.group:
+            return super().transform(context)
+        return adaptive_rotation(context.inputs(), self.threshold, context.generator)
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
+    def input_transform(self, context: LinearContext) -> InputTransform:
         """The rotation that suits the input, or the part of one that no weight absorbed."""
-        if not self.unreached(place.basis) or place.rows is None:
-            return super().input_transform(place)
-        found = adaptive_rotation(place.rows, self.threshold, place.generator)
+        if not self.unreached(context.basis) or context.rows is None:
+            return super().input_transform(context)
+        found = adaptive_rotation(context.rows, self.threshold, context.generator)
         if isinstance(found, Rotation):
-            return super().input_transform(place)
-        return place.input_transform.append(Dual(found.first, found.permutation, found.second))
+            return super().input_transform(context)
+        return context.input_transform.append(Dual(found.first, found.permutation, found.second))

@@ -17,8 +17,8 @@ class AQAS(Scaling):
     AWQ (b = 0, by magnitude) and the identity, so on the calibration data the error is at most theirs.
     """
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = diag(1/s)."""
-        X, W = reach(site)
+        X, W = reach(context)
         candidates = (live(X**a / W**b, X, W) for a in EXPONENTS for b in EXPONENTS)
-        return Diagonal(1 / best_scale(site, candidates))
+        return Diagonal(1 / best_scale(context, candidates))

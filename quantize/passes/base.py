@@ -121,29 +121,29 @@ class Pass(Data):
         del basis
         return False
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T for one basis on which the pass acts."""
-        return Diagonal(torch.ones(site.basis.dim))
+        return Diagonal(torch.ones(context.basis.dim))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Whether `input_transform` may change what is in front of a linear of `columns` inputs that reads `basis`."""
         del basis, columns
         return False
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
-        """What shall be in front of a linear: `place.input_transform`, or more."""
-        return place.input_transform
+    def input_transform(self, context: LinearContext) -> InputTransform:
+        """What shall be in front of a linear: `context.input_transform`, or more."""
+        return context.input_transform
 
     def sites(self, bases: tuple[Basis, ...]) -> tuple[Basis, ...]:
         """The bases to transform."""
         return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.selects(b))
 
 
-def input_error(place: LinearContext, X: Tensor, input_transform: InputTransform) -> float:
-    """‖(X̂ - X) Wᵀ‖²: what the rounding of a linear's input X [rows, K] behind `place.input_transform` costs its output.
+def input_error(context: LinearContext, X: Tensor, input_transform: InputTransform) -> float:
+    """‖(X̂ - X) Wᵀ‖²: what rounding a linear's input X [rows, K] behind `context.input_transform` costs its output.
 
-    `input_transform` is `place.input_transform` with other activation arguments, or one more transform that no weight
+    `input_transform` is `context.input_transform` with other activation arguments, or one more transform that no weight
     absorbs.
     """
-    behind = InputTransform(input_transform.online[len(place.input_transform.online) :], input_transform.activations)
-    return float(((behind.quantized(X) - X) @ place.weight.T).square().sum())
+    behind = InputTransform(input_transform.online[len(context.input_transform.online) :], input_transform.activations)
+    return float(((behind.quantized(X) - X) @ context.weight.T).square().sum())

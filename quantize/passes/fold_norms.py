@@ -25,15 +25,15 @@ class FoldNorms(Pass):
         """Bases that one gain writes."""
         return basis.gain is not None
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = diag(1/g).
 
         Raises:
             QuantizeError: a gain is zero.
         """
-        edge = site.basis.gain
+        edge = context.basis.gain
         assert edge is not None
-        gain = site.weights[edge.parameter].double()[edge.index[0]] + edge.offset
+        gain = context.weights[edge.parameter].double()[edge.index[0]] + edge.offset
         if not bool(gain.all()):
             raise QuantizeError(
                 f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`"

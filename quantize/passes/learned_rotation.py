@@ -32,9 +32,11 @@ class LearnedRotation(Rotate):
     objective: Objective = "whip"
     steps: int = Field(200, ge=0)
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = R, with R 1 = 1 where a norm takes the mean; within heads a random Hadamard matrix."""
-        if site.basis.heads > 1:
-            return super().transform(site)
-        centred = AllowedTransforms.ORTHOGONAL not in site.basis.group
-        return BlockRotation(learn_rotation(site.inputs(), self.objective, site.generator, self.steps, centred=centred))
+        if context.basis.heads > 1:
+            return super().transform(context)
+        centred = AllowedTransforms.ORTHOGONAL not in context.basis.group
+        return BlockRotation(
+            learn_rotation(context.inputs(), self.objective, context.generator, self.steps, centred=centred)
+        )

@@ -41,28 +41,28 @@ class NoisyBias(Pass):
         del basis, columns
         return True
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
+    def input_transform(self, context: LinearContext) -> InputTransform:
         """With a shift, if one helps."""
-        if place.input_transform.activations is None or place.rows is None or place.input_transform.has_shift:
-            return place.input_transform
-        search, held_out = place.rows[::2], place.rows[1::2]
-        step = mean_step(search, place.input_transform.activations.num_bits)
-        noise = torch.rand(search.shape[1], generator=place.generator) * 2 - 1
+        if context.input_transform.activations is None or context.rows is None or context.input_transform.has_shift:
+            return context.input_transform
+        search, held_out = context.rows[::2], context.rows[1::2]
+        step = mean_step(search, context.input_transform.activations.num_bits)
+        noise = torch.rand(search.shape[1], generator=context.generator) * 2 - 1
         m = torch.zeros_like(noise)
         if self.mean_shift:
             grid = [step * self.amplitude * (2 * i / self.steps - 1) for i in range(self.steps + 1)]
-            m = m + self._best(place, search, [m, *(m + value for value in grid)]).mean()
+            m = m + self._best(context, search, [m, *(m + value for value in grid)]).mean()
         grid = [step * self.amplitude * i / self.steps for i in range(self.steps + 1)]
-        shift = self._best(place, search, [m + n * noise for n in grid])
-        input_transform = place.input_transform.append(Shift(shift))
-        helps = bool(shift.any()) and input_error(place, held_out, input_transform) < input_error(
-            place, held_out, place.input_transform
+        shift = self._best(context, search, [m + n * noise for n in grid])
+        input_transform = context.input_transform.append(Shift(shift))
+        helps = bool(shift.any()) and input_error(context, held_out, input_transform) < input_error(
+            context, held_out, context.input_transform
         )
-        return input_transform if helps else place.input_transform
+        return input_transform if helps else context.input_transform
 
-    def _best(self, place: LinearContext, X: Tensor, shifts: list[Tensor]) -> Tensor:
+    def _best(self, context: LinearContext, X: Tensor, shifts: list[Tensor]) -> Tensor:
         """The shift of least output error, the first of equals."""
-        return min(shifts, key=lambda shift: input_error(place, X, place.input_transform.append(Shift(shift))))
+        return min(shifts, key=lambda shift: input_error(context, X, context.input_transform.append(Shift(shift))))
 
 
 def mean_step(X: Tensor, num_bits: int) -> float:

@@ -18,16 +18,16 @@ class Rescale(Scaling):
     and the error of a product to both. A diagonal that a model was scaled with before leaves the result as it is.
     """
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
-        X, W = energies(site)
+        X, W = energies(context)
         return Diagonal(1 / live((X / W) ** 0.25, X, W))
 
 
-def energies(site: BasisContext) -> tuple[Tensor, Tensor]:
+def energies(context: BasisContext) -> tuple[Tensor, Tensor]:
     """Σ X_j² and Σ W_j² of each channel of a basis over the linears that read it, float64 [dim]."""
-    X, W = torch.zeros(2, site.basis.dim, dtype=torch.float64)
-    for seen, weight, indices in site.readers():
+    X, W = torch.zeros(2, context.basis.dim, dtype=torch.float64)
+    for seen, weight, indices in context.readers():
         inputs = None if seen is None else seen.value.double().square().sum(dim=0)
         weights = weight.double().square().sum(dim=0)
         for index in indices:

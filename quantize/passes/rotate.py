@@ -60,12 +60,12 @@ class Rotate(Pass):
             return False  # queries and keys: nothing that is quantized gains
         return self.heads if basis.heads > 1 else self.residual
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = diag(random signs) · (I ⊗ H), H as large as a head; where a norm takes the mean, one that keeps it."""
-        basis = site.basis
-        signs = torch.randint(0, 2, (basis.dim,), generator=site.generator).double() * 2 - 1
+        basis = context.basis
+        signs = torch.randint(0, 2, (basis.dim,), generator=context.generator).double() * 2 - 1
         kind = Rotation if AllowedTransforms.ORTHOGONAL in basis.group else CentredRotation
-        return kind(signs, self.order(basis.dim // basis.heads, site.scheme))
+        return kind(signs, self.order(basis.dim // basis.heads, context.scheme))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
@@ -76,14 +76,14 @@ class Rotate(Pass):
         """Whether no weight rotates what a linear reads."""
         return basis is None or not self.sites((basis,))
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
+    def input_transform(self, context: LinearContext) -> InputTransform:
         """The part of a full rotation that no weight absorbed."""
-        basis, columns = place.basis, place.weight.shape[1]
+        basis, columns = context.basis, context.weight.shape[1]
         if basis is None or self.unreached(basis):
-            return place.input_transform.append(hadamard(self.order(columns, place.scheme)))
+            return context.input_transform.append(hadamard(self.order(columns, context.scheme)))
         head_dim = basis.dim // basis.heads
-        across = self.order(columns, place.scheme) // self.order(head_dim, place.scheme)
-        return place.input_transform.append(hadamard(across, head_dim)) if across > 1 else place.input_transform
+        across = self.order(columns, context.scheme) // self.order(head_dim, context.scheme)
+        return context.input_transform.append(hadamard(across, head_dim)) if across > 1 else context.input_transform
 
     def order(self, columns: int, scheme: Scheme) -> int:
         """How many channels a rotation mixes."""

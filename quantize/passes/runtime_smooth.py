@@ -54,11 +54,11 @@ class RuntimeSmooth(Pass):
         del basis
         return columns > self.group_size
 
-    def input_transform(self, place: LinearContext) -> InputTransform:
+    def input_transform(self, context: LinearContext) -> InputTransform:
         """The same, with activations smoothed before they are quantized."""
-        assert place.input_transform.activations is not None
+        assert context.input_transform.activations is not None
         args = RuntimeSmoothArgs(group_size=self.group_size, normalize_tokens=self.normalize_tokens)
         return replace(
-            place.input_transform,
-            activations=place.input_transform.activations.model_copy(update={"runtime_smooth": args}),
+            context.input_transform,
+            activations=context.input_transform.activations.model_copy(update={"runtime_smooth": args}),
         )

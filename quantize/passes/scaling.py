@@ -32,10 +32,10 @@ class Scaling(Pass):
         return not any(edge.vector or edge.dual for edge in basis.readers)
 
 
-def reach(site: BasisContext) -> tuple[Tensor, Tensor]:
+def reach(context: BasisContext) -> tuple[Tensor, Tensor]:
     """max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads it."""
-    X, W = torch.zeros(site.basis.dim, dtype=torch.float64), torch.zeros(site.basis.dim, dtype=torch.float64)
-    for seen, weight, indices in site.readers():
+    X, W = torch.zeros(context.basis.dim, dtype=torch.float64), torch.zeros(context.basis.dim, dtype=torch.float64)
+    for seen, weight, indices in context.readers():
         largest = weight.abs().amax(dim=0).double()
         for index in indices:
             X = X if seen is None else torch.maximum(X, seen.absmax.value[index].double())
@@ -48,27 +48,27 @@ def live(s: Tensor, X: Tensor, W: Tensor) -> Tensor:
     return torch.where((X > 0) & (W > 0), s, torch.ones_like(s))
 
 
-def joint_error(site: BasisContext, s: Tensor) -> float:
+def joint_error(context: BasisContext, s: Tensor) -> float:
     """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the linears that read a basis (AQAS, arXiv 2311.05161, equation 1).
 
     Args:
-        site: with `Rows` of the linears' inputs.
+        context: with `Rows` of the linears' inputs.
         s: [dim] > 0, what channels are divided by.
     """
     total = 0.0
-    for seen, W, indices in site.readers():
+    for seen, W, indices in context.readers():
         if seen is None:
             continue
         X, columns = seen.value, torch.ones(W.shape[1])
         for index in indices:
             columns[index] = s.float()
         target = X @ W.T
-        W_hat = fake_quantize_weight(W * columns, site.scheme.weights)
-        found = fake_quantize(X / columns, site.scheme.activations) @ W_hat.T
+        W_hat = fake_quantize_weight(W * columns, context.scheme.weights)
+        found = fake_quantize(X / columns, context.scheme.activations) @ W_hat.T
         total += float((found - target).square().sum() / target.square().sum().clamp(min=torch.finfo(X.dtype).tiny))
     return total
 
 
-def best_scale(site: BasisContext, candidates: Iterable[Tensor]) -> Tensor:
+def best_scale(context: BasisContext, candidates: Iterable[Tensor]) -> Tensor:
     """The candidate of least `joint_error`, the first of equals."""
-    return min(candidates, key=lambda s: joint_error(site, s))
+    return min(candidates, key=lambda s: joint_error(context, s))

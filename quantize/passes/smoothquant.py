@@ -25,11 +25,11 @@ class SmoothQuant(Scaling):
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
 
-    def transform(self, site: BasisContext) -> Transform:
+    def transform(self, context: BasisContext) -> Transform:
         """T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
-        X, W = reach(site)
+        X, W = reach(context)
         if self.alpha == "search":
-            return Diagonal(1 / best_scale(site, (scale(X, W, alpha) for alpha in GRID)))
+            return Diagonal(1 / best_scale(context, (scale(X, W, alpha) for alpha in GRID)))
         return Diagonal(1 / scale(X, W, self.alpha))
 
 
