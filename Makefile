@@ -7,45 +7,45 @@ demo: $(VENV)/installed
 
 # Time and memory of the analysis of a 32-layer, 8B-shaped model
 bench-analysis: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_analysis
+	$(PYTHON) -m benchmarks.analysis
 
-# Every outlier handler on easy and hard models: benchmarks/handlers.json and .md (resumes what it finds there)
+# Every outlier handler on easy and hard models: benchmarks/results/handlers.json and .md (resumes what it finds there)
 bench-handlers: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_handlers
+	$(PYTHON) -m benchmarks.handlers.bench
 
 # Six- and four-bit handlers on a small ViT that is trained first
 bench-vit: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.vit
+	$(PYTHON) -m benchmarks.vit
 
 # How ranges of activations move with the length of sequences, and what calibrating at another length costs
 bench-lengths: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.lengths
+	$(PYTHON) -m benchmarks.sequence_length
 
-# Kernels on this machine's GPU beside cuBLAS and others: benchmarks/gpu-NAME.json and the table in the README
+# Kernels on this machine's GPU beside cuBLAS and others: benchmarks/results/gpu-NAME.json and the table in the README
 bench-gpu: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_gpu
+	$(PYTHON) -m benchmarks.gpu.bench
 
 # The fastest configuration of every kernel on this machine's GPU, into kernels/configs.json
 tune-gpu: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.tune_gpu
+	$(PYTHON) -m benchmarks.gpu.tune
 
 # What each kernel may use on each GPU, compiled anew: kernels/budgets.json
 budgets: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.budgets --write
+	$(PYTHON) -m benchmarks.kernel_budgets.budgets --write
 
 # What --dry-run foresees of memory, disk and time, against what then happens
 bench-preflight: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_preflight
+	$(PYTHON) -m benchmarks.estimate
 
-# Seconds and peak memory of RTN and GPTQ on random models of 4, 8 and 16 layers: benchmarks/scale-KIND.json and .md
+# Seconds and peak memory of RTN and GPTQ on random models of 4, 8 and 16 layers: benchmarks/results/scale-KIND.json and .md
 # (arguments: ARGS="--size 3B --peer PYTHON", a Python with llm-compressor)
 bench-scale: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_scale $(ARGS)
+	$(PYTHON) -m benchmarks.scale.bench $(ARGS)
 
-# Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/cpu-KIND.json and .md
-# (arguments: ARGS="--peer PYTHON", with what eval/cpu_peer.py names)
+# Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/results/cpu-KIND.json and .md
+# (arguments: ARGS="--peer PYTHON", with what benchmarks/cpu/peer.py names)
 bench-cpu: $(VENV)/installed
-	$(PYTHON) -m quantize.eval.bench_cpu $(ARGS)
+	$(PYTHON) -m benchmarks.cpu.bench $(ARGS)
 
 # Lint, types and tests
 test: $(VENV)/installed

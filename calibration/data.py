@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError, UsageError
-from quantize.files import parse_json
+from quantize.checkpoint.untrusted_files import parse_json
 
 T = TypeVar("T")
 Row = Mapping[str, Tensor]

@@ -14,9 +14,9 @@ from typing import Self
 
 from torch import Tensor, fx
 
-from quantize.calibration.scratch import ActivationCache
+from quantize.calibration.spill import ActivationCache
 from quantize.calibration.statistics import Statistic
-from quantize.graph.execute import Overrides, Values, run_nodes, start
+from quantize.graph.interpreter import Overrides, Values, run_nodes, start
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 

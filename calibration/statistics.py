@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from quantize.calibration.sums import add_products, fill_lower, gram_factors
+from quantize.calibration.gram_sums import add_products, fill_lower, gram_factors
 
 
 class Statistic(Protocol):

@@ -6,15 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantize.artifact import load as load
-    from quantize.finetuning import finetune as finetune
-    from quantize.pipeline import quantize_model as quantize_model
+    from quantize.artifact.load import load as load
+    from quantize.finetune.finetune import finetune as finetune
+    from quantize.pipeline.quantize import quantize_model as quantize_model
 
 __all__ = ["finetune", "load", "quantize_model"]
 _HOME = {
-    "finetune": "quantize.finetuning",
-    "load": "quantize.artifact",
-    "quantize_model": "quantize.pipeline",
+    "finetune": "quantize.finetune.finetune",
+    "load": "quantize.artifact.load",
+    "quantize_model": "quantize.pipeline.quantize",
 }
 
 

@@ -14,7 +14,7 @@ from click_default_group import DefaultGroup
 from rich.console import Console
 
 from quantize.errors import QuantizeError, UsageError
-from quantize.scheme import SCHEME_NAMES
+from quantize.recipe.scheme import SCHEME_NAMES
 
 PATH = click.Path(path_type=Path)
 
@@ -55,25 +55,25 @@ def quantize(
     **settings: Any,
 ) -> None:
     """Quantize MODEL, a directory or hub id, into a new directory."""
-    from quantize import pipeline
-    from quantize.ranks import is_rank_zero
-    from quantize.recipe import load_recipe
+    from quantize.pipeline import quantize
+    from quantize.pipeline.distributed import is_rank_zero
+    from quantize.recipe.recipe import load_recipe
 
     if dry_run:
-        from quantize.dry_run import dry_run as told
-        from quantize.prepare import prepare
+        from quantize.pipeline.estimate.report import dry_run as told
+        from quantize.pipeline.prepare import prepare
 
         prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
         return click.echo(told(prepared))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)
-        found = pipeline.collect_stats(
+        found = quantize.collect_stats(
             model, output=collect_stats, recipe=chosen, calibration=calibration, console=Console(stderr=True)
         )
         return click.echo(f"{collect_stats}: statistics of {found.record()['tokens']} tokens")
     if output_dir is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
-    artifact = pipeline.quantize_model(
+    artifact = quantize.quantize_model(
         model,
         output_dir=output_dir,
         scheme=scheme,
@@ -95,9 +95,9 @@ def quantize(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
     """Show where in MODEL transforms are legal, and why not elsewhere."""
-    from quantize.checkpoint import open_checkpoint
+    from quantize.checkpoint.checkpoint import open_checkpoint
     from quantize.graph.analysis import admissible_bases
-    from quantize.graph.unexported import make_program
+    from quantize.graph.fallback.program import make_program
 
     checkpoint = open_checkpoint(model)
     program = make_program(checkpoint, checkpoint.skeleton())
@@ -111,7 +111,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
-    from quantize.eval.bases import bases_table
+    from quantize.eval.bases_table import bases_table
 
     if program.export_error:
         click.echo(program.export_error_message)
@@ -150,9 +150,9 @@ def evaluate(
 @click.option("--output", type=PATH, required=True, help="New file.")
 def merge_stats(files: tuple[Path, ...], output: Path) -> None:
     """Merge statistics that --collect-stats wrote for parts of the calibration data, perhaps on several machines."""
-    from quantize import collected
+    from quantize.pipeline import statistics_files
 
-    merged = collected.merge_stats(files, output)
+    merged = statistics_files.merge_stats(files, output)
     click.echo(f"{output}: statistics of {merged.record()['tokens']} tokens in {len(merged.data)} parts")
 
 
@@ -181,7 +181,7 @@ def export(directory: Path, target: str, output_dir: Path, qdq: bool, hybrid: bo
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
 def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
     """Make text with an exported model in ONNX Runtime, always the most likely token."""
-    from quantize.export.encoded_runner import generate
+    from quantize.export.onnx.runtime.generate_encoded import generate
 
     for piece in generate(directory, prompt, data, max_new_tokens):
         click.echo(piece, nl=False)
@@ -192,7 +192,7 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 @click.argument("directory", type=PATH)
 def verify(directory: Path) -> None:
     """Check every file's hash, load the artifact, and compare its output with the recorded one."""
-    from quantize.verify import verify_artifact
+    from quantize.artifact.verify import verify_artifact
 
     found = verify_artifact(directory)
     click.echo(

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from quantize import cli as command
-from quantize.checkpoint import open_checkpoint
-from quantize.graph.exported import export_program
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.graph.export import export_program
 from quantize.kernels import engine
-from quantize.pipeline import quantize_model
+from quantize.pipeline.quantize import quantize_model
 
 HERE = Path(__file__).parent
 SMALL = {"group_size": 0, "nsamples": 2, "seqlen": 16}

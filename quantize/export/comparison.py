@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from quantize.linear import QuantizedLinear
-from quantize.scheme import Scheme
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.recipe.scheme import Scheme
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from quantize.artifact import check_hashes
-from quantize.checkpoint import side_files
+from quantize.artifact.load import check_hashes
+from quantize.checkpoint.checkpoint import side_files
 from quantize.errors import UsageError
-from quantize.export.compressed_tensors import export_compressed_tensors
-from quantize.export.onnx_directory import export_onnx_directory
-from quantize.writer import ArtifactWriter, sha256
+from quantize.export.compressed_tensors.export import export_compressed_tensors
+from quantize.export.onnx.onnx_directory import export_onnx_directory
+from quantize.artifact.writer import ArtifactWriter, sha256
 
 
 def export_artifact(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantize.errors import QuantizeError
 from quantize.kernels.ops import decode_scale, dequantize, pack_fp4, pack_int4, unpack_fp4, unpack_int4
-from quantize.scheme import WeightArgs
+from quantize.recipe.scheme import WeightArgs
 
 L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that all that is computed stays in a core's cache
 SCALE_TYPES = {

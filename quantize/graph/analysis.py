@@ -13,7 +13,7 @@ from torch import fx
 
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.group import AllowedTransforms
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, id_pairs, shape_of
 from quantize.graph.program import Program
 from quantize.graph.rules import visit

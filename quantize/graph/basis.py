@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from quantize.graph.group import AllowedTransforms
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import Region
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from quantize.graph.group import AllowedTransforms
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import Region, View, indices
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.online import InputTransform
+from quantize.transforms.online import InputTransform
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 
 RATIOS = tuple(1 - i / 20 for i in range(13))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantize.fold import Diagonal, Transform
+from quantize.transforms.fold import Diagonal, Transform
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
 

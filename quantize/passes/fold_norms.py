@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from quantize.errors import QuantizeError
-from quantize.fold import Diagonal, Transform
+from quantize.transforms.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
-from quantize.graph.group import AllowedTransforms
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext, Pass
 
 

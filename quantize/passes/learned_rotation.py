@@ -7,12 +7,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
-from quantize.fold import Transform
-from quantize.graph.group import AllowedTransforms
+from quantize.transforms.fold import Transform
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.rotate import Rotate
-from quantize.rotations.blocks import BlockRotation
-from quantize.rotations.learned import Objective, learn_rotation
+from quantize.transforms.block_rotation import BlockRotation
+from quantize.transforms.learned_rotation import Objective, learn_rotation
 
 
 @PASSES.register("learned_rotation")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.online import InputTransform, Shift
+from quantize.transforms.online import InputTransform, Shift
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 
 AFTER_BIAS = "the bias was searched for inputs that are not rotated"

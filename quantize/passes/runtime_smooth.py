@@ -10,9 +10,9 @@ from pydantic import Field
 
 from quantize.errors import UsageError
 from quantize.graph.basis import Basis
-from quantize.online import InputTransform
+from quantize.transforms.online import InputTransform
 from quantize.passes.base import PASSES, LinearContext, Pass
-from quantize.scheme import RuntimeSmoothArgs, Scheme
+from quantize.recipe.scheme import RuntimeSmoothArgs, Scheme
 
 
 @PASSES.register("runtime_smooth")

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.graph.group import AllowedTransforms
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import BasisContext, Pass
 from quantize.quantizers.base import fake_quantize_weight
-from quantize.rounding import fake_quantize
+from quantize.formats.fake_quantize import fake_quantize
 
 AFTER_ROTATION = "the rotation has spread the outliers over all channels, and scales found there bring them back"
 

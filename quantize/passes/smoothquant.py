@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quantize.fold import Diagonal, Transform
+from quantize.transforms.fold import Diagonal, Transform
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
 

@@ -14,8 +14,8 @@ from quantize.calibration.statistics import Gram
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.kernels.fp4 import encode_scale, fp4_scale, nvfp4_global_scale, round_to_e2m1
 from quantize.kernels.reference import integer_range, scale_and_zero_point
-from quantize.registry import Registry
-from quantize.scheme import Data, WeightArgs
+from quantize.recipe.registry import Registry
+from quantize.recipe.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
 # What a range may shrink or grow to. An E8M0 scale only doubles or halves; an E4M3 scale 1.5 times as large puts 4, not

@@ -13,9 +13,9 @@ from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, pack
-from quantize.quantizers.columns import OrderedColumns, gptq_round, sweep
+from quantize.quantizers.column_rounding import OrderedColumns, gptq_round, sweep
 from quantize.quantizers.hessian import factor, fill_upper, panels, permute
-from quantize.scheme import WeightArgs
+from quantize.recipe.scheme import WeightArgs
 
 
 @QUANTIZERS.register("gptq")

@@ -10,7 +10,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
-from quantize.scheme import WeightArgs
+from quantize.recipe.scheme import WeightArgs
 
 
 @QUANTIZERS.register("rtn")

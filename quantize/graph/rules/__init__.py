@@ -5,7 +5,7 @@ reads them. Everything is about example-sized label tensors (`labels.py`); no ru
 """
 
 from quantize.graph.rules.table import visit
-from quantize.registry import import_all
+from quantize.recipe.registry import import_all
 
 import_all(__name__, __path__)
 __all__ = ["visit"]

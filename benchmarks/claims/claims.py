@@ -1,0 +1,34 @@
+"""What papers say of handlers, formats and codebooks: `python -m benchmarks.claims.claims` prints what holds here.
+
+Measurements, not features: a claim that does not hold here stays in the table, marked as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.claims import format_claims
+from benchmarks.claims import handler_claims
+
+CLAIMS = (*handler_claims.CLAIMS, *format_claims.CLAIMS)
+
+
+def rows() -> Iterator[dict[str, str | float | bool]]:
+    """Every claim with its figures."""
+    return (claim.row() for claim in CLAIMS)
+
+
+def main() -> None:
+    """Print the claims with their figures."""
+    table = Table("claim", "paper", "left", "right", "factor", "holds", box=SIMPLE_HEAD, pad_edge=False)
+    for row in rows():
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

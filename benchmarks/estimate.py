@@ -1,0 +1,82 @@
+"""What `--dry-run` foresees, against what then happens; each run in a process of its own, as peaks are of a process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantize.pipeline.estimate.report import preflight
+from quantize.pipeline.estimate.duration import count
+from benchmarks.scale.model import write_model, write_tokens
+from quantize.pipeline.estimate.machine import measure, peak_memory, processor
+from quantize.pipeline.resume.work_dir import ResumableWriter
+from quantize.pipeline.quantize import run_pipeline
+from quantize.pipeline.prepare import identity_of, prepare
+from quantize.recipe.recipe import load_recipe
+
+TOKENS = "tokens.jsonl"
+MODELS = Path(__file__).resolve().parents[1] / "tests/models"
+RUNS = (("stories260K", 32, 256), ("books-llama-6m", 32, 256), ("1.1B, 2 layers", 16, 512))
+SCHEMES = ("W4A16", "W4A4")
+
+
+def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, Any]:
+    """Foreseen and measured bytes and seconds of one run in this process; memory with what it held before."""
+    tokens = model / TOKENS if (model / TOKENS).exists() else None
+    recipe = load_recipe(scheme, None, group_size=None if tokens else 0, nsamples=nsamples, seqlen=seqlen)
+    prepared = prepare(model, recipe, tokens, read=False)
+    found = preflight(prepared)
+    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(measure())}
+    foreseen |= {"held": peak_memory(), "memory": peak_memory() + found.memory_bytes()}
+    with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
+        start, output = time.perf_counter(), Path(scratch, "out")
+        with ResumableWriter(output) as writer:
+            run_pipeline(prepared, writer, None, writer.begin(identity_of(prepared)))
+        seconds = time.perf_counter() - start
+        disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    return {"foreseen": foreseen, "measured": {"disk": disk, "seconds": seconds, "memory": peak_memory()}}
+
+
+def line(model: str, scheme: str, found: dict[str, Any]) -> str:
+    """A row: of each figure what was foreseen and what was measured."""
+    units = {"memory": 1e6, "disk": 1e6, "seconds": 1.0}
+    pairs = [(found["foreseen"][name] / unit, found["measured"][name] / unit) for name, unit in units.items()]
+    return "| " + " | ".join([model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]) + " |"
+
+
+def made(name: str, folder: Path) -> Path:
+    """A bundled model, or a random one of a shape and depth, with tokens to calibrate it on."""
+    if (MODELS / name).exists():
+        return MODELS / name
+    size, layers = name.removesuffix(" layers").split(", ")
+    write_model(folder / name, size, int(layers))
+    write_tokens(folder / name / TOKENS, size, 16, 512)
+    return folder / name
+
+
+def main() -> None:
+    """Print the table, or with arguments the JSON of one run."""
+    if len(sys.argv) > 1:
+        model, scheme, *sizes = sys.argv[1:]
+        return print(json.dumps(compare(Path(model), scheme, *map(int, sizes))))
+    click.echo(f"Foreseen / measured ({processor()}).\n\n| model | scheme | memory, MB | disk, MB | seconds |")
+    click.echo("|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=MODELS) as folder:
+        for name, nsamples, seqlen in RUNS:
+            found = made(name, Path(folder))
+            for scheme in SCHEMES:
+                arguments = [str(found), scheme, str(nsamples), str(seqlen)]
+                command = [sys.executable, "-m", "benchmarks.estimate", *arguments]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                click.echo(line(name, scheme, json.loads(done.stdout)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`make bench-gpu`: ceilings, then every contender on every shape, into `benchmarks/results/gpu-NAME.json` and the README.
+
+Operands are random, rotate beyond the L2 cache and run from CUDA graphs; each result is compared with an exact product
+before it is timed, in memory that was filled with NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantize.errors import UsageError
+from benchmarks.gpu.engines import Case, Contender, contenders
+from benchmarks.gpu.machine import cache_bytes, ceilings, clocks, describe, poisoned, require_gpu
+from benchmarks.gpu.rows import Row, row_of, table, with_speedups
+from benchmarks.gpu.timing import Timer, copies, time_graph, time_twice
+from benchmarks.gpu.roofline import Roof, specified
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
+TOKENS = (1, 16, 64, 256, 1024, 4096)
+MARKS = "<!-- gpu -->", "<!-- /gpu -->"  # around the table in the README
+
+
+def main() -> int:
+    """Measure, write, and tell what was wrong; the exit code."""
+    try:
+        require_gpu()
+    except UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    failures: list[str] = []
+    result = describe(ROOT) | measure_all(torch.device("cuda"), time_graph, SHAPES, TOKENS, failures)
+    write(ROOT, result)
+    print("\n".join(failures), file=sys.stderr)
+    return 1 if failures else 0
+
+
+def measure_all(
+    device: torch.device,
+    timer: Timer,
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    failures: list[str],
+    roof: Roof | None = None,
+) -> dict[str, Any]:
+    """Ceilings, and a row for each contender and shape; what fails goes to `failures`, a sentence each."""
+    roof = roof or ceilings(device, timer)
+    rows = []
+    for N, K in shapes:
+        for M in tokens:
+            for contender in contenders(device):
+                row = measure(contender, (M, N, K), device, timer, roof, failures)
+                rows += [row] if row else []
+                print(
+                    f"{contender.name:16} {M:5} x {N} x {K}: {row['median'] if row else float('nan'):.1f} us",
+                    flush=True,
+                )
+    return {"ceilings": asdict(roof), "rows": with_speedups(rows), "clocks_after": clocks()}
+
+
+def measure(
+    contender: Contender,
+    shape: tuple[int, int, int],
+    device: torch.device,
+    timer: Timer,
+    roof: Roof,
+    failures: list[str],
+) -> Row | None:
+    """One contender on one shape; None if it fails, or is wrong: what is wrong is not timed."""
+    rng, product = torch.Generator(device).manual_seed(0), contender.product(*shape)
+    try:
+        case = contender.case(*shape, rng)
+        error = distance(case)
+        if not error <= contender.tolerance:
+            raise ArithmeticError(f"{error:.1e} from the exact product, above {contender.tolerance:.0e}")
+        cases = [case, *(contender.case(*shape, rng) for _ in range(copies(product.bytes, cache_bytes(device)) - 1))]
+        timing = time_twice(timer, [case.run for case in cases])
+    except Exception as failure:  # a contender may come from elsewhere; the others are measured all the same
+        failures.append(f"{contender.name} on {shape}: {failure}")
+        return None
+    spec = specified(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    return row_of(contender.name, product, timing, error, roof, spec)
+
+
+def distance(case: Case) -> float:
+    """Of the result from what is expected, relative to that; NaN if something was left unwritten."""
+    with poisoned():
+        found = case.run()
+    expected = case.expected()
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def write(root: Path, result: Mapping[str, Any]) -> None:
+    """`benchmarks/results/gpu-NAME.json`, and the table of all such files in the README."""
+    name = "-".join(str(result["gpu"]).lower().split())
+    (root / "benchmarks" / f"gpu-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    readme = root / "README.md"
+    readme.write_text(with_table(readme.read_text(), measured(root)))
+
+
+def measured(root: Path) -> list[dict[str, Any]]:
+    """What was measured so far, one result a GPU."""
+    return [json.loads(path.read_text()) for path in sorted((root / "benchmarks").glob("gpu-*.json"))]
+
+
+def with_table(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The README with the table between its marks."""
+    before, rest = readme.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n{table(results).strip()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

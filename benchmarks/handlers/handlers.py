@@ -1,0 +1,81 @@
+"""The outlier handlers that `make bench-handlers` compares, as changes of a scheme's default recipe."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from quantize.recipe.recipe import load_recipe
+
+DEFAULT = "default recipe"
+GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
+RIDGE = {"name": "gptaq", "alpha": 1.0, "ridge": 1.0}
+FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
+SYMMETRIC = {"symmetric": True}
+FINETUNED = "fine-tuned first: input clips, kurtosis penalty"
+
+
+def recipe(*passes: dict[str, Any], quantizer: dict[str, Any] = GPTQ, **more: Any) -> dict[str, Any]:
+    """Passes, behind the folding of gains where they rotate, and a quantizer."""
+    return {"passes": list(passes), "quantizer": quantizer, **more}
+
+
+def named(name: str, **parameters: Any) -> dict[str, Any]:
+    """One pass."""
+    return {"name": name, **parameters}
+
+
+HANDLERS: dict[str, dict[str, Any]] = {
+    "nothing, RTN": recipe(quantizer=RTN),
+    "nothing": recipe(),
+    "nothing, GPTAQ": recipe(quantizer={"name": "gptaq"}),
+    "SmoothQuant α = 0.5": recipe(named("smoothquant")),
+    "SmoothQuant, α searched": recipe(named("smoothquant", alpha="search")),
+    "AQAS": recipe(named("aqas")),
+    "Hadamard, offline": recipe(FOLD, named("rotate", online_hadamard=False)),
+    "Hadamard": recipe(FOLD, ROTATE),
+    "Hadamard, RTN": recipe(FOLD, ROTATE, quantizer=RTN),
+    "Hadamard, GPTAQ": recipe(FOLD, ROTATE, quantizer={"name": "gptaq"}),
+    "rescaled, Hadamard": recipe(named("rescale"), FOLD, ROTATE),
+    "Hadamard, GPTAQ with a ridge": recipe(FOLD, ROTATE, quantizer=RIDGE),
+    "AQAS, Hadamard": recipe(named("aqas"), FOLD, ROTATE),
+    "adaptive rotation": recipe(FOLD, named("adaptive_rotation")),
+    "adaptive rotation, J ≥ 1": recipe(FOLD, named("adaptive_rotation", threshold=1.0)),
+    "learned rotation, whip": recipe(FOLD, named("learned_rotation")),
+    "learned rotation, kurtosis": recipe(FOLD, named("learned_rotation", objective="kurtosis")),
+    "runtime smooth, paper's rule": recipe(named("runtime_smooth", normalize_tokens=False)),
+    "runtime smooth": recipe(named("runtime_smooth")),
+    "rotated runtime smooth, paper's rule": recipe(FOLD, ROTATE, named("runtime_smooth", normalize_tokens=False)),
+    "rotated runtime smooth": recipe(FOLD, ROTATE, named("runtime_smooth")),
+    "nothing, symmetric inputs": recipe(activations=SYMMETRIC),
+    "noisy bias, symmetric inputs": recipe(named("noisy_bias"), activations=SYMMETRIC),
+    "noisy bias and shift, symmetric inputs": recipe(named("noisy_bias", mean_shift=True), activations=SYMMETRIC),
+    "Hadamard, activation clip": recipe(FOLD, ROTATE, named("activation_clip")),
+    "Hadamard, prefix tokens searched": recipe(FOLD, ROTATE, prefix={"search": True}),
+    FINETUNED: recipe(),
+    "rescaled, Hadamard, GPTAQ with a ridge": recipe(named("rescale"), FOLD, ROTATE, quantizer=RIDGE),
+    DEFAULT: {},
+}
+LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}
+
+
+@functools.cache
+def left_out(scheme: str) -> dict[str, dict[str, Any]]:
+    """The default recipe without one of its handlers, each in turn; a better quantizer is one, a fold of gains none.
+
+    What learns rotations is left out twice: for random Hadamard matrices and for none.
+    """
+    default = load_recipe(scheme, None)
+    without: dict[str, dict[str, Any]] = {
+        step["name"]: {"passes": [other for other in default.passes if other is not step]}
+        for step in default.passes
+        if step != FOLD
+    }
+    if "learned_rotation" in without:
+        hadamard = [ROTATE if step["name"] == "learned_rotation" else step for step in default.passes]
+        without["learning, with Hadamard"] = {"passes": hadamard}
+    if default.quantizer["name"] == "gptaq":
+        without["GPTAQ, with GPTQ"] = {"quantizer": GPTQ}
+    if default.quantizer.get("ridge"):
+        without["the ridge"] = {"quantizer": {**default.quantizer, "ridge": 0.0}}
+    return {f"{DEFAULT}, without {name}": changes for name, changes in without.items()}

@@ -1,0 +1,87 @@
+"""Entries of `kernels/budgets.json` beside the products of integers: quantizers, runtime smooth, FP4."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_budgets.compile_ahead import ARCHITECTURES
+from benchmarks.kernel_budgets.entries import INT8, Entry, K, M, N
+from benchmarks.kernel_budgets.meta_operands import meta, meta_activations
+from quantize.kernels import fp4_gemm, fp4_linear, fp4_quantizer, smooth_gemm, smooth_maxima, token_quantizer
+from quantize.kernels.config import Config
+from quantize.kernels.fp4_quantizer import Fp4Activations
+from quantize.kernels.prologue import Prologue
+
+NO_MMA = r""
+HALF_MMA = r"HMMA\.16816\.F32\.BF16|v_mfma_f32_\w+_bf16(_1k)?"  # of a Hadamard matrix with bf16
+FP4_MMA = {"sm_100": r"UTCOMMA\S*", "sm_120": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.\S+"}
+SMOOTH_LOGIC = 3.2  # weights become 16 · w
+
+
+def others() -> Iterator[Entry]:
+    """All of them."""
+    for arch in ARCHITECTURES:
+        yield from quantizers(arch)
+        yield from smooth(arch)
+    for arch in FP4_MMA:
+        yield from fp4(arch)
+
+
+def entry(kernel: str, arch: str, launch: Callable[[], object], mma: str = NO_MMA) -> Entry:
+    """A kernel that has no weights to unpack; what it loads beside operands are scales."""
+    return Entry(kernel, arch, launch, 0, re.compile(mma), 0.0, scales=True)
+
+
+def quantizers(arch: str) -> Iterator[Entry]:
+    """Of tokens, plain and behind a norm and a Hadamard matrix; of FP4."""
+    x = meta(M, K, dtype=torch.bfloat16)
+    norm = Prologue(gain=meta(K, dtype=torch.bfloat16), epsilon=1e-5, hadamard=128)
+    yield entry("quantizer 8 bits", arch, lambda: token_quantizer.launch(x, 8, False, 1.0))
+    yield entry("quantizer 4 bits", arch, lambda: token_quantizer.launch(x, 4, False, 1.0, "pair"))
+    rotated = ("quantizer 4 bits, norm, Hadamard", arch)
+    yield entry(*rotated, lambda: token_quantizer.launch(x, 4, False, 1.0, "pair", prologue=norm), HALF_MMA)
+    yield entry("quantizer MXFP4", arch, lambda: fp4_quantizer.launch(x, "mxfp4", 32))
+
+
+def smooth(arch: str) -> Iterator[Entry]:
+    """Maxima of channels, and the product with one scale for each tile of K."""
+    x = meta(M, K, dtype=torch.bfloat16)
+    yield entry("smooth maxima", arch, lambda: smooth_maxima.launch(x, True))
+    qx, order = meta_activations(M, K, "int8", in_groups=True), meta(K, dtype=torch.int64)
+    data, scale = meta(K, N // 2, dtype=torch.int8), meta(N, dtype=torch.float32)
+    config = Config(32, 128, num_warps=4, num_stages=3)
+    yield Entry(
+        "smooth w4a4 32x128", arch,
+        lambda: smooth_gemm.launch(
+            qx, data, scale, None, True, order, meta(K, dtype=torch.float32), 128, False, None, torch.bfloat16, config
+        ),
+        config.block_n * 128, re.compile(INT8[arch]), SMOOTH_LOGIC, scales=True,
+    )  # fmt: skip
+
+
+def fp4(arch: str) -> Iterator[Entry]:
+    """Products of FP4 on GPUs that have such instructions."""
+    for tokens in (16, M):
+        yield fp4_product("mxfp4", 32, None, arch, tokens)
+        yield fp4_product("nvfp4", 16, meta(dtype=torch.float32), arch, tokens)
+
+
+def fp4_product(name: str, group: int, global_scale: Tensor | None, arch: str, tokens: int) -> Entry:
+    """A product in the tile that is chosen for so many tokens."""
+    config, pure = fp4_linear.choose_fp4_config(tokens, arch)
+    of_tokens = None if global_scale is None else meta(tokens, dtype=torch.float32)
+    qx = Fp4Activations(fp4_bytes(tokens, K // 2), fp4_bytes(tokens, K // group), of_tokens)
+    data, scale = fp4_bytes(N, K // 2), fp4_bytes(N, K // group)
+    return entry(
+        f"{name} {config.block_m}x{config.block_n}", arch,
+        lambda: fp4_gemm.launch(qx, data, scale, global_scale, None, torch.bfloat16, config, pure), FP4_MMA[arch],
+    )  # fmt: skip
+
+
+def fp4_bytes(*shape: int) -> Tensor:
+    """Codes, two a byte, or bytes of scales."""
+    return meta(*shape, dtype=torch.uint8)

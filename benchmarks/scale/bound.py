@@ -1,0 +1,123 @@
+"""The least time that GPTQ can take here: the steps that none goes without, each by the fastest that is known."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.linalg.blas import ssyrk
+from scipy.linalg.lapack import spotrf
+from torch import Tensor
+from transformers import AutoModel
+
+from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
+from quantize.pipeline.estimate.machine import best
+from quantize.quantizers import hessian
+from quantize.quantizers.column_rounding import QParams, round_columns
+from quantize.recipe.scheme import WeightArgs
+
+REPEATS = 3
+GROUP = 128  # columns that share a scale
+Row = dict[str, Any]
+
+
+def forward(model: str, ids: Tensor) -> float:
+    """Seconds of transformers' forward pass over tokens [n, length], less one layer: none uses what the last gives."""
+    loaded = AutoModel.from_pretrained(model, dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    batch, layers = ids[: max(1, BATCH_TOKENS // ids.shape[1])], loaded.config.num_hidden_layers
+    with torch.no_grad():
+        seconds: float = best(lambda: loaded(batch, use_cache=False), REPEATS)
+    rest: float = (layers - 1) / layers
+    return seconds * len(ids) / len(batch) * rest
+
+
+def gram(x: Tensor) -> float:
+    """Seconds of xᵀx, of which half need be computed: by BLAS, and by torch as products may be rounded."""
+    half, columns = np.zeros((x.shape[1], x.shape[1]), np.float32, order="F"), x.numpy().T
+    rounded = x.to(factor_dtype())
+    by_blas = partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1)
+    return fastest(by_blas, halves=partial(torch.mm, rounded.T, rounded))
+
+
+def factor(H: Tensor) -> float:
+    """Seconds of the factor of H [K, K], symmetric: by LAPACK, by torch, and as it is taken here, damped anew."""
+    by_lapack = partial(spotrf, np.asfortranarray(H.numpy()), clean=0)
+    return fastest(by_lapack, partial(torch.linalg.cholesky, H), lambda: hessian.factor(H.clone(), 0.01))
+
+
+def feedback(H: Tensor, rows: int) -> float:
+    """Seconds of a product of errors [rows, K] with what stands above the diagonal of H [K, K]."""
+    H = H.to(product_dtype())
+    errors = torch.randn(rows, len(H), generator=torch.Generator().manual_seed(0)).to(H)
+    return fastest(halves=partial(torch.mm, errors, H))
+
+
+def columns(K: int, rows: int) -> float:
+    """Seconds of rounding K columns of [rows, K] in turn as it is done here, for which there is no library."""
+    generator, block = torch.Generator().manual_seed(0), min(GROUP, K)
+    W, scale = torch.randn(block, rows, generator=generator), torch.full((block, rows), 0.3)
+    grid = QParams(scale, None, WeightArgs(num_bits=4, group_size=block))
+    influence = 0.01 * torch.randn(block, block, generator=generator)
+    return fastest(lambda: round_columns(W.clone(), W.clone(), influence, grid)) * K / block
+
+
+def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:
+    """Seconds of the fastest; of `halves`, which computes twice what is needed, half."""
+    found = [best(run, REPEATS) for run in runs]
+    return min([*found, best(halves, REPEATS) / 2] if halves else found)
+
+
+def layer(config: Row, tokens: int) -> dict[str, float]:
+    """Seconds of each step but the forward pass in a layer of a Llama, whose linears share four inputs."""
+    d, f = config["hidden_size"], config["intermediate_size"]
+    kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
+    found = dict.fromkeys(("Gram matrices", "factors", "error feedback", "columns"), 0.0)
+    for K, rows in ((d, d + 2 * kv), (d, d), (d, 2 * f), (f, d)):
+        x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(0))
+        with bfloat16_products(multiplies_bfloat16()):
+            H = x.T @ x + tokens * torch.eye(K)
+            found["Gram matrices"] += gram(x)
+            found["error feedback"] += feedback(H, rows)
+        found["factors"] += factor(H)
+        found["columns"] += columns(K, rows)
+    return found
+
+
+def main(model: str, tokens: str) -> None:
+    """Print the seconds of each step for a whole model, as JSON."""
+    ids = torch.tensor([json.loads(line)["input_ids"] for line in Path(tokens).read_text().splitlines()])
+    config = json.loads((Path(model) / "config.json").read_text())
+    steps = layer(config, ids.numel())
+    found = {name: seconds * config["num_hidden_layers"] for name, seconds in steps.items()}
+    print(json.dumps({"forward pass": forward(model, ids), **found}))
+
+
+def verdict(rows: list[Row], peer: str) -> str:
+    """What part of the peer's time GPTQ takes as the peer runs it, and what bounds it; nothing without the peer."""
+    deepest = max(row["layers"] for row in rows)
+    runs = {row["method"]: row for row in rows if row["layers"] == deepest}
+    if not {peer, "gptq-plain", "rtn"} <= runs.keys():
+        return ""
+    ours, theirs, rounding = runs["gptq-plain"], runs[peer], runs["rtn"]["seconds"]
+    time_part, memory_part = (ours[name] / theirs[name] for name in ("seconds", "peak_mb"))
+    steps = ", ".join(f"{name} {seconds:.0f}" for name, seconds in ours["bound"].items())
+    least = rounding + sum(ours["bound"].values())
+    return (
+        f"At {deepest} layers `gptq-plain` takes {time_part:.0%} of the time and {memory_part:.0%} of the memory of "
+        f"{peer}.\n"
+        f"Steps that no GPTQ goes without take, each alone, the best of {REPEATS} runs of the fastest of transformers, "
+        f"torch, BLAS, LAPACK and what is done here, so many seconds: {steps}. With the "
+        f"{rounding:.0f} of a run that only rounds, which opens, verifies and writes: {least:.0f}, or "
+        f"{least / theirs['seconds']:.0%} of the peer's time.\n"
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

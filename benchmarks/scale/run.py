@@ -1,0 +1,59 @@
+"""One run of `bench_scale`, in a process of its own so that its peak memory is its own, and what is foreseen of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from quantize.pipeline.estimate.report import preflight
+from quantize.pipeline.estimate.duration import count
+from benchmarks.scale.phases import product_rate, watch
+from quantize.pipeline.estimate.machine import measure, peak_memory
+from quantize.pipeline.quantize import quantize_model
+from quantize.pipeline.prepare import prepare
+from quantize.recipe.recipe import load_recipe
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "rtn": {"quantizer": {"name": "rtn"}},
+    "gptq": {"quantizer": {"name": "gptq"}},
+    "gptq-plain": {"quantizer": {"name": "gptq", "mse": False, "sweeps": 0}},  # what other tools call GPTQ
+    "gptaq": {"quantizer": {"name": "gptaq"}},
+}
+
+
+def settings(model: Path, method: str) -> dict[str, Any]:
+    """A recipe for W4A16, symmetric in groups of 128 (or all columns if there are fewer)."""
+    config = json.loads((model / "config.json").read_text())
+    group = 128 if config["hidden_size"] % 128 == 0 else 0
+    return {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method]}
+
+
+def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> None:
+    """Print what a dry run tells of the same run, as JSON; in a process of its own, as it exports the model."""
+    recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
+    prepared = prepare(Path(model), recipe, Path(tokens), read=False)
+    found = preflight(prepared)
+    seconds = prepared.seconds + count(found).seconds(measure())
+    memory = (peak_memory() + found.memory_bytes()) / 1e6
+    print(json.dumps({"seconds": seconds, "peak_mb": memory, "artifact_mb": found.artifact_bytes() / 1e6}))
+
+
+def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen: str) -> None:
+    """Quantize, and print what it took."""
+    interpreter, phases = peak_memory() / 1e6, watch()
+    start, cpu = time.perf_counter(), time.process_time()
+    quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method), calibration=tokens,
+                   nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip
+    spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    memory = {"peak_mb": peak_memory() / 1e6, "interpreter_mb": interpreter}
+    artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
+    found = {name: dataclasses.asdict(phase) for name, phase in phases.phases.items()}
+    print(json.dumps({**spent, **memory, "artifact_mb": artifact, "gemm_cpu": product_rate(), "phases": found}))
+
+
+if __name__ == "__main__":
+    foresee(*sys.argv[2:]) if sys.argv[1] == "--foresee" else main(*sys.argv[1:])

@@ -1,0 +1,97 @@
+"""Values of calibration batches that need not fit into memory: what is too much lies in temporary files."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantize.errors import QuantizeError
+from quantize.graph.interpreter import Values
+
+IN_MEMORY = 1 << 28  # bytes of one runner's values that stay in memory
+SMALL = 1 << 12  # bytes below which a tensor always does
+
+
+class ActivationCache(Sequence[Values]):
+    """The values of each batch, as a list holds them; a batch is read again each time it is asked for.
+
+    Batches that find no room within `IN_MEMORY` have their tensors in a file, a new one each time the first batch is
+    set. It has no name, and so is gone with the process, however that ends. Tensors come back memory-mapped.
+    """
+
+    def __init__(self, values: Iterable[Values], directory: Path | None) -> None:
+        """Without a directory for files all stays in memory."""
+        self.directory, self.held = directory, list[Values]()
+        self.file: SpillFile | None = None
+        for each in values:
+            self.held.append({})
+            self[len(self.held) - 1] = each
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One batch's values; the caller may change the dict."""
+        return {node: x.read() if isinstance(x, SpilledTensor) else x for node, x in self.held[index].items()}
+
+    def __iter__(self) -> Iterator[Values]:
+        return (self[index] for index in range(len(self)))
+
+    def __setitem__(self, index: int, values: Values) -> None:
+        self.held[index] = {}
+        fits = self.directory is None or self.in_memory() + sum(map(size, values.values())) <= IN_MEMORY
+        self.held[index] = dict(values) if fits else self._spilled(values, new=index == 0)
+
+    def in_memory(self) -> int:
+        """Bytes that are held in memory."""
+        return sum(size(x) for held in self.held for x in held.values())
+
+    def _spilled(self, values: Values, new: bool) -> Values:
+        """Values with their tensors in the file, but for small ones and those that are no contiguous run of bytes.
+
+        Raises:
+            QuantizeError: the disk is full.
+        """
+        try:
+            if new or self.file is None:
+                self.file = SpillFile(self.directory)
+            large = {n: SpilledTensor(x, self.file) for n, x in values.items() if size(x) > SMALL and x.is_contiguous()}
+        except OSError as error:
+            raise QuantizeError(f"calibration activations cannot be written beside the output ({error})") from error
+        return {**values, **large}
+
+
+class SpillFile:
+    """A file without a name, that is closed with the last tensor that lies in it."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.opened = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self.opened.close)
+
+
+class SpilledTensor:
+    """A tensor in a file."""
+
+    def __init__(self, x: Tensor, file: SpillFile) -> None:
+        self.file, self.shape, self.dtype, self.nbytes = file, x.shape, x.dtype, x.nbytes
+        self.offset = file.opened.seek(-(-file.opened.tell() // 64) * 64)  # aligned as in memory
+        rest = x.reshape(-1).view(torch.uint8).numpy().data
+        while len(rest):  # one call writes 2 GiB at most
+            rest = rest[file.opened.write(rest) :]
+
+    def read(self) -> Tensor:
+        """The tensor, mapped; changes of it do not reach the file."""
+        mapped = np.memmap(self.file.opened, np.uint8, "c", self.offset, self.nbytes)
+        return torch.from_numpy(mapped).view(self.dtype).view(self.shape)
+
+
+def size(value: Any) -> int:
+    """Bytes in memory."""
+    return value.nbytes if isinstance(value, Tensor) else 0

@@ -1,0 +1,111 @@
+"""Samples of inputs of any kind, from a file of tensors; and which kind of file a model needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.data import BUNDLED, Samples, Tokenize, check_ids, read_samples, spread
+from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.untrusted_files import read_all
+from quantize.graph.inputs import Input
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def read_calibration(
+    path: Path | None, inputs: Mapping[str, Input], seqlen: int, limit: int, tokenize: Tokenize | None, vocabulary: int
+) -> Samples:
+    """Samples for a model; without a file windows of the bundled prose.
+
+    Args:
+        path: `.safetensors`; also `.txt` and `.jsonl` for a model that takes token ids alone.
+        inputs: what the model takes.
+        seqlen, limit, tokenize, vocabulary: as in `read_samples`.
+
+    Raises:
+        UsageError: no such file, or not what the model takes.
+        QuantizeError: it is damaged, or there is too little in it.
+    """
+    if path is not None and path.suffix == ".safetensors":
+        return read_tensors(path, inputs, seqlen, limit, vocabulary)
+    name, *more = inputs
+    if more or inputs[name].example.is_floating_point():
+        raise UsageError(f"the model takes {described(inputs)}; give a --calibration FILE.safetensors that holds this")
+    return read_samples(path or BUNDLED, seqlen, limit, tokenize, vocabulary, name)
+
+
+def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: int, vocabulary: int) -> Samples:
+    """Samples from a tensor for each input, named like it, the first axis the samples; token ids are cut to `seqlen`.
+
+    Raises:
+        UsageError: no such file, or not what the model takes.
+        QuantizeError: damaged, or not finite.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such calibration file: {path}")
+    content = path.read_bytes()
+    tensors = read_all(path)
+    check_shapes(path, tensors, inputs)
+    check_values(path, tensors, vocabulary)
+    chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
+    rows = ({name: sample(tensors[name][i], seqlen) for name in inputs} for i in chosen)
+    return Samples(tuple(rows), hashlib.sha256(content).hexdigest())
+
+
+def sample(tensor: Tensor, seqlen: int) -> Tensor:
+    """One sample of one input: float32 as it is, or the first ids."""
+    return tensor.float() if tensor.is_floating_point() else tensor[:seqlen].long()
+
+
+def check_shapes(path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, Input]) -> None:
+    """There is a tensor for each input, for nothing else, of the right shape, and for as many samples."""
+    takes = f"the model takes {described(inputs)}"
+    for name in sorted(tensors.keys() ^ inputs.keys()):
+        raise UsageError(f"{path} holds {'no' if name in inputs else 'a tensor'} {name}; {takes}")
+    for name, wanted in inputs.items():
+        if not fits(tensors[name], wanted):
+            raise UsageError(f"{path} holds {name} {list(tensors[name].shape)} of {tensors[name].dtype}; {takes}")
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        counts = " and ".join(f"{len(tensors[name])} of {name}" for name in inputs)
+        raise UsageError(f"{path} holds unequal numbers of samples, {counts}; give as many of each")
+
+
+def fits(tensor: Tensor, wanted: Input) -> bool:
+    """Whether a tensor is of an input's kind and shape; axes that may vary hold something."""
+    like, sizes = wanted.example, list(tensor.shape)
+    if len(sizes) != like.dim() or not all(sizes) or kind(tensor) != kind(like):
+        return False
+    return all(size == like.shape[axis] for axis, size in enumerate(sizes) if axis not in wanted.dynamic)
+
+
+def check_values(path: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> None:
+    """Numbers are finite, and ids lie in the vocabulary."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            check_ids(path, int(tensor.min()), int(tensor.max()), vocabulary)
+        elif not bool((finite := tensor.float().isfinite()).all()):
+            index = int((~finite).nonzero()[0, 0])
+            raise QuantizeError(f"{path} holds values of {name} that are not finite, the first in sample {index}")
+
+
+def described(inputs: Mapping[str, Input]) -> str:
+    """What a model takes, in words: `pixel_values [samples, 3, 224, 224] of floats`."""
+    return " and ".join(f"{name} [{axes(found)}] of {kind(found.example)}" for name, found in inputs.items())
+
+
+def axes(wanted: Input) -> str:
+    """Sizes of an input, or what they count."""
+    words = dict(zip(wanted.dynamic, ("samples", "tokens"), strict=False))
+    return ", ".join(words.get(axis, str(size)) for axis, size in enumerate(wanted.example.shape))
+
+
+def kind(tensor: Tensor) -> str:
+    """Floats, integers, or what is neither."""
+    if tensor.is_floating_point():
+        return "floats"
+    return "integers" if tensor.dtype in INTEGERS else str(tensor.dtype)

@@ -1,0 +1,79 @@
+"""Plant outliers: a harder twin of a model that computes the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.errors import UsageError
+from quantize.artifact.float_model import save_float_model
+from quantize.transforms.fold import Diagonal, fold
+from quantize.graph.analysis import find_bases
+from quantize.graph.basis import Basis
+from quantize.graph.export import export_program
+from quantize.graph.transform_group import AllowedTransforms
+from quantize.artifact.writer import ArtifactWriter
+
+
+def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, seed: int = 0) -> None:
+    """Scale a few channels of every diagonal basis up in what writes it and down in what reads it.
+
+    On norm gains these are channel outliers, on the gated inputs of a linear token-sparse ones; RTN breaks on both, and
+    the float logits stay as they are. The twin is stored in float32, which holds every factor.
+
+    Args:
+        model: directory of a float model.
+        output: new directory.
+        factor: by how much.
+        channels: how many of each basis.
+        seed: which.
+
+    Raises:
+        UsageError: the model has no diagonal basis, or the output exists.
+    """
+    bases = diagonal_bases(model)
+    chosen = [b for b in bases if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
+    scale(model, output, chosen, factor, channels, seed)
+
+
+def plant_keys(model: Path, output: Path, factor: float = 30.0, channels: int = 4, seed: int = 0) -> None:
+    """Scale a few channels of all keys up and those of the queries down, which leaves the scores as they are.
+
+    Where positions rotate pairs of channels, a channel here is such a pair. Arguments as for `plant`.
+
+    Raises:
+        UsageError: no queries and keys of the model can be scaled, or the output exists.
+    """
+    chosen = [b for b in diagonal_bases(model) if any(edge.dual for edge in b.readers)]
+    scale(model, output, chosen, 1 / factor, channels, seed)  # the basis is that of the queries
+
+
+def diagonal_bases(model: Path) -> list[Basis]:
+    """The bases whose channels can be scaled one by one, and not rotated."""
+    bases = find_bases(export_program(open_checkpoint(model).skeleton())).all
+    legal = (b for b in bases if AllowedTransforms.DIAGONAL in b.group and AllowedTransforms.ORTHOGONAL not in b.group)
+    return [b for b in legal if b.writers and b.readers]
+
+
+def scale(model: Path, output: Path, chosen: list[Basis], factor: float, channels: int, seed: int) -> None:
+    """Write the twin with a few channels of each basis scaled."""
+    if not chosen:
+        raise UsageError(f"{model} has no basis in which outliers could be planted")
+    checkpoint = open_checkpoint(model)
+    names = [name for name, _ in checkpoint.skeleton().named_parameters()]
+    weights = {name: checkpoint.tensor(name).float() for name in names}
+    rng = np.random.default_rng(seed)
+    for basis in chosen:
+        weights |= fold(basis, outliers(basis, factor, channels, rng), weights)
+    with ArtifactWriter(output) as writer:
+        save_float_model(checkpoint, writer, weights)
+
+
+def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generator) -> Diagonal:
+    """`factor` on a few random channels, 1 elsewhere."""
+    d = torch.ones(basis.dim, dtype=torch.float64)
+    d[torch.from_numpy(rng.choice(basis.dim, channels, replace=False))] = factor
+    return Diagonal(d)

@@ -1,0 +1,29 @@
+"""A model's directory with other weights: what a fine-tune leaves, and a planted twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.artifact.writer import ArtifactWriter, as_json
+
+
+def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:
+    """Write weights with the config, tokenizer and other side files of a model, and let the directory appear.
+
+    Args:
+        checkpoint: the model they belong to, with its config and buffers.
+        writer: open.
+        weights: each parameter by one of its names; stored as float32.
+
+    Raises:
+        QuantizeError: the disk is full or not writable.
+    """
+    tensors = {name: weight.detach().float() for name, weight in weights.items()}
+    writer.add("model.safetensors", checkpoint.buffers() | tensors)
+    writer.write("config.json", as_json(checkpoint.config | {"dtype": "float32"}))
+    for path in side_files(checkpoint.directory) if checkpoint.directory else ():
+        writer.write(path, (checkpoint.directory / path).read_bytes())  # type: ignore[operator]
+    writer.publish()

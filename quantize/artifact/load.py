@@ -1,0 +1,174 @@
+"""Loading an artifact: its manifest, and its tensors put into the architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.nn.attention import set_kv_cache
+from quantize.checkpoint.size_limits import limit_parameters
+from quantize.checkpoint.checkpoint import read_config
+from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.untrusted_files import check_files, read_json
+from quantize.formats.qtensor import QTensor
+from quantize.nn.kv_cache import read_kv_cache
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.artifact.manifest import Manifest
+from quantize.transforms.online import Online, restore
+from quantize.nn.prefix_hooks import attach
+from quantize.recipe.recipe import validated
+from quantize.recipe.scheme import ActivationArgs, Scheme
+from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor
+from quantize.artifact.writer import PROBE, sha256
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """`manifest.json` of an artifact.
+
+    Raises:
+        UsageError: there is none, it says what no artifact says, or the directory links to files elsewhere.
+    """
+    path, why = directory / "manifest.json", ""
+    try:
+        manifest = read_json(path) if path.is_file() else {}
+    except QuantizeError as error:
+        manifest, why = {}, f": {error}"
+    if not Manifest.model_fields.keys() <= manifest.keys():
+        raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
+    validated(lambda: Manifest(**manifest), str(path))
+    check_files(directory)
+    return manifest
+
+
+def check_hashes(directory: Path) -> int:
+    """Compare every file with the manifest; returns how many there are.
+
+    Raises:
+        QuantizeError: names the first file that is missing, changed or not listed.
+    """
+    listed = read_manifest(directory)["files"]
+    found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {"manifest.json"}
+    for name in sorted(found | set(listed)):
+        if name not in listed or name not in found:
+            raise QuantizeError(f"{directory / name} is {'missing' if name in listed else 'not in the manifest'}")
+        if sha256(directory / name) != listed[name]:
+            raise QuantizeError(f"{directory / name} has changed since it was written")
+    return len(listed)
+
+
+def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn.Module | None = None) -> nn.Module:
+    """The quantized model, in evaluation mode; for a causal language model `generate` works.
+
+    Args:
+        directory: an artifact.
+        dtype: of all parameters that are not integers, and so of the computation.
+        skeleton: the architecture, for artifacts of modules that transformers does not know; its weights are replaced.
+
+    Raises:
+        UsageError: no artifact.
+        QuantizeError: damaged files.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UsageError(f"no such artifact: {directory}")
+    settings = read_manifest(directory)["quantization"]
+    with limit_parameters(index_tensors(directory, PROBE)):
+        model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
+    return fill(model, directory, settings, dtype)
+
+
+def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Put the tensors of an artifact into its architecture.
+
+    Args:
+        model: the architecture; its weights are replaced.
+        directory: an artifact, complete but for the manifest.
+        settings: its quantization settings.
+        dtype: of all parameters that are not integers.
+
+    Raises:
+        QuantizeError: damaged files, or those of another model.
+    """
+    files = index_tensors(directory, PROBE)
+    try:
+        for path in settings["modules"]:
+            linear = read_linear(path, settings, files, dtype)
+            check_place(model.get_submodule(path), linear, path)
+            model.set_submodule(path, linear)
+    except (AttributeError, ValueError) as error:  # no such module, or no name at all
+        raise QuantizeError(f"{directory} does not fit the model: {error}") from None
+    modules = {path: model.get_submodule(path).state_dict() for path in settings["modules"]}
+    held = {
+        f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
+    }  # FP4 scales keep theirs
+    tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
+    wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
+    if wrong:
+        raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
+    set_kv_cache(model, read_kv_cache(settings))
+    if settings.get("prefix"):
+        attach(model, settings["prefix"])
+    return model.eval()
+
+
+def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:
+    """One quantized linear of an artifact, from the `quantization_config`."""
+
+    def get(name: str) -> Tensor | None:
+        key = f"{path}.{name}"
+        return read_tensor(files[key], key) if key in files else None
+
+    scheme, entry = Scheme(**settings["scheme"]), settings["modules"][path]
+    data, scale, bias = get("qweight"), get("scale"), get("bias")
+    if data is None or scale is None:
+        raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
+    scale = scale.to(dtype) if scheme.weights.format == "int" and scale.is_floating_point() else scale
+    weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
+    weight.check(path)
+    if bias is not None and bias.shape != (len(data),):
+        raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
+    if "activations" in entry:
+        scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
+    parts = enumerate(entry.get("online", ()))
+    online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
+    linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
+    linear.leading = PrefixTokens(tuple(settings.get("prefix", ())))
+    return linear
+
+
+def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:
+    """A linear takes the place of a module that holds a matrix of its shape.
+
+    Raises:
+        QuantizeError: it does not.
+    """
+    shape = {linear.in_features, linear.out_features}
+    if not any(p.dim() == 2 and set(p.shape) == shape for p in module.parameters(recurse=False)):
+        raise QuantizeError(
+            f"{path} holds no matrix of {linear.out_features} rows and {linear.in_features} columns in the model"
+        )
+
+
+def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], columns: int) -> Online:
+    """One online transform of [..., columns], its tensors those whose names start with `prefix`.
+
+    Raises:
+        QuantizeError: there is no such transform.
+    """
+    names = [name for name in files if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): read_tensor(files[name], name) for name in names}
+    try:
+        online = restore(given, tensors, columns)
+        fits = online(torch.zeros(1, columns)).shape == (1, columns)
+    except (KeyError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise QuantizeError(
+            f"{prefix}: {given} with {', '.join(tensors) or 'no tensors'} is no transform ({error})"
+        ) from None
+    if not fits:
+        raise QuantizeError(f"{prefix}: {given} is no transform of {columns} channels")
+    return online

@@ -1,0 +1,143 @@
+"""The directory that a run leaves: whole or not there at all, with its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import save as serialize
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.untrusted_files import INDEX
+
+PROBE = "probe.safetensors"  # inputs and outputs, no part of the model
+
+
+class ArtifactWriter:
+    """Writes files beside the final directory and renames once all are on disk.
+
+    Leaving the `with` block before `commit` removes everything.
+
+    Raises:
+        UsageError: the output exists already.
+        QuantizeError: the disk is full or not writable.
+    """
+
+    def __init__(self, output: Path) -> None:
+        if output.exists() or output.is_symlink():
+            raise UsageError(f"{output} exists already; give a new --output-dir")
+        self.output = output
+        self.weight_map: dict[str, str] = {}
+        self.hashes: dict[str, str] = {}
+
+    def __enter__(self) -> Self:
+        beside = next(parent for parent in self.output.absolute().parents if parent.exists())
+        with translate_disk_errors(self.output):
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=beside))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        remove(self.directory)
+
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write one safetensors file, and wait until it is on disk."""
+        if tensors:
+            path = self.directory / name
+            with translate_disk_errors(self.output):
+                save_file({k: t.contiguous() for k, t in sorted(tensors.items())}, path, {"format": "pt"})
+                flush(path)
+            self.weight_map |= dict.fromkeys(tensors, name)
+            self.hashes[name] = sha256(path)
+
+    def write_index(self) -> None:
+        """Write which of the safetensors files holds which tensor."""
+        size = sum(path.stat().st_size for path in self.directory.glob("*.safetensors"))
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(self.weight_map.items()))}
+        self.write(INDEX, as_json(index))
+
+    def add_probe(self, tensors: dict[str, Tensor]) -> None:
+        """Write the inputs and outputs that `quantize-model verify` compares with; they are no part of the model."""
+        self.write(PROBE, serialize(tensors, {"format": "pt"}))
+
+    def write(self, name: str | Path, content: str | bytes) -> None:
+        """Write one small file."""
+        path = self.directory / name
+        with translate_disk_errors(self.output):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Add the manifest with the hash of every file, flush all to disk, and rename; returns the whole manifest."""
+        paths = {str(p.relative_to(self.directory)): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
+        files = {name: self.hashes.get(name) or sha256(path) for name, path in paths.items()}
+        manifest = {**manifest, "files": files}
+        self.write("manifest.json", as_json(manifest))
+        self.publish()
+        return manifest
+
+    def publish(self) -> None:
+        """Flush all to disk, and rename."""
+        with translate_disk_errors(self.output):
+            for path in [*self.directory.rglob("*"), self.directory]:
+                path.chmod(0o755 if path.is_dir() else 0o644)
+                flush(path)
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            self.directory.rename(self.output)
+            flush(self.output.parent)
+
+
+@contextlib.contextmanager
+def translate_disk_errors(output: Path) -> Iterator[None]:
+    """Turn what a disk answers into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+            r"no space|os error (27|28|122)\b", str(error).lower()
+        )
+        reason = "the disk is full" if full else f"writing failed ({error})"
+        raise QuantizeError(f"{reason}; {output} was not made") from error
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory with all that is in it."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except KeyboardInterrupt:  # somebody impatient: clean up all the same
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_json(value: Any) -> str:
+    """JSON as all files here are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

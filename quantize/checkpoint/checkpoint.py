@@ -1,0 +1,173 @@
+"""Where a model's weights, config and side files come from: a directory, a hub id, or a module in memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from quantize.checkpoint.size_limits import limit_parameters
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
+from quantize.checkpoint.key_mapping import StoredTensor, map_keys
+from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.tensor_files import CHUNK, index_tensors, is_finite, read_float, read_tensor
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+NOT_COPIED = {"config.json", "manifest.json"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be built without its weights, and its weights one by one.
+
+    Attributes:
+        directory: where the files are; None for a module in memory.
+        config: the config as a dict; empty for a module that has none.
+        files: name in a safetensors file → the file.
+        sources: tensor name → where it lies in the files.
+        module: the module in memory, None for a directory.
+        ties: parameter → all names of the same parameter, itself among them.
+    """
+
+    directory: Path | None
+    config: dict[str, Any]
+    files: dict[str, Path] = field(default_factory=dict)
+    module: nn.Module | None = None
+    ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def skeleton(self) -> nn.Module:
+        """The model in float32 with parameters on the meta device, tied ones shared, and real buffers."""
+        if self.module is None:
+            model = build_skeleton(self.config)
+            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
+            load_tensors(model, {name: self.tensor(name) for name in buffers})
+            return model
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
+        }
+        return copy.deepcopy(self.module, memo).float()
+
+    def tensor(self, name: str) -> Tensor:
+        """One parameter as it is stored.
+
+        Raises:
+            QuantizeError: missing or unreadable.
+        """
+        if self.module is not None:
+            return self.module.get_parameter(name).detach()
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if stored is None:
+            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
+        try:
+            return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
+        except RuntimeError as error:  # parts that do not fit together
+            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+
+    def float_tensor(self, name: str) -> Tensor:
+        """One parameter in float32, the file's pages given back as it is read; raises as `tensor` does."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if self.module is not None or stored is None:
+            return self.tensor(name).float()
+        return self.sources[stored].read(stored, lambda part: read_float(self.files[part], part)).float()
+
+    def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The whole model in floating point, in evaluation mode."""
+        model = self.skeleton()
+        assign_and_tie(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
+        return model.eval()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong to the model's state."""
+        return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Tokenizer and other small files to take along, relative to the directory."""
+    found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
+    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
+
+
+def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+    """Find a model's parts without reading a weight.
+
+    Args:
+        model: a directory, which never touches a network; a hub id; or a module.
+
+    Raises:
+        UsageError: no such model, or one that cannot be quantized.
+        QuantizeError: its files are damaged.
+    """
+    if isinstance(model, nn.Module):
+        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
+    directory = Path(model) if Path(model).is_dir() else download(str(model))
+    config = read_config(directory)
+    if "quantization_config" in config:
+        raise UsageError(f"{directory} is quantized already; give the floating-point model")
+    check_files(directory)
+    files = index_tensors(directory)
+    with limit_parameters(files):
+        model = build_skeleton(config)
+    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a transformers model, with its class; empty for any other module."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return {}
+    return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
+
+
+def download(name: str) -> Path:
+    """Fetch a model from the hub: config, tokenizer and safetensors only."""
+    if not HUB_ID.fullmatch(name):
+        raise UsageError(f"no such model directory: {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        raise UsageError(
+            f"{name} is no directory here, and no model of that id could be fetched from the hub"
+        ) from None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as a dict."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{directory} holds no config.json, so it is no model directory")
+    config = read_json(path)
+    if not isinstance(config.get("architectures"), list) or not config["architectures"]:
+        raise UsageError(f"{path} does not name its architecture; add the key architectures")
+    if not isinstance(config.get("model_type", ""), str):
+        raise UsageError(f"{path} does not name its model_type")
+    return config
+
+
+def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
+    """Every parameter is there, of the right shape, floating point and finite.
+
+    Raises:
+        QuantizeError: names the first that is not.
+    """
+    for name, parameter in skeleton.named_parameters():
+        tensor = checkpoint.tensor(name)
+        if tensor.shape != parameter.shape:
+            raise QuantizeError(
+                f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
+        if not all(map(is_finite, tensor.flatten().split(CHUNK))):
+            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")

@@ -1,0 +1,100 @@
+"""How the compressed-tensors format holds a quantized linear, and how `config.json` describes it.
+
+Source: the package compressed-tensors 0.20, `compressors/` for the tensors, `quantization/` for the settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.ops import pack_int4
+from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+
+NAME = "compressed-tensors"
+SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
+WORD = 8  # 4-bit integers in an int32
+SCALE_TYPES = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
+
+
+def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
+    """A weight [N, K] in G groups.
+
+    Args:
+        weight: any.
+        packed: whether 4-bit integers go into words; where activations are integers, too, they are in bytes.
+
+    Returns:
+        FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; of NVFP4 weight_global_scale float32 [1], its divisor.
+        Packed: weight_packed int32 [N, ⌈K/8⌉], weight_scale [N, G], weight_shape, weight_zero_point int32 [⌈N/8⌉, G].
+        Others: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
+    """
+    scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
+    if weight.args.format != "int":
+        global_scale = (
+            {} if weight.global_scale is None else {"weight_global_scale": weight.global_scale.reciprocal().reshape(1)}
+        )
+        return {"weight_packed": weight.data, **scale, **global_scale}
+    q = weight.unpack()
+    if not packed:
+        return {"weight": q, **scale, **({} if zero_point is None else {"weight_zero_point": zero_point})}
+    zeros = {} if zero_point is None else {"weight_zero_point": words(zero_point.T).T}
+    return {"weight_packed": words(q), **scale, "weight_shape": torch.tensor(q.shape), **zeros}
+
+
+def words(q: Tensor) -> Tensor:
+    """int8 [R, C] in [-8, 7] → int32 [R, ⌈C/8⌉] of unsigned q + 8, the first in the lowest bits; filled up with 0."""
+    filled = nn.functional.pad(q, (0, -q.shape[1] % WORD), value=-8)
+    packed: Tensor = (pack_int4(filled) ^ SIGN_BITS).flatten().view(torch.int32)
+    return packed.reshape(len(q), -1)
+
+
+def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
+    """What the package writes into `config.json` for a scheme of all linears but those in `ignore`."""
+    group = {
+        "targets": ["Linear"],
+        "weights": arguments(scheme.weights, "channel", dynamic=False),
+        "input_activations": scheme.activations and arguments(scheme.activations, "token", dynamic=True),
+        "output_activations": None,
+        "format": storage(scheme),
+    }
+    return {
+        "quant_method": NAME,
+        "format": storage(scheme),
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def storage(scheme: Scheme) -> str:
+    """The format's name for how weights lie in the file."""
+    if scheme.weights.format != "int":
+        return f"{scheme.weights.format}-pack-quantized"
+    return "pack-quantized" if scheme.activations is None else "int-quantized"
+
+
+def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> dict[str, Any]:
+    """`QuantizationArgs` of weights or inputs.
+
+    Args:
+        args: weights or inputs.
+        whole: what the format calls one scale for a row.
+        dynamic: scales are found as the inputs come; of NVFP4 those of groups alone, not that of the tensor.
+    """
+    has_global_scale = args.format == "nvfp4"
+    strategy = "tensor_group" if has_global_scale else "group" if args.group_size else whole
+    return {
+        "num_bits": args.num_bits,
+        "type": "int" if args.format == "int" else "float",
+        "symmetric": args.symmetric,
+        "strategy": strategy,
+        "group_size": args.group_size or None,
+        "dynamic": "local" if dynamic and has_global_scale else dynamic,
+        **({"scale_dtype": SCALE_TYPES[args.format]} if args.format in SCALE_TYPES else {}),
+    }

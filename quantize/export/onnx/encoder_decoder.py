@@ -1,0 +1,69 @@
+"""An encoder-decoder as two files: one runs once for each input, one for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import onnxruntime
+import torch
+from torch import Tensor
+
+from quantize.export.onnx.encoder_decoder_parts import DecoderWithPast, EncoderWithCrossKV
+from quantize.export.onnx.interface import Feed, Interface, Outputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
+
+
+class EncoderDecoder(Interface):
+    """`EncoderWithCrossKV`, and `DecoderWithPast` behind it.
+
+    Cross-attention's keys and values are made by the encoder's file, as onnxruntime-genai has it, so that both files
+    hold different weights; files and caches have the names of optimum's.
+    """
+
+    def __init__(self, encoder: EncoderWithCrossKV, decoder: DecoderWithPast) -> None:
+        super().__init__(encoder.model)
+        self.encoder, self.decoder = encoder, decoder
+        self.outputs = encoder.outputs | decoder.outputs
+
+    def files(self) -> dict[str, Interface]:
+        """The halves."""
+        return {ENCODER: self.encoder, DECODER: self.decoder}
+
+    def lowered(self) -> Interface:
+        """Each half lowered as it is in its file."""
+        encoder, decoder = self.encoder.lowered(), self.decoder.lowered()
+        assert isinstance(encoder, EncoderWithCrossKV)
+        assert isinstance(decoder, DecoderWithPast)
+        return EncoderDecoder(encoder, decoder)
+
+    def forward(self, feed: Feed) -> tuple[Tensor, ...]:
+        """All outputs of both."""
+        encoded = self.encoder(feed)
+        return (*encoded, *self.decoder(self.decoder.behind(feed, encoded)))
+
+    def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
+        """The same from the files."""
+        encoder, decoder = sessions
+        encoded = self.encoder.run_files([encoder], taken(encoder, feed))
+        behind = self.decoder.behind(feed, tuple(map(torch.from_numpy, encoded)))
+        return [*encoded, *self.decoder.run_files([decoder], taken(decoder, behind))]
+
+    def feeds(self, seed: int) -> dict[str, Feed]:
+        """A prompt, one token behind a cache, and two samples."""
+        return self.decoder.of_both(seed)
+
+
+def taken(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
+    """Those of some inputs that a file has."""
+    return {value.name: feed[value.name] for value in session.get_inputs()}
+
+
+def encoder_decoder(model: PreTrainedModel) -> EncoderDecoder:
+    """Both halves of a model."""
+    encoder = EncoderWithCrossKV(model)
+    return EncoderDecoder(encoder, DecoderWithPast(encoder))

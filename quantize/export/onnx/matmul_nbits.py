@@ -1,0 +1,97 @@
+"""4-bit weights in blocks, as ONNX Runtime's `MatMulNBits` multiplies them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quantize.errors import UsageError
+from quantize.kernels.ops import dequantize, pack_int4, unpack_int4
+from quantize.nn.quantized_linear import QuantizedLinear
+
+# ONNX Runtime also has blocks of 256; two of 128 with one scale are the same weights and a finer grid of activations.
+BLOCK_SIZES = (128, 64, 32, 16)
+SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8 and back
+
+
+class BlockLinear(nn.Module):
+    """4-bit weights in blocks of columns: one `com.microsoft::MatMulNBits`.
+
+    At 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid stands in for the
+    scheme's grid per token and is at least as fine; the scheme's zero point and clipping do not apply to it.
+
+    Shapes: packed uint8 [N, B, block / 2], scale float32 [N, B], zero_point uint8 [N, ⌈B/2⌉] or None, bias [N] or None.
+    Source: onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.transform, self.columns, self.rows = layer.transform, layer.in_features, layer.out_features
+        self.quantizes_activations = layer.scheme.activations is not None
+        self.block = block_size(layer.in_features, layer.scale.shape[1])
+        blocks = -(-self.columns // self.block)
+        q = nn.functional.pad(layer.weight_integers(), (0, blocks * self.block - self.columns))
+        self.register_buffer("packed", (pack_int4(q) ^ SIGN_BITS).reshape(self.rows, blocks, self.block // 2))
+        self.register_buffer("scale", per_block(layer.scale, blocks).float())
+        zero_point = None if layer.zero_point is None else pack_int4(per_block(layer.zero_point, blocks)) ^ SIGN_BITS
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        x = self.transform(x)
+        if torch.onnx.is_in_onnx_export():
+            return self.operator(x)
+        x = int8_blocks(x, self.block) if self.quantizes_activations else x
+        return nn.functional.linear(x, self.weight(), self.bias)
+
+    def operator(self, x: Tensor) -> Tensor:
+        """The ONNX node; accuracy level 4 takes activations to int8, level 0 leaves them in float32."""
+        level = 4 if self.quantizes_activations else 0
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            (x, self.packed, self.scale, self.zero_point, None, self.bias),
+            {"K": self.columns, "N": self.rows, "bits": 4, "block_size": self.block, "accuracy_level": level},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.rows),
+            version=1,
+        )
+
+    def weight(self) -> Tensor:
+        """float32 [N, K], from the buffers of the operator."""
+        blocks = self.packed.shape[1]
+        q = unpack_int4(self.packed.flatten(1) ^ SIGN_BITS, blocks * self.block)
+        zero_point = None if self.zero_point is None else unpack_int4(self.zero_point ^ SIGN_BITS, blocks)
+        return dequantize(q, self.scale, zero_point)[:, : self.columns]
+
+
+def block_size(columns: int, groups: int) -> int:
+    """The largest of `BLOCK_SIZES` that fills a group; a single group is padded to whole blocks if none does."""
+    group = columns // groups
+    fitting = [block for block in BLOCK_SIZES if group % block == 0]
+    if not fitting and groups > 1:
+        raise UsageError(
+            f"weight groups of {group} columns do not fit ONNX Runtime's 4-bit kernel, which takes multiples of 16; "
+            "quantize with a group size of 16, 32, 64 or 128, or 0 for one scale for each output channel"
+        )
+    return fitting[0] if fitting else BLOCK_SIZES[-1]
+
+
+def per_block(values: Tensor, blocks: int) -> Tensor:
+    """[N, G] → [N, blocks]: each group's value for each of its blocks."""
+    return values.repeat_interleave(blocks // values.shape[1], dim=1)
+
+
+def int8_blocks(x: Tensor, block: int) -> Tensor:
+    """Activations [..., K] on the int8 grids of ONNX Runtime's accuracy level 4, one for each `block` of columns."""
+    columns = x.shape[-1]
+    x = nn.functional.pad(x, (0, -columns % block))
+    x = x.reshape(*x.shape[:-1], -1, block)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    steps = torch.where(largest > 0, 127 / largest, 0)  # times the reciprocal: a division would round other ties up
+    return ((x * steps).round() * (largest / 127)).flatten(-2)[..., :columns]

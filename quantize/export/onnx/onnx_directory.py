@@ -1,0 +1,32 @@
+"""What lies beside an exported ONNX file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quantize.artifact.load import load
+from quantize.export.onnx.decoder import Decoder
+from quantize.export.onnx.encoder_decoder import EncoderDecoder
+from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_sound
+from quantize.export.onnx.export import export_onnx, interface_of
+from quantize.artifact.writer import ArtifactWriter, as_json
+
+
+def export_onnx_directory(
+    directory: Path, writer: ArtifactWriter, qdq: bool = False, hybrid: bool = False
+) -> dict[str, float]:
+    """Write an artifact's `model.onnx`, `config.json`, `ort_config.json`; where it is known `genai_config.json`.
+
+    Arguments, results and errors are those of `export_onnx`.
+    """
+    model = load(directory)
+    parity = export_onnx(model, writer.directory, qdq, hybrid)
+    writer.write("config.json", (directory / "config.json").read_bytes())
+    interface = interface_of(model)
+    entries = json.loads((writer.directory / "ort_config.json").read_text())["session_config_entries"]
+    if isinstance(interface, Decoder):
+        writer.write("genai_config.json", as_json(genai_config(interface, entries)))
+    if isinstance(interface, EncoderDecoder) and interface.model.config.model_type in OF_SOUND:
+        writer.write("genai_config.json", as_json(genai_config_of_sound(interface, entries)))
+    return parity

@@ -1,0 +1,92 @@
+"""Text from what was exported: of language models and of encoder-decoders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from quantize.errors import UsageError
+from quantize.export.onnx.encoder_decoder import DECODER, ENCODER
+from quantize.export.onnx.encoder_decoder_parts import MASK
+from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
+from quantize.export.onnx.runtime.generate import detokenize_stream, stream, tokenizer_of
+from quantize.export.onnx.runtime.session import read, session_of
+from quantize.checkpoint.untrusted_files import read_all
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def generate(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
+    """Pieces of text, whole characters each, by the most likely tokens.
+
+    Args:
+        directory: what `quantize-model export --format onnx` wrote.
+        prompt: what a language model continues, what an encoder of text reads, or how the text of sound begins; that
+            may be None.
+        data: `.safetensors` with a tensor for each input of an encoder that reads no text, whose first sample is taken.
+        max_new_tokens: at most so many.
+
+    Raises:
+        UsageError: no such model, no tokenizer, or not what the model takes.
+        QuantizeError: ONNX Runtime cannot read a file, or the data is damaged.
+    """
+    if (directory / ENCODER).is_file():
+        yield from encoded(directory, prompt, data, max_new_tokens)
+        return
+    if prompt is None or data is not None:
+        raise UsageError(f"the model in {directory} takes a text alone; give --prompt and no --input")
+    yield from stream(directory, prompt, max_new_tokens)
+
+
+def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
+    """Of an encoder-decoder; arguments, results and errors are those of `generate`."""
+    encoder, tokenizer = session_of(directory, ENCODER), tokenizer_of(directory)
+    start = [(read(directory / "generation_config.json") | read(directory / "config.json"))["decoder_start_token_id"]]
+    if "input_ids" in shapes(encoder):
+        feed = of_text(encoder, prompt, data, tokenizer)
+    else:
+        feed = of_file(encoder, data)
+        start = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else start
+    decoder = OnnxDecoder(directory, DECODER, known(encoder, feed))
+    yield from detokenize_stream(tokenizer, start, decoder.greedy(start, max_new_tokens))
+
+
+def known(encoder: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
+    """What the decoder may take of an encoder's run, by the decoder's names."""
+    names = [value.name.replace("present.", "past_key_values.") for value in encoder.get_outputs()]
+    mask = {MASK: feed["attention_mask"]} if "attention_mask" in feed else {}
+    return dict(zip(names, encoder.run(None, feed), strict=True)) | mask
+
+
+def of_text(encoder: onnxruntime.InferenceSession, prompt: str | None, data: Path | None, tokenizer: Any) -> Arrays:
+    """An encoder's inputs from a text."""
+    if prompt is None or data is not None:
+        raise UsageError("the model's encoder reads text; give --prompt and no --input")
+    ids = np.array([tokenizer(prompt)["input_ids"]])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    return {name: feed[name] for name in shapes(encoder)}
+
+
+def of_file(encoder: onnxruntime.InferenceSession, data: Path | None) -> Arrays:
+    """An encoder's inputs from a file, its first sample."""
+    wanted = shapes(encoder)
+    takes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
+    if data is None:
+        raise UsageError(f"the model takes {takes}; give an --input FILE.safetensors that holds this")
+    if not data.is_file():
+        raise UsageError(f"no such file: {data}; give a .safetensors with {takes}")
+    found = {name: tensor[:1].float().numpy() for name, tensor in read_all(data).items()}
+    if {name: list(array.shape[1:]) for name, array in found.items()} != {n: s[1:] for n, s in wanted.items()}:
+        held = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
+        raise UsageError(f"{data} holds {held} as its first sample; the model takes {takes}")
+    return found
+
+
+def shapes(session: onnxruntime.InferenceSession) -> dict[str, list[int | str]]:
+    """A file's inputs: name → sizes of axes, by name where they are free."""
+    return {value.name: list(value.shape) for value in session.get_inputs()}

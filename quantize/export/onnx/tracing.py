@@ -1,0 +1,49 @@
+"""A model's graph as ONNX, before it is rewritten."""
+
+from __future__ import annotations
+
+import onnx_ir
+import onnxscript.optimizer
+import torch
+
+from quantize.errors import QuantizeError, reason
+from quantize.export.onnx.interface import Axes, Interface
+from quantize.graph.export import quiet
+
+OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
+
+
+def traced(interface: Interface) -> onnx_ir.Model:
+    """The graph of a model, optimized, its inputs, outputs and free axes with their names.
+
+    Raises:
+        QuantizeError: it cannot be traced.
+    """
+    feed = list(interface.feeds(0).values())[-1]  # of the largest batch: a size of 1 is taken for a broadcast
+    dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in interface.inputs.items()}
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                interface.eval(),
+                kwargs={"feed": feed},
+                input_names=list(feed),
+                output_names=list(interface.outputs),
+                opset_version=OPSET,
+                # Else it fuses RotaryEmbedding with tables of batch 1, which fails at larger batches.
+                optimize="position_ids" in feed,
+                verbose=False,
+                dynamic_shapes={"feed": dynamic},
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise QuantizeError(f"the model cannot be traced for ONNX: {reason(error.__cause__ or error)}") from error
+    assert program is not None
+    onnxscript.optimizer.optimize(program.model)
+    name_axes(program.model, interface.inputs | interface.outputs)
+    return program.model
+
+
+def name_axes(model: onnx_ir.Model, named: dict[str, Axes]) -> None:
+    """Give the free axes of inputs and outputs their names in place of the exporter's symbols."""
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        axes = named[value.name]
+        value.shape = onnx_ir.Shape([axes.get(axis, size) for axis, size in enumerate(value.shape)])

@@ -1,0 +1,178 @@
+"""A `Program` from the exporter: one forward pass, cut into blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from quantize.errors import ExportError, reason
+from quantize.graph.inputs import example_inputs
+from quantize.graph.program import Program, Segment
+from quantize.graph.usage_probe import read_past_forward
+
+
+def export_program(skeleton: nn.Module) -> Program:
+    """Export one forward pass; sizes of batch and sequence are dynamic.
+
+    Args:
+        skeleton: parameters on the meta device, buffers real; its parameters are untied in place.
+
+    Raises:
+        ExportError: the exporter refuses the model; the message carries its reason.
+    """
+    buffers = dict(skeleton.named_buffers())
+    untie(skeleton)
+    skeleton.eval().to("meta")
+    switches = forward_switches(skeleton)
+    try:
+        inputs = example_inputs(skeleton)
+        example = {name: found.example for name, found in inputs.items()} | switches
+        dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
+        shapes = {**dynamic, **dict.fromkeys(switches)}
+        with quiet():
+            exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # whatever the exporter meets in a stranger's code
+        raise ExportError(reason(error)) from error
+    program = from_exported(exported, buffers, switches, tuple(inputs))
+    linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    with quiet():
+        return replace(program, weights_read_directly=read_past_forward(skeleton, linears, example))
+
+
+def forward_switches(model: nn.Module) -> dict[str, bool]:
+    """`use_cache=False` where forward takes that switch: one pass over whole sequences needs no cache."""
+    known = hasattr(getattr(model, "config", None), "use_cache")
+    return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def untie(model: nn.Module) -> None:
+    """Give every parameter name a tensor of its own, so that the graph tells the uses of a tied parameter apart."""
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Others warn of deprecations and masks, and the exporter prints half a graph where it fails: nothing to act on."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable()
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram,
+    buffers: dict[str, Tensor],
+    switches: dict[str, bool],
+    names: tuple[str, ...],
+) -> Program:
+    """Read a `Program` off an exported graph; nodes that the exporter placed on meta are moved to the CPU."""
+    module, signature = exported.graph_module, exported.graph_signature
+    drop_assertions(module)
+    move_to_cpu(module)
+    count_in_floats(module)
+    by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
+    parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
+    values = {by_name[p]: buffers[name] for p, name in signature.inputs_to_buffers.items()}
+    values |= {by_name[p]: exported.constants[name] for p, name in signature.inputs_to_lifted_tensor_constants.items()}
+    constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    inputs = {name: by_name[name] for name in names}
+    intermediate_outputs = frozenset(
+        node for name, node in named_outputs(exported, output) if name.startswith("encoder_")
+    )
+    return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, intermediate_outputs)
+
+
+def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:
+    """What the graph returns, each with its key where the model returns a dictionary."""
+    spec, nodes = exported.call_spec.out_spec, output.all_input_nodes
+    keys = spec.context if isinstance(getattr(spec, "context", None), list) else []
+    names = [str(key) for key in keys] if len(keys) == len(nodes) else [""] * len(nodes)
+    return list(zip(names, nodes, strict=True))
+
+
+def drop_assertions(module: fx.GraphModule) -> None:
+    """Remove what the exporter asserts of example tensors (their device is meta) and what only that needed."""
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in reversed(graph_module.graph.nodes):
+            if "_assert" in str(node.target) and not node.users:
+                graph_module.graph.erase_node(node)
+        graph_module.graph.eliminate_dead_code()
+
+
+def move_to_cpu(module: fx.GraphModule) -> None:
+    """Replace the device that nodes name (`arange(device=meta)`), in nested graphs too."""
+
+    def on_cpu(argument: Any) -> Any:
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, on_cpu), map_aggregate(node.kwargs, on_cpu)
+        graph_module.recompile()
+
+
+def count_in_floats(module: fx.GraphModule) -> None:
+    """Let histograms count floats: the CPU has none of integers, which other devices choose."""
+    for node in (n for n in module.graph.nodes if n.target is torch.ops.aten.histc.default):
+        with module.graph.inserting_before(node):
+            cast = module.graph.call_function(torch.ops.aten.to.dtype, (node.args[0], torch.float32))
+        cast.meta.update(node.args[0].meta)
+        node.args = (cast, *node.args[1:])
+
+
+def cut(module: fx.GraphModule, parameters: dict[fx.Node, str]) -> tuple[Segment, ...]:
+    """Cut the graph where it enters or leaves an item of the outermost list of modules."""
+    runs: list[tuple[str, list[fx.Node]]] = []
+    for node in module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        block = block_of(node)
+        if not runs or (block is not None and block != runs[-1][0]):
+            runs.append((block or "", []))
+        runs[-1][1].append(node)
+    return tuple(Segment(name, tuple(nodes), read_by(nodes, parameters)) for name, nodes in split_tail(runs))
+
+
+def block_of(node: fx.Node) -> str | None:
+    """Path of the outermost list item that the node's module lies in; '' outside of all, None if not known."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    return block_at(next(reversed(stack.values()))[0])
+
+
+def block_at(path: str) -> str:
+    """Path of the outermost list item that a module lies in; '' outside of all."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
+    return found.group() if found else ""
+
+
+def split_tail(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx.Node]]]:
+    """Name the runs outside of blocks by their place."""
+    return [
+        (name or ("head" if i == 0 else "tail" if i == len(runs) - 1 else f"between {i}"), nodes)
+        for i, (name, nodes) in enumerate(runs)
+    ]
+
+
+def read_by(nodes: list[fx.Node], parameters: dict[fx.Node, str]) -> tuple[str, ...]:
+    """Names of the parameters that some nodes read, in order, once each."""
+    return tuple(dict.fromkeys(parameters[n] for node in nodes for n in node.all_input_nodes if n in parameters))

@@ -1,0 +1,147 @@
+"""The program of a model that the exporter refuses: its linears alone, on the inputs that the float model gives them.
+
+The graph shows no weight that writes those inputs, so the analysis pins them all and only online transforms are legal.
+Each linear is rounded on inputs in which no earlier linear is rounded yet, as the float model runs as a whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.errors import ExportError
+from quantize.graph import export
+from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
+from quantize.graph.inputs import BATCH, example_inputs
+from quantize.graph.linears import LINEAR, READ_ITSELF
+from quantize.graph.program import Program, Segment
+from quantize.graph.fallback.probe import vocabulary, weights_read
+
+KEPT_ROWS = 32  # of each linear's output, to compare; all rows of all linears would not fit into memory
+Linears = list[tuple[str, nn.Linear]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearsOnlyProgram(Program):
+    """A program of linears alone.
+
+    Attributes:
+        model: what gives them their inputs.
+        paths: of all linears, in the order of the outputs.
+    """
+
+    model: FloatModel
+    paths: tuple[str, ...]
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """Token ids lie below it."""
+        return vocabulary(self.model)
+
+    @functools.cached_property
+    def not_replaceable(self) -> dict[str, str]:
+        """The weights of linears that no other module can stand in for, and why."""
+        return {f"{path}.weight": READ_ITSELF for path in weights_read(self.model)}
+
+    def never_executed(self, outputs: list[Tensor]) -> list[str]:
+        """Linears without a row in any of the outputs, which are those of one run after the other."""
+        return [path for i, path in enumerate(self.paths) if not any(map(len, outputs[i :: len(self.paths)]))]
+
+
+def make_program(checkpoint: Checkpoint, skeleton: nn.Module) -> Program:
+    """The exported graph of a model, or its linears alone where the exporter refuses it.
+
+    Args:
+        checkpoint: the model.
+        skeleton: what `checkpoint.skeleton()` gave; changed in place.
+
+    Raises:
+        ExportError: the exporter refuses the model, and it has no linear.
+    """
+    try:
+        return export.export_program(skeleton)
+    except ExportError as refusal:
+        program = unexported_program(checkpoint, refusal.reason)
+        if not program.segments:
+            raise
+        return program
+
+
+def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnlyProgram:
+    """A graph of a model's linears, block by block, each on what `linear_inputs` gives.
+
+    Args:
+        checkpoint: the model.
+        export_error: why it cannot be export.
+    """
+    skeleton = checkpoint.skeleton()
+    export.untie(skeleton)
+    examples = {name: found.example for name, found in example_inputs(skeleton).items()}
+    model = FloatModel(checkpoint, examples, export.forward_switches(skeleton))
+    graph, linears = fx.Graph(), plain_linears(skeleton)
+    source = graph.placeholder("model")
+    inputs = {name: graph.placeholder(f"input_{name}") for name in examples}
+    weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    runs = [(name, add_block(graph, source, inputs, weights, run)) for name, run in blocks_of(linears)]
+    output = graph.output(tuple(node for _, nodes in runs for node in nodes if not node.users))
+    return LinearsOnlyProgram(
+        module=fx.GraphModule(nn.Module(), graph),
+        parameters={node: name for name, node in weights.items()},
+        buffers={},
+        constants={source: model},
+        inputs=inputs,
+        segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
+        output=output,
+        export_error=export_error,
+        model=model,
+        paths=tuple(linears),
+    )
+
+
+def segment(name: str, nodes: list[fx.Node], weights: dict[str, fx.Node]) -> Segment:
+    """Some nodes with the parameters they read."""
+    return Segment(name, tuple(nodes), export.read_by(nodes, {node: name for name, node in weights.items()}))
+
+
+def blocks_of(linears: dict[str, nn.Linear]) -> list[tuple[str, Linears]]:
+    """Linears by the block they lie in."""
+    runs = itertools.groupby(linears.items(), lambda item: export.block_at(item[0]))
+    return [(name, list(run)) for name, run in runs]
+
+
+def parameter_node(graph: fx.Graph, parameter: nn.Parameter) -> fx.Node:
+    """The placeholder of a parameter, which has the shape of it."""
+    node = graph.placeholder(f"parameter_{len(graph.nodes)}")
+    node.meta["val"] = parameter
+    return node
+
+
+def add_block(
+    graph: fx.Graph, source: fx.Node, inputs: dict[str, fx.Node], weights: dict[str, fx.Node], linears: Linears
+) -> list[fx.Node]:
+    """The nodes of one block: all inputs in one run of the model, then each linear and the last rows of its output."""
+    given = graph.call_function(linear_inputs, (source, tuple(path for path, _ in linears)), dict(inputs))
+    given.meta["nn_module_stack"] = {"": ("what could not be exported", nn.Module)}
+    nodes = [given]
+    for number, (path, linear) in enumerate(linears):
+        operands = [weights[name] for name in (f"{path}.weight", f"{path}.bias") if name in weights]
+        x = shaped(graph, operator.getitem, (given, number), linear.in_features)
+        y = shaped(graph, LINEAR, (x, *operands), linear.out_features)
+        last = shaped(graph, torch.ops.aten.slice.Tensor, (y, 0, -KEPT_ROWS), linear.out_features)
+        nodes += [x, y, last, shaped(graph, torch.ops.aten.clone.default, (last,), linear.out_features)]
+    return nodes
+
+
+def shaped(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], columns: int) -> fx.Node:
+    """A node whose value is [rows, columns]."""
+    node = graph.call_function(target, args)
+    node.meta["val"] = torch.empty(BATCH, columns, device="meta")
+    return node

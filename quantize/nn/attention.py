@@ -1,0 +1,84 @@
+"""A quantized KV cache in a transformers model: attention functions, one for each setting, found by their names."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quantize.errors import QuantizeError
+from quantize.nn.kv_cache import quantize_heads
+from quantize.recipe.scheme import KVCacheArgs
+
+FLOAT = "sdpa"  # the implementation that becomes `scaled_dot_product_attention` in a graph
+PREFIX = "quantized_kv_cache_"
+
+
+def attend_with_quantized_cache(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    kv_cache: KVCacheArgs,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention: the float one on keys and values as a quantized cache holds them.
+
+    The cache itself is in floating point and is rounded at each read.
+
+    Args:
+        module: the attention.
+        query: [batch, heads, tokens, head_dim].
+        key, value: [batch, key/value heads, cached tokens, head_dim].
+        attention_mask: as for the float one.
+        kv_cache: how to round.
+        options: as for the float one.
+    """
+    operands = quantize_heads(query, key, value, kv_cache)
+    return ALL_ATTENTION_FUNCTIONS[FLOAT](module, *operands, attention_mask, **options)  # type: ignore[no-any-return]
+
+
+def register(args: KVCacheArgs) -> str:
+    """Make transformers know attention with these settings; returns its name, which says all of them."""
+    name = PREFIX + "_".join(f"{key}={value}" for key, value in args.model_dump().items())
+    AttentionInterface.register(name, functools.partial(attend_with_quantized_cache, kv_cache=args))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[FLOAT])
+    return name
+
+
+def set_kv_cache(model: nn.Module, args: KVCacheArgs | None) -> None:
+    """Let every attention of a model, changed in place, round keys and values; None lets none.
+
+    A config carries the name, so that copies of the model keep it and no two models share a setting.
+
+    Raises:
+        QuantizeError: the model has no attention that could.
+    """
+    chosen = [config for config in configs(model) if config._attn_implementation == FLOAT or is_quantized(config)]
+    if args is not None and not chosen:
+        raise QuantizeError(f"the artifact quantizes the KV cache, but no attention of the model is {FLOAT!r}")
+    name = FLOAT if args is None else register(args)
+    for config in chosen:
+        config._attn_implementation = {"": name}
+
+
+def has_kv_cache(model: nn.Module) -> bool:
+    """Whether some attention of a model rounds keys and values."""
+    return any(is_quantized(config) for config in configs(model))
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether a config names attention with a quantized cache."""
+    return str(config._attn_implementation).startswith(PREFIX)
+
+
+def configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs of a model and its parts, once each."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

@@ -1,0 +1,80 @@
+"""The product of a quantized linear on GPU kernels: which there are, and the weight laid out for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quantize.formats.qtensor import QTensor
+from quantize.kernels.ops import (
+    PackedWeight,
+    fp4_linear,
+    fuses,
+    has_kernel,
+    has_smooth_kernel,
+    on_kernels,
+    packed_linear,
+    prepack,
+    smooth_linear,
+    smooth_prepack,
+)
+from quantize.transforms.online import Hadamard, Online
+from quantize.recipe.scheme import ActivationArgs
+
+Operands = PackedWeight | list[Tensor | None]
+
+
+def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
+    """Whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
+    if args is None:
+        return False
+    if args.format != "int":
+        return on_kernels(x)
+    if args.runtime_smooth:
+        return has_smooth_kernel(x, args.runtime_smooth.group_size)
+    return has_kernel(x, weight.scale.shape[1], weight.args.num_bits)
+
+
+def prepack_weight(weight: QTensor, args: ActivationArgs) -> Operands:
+    """The weight as the kernel for `args` reads it."""
+    if args.format == "mxfp4":
+        return [weight.data, weight.scale, None]
+    if weight.global_scale is not None:  # a model of another dtype has cast the scales, which leaves their values
+        return [weight.data, weight.scale.to(torch.float8_e4m3fn).view(torch.uint8), weight.global_scale.float()]
+    layout = smooth_prepack if args.runtime_smooth else prepack
+    return layout(weight.unpack(), weight.scale, weight.zero_point, weight.args.num_bits)
+
+
+def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
+    """The transforms in front of a kernel, and the order of the Hadamard transform inside it, 0 for none."""
+    last = online[-1] if online else None
+    if isinstance(last, Hadamard) and last.stride == 1 and fuses(last.size):
+        return online[:-1], last.size
+    return online, 0
+
+
+def gpu_linear(
+    x: Tensor, operands: Operands, bias: Tensor | None, weight_bits: int, args: ActivationArgs, hadamard: int
+) -> Tensor:
+    """[..., K] → [..., N] in the dtype of x, as `quantized_linear`.
+
+    Args:
+        x: float16, bfloat16 or float32.
+        operands: of `prepack_weight`.
+        bias: [N] or None.
+        weight_bits: of the weight.
+        args: how x is quantized.
+        hadamard: of `split_fused_hadamard`.
+    """
+    grid, smooth = (args.num_bits, args.symmetric, args.clip_ratio), args.runtime_smooth
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(operands, PackedWeight):
+        y = packed_linear(rows, operands, bias, *grid, hadamard)
+    elif smooth:
+        rule = (smooth.group_size, smooth.normalize_tokens)
+        y = smooth_linear(rows, *operands, bias, weight_bits, *grid, *rule, hadamard)
+    else:
+        y = fp4_linear(rows, *operands, bias, args.clip_ratio, hadamard)
+    return y.reshape(*x.shape[:-1], y.shape[1])

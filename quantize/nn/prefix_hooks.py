@@ -1,0 +1,157 @@
+"""A loaded model that runs as if its prefix stood in front of every sequence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.utils import ModelOutput
+
+from quantize.errors import UsageError
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.nn.quantized_linear import QuantizedLinear
+
+CACHES = ("cache", "past_key_values")  # what transformers calls it, and called it before
+NOT_SCORED = -100  # a label
+
+
+def attach(model: nn.Module, tokens: Sequence[int]) -> None:
+    """Let a causal language model of transformers run with a prefix, its activations in floating point.
+
+    A call gives what it would give with the prefix in front, of the given tokens only; so does `generate`. Attentions
+    are returned as they are, and the parts of the model (its body without the head) run without prefix.
+    """
+    prefixed = PrefixHooks(PrefixTokens(tuple(tokens), absent=True))
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.leading = prefixed.leading
+    model.register_forward_pre_hook(prefixed.pre_forward, with_kwargs=True)
+    model.register_forward_hook(prefixed.post_forward, always_call=True)
+
+
+def detach(model: nn.Module) -> int:
+    """Take the prefix off a model, in place: as one whose cache holds it already. Returns its length, 0 for none."""
+    found = 0
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(owner := getattr(hook, "__self__", None), PrefixHooks):
+                found = len(owner.leading.tokens)
+                del hooks[key]
+    return found
+
+
+@dataclass
+class PrefixHooks:
+    """Hooks around forward; as such they go with copies of the model.
+
+    Where a KV cache holds the prefix already, only mask and positions move.
+
+    Attributes:
+        leading: shared with all quantized linears of the model.
+        keep: logits asked for, where the head must see all rows.
+    """
+
+    leading: PrefixTokens
+    keep: int = 0
+
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Put the prefix in front.
+
+        Raises:
+            UsageError: inputs that are no token ids, or a mask that does not fit them.
+        """
+        kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+        ids, p = kwargs.get("input_ids"), len(self.leading.tokens)
+        if ids is None:
+            raise UsageError("the model has a prefix of tokens and takes input_ids alone; give these")
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise UsageError("a model with a prefix takes logits_to_keep as a number; give that, and choose afterwards")
+        cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        check_mask(kwargs.get("attention_mask"), ids.shape[1], max(0, held - p))
+        check_positions(kwargs.get("position_ids"), held, p)
+        self.leading.absent, self.leading.shape = held > 0, (len(ids), p + ids.shape[1])
+        if isinstance(head_of(module), QuantizedLinear):  # all its rows, to know which are the prefix
+            self.keep = int(kwargs.pop("logits_to_keep", 0))
+        moves = HELD if held else HELD | FRONT | {"input_ids": lambda ids, _: self.leading.prepended(ids)}
+        return (), kwargs | {
+            name: move(kwargs[name], p) for name, move in moves.items() if kwargs.get(name) is not None
+        }
+
+    def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Leave the prefix out of what comes back."""
+        del module, args
+        if not self.leading.absent and self.leading.shape is not None:
+            output = last(output, self.leading.shape[1] - len(self.leading.tokens))
+        if self.keep:
+            output.logits = output.logits[:, -self.keep :]
+        self.leading.absent, self.keep = True, 0
+        return output
+
+
+def check_mask(mask: Any, tokens: int, held: int) -> None:
+    """A mask covers the tokens of the cache and those given.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if isinstance(mask, Tensor) and (mask.dim() != 2 or mask.shape[1] != held + tokens):
+        raise UsageError(
+            f"the attention_mask has the shape {list(mask.shape)} for {tokens} tokens behind {held} in the cache; give "
+            f"[batch, {held + tokens}], without the prefix, and `generate` no cache of an earlier call"
+        )
+
+
+def check_positions(positions: Any, held: int, p: int) -> None:
+    """Tokens behind a cache do not leave out any: `generate` takes the prefix in the cache of an earlier call for text.
+
+    Raises:
+        UsageError: they do.
+    """
+    if held and isinstance(positions, Tensor) and int(positions[..., 0].max()) > held - p:
+        raise UsageError(
+            f"the tokens begin at position {int(positions[..., 0].max())} behind {held - p} in the cache; a model with "
+            "a prefix continues where they end, so give `generate` no cache of an earlier call"
+        )
+
+
+def head_of(model: nn.Module) -> Any:
+    """What scores the vocabulary, if the model says so."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def last(output: Any, tokens: int) -> Any:
+    """What a model returns, of the last so many tokens."""
+    if isinstance(output, Tensor):
+        return output[:, -tokens:] if output.dim() == 3 else output
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = last(value, tokens)
+        return output
+    return tuple(last(value, tokens) for value in output) if isinstance(output, tuple) else output
+
+
+def positions_in_front(positions: Tensor, p: int) -> Tensor:
+    """[..., T] → [..., p + T]."""
+    first = torch.arange(p, device=positions.device).expand(*positions.shape[:-1], p)
+    return torch.cat([first, positions + p], dim=-1)
+
+
+def labels_in_front(labels: Tensor, p: int) -> Tensor:
+    """[B, T] → [B, p + T]; the first token given is not scored, as without a prefix."""
+    return pad(labels[:, 1:], (p + 1, 0), value=NOT_SCORED)
+
+
+Move = Callable[[Tensor, int], Tensor]
+HELD: dict[str, Move] = {
+    "attention_mask": lambda mask, p: pad(mask, (p, 0), value=1),
+    "position_ids": lambda positions, p: positions + p,
+}
+FRONT: dict[str, Move] = {"position_ids": positions_in_front, "labels": labels_in_front}

@@ -1,0 +1,135 @@
+"""The linear layer of a quantized model: online transforms, activation quantizer, integer product."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.calibration.precision import product_dtype
+from quantize.formats.qtensor import CachedQTensor, QTensor
+from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.transforms.online import Online
+from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
+from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
+from quantize.recipe.scheme import ActivationArgs, Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """Drop-in for `nn.Linear` that holds packed integers.
+
+    Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+
+    Attributes:
+        leading: the tokens in front of each sequence, whose activations are not quantized.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    global_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
+        super().__init__()
+        self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
+        stored = {
+            "qweight": weight.data,
+            "scale": weight.scale,
+            "zero_point": weight.zero_point,
+            "global_scale": weight.global_scale,
+        }
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+        self.online = tuple(online)
+        self.transform = nn.Sequential(*self.online)
+        self.leading = PrefixTokens()
+        self._packed: Operands | None = None
+        self._unpacked: QTensor | None = None
+
+    def weight_integers(self) -> Tensor:
+        """int8 [N, K]."""
+        return self.qtensor().unpack()
+
+    def qtensor(self) -> QTensor:
+        """The buffers as they are now, in one piece."""
+        args = self.scheme.weights
+        return self._unpacked or QTensor(
+            self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale
+        )
+
+    @contextlib.contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """The weight is unpacked once, however often the module is called until the end of this."""
+        self._unpacked = CachedQTensor.of(self.qtensor(), product_dtype())
+        try:
+            yield
+        finally:
+            self._unpacked = None
+
+    def packed(self) -> Operands:
+        """The weight as the GPU kernels read it; laid out once, held beside the buffers, and never saved."""
+        return self._packed or self._prepack()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepack(self) -> Operands:
+        """Eagerly, since the layout depends on the scales' values; so a compiled model wants one call beforehand."""
+        assert self.scheme.activations is not None
+        self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
+        return self._packed
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """The buffers move or change their type."""
+        self._packed = None
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """The buffers get other values."""
+        self._packed = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        return self.leading.apart(
+            x, lambda first: self._forward_float_activations(self.transform(first)), self._forward_reference
+        )
+
+    def _forward_float_activations(self, x: Tensor) -> Tensor:
+        """The product with activations as they are."""
+        W = self.qtensor().dequantize()
+        W = W if self._unpacked else W.to(x)
+        return torch.nn.functional.linear(x.to(W), W, None if self.bias is None else self.bias.to(W)).to(x)
+
+    def _forward_reference(self, x: Tensor) -> Tensor:
+        """The product with activations transformed, and quantized as the scheme says."""
+        weight, args = self.qtensor(), self.scheme.activations
+        if args is None:
+            return self._forward_float_activations(self.transform(x))
+        if has_gpu_kernel(x, weight, args):
+            return self._forward_gpu(x, args)
+        operands = (self.transform(x), weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
+        if smooth := args.runtime_smooth:
+            grid = (args.num_bits, args.symmetric, args.clip_ratio)
+            return runtime_smooth_linear(*operands, *grid, smooth.group_size, smooth.normalize_tokens)
+        return quantized_linear(*operands, *quantizer_arguments(args))
+
+    def _forward_gpu(self, x: Tensor, args: ActivationArgs) -> Tensor:
+        """The same on a GPU, with a small Hadamard transform inside the quantizer."""
+        online, hadamard = split_fused_hadamard(self.online)
+        for transform in online:
+            x = transform(x)
+        return gpu_linear(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
+
+    def fake_quantized(self, x: Tensor) -> Tensor:
+        """The same function in floating point: quantized and dequantized operands, a float product."""
+        return self._forward_float_activations(self.fake_input(x))
+
+    def fake_input(self, x: Tensor) -> Tensor:
+        """What of x reaches the product: behind the online transforms, quantized and dequantized."""
+        args = self.scheme.activations
+        return self.leading.apart(self.transform(x), lambda first: first, lambda rest: fake_quantize(rest, args))

@@ -1,0 +1,202 @@
+"""The processes that quantize one model together, each on its share of the calibration data.
+
+All of them take the same steps and differ only in the batches they hold. Sums run through the ranks in order, each
+adding its batches to what the one before it has summed, so that the result is that of one process to the last bit. What
+they tell each other are tensors, never pickled objects, and each exchange starts with a flag that says whether somebody
+failed, so that nobody waits for a process that is gone.
+
+Where each has a GPU of its own, the products are taken there and passed on by nccl (not yet measured); all else goes
+through gloo. A GPU sums in another order than a processor: then the last bits are those of other machines of its kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantize.calibration.statistics import Statistic
+from quantize.calibration.gram_sums import add_product, add_products, row_panels
+from quantize.errors import QuantizeError
+from quantize.pipeline.serialization import from_bytes, to_bytes
+
+T = TypeVar("T")
+EXCHANGE_TIMEOUT = timedelta(hours=1)  # the longest that one rank may work between two exchanges
+FAILURE_TIMEOUT = timedelta(seconds=30)
+Factors = tuple[Sequence[Tensor], Tensor]
+
+
+class SingleProcess:
+    """One process by itself.
+
+    Attributes:
+        rank: which of them this process is, in [0, count).
+        count: how many there are.
+    """
+
+    rank, count = 0, 1
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    def shard(self, batches: Sequence[T]) -> Sequence[T]:
+        """Neighbouring batches for this rank; none is left over."""
+        return batches[self.shard_slice(len(batches))]
+
+    def shard_slice(self, count: int) -> slice:
+        """Which of so many things are this rank's."""
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gave, plain data and tensors (`stored`), in order of ranks."""
+        return [value]
+
+    def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
+        """Add Σ leftᵀ right over the batches of all ranks to each total, in the order of one process.
+
+        Args:
+            totals: [K, K] each, the same on all ranks.
+            parts: this rank's batches in order: a left factor [n, K] for each total, and the right one.
+        """
+        seen = 0
+        for lefts, right in parts:
+            add_products(totals, lefts, right, seen)
+            seen += len(right)
+
+
+class ProcessGroup(SingleProcess):
+    """Those that `torchrun` started.
+
+    Attributes:
+        device: where this one takes products.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank, self.count, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def gather(self, value: T) -> list[T]:
+        """By way of safetensors, whose bytes say what they are."""
+        mine = torch.frombuffer(bytearray(to_bytes(value)), dtype=torch.uint8)
+        self.check_failure()
+        with dist_errors():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]))
+            padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+            padded[: len(mine)] = mine
+            found = [torch.empty_like(padded) for _ in range(self.count)]
+            dist.all_gather(found, padded)
+        return [from_bytes(bytes(x[: int(n)].numpy())) for x, n in zip(found, sizes, strict=True)]
+
+    def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
+        """Each rank adds to the rows that the one before it has summed, while that goes on to the next rows."""
+        held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
+        before = sum(self.gather(sum(len(right) for _, right in held))[: self.rank])
+        for number, total in enumerate(sums):
+            for rows in row_panels(len(total)):
+                self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held], before)
+        with dist_errors():
+            for total, here in zip(totals, sums, strict=True):
+                dist.broadcast(here, self.count - 1)
+                total.copy_(here)
+
+    def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]], seen: int) -> None:
+        """One stripe: from the rank before, a sum over so many rows, with what this rank adds, to the one after."""
+        if self.rank:
+            with dist_errors():
+                dist.recv(total[rows], self.rank - 1)
+        for left, right in held:
+            add_product(total, left, right, rows, seen)
+            seen += len(right)
+        if self.rank + 1 < self.count:
+            with dist_errors():
+                dist.send(total[rows], self.rank + 1)
+
+    def check_failure(self, failed: bool = False) -> None:
+        """Hear from all whether one failed; who failed itself does not wait long for those still at work.
+
+        Raises:
+            RankError: one did, or is gone.
+        """
+        flag = torch.tensor([self.rank + 1 if failed else 0])
+        with dist_errors():
+            work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+            work.wait(FAILURE_TIMEOUT if failed else EXCHANGE_TIMEOUT)
+        if flag.item() and not failed:
+            raise RankError(f"rank {flag.item() - 1} of {self.count} failed, so this one stops too; see its message")
+
+
+def moved(lefts: Sequence[Tensor], right: Tensor, device: torch.device) -> Factors:
+    """Factors on a device; one that stands on both sides is moved once and stays one, as `add_product` asks."""
+    here = right.to(device)
+    return [here if left is right else left.to(device) for left in lefts], here
+
+
+@contextlib.contextmanager
+def dist_errors() -> Iterator[None]:
+    """An exchange, which fails where a process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError("another rank is gone, so this one stops too; start all of them anew") from error
+
+
+class RankError(QuantizeError):
+    """Another rank failed, and knows why."""
+
+
+def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks: SingleProcess) -> dict[str, Statistic]:
+    """Statistics of what all ranks have seen, by name; a rank that has seen nothing need not name any.
+
+    Args:
+        found: this rank's.
+        make: their class.
+        ranks: who takes part.
+    """
+    if ranks.count == 1:
+        return dict(found)
+    whole: dict[str, Statistic] = {}
+    for seen in ranks.gather(dict(found)):
+        for name, statistic in seen.items():
+            whole.setdefault(name, make()).merge(statistic)
+    return whole
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all that `torchrun` started with it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def select_backend(rank: int, count: int) -> tuple[str, torch.device]:
+    """How one of `count` ranks on a machine talks to the others, and where it multiplies: on a GPU, if each has one."""
+    if torch.cuda.device_count() < count:
+        return "gloo", torch.device("cpu")
+    return "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
+
+
+@contextlib.contextmanager
+def init_distributed() -> Iterator[SingleProcess]:
+    """The ranks that `torchrun` started with this one, or this process alone; the others hear of a failure in here."""
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        yield SingleProcess()
+        return
+    backend, device = select_backend(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
+    ranks = ProcessGroup(device)
+    try:
+        yield ranks
+    except RankError:
+        raise
+    except BaseException:
+        with contextlib.suppress(RankError):
+            ranks.check_failure(failed=True)
+        raise
+    finally:
+        dist.destroy_process_group()

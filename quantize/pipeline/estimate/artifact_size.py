@@ -1,0 +1,175 @@
+"""The artifact that a run will write, on the meta device: every tensor and every byte, before a weight is read."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quantize.calibration.data import Samples
+from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.formats.qtensor import QTensor
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program
+from quantize.graph.shapes import ShapeInfo
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.transforms.online import InputTransform
+from quantize.passes.base import LinearContext
+from quantize.pipeline.plan import Plan, Step
+from quantize.calibration.probes import PROBE_TOKENS
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.pipeline.rng import derived_generator
+from quantize.artifact.quantization_config import linear_settings, quantization_settings
+from quantize.artifact.writer import as_json
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ArtifactEstimate:
+    """What a run that has not begun will write, as far as no data decides it.
+
+    Attributes:
+        checkpoint, program, plan, samples: what it is of.
+        dtypes: of each parameter, as it is stored.
+    """
+
+    checkpoint: Checkpoint
+    program: Program
+    plan: Plan
+    samples: Samples
+    dtypes: Mapping[str, torch.dtype]
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Each parameter on the meta device, in the dtype that it is stored in."""
+        shapes = {name: node.meta["val"].shape for node, name in self.program.parameters.items()}
+        return {name: torch.empty(shape, dtype=self.dtypes[name], device="meta") for name, shape in shapes.items()}
+
+    @functools.cached_property
+    def modules(self) -> dict[str, QuantizedLinear]:
+        """The quantized linears on the meta device, by path, as far as no data decides what they are."""
+        linears = [x for segment in self.program.segments for x in self.program.linears(segment)]
+        return {x.path: self._module(x) for x in linears if x.path in self.plan.targets}
+
+    def _module(self, linear: Linear) -> QuantizedLinear:
+        W, recipe = linear.as_out_in(self.parameters[linear.weight]), self.plan.recipe
+        input_transform = InputTransform(activations=recipe.activations)
+        for step in self.plan.steps:
+            if linear.path in step.online:
+                input_transform = step.handler.input_transform(self._linear_context(step, linear, W, input_transform))
+        weight = quantize_on_meta(W.shape, W.dtype, recipe.weights)
+        scheme = Scheme(weights=recipe.weights, activations=input_transform.activations)
+        return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
+
+    def _linear_context(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
+        basis = step.bases.reading(linear.weight)
+        return LinearContext(
+            linear.path, basis, None, W, input_transform, self.plan.recipe.linear_scheme, derived_generator(0)
+        )
+
+    @functools.cached_property
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """What each file of weights will hold."""
+        kept, found = set(self.parameters) - self._replaced - self._left_out, list[dict[str, Tensor]]()
+        for segment in self.program.segments:
+            new = {name: self.parameters[name] for name in segment.parameters if name in kept}
+            for linear in self.program.linears(segment):
+                state = self.modules[linear.path].state_dict() if linear.path in self.modules else {}
+                new |= {f"{linear.path}.{name}": tensor for name, tensor in state.items()}
+            found.append(new)
+            kept -= set(new)
+        return [*found, {name: self.parameters[name] for name in kept} | self.checkpoint.buffers()]
+
+    @property
+    def _replaced(self) -> set[str]:
+        linears = (x for segment in self.program.segments for x in self.program.linears(segment))
+        return {name for x in linears if x.path in self.modules for name in (x.weight, x.bias) if name}
+
+    @property
+    def _left_out(self) -> set[str]:
+        """Of tied parameters that stay equal all but one: those that no pass touches and that stay what they are."""
+        touched = {e.parameter for step in self.plan.steps for b in step.sites for e in (*b.writers, *b.readers)}
+        groups = {names for names in self.checkpoint.ties.values() if not {*names} & (touched | self._replaced)}
+        order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
+        return {name for names in groups for name in sorted(names, key=lambda n: order.get(n, len(order)))[1:]}
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The quantization settings that the artifact will have."""
+        recipe = self.plan.recipe
+        modules = {path: linear_settings(module, recipe.activations) for path, module in self.modules.items()}
+        return quantization_settings(recipe, modules)
+
+    def artifact_bytes(self) -> int:
+        """All files of the artifact."""
+        weights = sum(file_bytes(tensors) for tensors in self.tensors)
+        directory = self.checkpoint.directory
+        side = sum((directory / path).stat().st_size for path in side_files(directory)) if directory else 0
+        return weights + side + self._text_bytes() + self._probe_bytes()
+
+    def _text_bytes(self) -> int:
+        """Config, recipe, index and manifest: what they list, and what they say beside that."""
+        index = {name: f"model-{0:05}-of-{0:05}.safetensors" for tensors in self.tensors for name in tensors}
+        listed = len(as_json(self.settings)) * 2 + len(as_json({"weight_map": index}))
+        gates = {
+            step.handler.name: {s.name: 1.2345678901234567e-07 for s in self.program.segments} for step in self.steps
+        }
+        online = {step.handler.name: step.online for step in self.plan.steps if step.online}
+        coverage = dict.fromkeys(self.parameters, "quantized") | self.plan.skipped
+        manifest = {"gate": gates, "online": online, "coverage": coverage, "files": ["0" * 96] * len(self.tensors)}
+        config = len(as_json(self.checkpoint.config)) if self.checkpoint.config else 0
+        return listed + config + len(as_json(manifest)) + len(self.plan.recipe.to_toml()) + 2000
+
+    @property
+    def steps(self) -> list[Step]:
+        """The passes that go through the gate."""
+        return [step for step in self.plan.steps if step.sites or step.online]
+
+    def _probe_bytes(self) -> int:
+        """Two inputs of a few tokens, and the last token's output."""
+        node = self.program.output.all_input_nodes[0]
+        row = ShapeInfo(self.program, {name: (1, *x.shape) for name, x in self.samples.rows[0].items()})
+        shape = row.shape(node)
+        output = math.prod(shape[:1] + shape[2:] if len(shape) == 3 else shape)
+        return 2 * (4 * output + 8 * sum(min(x.numel(), PROBE_TOKENS) for x in self.samples.rows[0].values())) + 300
+
+
+@functools.lru_cache
+def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
+    """A weight on the meta device; blocks are alike, so each shape is rounded once."""
+    return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
+
+
+def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.dtype]:
+    """Dtype of each parameter, from the headers of the files."""
+    if checkpoint.module is not None:
+        return {name: checkpoint.module.get_parameter(name).dtype for name in names}
+    return {name: header_dtype(checkpoint, name) for name in names}
+
+
+def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
+    """Of one parameter; one that is missing or of no floating point is an error where weights are read."""
+    stored = next((alias for alias in checkpoint.ties.get(name, (name,)) if alias in checkpoint.sources), None)
+    if stored is None:
+        return torch.float32
+    part = checkpoint.sources[stored].names[0]
+    with safe_open(checkpoint.files[part], framework="pt") as file:
+        return DTYPES.get(file.get_slice(part).get_dtype(), torch.float32)
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Of a safetensors file: length of the header, header padded to 8, data; 0 for no tensors."""
+    if not tensors:
+        return 0
+    data, header = sum(x.nbytes for x in tensors.values()), {"__metadata__": {"format": "pt"}}
+    entries = {n: {"dtype": "F32", "shape": list(x.shape), "data_offsets": [data, data]} for n, x in tensors.items()}
+    return 8 + -(-len(json.dumps(header | entries, separators=(",", ":"))) // 8) * 8 + data

@@ -1,0 +1,155 @@
+"""What a run will take, before it reads a weight: memory, disk and time; and what will be done.
+
+Memory and disk follow from the shapes of all values in the graph, on inputs as long as the calibration data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from quantize.pipeline.sequential import TUNE_TOKENS
+from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.precision import calibrates_in_bfloat16
+from quantize.calibration.spill import IN_MEMORY
+from quantize.calibration.statistics import Rows
+from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
+from quantize.graph.linears import Linear, by_input
+from quantize.graph.program import Segment
+from quantize.graph.shapes import LiveBytes, ShapeInfo, walk
+from quantize.kernels.hadamard import hadamard_factors
+from quantize.transforms.online import Hadamard
+from quantize.passes.rotate import Rotate
+
+
+@dataclass(frozen=True)
+class MemoryEstimate(ArtifactEstimate):
+    """A run that has not begun."""
+
+    @property
+    def batch(self) -> int:
+        """Calibration rows that run together."""
+        tokens = TUNE_TOKENS if self.plan.recipe.tune else BATCH_TOKENS
+        return max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1
+
+    @functools.cached_property
+    def batches(self) -> Counter[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Shapes of the inputs of a batch → how many batches have them."""
+        given = self.samples.batches(self.batch) if self.plan.calibrates else []
+        p = len(self.plan.recipe.prefix_tokens)
+        return Counter(
+            tuple((name, (*x.shape[:1], x.shape[1] + p, *x.shape[2:])) for name, x in rows.items()) for rows in given
+        )
+
+    @functools.cached_property
+    def alive(self) -> list[tuple[int, ShapeInfo, LiveBytes]]:
+        """How many batches there are of each shape, and what is alive on their way."""
+        found = [(count, ShapeInfo(self.program, dict(shapes))) for shapes, count in self.batches.items()]
+        return [(count, sizes, walk(sizes)) for count, sizes in found]
+
+    @property
+    def in_bfloat16(self) -> bool:
+        """Whether most of what is multiplied is rounded to bfloat16."""
+        return calibrates_in_bfloat16(self.dtypes.values())
+
+    @property
+    def runners(self) -> int:
+        """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
+        return 1 + (self.plan.quantizer.needs_float_reference or self.plan.recipe.tune is not None)
+
+    @functools.cached_property
+    def calibrated(self) -> list[fx.Node]:
+        """What runs on the calibration data: all nodes up to the last linears that are rounded."""
+        found = list[fx.Node]()
+        for segment in self.program.segments:
+            if self.plan.calibrates_after(segment, self.program):
+                found += segment.nodes
+            elif groups := self.together(segment):
+                found += segment.nodes[: segment.nodes.index(groups[-1][0].node)]
+        return found
+
+    def journal_bytes(self) -> int:
+        """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""
+        borders = [self.border_bytes(segment) for segment in self.carrying]
+        return 2 * self.runners * max([0, *borders]) + self._surveyed_bytes()
+
+    def border_bytes(self, segment: Segment) -> int:
+        """What of all batches is alive behind a block."""
+        return sum(count * alive.borders[segment.name] for count, _, alive in self.alive)
+
+    @property
+    def carrying(self) -> tuple[Segment, ...]:
+        """The blocks behind which calibration goes on."""
+        return self.program.segments[:-1]
+
+    def _surveyed_bytes(self) -> int:
+        rows = sum(min(Rows.LIMIT, count * sizes.rows) for count, sizes, _ in self.alive)
+        columns = [self.parameters[name].shape[-1] for step in self.plan.steps for name in step.surveyed]
+        return 4 * rows * sum(columns)
+
+    def memory_bytes(self) -> int:
+        """The most that a run holds beside what this process held before: one block, and calibration activations.
+
+        At the stop where most is alive: activations of all batches, as far as they stay in memory; the block in
+        float32, before and after a pass, but for weights that are rounded already; and what one batch adds in between,
+        or the quantizer.
+        """
+        return max(self._segment_bytes(segment) for segment in self.program.segments) + self._surveyed_bytes()
+
+    def _segment_bytes(self, segment: Segment) -> int:
+        last = segment is self.program.segments[-1]
+        stops = sum(count * alive.linear_inputs[segment.name] for count, _, alive in self.alive if not last)
+        inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
+        copies = 1 + bool(self.plan.steps)
+        block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
+        most = block + inner
+        for group in self.together(segment):
+            most = max(most, block + self._rounding_bytes(group))
+            block -= sum(4 * self.parameters[linear.weight].numel() for linear in group) if self._gives_up else 0
+        return self.runners * min(stops, IN_MEMORY) + most
+
+    @property
+    def _gives_up(self) -> bool:
+        """Whether float weights go as soon as they are rounded."""
+        return self.plan.recipe.tune is None
+
+    def together(self, segment: Segment) -> list[list[Linear]]:
+        """The linears of a block that are rounded, with those that share their input."""
+        return by_input(x for x in self.program.linears(segment) if x.path in self.modules)
+
+    def _rounding_bytes(self, linears: list[Linear]) -> int:
+        """Of the quantizer: copies of the weights that share an input, H in float32, its drift, and its input."""
+        N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
+        if not self.plan.quantizer.needs_gram:
+            return 2 * max(N) * K
+        float_reference = self.plan.quantizer.needs_float_reference
+        rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
+        seen = 4 * rows * K * (1 + 4 * (float_reference and self.plan.recipe.activations is not None))
+        copies = (3 + float_reference) * sum(N) + max(N) * (1 + 2 * float_reference)
+        return 4 * (1 + float_reference) * K * K + max(4 * K * copies, seen)
+
+    def hadamards(self) -> Iterator[str]:
+        """The sizes of the Hadamard matrices of each pass, in lines."""
+        scheme = self.plan.recipe.linear_scheme
+        for handler, sites in ((step.handler, step.sites) for step in self.plan.steps):
+            if isinstance(handler, Rotate):
+                offline = Counter(handler.order(b.dim // b.heads, scheme) for b in sites)
+                yield from (
+                    f"{handler.name}: {n} bases offline, order {kronecker_factors(k)}" for k, n in offline.items()
+                )
+        online = Counter((t.size, t.stride) for m in self.modules.values() for t in m.online if isinstance(t, Hadamard))
+        for (size, stride), count in online.items():
+            across = f" across heads of {stride}" if stride > 1 else ""
+            yield f"online in front of {count} linears: order {kronecker_factors(size)}{across}"
+
+
+def kronecker_factors(n: int) -> str:
+    """`768 = 24 ⊗ 32`, and whether it is a Hadamard matrix."""
+    a, b = hadamard_factors(n)
+    flat = all(float((x.abs() - x.abs().max()).abs().max()) < 1e-9 for x in (a, b))
+    why = "" if flat else " (orthogonal, with entries of unequal size: no Hadamard matrix of this order is known here)"
+    return f"{n} = {len(a)} ⊗ {len(b)}{why}"

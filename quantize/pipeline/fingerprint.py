@@ -1,0 +1,95 @@
+"""What an artifact depends on, as hashes by name: the model, the recipe, the data and the code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantize.calibration.data import Samples
+from quantize.calibration.precision import bfloat16_unit
+from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.recipe.recipe import Recipe
+from quantize.artifact.writer import sha256
+
+Fingerprint = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
+PACKAGE = Path(__file__).parent
+SOURCES = {".py", ".toml"}
+
+
+def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples) -> Fingerprint:
+    """Everything that the bytes of an artifact depend on; every file of the model is read once.
+
+    Args:
+        checkpoint: the model.
+        graph: of the program, as text; of a module in memory nothing else tells what it computes.
+        recipe: resolved.
+        samples: the calibration data.
+    """
+    in_memory = checkpoint.module is not None
+    return {
+        "model": module_hashes(checkpoint, graph) if in_memory else file_hashes(checkpoint),
+        "recipe": {name: json.dumps(value) for name, value in recipe.model_dump(mode="json").items()},
+        "data": {"calibration": samples.sha256},
+        "code": {**versions(), "sources": sources_hash()},
+    }
+
+
+def diff_fingerprints(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """What differs, in words: `the recipe (seed, passes)`."""
+    found = []
+    for part in after:
+        old, new = before.get(part, {}), after[part]
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        found += [f"the {part} ({', '.join(names)})"] if names else []
+    return found
+
+
+def file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of the weights, the config and all that is taken along."""
+    assert checkpoint.directory is not None
+    small = [checkpoint.directory / path for path in (Path("config.json"), *side_files(checkpoint.directory))]
+    paths = sorted({*small, *checkpoint.files.values()})
+    return {str(path.relative_to(checkpoint.directory)): sha256(path) for path in paths}
+
+
+def module_hashes(checkpoint: Checkpoint, graph: str) -> dict[str, str]:
+    """SHA-256 of each tensor of a module in memory, of its config and of its graph."""
+    assert isinstance(checkpoint.module, nn.Module)
+    texts = {"config": json.dumps(checkpoint.config, sort_keys=True, default=str), "graph": graph}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return hashes | {name: tensor_sha256(tensor) for name, tensor in checkpoint.module.state_dict().items()}
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hex digest of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+
+
+def sources_hash() -> str:
+    """Hex digest of this package's sources, without the benches."""
+    digest = hashlib.sha256()
+    for path in sorted(sources()):
+        digest.update(f"{path.relative_to(PACKAGE)}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def sources() -> Iterator[Path]:
+    """Files of the package; some of its folders are links."""
+    for folder, folders, names in os.walk(PACKAGE, followlinks=True):
+        folders[:] = [name for name in folders if name != "eval"]
+        yield from (Path(folder, name) for name in names if Path(name).suffix in SOURCES)
+
+
+def versions() -> dict[str, str]:
+    """What the bytes may depend on, with the unit that the processor multiplies bfloat16 in."""
+    packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
+    unit = {"bfloat16 products": bfloat16_unit()}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, **unit}

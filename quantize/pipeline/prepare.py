@@ -1,0 +1,91 @@
+"""Everything that is decided before a run changes anything: the model, what happens where, and the data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
+from quantize.calibration.data import Samples
+from quantize.calibration.tensor_samples import read_calibration
+from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.errors import UsageError
+from quantize.graph.inputs import example_inputs
+from quantize.graph.program import Program
+from quantize.graph.fallback.program import make_program
+from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
+from quantize.pipeline.steps.prefix_search import check_prefix
+from quantize.recipe.recipe import Recipe
+from quantize.checkpoint.tokenizer import load_tokenize
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before it changes anything: the model, what happens where, and the data.
+
+    Attributes:
+        seconds: what it took to find that out, of which most is the export of the graph.
+    """
+
+    checkpoint: Checkpoint
+    program: Program
+    plan: Plan
+    samples: Samples
+    seconds: float
+
+
+def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True) -> Prepared:
+    """Everything that can be decided, and everything that can be wrong, before the first block.
+
+    Without `read` no weight is read, and so none that is wrong found.
+    """
+    start, checkpoint = time.perf_counter(), open_checkpoint(model)
+    skeleton = checkpoint.skeleton()
+    if read:
+        check_weights(checkpoint, skeleton)
+    check_length(checkpoint.config, recipe)
+    inputs = example_inputs(skeleton)
+    program = make_program(checkpoint, skeleton)
+    plan = make_plan(recipe, program)
+    check_prefix(plan, program, checkpoint, skeleton)
+    if recipe.kv_cache is not None:
+        check_kv_cache(program, skeleton)
+    tokenize = load_tokenize(checkpoint.directory)
+    samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start)
+
+
+def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
+    """The windows fit the model's positions."""
+    longest = config.get("max_position_embeddings")
+    p = len(recipe.prefix_tokens)
+    if isinstance(longest, int) and recipe.seqlen + p > longest:
+        more = f" with the prefix of {p}" if p else ""
+        raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
+
+
+def identity_of(prepared: Prepared) -> Fingerprint:
+    """What the artifact of a run depends on."""
+    graph = str(prepared.program.module.graph)
+    return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
+
+
+def describe_run(prepared: Prepared) -> str:
+    """What a run would do, in lines."""
+    plan, program = prepared.plan, prepared.program
+    what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
+    lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
+    lines += [program.export_error_message] if program.export_error else []
+    if cache := plan.recipe.kv_cache:
+        lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
+    for step in plan.steps:
+        lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
+    lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]
+    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {prepared.samples.tokens} tokens")
+    return "\n".join([*lines, "", plan.recipe.to_toml()])

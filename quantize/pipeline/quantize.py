@@ -1,0 +1,214 @@
+"""load → calibrate → transform → quantize → verify → write, block by block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from quantize.artifact.load import load, read_manifest
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.calibration.data import BUNDLED
+from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.pipeline.finalize import calibration_record, finish, shard_name
+from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
+from quantize.pipeline.resume.journal import Journal
+from quantize.pipeline.resume.work_dir import Onlooker, ResumableWriter
+from quantize.pipeline.steps.prefix_search import resolve_prefix
+from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
+from quantize.pipeline.progress import track
+from quantize.pipeline.distributed import SingleProcess, init_distributed
+from quantize.recipe.recipe import Recipe, load_recipe
+from quantize.artifact.writer import ArtifactWriter, sha256
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished run: where it lies, and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.directory)
+
+    def load(self) -> nn.Module:
+        """The quantized model."""
+        return load(self.directory)
+
+    def summary(self) -> str:
+        """One sentence: what was made of how much."""
+        done = sum(how == "quantized" for how in self.manifest["coverage"].values())
+        size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
+        how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
+        worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
+        return (
+            f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters "
+            f"quantized, {how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
+            f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
+        )
+
+
+def quantize_model(
+    model: str | Path | nn.Module,
+    *,
+    output_dir: str | Path,
+    scheme: str | None = None,
+    calibration: str | Path | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    nsamples: int | None = None,
+    seqlen: int | None = None,
+    group_size: int | None = None,
+    ignore: Sequence[str] = (),
+    seed: int | None = None,
+    resume: bool = False,
+    stats: str | Path | None = None,
+    console: Console | None = None,
+) -> Artifact:
+    """Quantize a model into a new directory.
+
+    The run works in `.NAME.partial` beside it. If the process is killed, that directory stays; the same call with
+    `resume` goes on behind the last finished block and gives the same bytes, on the same machine with as many threads.
+
+    Args:
+        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; one of transformers
+            also with other inputs.
+        output_dir: the artifact; must not exist.
+        scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
+        calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
+            for each input; None takes the bundled prose.
+        recipe: TOML file, name of a recipe of the package, or content of one, that changes the scheme's default recipe.
+        nsamples, seqlen: calibration windows, and tokens in each.
+        group_size: columns that share a scale; 0 is per-channel.
+        ignore: further linears to leave alone: names, or `re:` and an expression.
+        seed: of every random choice.
+        resume: go on with a run that was killed or failed, if there is one; keep what is done if this one fails.
+        stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
+        console: where progress is shown; None is silent.
+
+    Raises:
+        UsageError: wrong call, recipe or path; or what the run to be resumed depends on has changed.
+        QuantizeError: the run failed; nothing is left behind, unless with `resume`.
+    """
+    changes = Path(recipe) if isinstance(recipe, str) else recipe
+    resolved = load_recipe(
+        scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
+    )
+    output = Path(output_dir)
+    with (
+        init_distributed() as ranks,
+        ResumableWriter(output, resume) if ranks.is_rank_zero else Onlooker(output) as writer,
+    ):
+        prepared = prepare(model, resolved, Path(calibration) if calibration else None)
+        found = identity_of(prepared)
+        collected = load_matching(Path(stats), found) if stats else None
+        found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
+        check_ranks(resolved, ranks, found)
+        journal = writer.begin(found, ranks)
+        if ranks.gather(writer.finished)[0]:
+            return Artifact(output, read_manifest(output))
+        return run_pipeline(prepared, writer, console if ranks.is_rank_zero else None, journal, ranks, collected)
+
+
+def collect_stats(
+    model: str | Path | nn.Module,
+    *,
+    output: str | Path,
+    recipe: Recipe,
+    calibration: str | Path | None = None,
+    console: Console | None = None,
+) -> StatisticsFile:
+    """Write statistics of some calibration data, to be merged with those of other data by `merge_stats`.
+
+    Args:
+        model, calibration, console: as in `quantize_model`.
+        output: new file.
+        recipe: resolved (`load_recipe`); it rounds without data, and one of its passes asks for statistics.
+
+    Raises:
+        UsageError: wrong call, recipe or path.
+        QuantizeError: the run failed.
+    """
+    given = prepare(model, recipe, Path(calibration) if calibration else None)
+    with running("the model"):
+        found = collect(given.checkpoint, given.program, given.plan, given.samples, identity_of(given), console)
+    write_collected(Path(output), found)
+    return found
+
+
+def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> None:
+    """Several ranks can do what the recipe asks for, and see the same model, data and code.
+
+    Raises:
+        UsageError: they cannot, or do not.
+    """
+    if ranks.count > 1 and recipe.tune is not None:
+        raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
+    for rank, other in enumerate(ranks.gather(found)):
+        if changed := diff_fingerprints(other, found):
+            raise UsageError(f"{' and '.join(changed)} of rank {rank} differs from that of rank {ranks.rank}")
+
+
+def run_pipeline(
+    prepared: Prepared,
+    writer: ArtifactWriter,
+    console: Console | None,
+    journal: Journal | None = None,
+    ranks: SingleProcess | None = None,
+    collected: StatisticsFile | None = None,
+) -> Artifact:
+    """Quantize block by block into an open writer, verify what was written, and commit."""
+    journal, ranks = journal or Journal(), ranks or SingleProcess()
+    program, checkpoint = prepared.program, prepared.checkpoint
+    plan, prefix = resolve_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.cached)
+    check_length(checkpoint.config, plan.recipe)
+    prepared = replace(prepared, plan=plan)
+    announce(prepared, console)
+    with running("the model"):
+        surveys = None if collected is None else {collected.step: collected.statistics}
+        blocks = SequentialPipeline(
+            checkpoint, program, plan, prepared.samples, console, journal.cached, ranks, surveys, writer.directory
+        )
+    done = journal.load_last_block(blocks, writer)
+    if done and console is not None:
+        console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
+    for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
+        with running(segment.name):
+            writer.add(shard_name(program, number), blocks.process(segment))
+        journal.save_block(number, blocks, writer)
+    data = calibration_record(prepared) if collected is None else collected.record()
+    manifest = (
+        finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.is_rank_zero else {}
+    )
+    return Artifact(writer.output, ranks.gather(manifest)[0])
+
+
+def announce(prepared: Prepared, console: Console | None) -> None:
+    """Say what the exporter refused, and what is calibrated on, above all if it is not the user's own text."""
+    if console is not None and prepared.program.export_error:
+        console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
+    if console is None or not prepared.plan.calibrates:
+        return
+    rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples
+    line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.tokens} tokens"
+    bundled = prepared.samples.sha256 == sha256(BUNDLED)
+    source = ", bundled prose: give --calibration for text of your own" if bundled else ""
+    console.print(line + source, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Turn an operator's refusal of its operands into the reason why a part of the model does not run."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        raise QuantizeError(
+            f"{name} does not run on the calibration data ({reason(error)}); "
+            "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
+        ) from error

@@ -1,0 +1,171 @@
+"""What a run has done, block by block, so that a killed one goes on where it was.
+
+A run works in `.OUT.partial` beside its output OUT: the artifact grows in one folder of it, the journal in another.
+The journal holds what the run depends on (`identity`) and what is alive at the border behind the last finished block:
+calibration activations, probes, transforms. It is written beside, flushed and renamed, so there is always a whole one.
+What is stored does not depend on how many processes share the work: activations lie in one file for each batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.resume.block_state import plain_values, restore_files, restore_state, runners, state_of, values_of
+from quantize.errors import QuantizeError, UsageError
+from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
+from quantize.pipeline.memoize import always
+from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.serialization import load_state, save_state
+from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
+
+T = TypeVar("T")
+DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
+
+
+class Journal:
+    """A run that keeps nothing; `KeptJournal` does."""
+
+    def cached(self, name: str, make: Callable[[], T], /) -> T:
+        """What `make` gives, found only once in the life of a run."""
+        return always(name, make)
+
+    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
+        """Bring a run behind the last finished block; returns how many blocks are finished."""
+        del blocks, writer
+        return 0
+
+    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
+        """Keep that so many blocks are finished and written."""
+        del done, blocks, writer
+
+
+@dataclass(frozen=True)
+class KeptJournal(Journal):
+    """A journal in a directory; `output` is what the run makes, for messages."""
+
+    directory: Path
+    output: Path
+    ranks: SingleProcess = field(default_factory=SingleProcess)
+
+    def begin(self, found: Fingerprint) -> None:
+        """Start with what the run depends on, or compare it with what the run was started with.
+
+        Raises:
+            UsageError: names what has changed since.
+        """
+        path = self.directory / "identity.json"
+        if not path.exists():
+            return self._write_atomically(path, lambda temporary: temporary.write_text(as_json(found)))
+        with translate_damage(self.directory.parent):
+            before = json.loads(path.read_text())
+            changed = diff_fingerprints(before, found)
+        if changed:
+            raise UsageError(
+                f"{' and '.join(changed)} changed since the run in {self.directory.parent} was started; go on with "
+                "what it was started with, or remove that directory to start again"
+            )
+        return None
+
+    def cached(self, name: str, make: Callable[[], T], /) -> T:
+        """What `make` gave in this run or the one that it continues; see `stored` for what can be kept."""
+        path = self.directory / f"{name}.safetensors"
+        if not path.exists():
+            made = make()
+            if self.ranks.is_rank_zero:
+                self._write_atomically(path, lambda temporary: save_state(temporary, made))
+            return made
+        with translate_damage(self.directory.parent):
+            return load_state(path)  # type: ignore[no-any-return]
+
+    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
+        """Store what is alive behind block number `done`, then forget the border before it."""
+        before, path = self._borders(), self.directory / f"border-{done:05}"
+        with translate_disk_errors(self.output):
+            if self.ranks.is_rank_zero:
+                self._write_state(temporary_name(path), blocks, writer)
+            self.ranks.gather(None)  # the folder is there
+            self._write_values(temporary_name(path), done, blocks)
+            self.ranks.gather(None)  # all have written
+            if self.ranks.is_rank_zero:
+                self._rename(path)
+        for old in before if self.ranks.is_rank_zero else []:
+            shutil.rmtree(old)
+
+    def _write_state(self, folder: Path, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
+        """What all ranks share, in a new folder."""
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        state = state_of(blocks) | {"files": [writer.weight_map, writer.hashes]}
+        save_state(folder / "state.safetensors", state)
+
+    def _write_values(self, folder: Path, done: int, blocks: SequentialPipeline) -> None:
+        """What this rank has alive; of the probes, which all have, the first rank's."""
+        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # behind it only probes run
+        for name, runner, first in runners(blocks):
+            for number, values in enumerate(
+                runner.values if name != "probes" or self.ranks.is_rank_zero else [], first
+            ):
+                kept = plain_values({} if last and name != "probes" else values, blocks.program)
+                save_state(folder / f"{name}-{number:05}.safetensors", kept)
+
+    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
+        """As `Journal.load_last_block`; what was written but not recorded is removed.
+
+        Raises:
+            QuantizeError: a file is missing or damaged.
+        """
+        borders = self._borders()
+        files: list[dict[str, str]] = [{}, {}]
+        if borders:
+            with translate_damage(self.directory.parent):
+                state = load_state(borders[-1] / "state.safetensors")
+                files = state.pop("files")
+                restore_state(blocks, state)
+                for name, runner, first in runners(blocks):
+                    for number in range(len(runner.values)):
+                        plain = load_state(borders[-1] / f"{name}-{first + number:05}.safetensors")
+                        runner.values[number] = values_of(plain, blocks.program)
+        if self.ranks.is_rank_zero:
+            restore_files(writer, *files)
+        return int(borders[-1].name.removeprefix("border-")) if borders else 0
+
+    def _borders(self) -> list[Path]:
+        return sorted(path for path in self.directory.glob("border-*") if not path.suffix)
+
+    def _write_atomically(self, path: Path, write: Callable[[Path], object]) -> None:
+        """Write a file beside its place, flush it, and rename it."""
+        with translate_disk_errors(self.output):
+            write(temporary_name(path))
+            self._rename(path)
+
+    def _rename(self, path: Path) -> None:
+        """Flush what lies beside its place, and rename it."""
+        for written in [*temporary_name(path).rglob("*"), temporary_name(path)]:
+            flush(written)
+        temporary_name(path).rename(path)
+        flush(self.directory)
+
+
+@contextlib.contextmanager
+def translate_damage(partial: Path) -> Iterator[None]:
+    """Turn what is wrong with a stored file into one sentence."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise QuantizeError(
+            f"the journal in {partial} is damaged ({error!r}); remove that directory to start again"
+        ) from error
+
+
+def temporary_name(path: Path) -> Path:
+    """Where something is written before it is whole."""
+    return path.with_name(f"{path.name}.part")

@@ -1,0 +1,133 @@
+"""The directory in which a run works: it outlives a process that is killed, so that `--resume` finds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from quantize.errors import UsageError
+from quantize.pipeline.fingerprint import Fingerprint
+from quantize.pipeline.resume.journal import KeptJournal
+from quantize.pipeline.distributed import SingleProcess
+from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
+
+
+class ResumableWriter(ArtifactWriter):
+    """Writes in `.OUT.partial` beside the output OUT.
+
+    A process that is killed leaves it. Leaving the `with` block by an error removes it, but with `resume` keeps what is
+    finished and says so in a note on the error.
+
+    Attributes:
+        finished: the run that is resumed was killed when nothing but its journal was left to remove.
+
+    Raises:
+        UsageError: the output exists already; a killed run is there and `resume` is not asked for; another runs there.
+        QuantizeError: the disk is full or not writable.
+    """
+
+    def __init__(self, output: Path, resume: bool = False) -> None:
+        self.partial, self.resume = partial_directory(output), resume
+        self.journal = KeptJournal(self.partial / "journal", output)
+        self.finished = resume and output.is_dir() and self._began() and not (self.partial / "artifact").exists()
+        if self.finished:
+            self.output = output
+        else:
+            super().__init__(output)
+
+    def __enter__(self) -> Self:
+        with translate_disk_errors(self.output):
+            self.partial.mkdir(exist_ok=True)
+        self._lock()
+        if self._began() and not self.resume:
+            os.close(self.locked)
+            raise UsageError(
+                f"{self.partial} holds a run that was killed; give --resume to go on with it, or remove that directory"
+            )
+        self.directory, self.weight_map, self.hashes = self.partial / "artifact", {}, {}
+        if not self.finished:
+            with translate_disk_errors(self.output):
+                self.journal.directory.mkdir(exist_ok=True)
+                self.directory.mkdir(exist_ok=True)
+        return self
+
+    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
+        """The journal of this run, which depends on what was found.
+
+        Raises:
+            UsageError: the run to be resumed depended on something else.
+        """
+        ranks = ranks or SingleProcess()
+        self.journal.begin(found)
+        ranks.gather(None)  # from here on the others find it
+        return replace(self.journal, ranks=ranks)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None and self.resume and self._began():
+            error.add_note(f"{self.partial} keeps what is finished; give the same command again to go on")
+        else:
+            remove(self.partial)
+        os.close(self.locked)
+
+    def _began(self) -> bool:
+        return (self.journal.directory / "identity.json").exists()
+
+    def _lock(self) -> None:
+        """Let no other process work here; the lock ends with the process, however it ends."""
+        self.locked = os.open(self.partial, os.O_RDONLY)
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self.locked)
+            raise UsageError(
+                f"another run works in {self.partial}; wait for it, or give another --output-dir"
+            ) from None
+
+
+class Onlooker(ArtifactWriter):
+    """What the other ranks have where the first one has a `ResumableWriter`: it writes nothing."""
+
+    finished = False
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.weight_map, self.hashes = output, {}, {}
+        self.directory = partial_directory(output)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to remove."""
+
+    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
+        """The journal that the first rank has begun.
+
+        Raises:
+            UsageError: it lies on a disk of another machine.
+        """
+        del found
+        partial, ranks = partial_directory(self.output), ranks or SingleProcess()
+        ranks.gather(None)
+        if not partial.exists():
+            raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")
+        return KeptJournal(partial / "journal", self.output, ranks)
+
+    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Leave it to the first rank."""
+
+
+def partial_directory(output: Path) -> Path:
+    """Where a run works: beside the output, or beside the first of its parents that does not exist yet."""
+    path = output.absolute()
+    beside = next(parent for parent in path.parents if parent.exists())
+    return beside / f".{'-'.join(path.relative_to(beside).parts)}.partial"

@@ -1,0 +1,151 @@
+"""Statistics of a part of the calibration data in a file, made where that part lies, and merged without a rendezvous.
+
+They are those of the float model, so a recipe may have one pass that asks for statistics, and its quantizer none: what
+further passes and GPTQ see depends on what was made of all the data before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from quantize.calibration.data import BATCH_TOKENS, Samples
+from quantize.calibration.runner import SequentialRunner
+from quantize.calibration.statistics import Statistic
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.errors import UsageError
+from quantize.graph.program import Program
+from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.plan import Plan, Step
+from quantize.pipeline.serialization import load_state, save_state
+from quantize.pipeline.steps.global_statistics import one_run
+from quantize.pipeline.steps.transform import PassRunner
+from quantize.artifact.writer import translate_disk_errors
+
+
+@dataclass(frozen=True)
+class StatisticsFile:
+    """What one or several parts of the data have shown.
+
+    Attributes:
+        identity: the model, the recipe and the code.
+        data: hash of each part → its rows and tokens.
+        step: number of the pass in the recipe.
+        statistics: of the inputs of all linears, by weight.
+    """
+
+    identity: Fingerprint
+    data: Mapping[str, tuple[int, int]]
+    step: int
+    statistics: Mapping[str, Statistic]
+
+    def record(self) -> dict[str, Any]:
+        """What a manifest says of the data."""
+        rows, tokens = map(sum, zip(*self.data.values(), strict=True))
+        return {"sha256": list(self.data), "rows": rows, "tokens": tokens}
+
+
+def only_calibrated_step(plan: Plan) -> tuple[int, Step]:
+    """The one pass that asks for statistics, and its number.
+
+    Raises:
+        UsageError: not exactly one pass does, or something else looks at the data.
+    """
+    recipe, asking = plan.recipe, [(n, step) for n, step in enumerate(plan.steps) if step.handler.needs]
+    if plan.quantizer.needs_gram or recipe.tune or (recipe.prefix and recipe.prefix.search):
+        what = "tune" if recipe.tune else "prefix" if not plan.quantizer.needs_gram else plan.quantizer.name
+        raise UsageError(f'{what} needs all data in one run; for merged statistics round with {{ name = "rtn" }} alone')
+    if len(asking) != 1:
+        names = ", ".join(step.handler.name for _, step in asking) or "none"
+        raise UsageError(f"merged statistics serve one pass that asks for them; of the recipe's do so: {names}")
+    return asking[0]
+
+
+def collect(
+    checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, found: Fingerprint, console: Console | None
+) -> StatisticsFile:
+    """Statistics of the inputs of all linears, in front of the pass that asks for them; `found` is the run's identity.
+
+    Raises:
+        UsageError: the recipe needs more than statistics that can be merged.
+    """
+    number, step = only_calibrated_step(plan)
+    recipe, leading = plan.recipe, PrefixTokens(plan.recipe.prefix_tokens)
+    batches = samples.batches(max(1, BATCH_TOKENS // recipe.seqlen))
+    runner, probes = SequentialRunner(program, leading.batches(batches)), SequentialRunner(program, [])
+    before = PassRunner(program, plan.steps[:number], recipe.linear_scheme, runner, probes, recipe.seed)
+    weights = frozenset(linear.weight for segment in program.segments for linear in program.linears(segment))
+    before.leading = leading
+    statistics = one_run(checkpoint, before, weights, step.handler.needs, console)
+    data = {samples.sha256: (len(samples.rows), samples.tokens)}
+    return StatisticsFile(without_data(found), data, number, statistics)
+
+
+def without_data(found: Fingerprint) -> Fingerprint:
+    """What all parts of the data share."""
+    return {part: hashes for part, hashes in found.items() if part != "data"}
+
+
+def write_collected(path: Path, found: StatisticsFile) -> None:
+    """Write a new file.
+
+    Raises:
+        UsageError: it exists.
+        QuantizeError: the disk is full or not writable.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already; give a new file")
+    temporary = path.with_name(f".{path.name}.part")
+    with translate_disk_errors(path):
+        save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
+        temporary.rename(path)
+
+
+def read_collected(path: Path) -> StatisticsFile:
+    """What `write_collected` wrote.
+
+    Raises:
+        UsageError: no such file, or another one.
+    """
+    try:
+        return StatisticsFile(**load_state(path))
+    except Exception as error:
+        raise UsageError(f"{path} holds no statistics of --collect-stats: {error}") from error
+
+
+def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
+    """Statistics for a run of the same model, recipe and code.
+
+    Raises:
+        UsageError: no such file, or for another run.
+    """
+    collected = read_collected(path)
+    if changed := diff_fingerprints(collected.identity, without_data(found)):
+        raise UsageError(f"{' and '.join(changed)} changed since {path} was collected; collect it anew")
+    return collected
+
+
+def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
+    """Statistics of all data from those of its parts.
+
+    Raises:
+        UsageError: they are of different models or recipes, or two of the same part.
+    """
+    first, *rest = [read_collected(path) for path in paths]
+    data, statistics = dict(first.data), dict(first.statistics)
+    for path, other in zip(paths[1:], rest, strict=True):
+        if changed := diff_fingerprints(first.identity, other.identity):
+            raise UsageError(f"{' and '.join(changed)} of {path} differs from that of {paths[0]}; collect them alike")
+        if data.keys() & other.data.keys():
+            raise UsageError(f"{path} is of data that is in already; give each part of the data once")
+        data |= other.data
+        for name, statistic in other.statistics.items():
+            statistics[name].merge(statistic)
+    merged = StatisticsFile(first.identity, dict(sorted(data.items())), first.step, statistics)
+    write_collected(output, merged)
+    return merged

@@ -1,0 +1,127 @@
+"""Tune how the weights of a block are rounded, all its linears together, by gradient descent on the block's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor, fx, nn
+
+from quantize.formats.qtensor import QTensor
+from quantize.transforms.equivalence import floating
+from quantize.graph.interpreter import Overrides, Values, run_node
+from quantize.graph.program import Program, Segment
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.quantizers.base import quantize
+from quantize.recipe.scheme import TuneArgs
+
+CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
+
+
+class STELinear(nn.Module):
+    """A quantized linear whose integers are rounded from real numbers u, which are learned.
+
+    Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432); scales, zero
+    points and the bias stay.
+    """
+
+    def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
+        super().__init__()
+        self.done, weight = done, done.qtensor()
+        scale, z = weight.unpack_scale().float(), weight.zero_point
+        self.scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
+        wide = torch.zeros_like(scale) if z is None else z.float()
+        self.zero_point = wide.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
+        q = weight.unpack().float()
+        self.u = nn.Parameter(q + (W / self.scale + self.zero_point - q).clamp(-CELL, CELL))
+
+    def integers(self) -> Tensor:
+        """[N, K], with a gradient to u."""
+        one = torch.ones(1)
+        return straight_through(self.u, quantize(self.u, one, torch.zeros(1), self.done.scheme.weights))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N], fake-quantized."""
+        W = (self.integers() - self.zero_point) * self.scale
+        return nn.functional.linear(
+            straight_through(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias
+        )
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of x."""
+    return x + (rounded - x).detach()
+
+
+@dataclass(frozen=True)
+class BlockTuner:
+    """One block to tune.
+
+    Attributes:
+        program, segment: the block.
+        state: what it runs with, its quantized linears among that.
+        starts: values in front of it, batch by batch, behind everything quantized before.
+        targets: what the float model's block hands on for the same batches, by node.
+    """
+
+    program: Program
+    segment: Segment
+    state: Overrides
+    starts: Sequence[Values]
+    targets: Sequence[Mapping[fx.Node, Tensor]]
+
+    @torch.enable_grad()
+    def run(
+        self, float_reference: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
+    ) -> dict[fx.Node, QTensor]:
+        """New weights of the quantized linears in `float_reference`, which holds the float weight [N, K] of each.
+
+        As in AutoRound (arXiv 2309.05516), but with Adam on the latent weights: the loss is ‖ŷ - y‖² / ‖y‖² of each
+        token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
+        """
+        made = {node: STELinear(done, float_reference[node]) for node, done in self._linears(float_reference).items()}
+        live = replace(self.state, linears=self.state.linears | made)
+        adam = torch.optim.Adam([linear.u for linear in made.values()], args.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, args.steps)
+        for batch in islice(shuffled(len(self.starts), generator), args.steps):
+            adam.zero_grad()
+            self._loss(batch, live).backward()
+            adam.step()
+            schedule.step()
+        return {node: to_qtensor(linear) for node, linear in made.items()}
+
+    def _linears(self, float_reference: Mapping[fx.Node, Tensor]) -> dict[fx.Node, QuantizedLinear]:
+        found = {node: self.state.linears[node] for node in float_reference}
+        return {node: done for node, done in found.items() if isinstance(done, QuantizedLinear)}
+
+    def _loss(self, batch: int, live: Overrides) -> Tensor:
+        """Mean over tokens, summed over what the block hands on."""
+        values, target = dict(self.starts[batch]), self.targets[batch]
+        for node in self.segment.nodes:
+            values[node] = run_node(self.program, node, values, live)
+        return torch.stack([relative_error(values[node], y) for node, y in target.items()]).sum()
+
+
+def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
+    """The numbers below `count` in a random order, again and again."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def relative_error(found: Tensor, y: Tensor) -> Tensor:
+    """Mean over tokens of ‖found - y‖² / ‖y‖², [..., K] both."""
+    return ((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)).mean()
+
+
+def block_outputs(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
+    """Of the values alive behind a block those that it computed."""
+    return {node: value for node, value in values.items() if node in set(segment.nodes) and floating(value)}
+
+
+@torch.no_grad()
+def to_qtensor(linear: STELinear) -> QTensor:
+    """The tuned integers on the grid they had."""
+    weight = linear.done.qtensor()
+    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.global_scale)

@@ -1,0 +1,127 @@
+"""Round columns in turn, each moved by what the rounding of those before it got wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
+from quantize.quantizers.base import round_to_grid
+from quantize.quantizers.hessian import panels
+from quantize.recipe.scheme import WeightArgs
+
+LEAF_COLUMNS = 16  # columns that move one another one by one; more of them do so by a matrix product
+
+
+@dataclass(frozen=True)
+class QParams:
+    """The grid of some columns [b] of N rows: scale and zero point [b, N], no zero point if it is symmetric."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    args: WeightArgs
+
+    def value(self, q: Tensor) -> Tensor:
+        """The weights [b, N] that integers stand for."""
+        return (q if self.zero_point is None else q - self.zero_point) * self.scale
+
+
+@dataclass(frozen=True)
+class OrderedColumns:
+    """The columns in the order in which they are rounded; each has the grid of its group.
+
+    Attributes:
+        scale, zero_point: [G, N]; no zero point if the grid is symmetric.
+        group: of each column, [K].
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+    group: Tensor
+    args: WeightArgs
+
+    def grid(self, block: slice) -> QParams:
+        """The grid of some of them."""
+        group = self.group[block]
+        return QParams(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
+
+
+def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -> Tensor:
+    """GPTQ: integers int8 [K, N] of weights, whose errors W - Ŵ take the place of the weights in R [K, N].
+
+    Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ: the same as GPTQ's updates
+    by the inverse of H (theorem 6 of QuIP, arXiv 2307.13304), without the inverse. A [K, K]: only what stands above
+    the diagonal is read.
+    """
+    Q, errors = torch.empty_like(R, dtype=torch.int8), R.to(product_dtype())
+    for block in panels(len(R), block_size):
+        target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
+        round_columns(target, R[block], A[block, block], columns.grid(block))
+        Q[block], errors[block] = target, R[block]
+    return Q
+
+
+def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int) -> None:
+    """One round of coordinate descent on tr(R H Rᵀ): each column again, given all others; Q and R change in place.
+
+    Args:
+        Q: integers [K, N].
+        R: W - Ŵ [K, N].
+        H: symmetric [K, K].
+        columns: their grids.
+        block_size: columns between two products with all of H.
+    """
+    errors = R.to(product_dtype())
+    for block in panels(len(R), block_size):
+        grid, diagonal = columns.grid(block), H.diagonal()[block]
+        change = grid.value(Q[block])
+        target = change + H[block].to(errors) @ errors / diagonal[:, None]
+        round_columns(target, change, H[block, block] / diagonal, grid)
+        Q[block] = target
+        R[block] += change
+        errors[block] = R[block]
+
+
+def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QParams) -> None:
+    """Integers q in place of the target [b, N], errors e = reference - value(q) in that of the reference, in turn.
+
+    Args:
+        target: column k is rounded from targetₖ + Σ eⱼ feedbackⱼₖ over j < k.
+        reference: [b, N].
+        feedback: [b, b], only what stands above the diagonal is read.
+        grid: of these columns.
+    """
+    with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
+        RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
+
+
+@dataclass(frozen=True)
+class RecursiveUpdate:
+    """What `round_columns` is given."""
+
+    target: Tensor
+    reference: Tensor
+    feedback: Tensor
+    grid: QParams
+
+    def run(self, part: slice) -> None:
+        """Some columns: one half, then the other, moved by the errors of the first."""
+        if part.stop - part.start <= LEAF_COLUMNS:
+            return self.round_leaf(part)
+        middle = (part.start + part.stop) // 2
+        first, second = slice(part.start, middle), slice(middle, part.stop)
+        self.run(first)
+        self.target[second].addmm_(self.feedback[first, second].T, self.reference[first])
+        return self.run(second)
+
+    def round_leaf(self, part: slice) -> None:
+        """Few columns, each moved by the errors of all before it."""
+        feedback, errors, args = self.feedback[part, part].T.contiguous(), self.reference[part].T, self.grid.args
+        zeros = [None] * len(feedback) if self.grid.zero_point is None else self.grid.zero_point[part].unbind()
+        rows = (x[part].unbind() for x in (self.target, self.reference, self.grid.scale))
+        for k, (w, e, scale, zero) in enumerate(zip(*rows, zeros, strict=True)):
+            w.addmv_(errors[:, :k], feedback[k, :k]).div_(scale)
+            q = round_to_grid(w if zero is None else w.add_(zero), args, out=w)
+            e.addcmul_(q if zero is None else q - zero, scale, value=-1)

@@ -1,0 +1,68 @@
+"""Hadamard or dual rotation, decided site by site (adaptive rotation scheme of LRQ-DiT, arXiv 2508.03485)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantize.transforms.fold import Rotation, Transform
+from quantize.kernels.ops import quantize_per_token
+from quantize.transforms.dual_rotation import DualRotation, dual_rotation
+
+HELD_BACK = 0.25  # part of the rows that the comparison sees and the search does not
+STANDARD_ERRORS = 2  # how clearly the dual rotation must win; else the one that is fast online
+
+
+def choose_rotation(X: Tensor, threshold: float) -> Literal["hadamard", "dual"]:
+    """The paper's criterion: Hadamard where J = ‖X‖_F / √(rows · K) is below the threshold, the paper's being 1.
+
+    J is not free of scale: behind a norm whose gain is folded it is 1 whatever the outliers, and one factor on all of
+    X decides the answer. The paper's threshold fits its own models; where none is known, `adaptive_rotation` measures.
+    """
+    return "hadamard" if rms(X) < threshold else "dual"
+
+
+def rms(X: Tensor) -> float:
+    """J = ‖X‖_F / √(number of elements); X holds at least one."""
+    return float(X.double().square().mean().sqrt())
+
+
+def adaptive_rotation(X: Tensor, threshold: float | None, generator: torch.Generator) -> Rotation | DualRotation:
+    """A random Hadamard matrix or a dual rotation for activations.
+
+    Without a threshold both are made from three rows in four and meet on the rest, each token quantized to 4 bits: the
+    dual rotation is taken if its mean error is smaller by two standard errors of the paired difference. That is free
+    of scale, knows no names, and is what the choice is for; a tie, as on normal data, goes to the Hadamard matrix.
+
+    Args:
+        X: activations [..., K]; at least 8 rows without a threshold.
+        threshold: of `choose_rotation`, or None to measure.
+        generator: of signs, held-back rows and the search.
+    """
+    rows = X.detach().reshape(-1, X.shape[-1])
+    signs = torch.randint(0, 2, (X.shape[-1],), generator=generator).double() * 2 - 1
+    hadamard = Rotation(signs, X.shape[-1])
+    if threshold is not None:
+        return hadamard if choose_rotation(rows, threshold) == "hadamard" else dual_rotation(rows, generator)
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    held_back, seen = rows.tensor_split([round(len(rows) * HELD_BACK)])
+    dual = dual_rotation(seen, generator)
+    return dual if is_better(dual, hadamard, held_back) else hadamard
+
+
+def is_better(one: Transform, other: Transform, X: Tensor) -> bool:
+    """Whether the mean `token_error` of X [rows, K] after `one` is smaller by two standard errors; two rows tell."""
+    if len(X) < 2:
+        return False
+    gain = token_error(other.apply(X)) - token_error(one.apply(X))
+    return bool(gain.mean() > STANDARD_ERRORS * gain.std() / len(gain) ** 0.5)
+
+
+def token_error(x: Tensor, num_bits: int = 4) -> Tensor:
+    """‖x̂ - x‖² / ‖x‖² of each row, x̂ being x quantized symmetrically per token: [..., K] → [...]; 0 for zeros."""
+    x = x.double()
+    q, scale, _ = quantize_per_token(x, num_bits, symmetric=True)
+    energy = x.square().sum(dim=-1)
+    return (q * scale - x).square().sum(dim=-1) / energy.clamp(min=torch.finfo(x.dtype).tiny)

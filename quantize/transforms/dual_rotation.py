@@ -1,0 +1,123 @@
+"""The dual rotation that knows where the outliers are: T = R1 P R2 (DuQuant, Lin et al. 2024, arXiv 2406.01721)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantize.transforms.block_rotation import multiply_blocks, reflect
+
+BLOCK = 128  # DuQuant's and LRQ-DiT's block of channels
+STEPS = 256  # their limit of greedy steps
+
+
+@dataclass(frozen=True, eq=False)
+class DualRotation:
+    """T = R1 P R2, a `Transform`: two block-diagonal rotations with channels dealt out anew between them.
+
+    Attributes:
+        first: R1, float64 [K/b, b, b], each orthogonal.
+        permutation: int64 [K]; x P is `x[..., permutation]`.
+        second: R2, like R1.
+    """
+
+    first: Tensor
+    permutation: Tensor
+    second: Tensor
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`rows @ T`."""
+        return multiply_blocks(multiply_blocks(rows, self.first)[..., self.permutation], self.second)
+
+    apply_inverse_transpose = apply  # T⁻ᵀ = T
+
+    def invert(self, x: Tensor) -> Tensor:
+        """`x @ Tᵀ`."""
+        return multiply_blocks(multiply_blocks(x, self.second.mT)[..., self.permutation.argsort()], self.first.mT)
+
+
+def dual_rotation(X: Tensor, generator: torch.Generator, steps: int = STEPS) -> DualRotation:
+    """R1, P and R2 for activations: spread what each block holds, deal it out to all blocks, spread again.
+
+    Args:
+        X: activations [..., K] in the memory of the CPU, at least one row; the search runs in float32.
+        generator: where the random part of the rotations comes from.
+        steps: most greedy steps of each rotation; 0 leaves only the permutation.
+    """
+    size = block_size(X.shape[-1])
+    rows = X.detach().reshape(-1, X.shape[-1]).float()
+    first = greedy_rotation(in_blocks(rows, size), generator, steps)
+    rows = multiply_blocks(rows, first)
+    permutation = zigzag(rows.abs().amax(dim=0), size)
+    return DualRotation(first, permutation, greedy_rotation(in_blocks(rows[:, permutation], size), generator, steps))
+
+
+def block_size(columns: int) -> int:
+    """128 where it divides, else the largest divisor from 2 to 128, else (few channels, or a prime) all columns."""
+    return next((d for d in range(min(BLOCK, columns), 1, -1) if columns % d == 0), columns)
+
+
+def in_blocks(rows: Tensor, size: int) -> Tensor:
+    """[rows, K] → contiguous [K/size, rows, size]."""
+    blocks: Tensor = rows.unflatten(-1, (-1, size))
+    return blocks.transpose(0, 1).contiguous()
+
+
+def greedy_rotation(X: Tensor, generator: torch.Generator, steps: int) -> Tensor:
+    """R of each block, float64 [n, b, b]: the channel that holds the peak is spread over the block, again and again.
+
+    Of R⁰ = I, R¹, ..., R^steps each block keeps the one with the lowest max|X R|, hence the peak never grows
+    (DuQuant). The steps of all blocks run together, each on its own channel.
+
+    Args:
+        X: float32 [n, rows, b].
+        generator: draws one matrix S, which all steps and blocks use.
+        steps: how many to try.
+    """
+    S = spreading_matrix(X.shape[-1], generator)
+    R = torch.eye(X.shape[-1], dtype=torch.float64).expand(len(X), -1, -1)
+    best, channels = R.contiguous(), X.abs().amax(dim=1)
+    lowest = channels.amax(dim=-1)
+    for _ in range(steps):
+        step = swapped(S, channels.argmax(dim=-1))
+        X, R = X @ step.to(X), R @ step
+        channels = X.abs().amax(dim=1)
+        peak = channels.amax(dim=-1)
+        best = torch.where((peak < lowest)[:, None, None], R, best)
+        lowest = torch.minimum(peak, lowest)
+    return best
+
+
+def spreading_matrix(size: int, generator: torch.Generator) -> Tensor:
+    """S = diag(1, Q) H, float64 [size, size]: the first row is uniform, 1/√size, the others are a random rest.
+
+    H is the reflection with uniform first row and column, Q is random orthogonal. The authors' code multiplies by Q
+    from the right, which takes the first row's evenness away again; from the left, S is just as random and keeps it.
+    """
+    Q, _ = torch.linalg.qr(torch.randn(size - 1, size - 1, dtype=torch.float64, generator=generator))
+    return reflect(torch.block_diag(torch.ones(1, 1, dtype=torch.float64), Q))
+
+
+def swapped(S: Tensor, channel: Tensor) -> Tensor:
+    """E S E, [n, b, b]: for each of `channel` [n] the matrix whose row `channel` is S's first; E swaps the two."""
+    index = torch.arange(len(S)).repeat(len(channel), 1)
+    index.scatter_(1, channel[:, None], 0)
+    index[:, 0] = channel
+    return S[index[:, :, None], index[:, None, :]]
+
+
+def zigzag(peaks: Tensor, size: int) -> Tensor:
+    """Permutation [K] that deals channels out to blocks forth and back, largest first: their sums become even.
+
+    With n blocks, ranks 0 … n-1 go to blocks 0 … n-1, ranks n … 2n-1 to blocks n-1 … 0, and so on (DuQuant).
+    Equal peaks keep their order.
+
+    Args:
+        peaks: [K], largest magnitude of each channel.
+        size: channels of a block; divides K.
+    """
+    dealt = peaks.argsort(descending=True, stable=True).reshape(size, -1)
+    dealt[1::2] = dealt[1::2].flip(-1)
+    return dealt.T.flatten()

@@ -1,0 +1,101 @@
+"""Rotations that are learned from activations alone, without the model (DartQuant, arXiv 2511.04063)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantize.transforms.fold import CentredRotation, Rotation
+from quantize.transforms.block_rotation import reflect
+from quantize.transforms.kurtosis import UNIFORM, kurtosis
+
+Objective = Literal["whip", "kurtosis"]
+BATCH = 512  # tokens of a step
+STEPS, LEARNING_RATE = 200, 3e-3
+
+
+@torch.enable_grad()
+def learn_rotation(
+    X: Tensor,
+    objective: Objective,
+    generator: torch.Generator,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    centred: bool = False,
+) -> Tensor:
+    """R that makes X R flat, by QR-Orth: R is the orthogonal factor of a free matrix Z, which Adam moves.
+
+    Z starts at a random Hadamard matrix and the rate falls to zero as a cosine. A step sees tokens drawn at random and
+    runs in float32; the result is the float64 factor of the last Z.
+
+    Args:
+        X: activations [..., K] in the memory of the CPU, at least one row.
+        objective: `whip` or `kurtosis`, see there.
+        generator: of the signs of the Hadamard matrix and of the tokens.
+        steps: of Adam; 0 gives the Hadamard matrix back.
+        learning_rate: of Adam at the first step; entries of Z are about 1/√K.
+        centred: R 1 = 1, so that a LayerNorm lets R through: only the complement of the ones is learned.
+
+    Returns:
+        R [K, K] float64; x R is the rotated token.
+    """
+    rows = X.detach().reshape(-1, X.shape[-1]).float()
+    Z = starting_point(X.shape[-1], generator, centred).float().requires_grad_()
+    optimizer = torch.optim.Adam([Z], learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        tokens = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
+        optimizer.zero_grad()
+        OBJECTIVES[objective](rotate(tokens, orthogonal_factor(Z), centred)).backward()
+        optimizer.step()
+        schedule.step()
+    identity = torch.eye(X.shape[-1], dtype=torch.float64)
+    return rotate(identity, orthogonal_factor(Z.detach().double()), centred)
+
+
+def whip(x: Tensor) -> Tensor:
+    """Mean over tokens of Σ_j exp(-|x_j|), x [..., K] (DartQuant's Whip loss): small values are pushed away from zero.
+
+    Under a fixed norm it is least where all |x_j| are equal. Each token is first given the norm √K, else the unit of
+    the activations would decide which values count as small.
+    """
+    x = x / x.square().mean(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+    return x.abs().neg().exp().sum(dim=-1).mean()
+
+
+def kurtail(x: Tensor) -> Tensor:
+    """Mean over tokens of (κ(x) - 1.8)², x [..., K]: as flat-tailed as a uniform distribution (KurTail, 2503.01483).
+
+    κ is taken over the channels of a token, since a token is what one grid has to fit.
+    """
+    return (kurtosis(x) - UNIFORM).square().mean()
+
+
+OBJECTIVES: dict[Objective, Callable[[Tensor], Tensor]] = {"whip": whip, "kurtosis": kurtail}
+
+
+def rotate(x: Tensor, Q: Tensor, centred: bool) -> Tensor:
+    """`x @ R`: R = Q [K, K], or, centred, R = H diag(1, Q) H with Q [K-1, K-1]; H swaps 1/√K and the first axis."""
+    if not centred:
+        return x @ Q
+    x = reflect(x)
+    return reflect(torch.cat((x[..., :1], x[..., 1:] @ Q), dim=-1))
+
+
+def starting_point(size: int, generator: torch.Generator, centred: bool) -> Tensor:
+    """Q, float64, for which R is a random Hadamard matrix, or the one behind a reflection that keeps the ones."""
+    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+    identity = torch.eye(size, dtype=torch.float64)
+    if not centred:
+        return Rotation(signs, size).apply(identity)
+    return reflect(reflect(CentredRotation(signs, size).apply(identity)).T).T[1:, 1:]
+
+
+def orthogonal_factor(Z: Tensor) -> Tensor:
+    """Q of Z = Q R with a positive diagonal of R, which makes it unique: an orthogonal Z is its own factor."""
+    Q, R = torch.linalg.qr(Z)
+    unique: Tensor = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q)
+    return unique

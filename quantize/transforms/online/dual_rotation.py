@@ -1,0 +1,44 @@
+"""A dual rotation in front of a linear."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from quantize.transforms.online.base import Online
+from quantize.transforms.dual_rotation import DualRotation
+
+
+class Dual(Online):
+    """x R1 P R2, block-diagonal, permutation, block-diagonal (DuQuant, arXiv 2406.01721); see `rotations/dual.py`.
+
+    Shapes: first, second [K/b, b, b]; permutation int64 [K].
+    """
+
+    kind: ClassVar[str] = "dual"
+    first: Tensor
+    permutation: Tensor
+    second: Tensor
+
+    def __init__(self, first: Tensor, permutation: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("first", first.float())
+        self.register_buffer("permutation", permutation)
+        self.register_buffer("second", second.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., K]."""
+        return DualRotation(self.first, self.permutation, self.second).apply(x)
+
+    def weight(self, W: Tensor) -> Tensor:
+        """T is orthogonal, so T⁻ᵀ = T."""
+        return self(W)  # type: ignore[no-any-return]
+
+    def settings(self) -> dict[str, Any]:
+        """All of it is saved as tensors."""
+        return {"kind": self.kind}
+
+    def cost(self, columns: int) -> int:
+        """Two products with blocks."""
+        return 2 * columns * self.first.shape[-1]

@@ -1,0 +1,51 @@
+"""A Hadamard transform in front of a linear."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from quantize.kernels.hadamard import hadamard_factors, hadamard_transform, kronecker_transform
+from quantize.transforms.online.base import Online
+
+
+class Hadamard(Online):
+    """`x @ (I ⊗ H ⊗ I_stride)`, H orthogonal of order `size` (QuaRot, arXiv 2404.00456); see `kernels/hadamard.py`.
+
+    Its Kronecker factors are buffers that are never saved.
+    """
+
+    kind: ClassVar[str] = "hadamard"
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, size: int, stride: int = 1) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+        a, b = hadamard_factors(size)
+        self.register_buffer("a", a.float(), persistent=False)
+        self.register_buffer("b", b.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., K]."""
+        return kronecker_transform(x, self.a.to(x), self.b.to(x), self.stride)
+
+    def weight(self, W: Tensor) -> Tensor:
+        """H is orthogonal, so T⁻ᵀ = T; in the dtype of W."""
+        return hadamard_transform(W, self.size, self.stride)
+
+    def settings(self) -> dict[str, Any]:
+        """Its orders."""
+        return {"kind": self.kind, "size": self.size, "stride": self.stride}
+
+    def cost(self, columns: int) -> int:
+        """K (|a| + |b|), less what a factor of order one would cost."""
+        return columns * sum(len(factor) for factor in (self.a, self.b) if len(factor) > 1)
+
+
+@functools.cache
+def hadamard(size: int, stride: int = 1) -> Hadamard:
+    """The transform of these orders, the same object for all linears."""
+    return Hadamard(size, stride)

@@ -1,0 +1,88 @@
+"""What papers say of formats and codebooks: what holds here, and what does not, with its figures."""
+
+import pytest
+import torch
+
+from benchmarks.claims.claims import CLAIMS
+from benchmarks.claims.codebooks import dint4, error, min_max, nearest, powers, scaled, tlq, uniform
+from benchmarks.claims.format_claims import sample
+from benchmarks.claims.synthetic import kmeans, sparse_error, top_gates
+
+REFUTED = {
+    "RRS, paper's rule ≤ 1.05 rotation (two spikes)": (0.520, 0.0405),
+    "noise and shift ≤ a zero point": (0.1276, 0.0455),
+    "dual rotation ≤ Hadamard (one 200 × channel)": (0.00963, 0.00347),
+    "TLQ < clipped uniform (Gaussian, 3 bits)": (0.0472, 0.0402),
+    "POST < powers of two (Gaussian, 3 bits)": (0.0681, 0.0467),
+    "POST < uniform (Gaussian, 3 bits)": (0.0681, 0.0402),
+    "CQ: 8 channels, 8 bits ≤ ½ of 1 channel, 1 bit (independent)": (0.340, 0.361),
+    "Hadamard blocks help NVFP4 (Laplace)": (0.00909, 0.00863),
+    "REAP < pruning experts by frequency": (0.671, 0.198),
+}
+BY_NAME = {claim.name: claim for claim in CLAIMS}
+
+
+@pytest.mark.parametrize("name", [claim.name for claim in CLAIMS if claim.holds])
+def test_a_claim_holds_by_its_margin(name):
+    row = BY_NAME[name].row()
+    assert 0 < row["left"] <= row["factor"] * row["right"]
+    assert row["holds"]
+
+
+@pytest.mark.parametrize("name", REFUTED)
+def test_a_claim_does_not_hold_here(name):
+    row = BY_NAME[name].row()
+    assert row["left"] > row["factor"] * row["right"]
+    assert not row["holds"]
+    assert (row["left"], row["right"]) == pytest.approx(REFUTED[name], rel=0.02)
+
+
+def test_every_refuted_claim_is_in_the_table():
+    assert len(BY_NAME) == len(CLAIMS)
+    assert REFUTED.keys() == {claim.name for claim in CLAIMS if not claim.holds}
+
+
+def test_levels_by_hand():
+    assert uniform(3).tolist() == pytest.approx([-4 / 3, -1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3, 1])
+    assert sorted(powers(3, 2.0).tolist()) == [-1, -0.5, -0.25, 0, 0.25, 0.5, 1]
+    assert sorted((6 * dint4()).tolist()) == [-7, -6, -5, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 5, 6]
+
+
+def test_no_codebook_has_more_levels_than_its_bits():
+    W = sample("gaussian", rows=2, columns=64)
+    for bits in (3, 4):
+        books = [*min_max(W, bits), *tlq(W, bits), *scaled(W, uniform(bits)), *scaled(W, powers(bits, 2**0.5))]
+        assert {book.shape for book in books} <= {(2, 2**bits), (2, 2**bits - 1)}
+        assert all(torch.isfinite(book).all() for book in books)
+    assert len(dint4()) == 16
+
+
+def test_rounding_and_error_by_hand():
+    W, levels = torch.tensor([[0.4, -2.0], [3.0, 4.0]]), torch.tensor([[0.0, -1.0], [2.0, 4.0]])
+    assert nearest(W, levels).tolist() == [[0.0, -1.0], [2.0, 4.0]]
+    worse = levels + 100
+    assert error(W, [worse, levels]) == pytest.approx((0.16 + 1 + 1) / (0.16 + 4 + 9 + 16))
+
+
+def test_tlq_levels_are_even_in_the_logarithm():
+    W = torch.tensor([[0.25, 1.0, 4.0, -0.5, -8.0]])
+    book = next(tlq(W, 3))[0]  # η = 0.001, quantile 0.98
+    steps = (book[:4] + 0.001).log2().diff()
+    assert book[0].item() == pytest.approx(0.25)
+    assert book[4].item() == pytest.approx(-0.5)
+    assert steps.tolist() == pytest.approx([steps[0].item()] * 3, rel=1e-4)
+
+
+def test_kmeans_finds_separate_clusters():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(50, 2, generator=rng) * 0.1 + centre for centre in (0, 10)])
+    assert sorted(kmeans(x, 2, rng).mean(dim=1).tolist()) == pytest.approx([0, 10], abs=0.1)
+
+
+def test_the_two_largest_gates_add_up_to_one():
+    gates = top_gates(torch.tensor([[0.0, 1.0, 1.0, -5.0]]))
+    assert gates.tolist() == [[0.0, 0.5, 0.5, 0.0]]
+
+
+def test_the_whole_budget_leaves_no_error():
+    assert sparse_error(share=1.0, sparsity=0.0) == pytest.approx(0, abs=1e-9)

@@ -1,0 +1,146 @@
+"""Calibration and evaluation text: windows, rows, and what is wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+
+from quantize.calibration.data import BUNDLED, read_samples
+from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.tokenizer import load_tokenize
+
+
+def letters(text):
+    return [ord(letter) - ord("a") for letter in text]
+
+
+def write(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ids(samples):
+    return [row["input_ids"].tolist() for row in samples.rows]
+
+
+def test_text_is_cut_into_whole_windows_in_order(tmp_path):
+    path = write(tmp_path / "a.txt", "abcdefghij")
+    samples = read_samples(path, 4, None, letters, 26)
+    assert ids(samples) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert all(row["input_ids"].dtype == torch.int64 for row in samples.rows)
+    assert samples.tokens == 8
+    assert samples.sha256 == hashlib.sha256(b"abcdefghij").hexdigest()
+    assert ids(read_samples(path, 10, None, letters, 26)) == [list(range(10))]
+
+
+def test_fewer_windows_are_spread_evenly_over_the_text(tmp_path):
+    path = write(tmp_path / "a.txt", "abcdefghijklmnopqrst")
+    assert [row[0] for row in ids(read_samples(path, 2, 5, letters, 26))] == [0, 4, 8, 12, 16]
+    assert len(ids(read_samples(path, 2, 100, letters, 26))) == 10
+
+
+def test_rows_hold_ids_or_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"input_ids": [5, 6, 7, 8]}, "\n", {"text": "abc", "source": "ignored"})
+    assert ids(read_samples(path, 3, None, letters, 26)) == [[5, 6, 7], [0, 1, 2]]
+
+
+def test_rows_of_less_than_two_tokens_are_left_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"input_ids": [5]}, {"input_ids": []}, {"input_ids": [1, 2]})
+    assert ids(read_samples(path, 8, None, None, 26)) == [[1, 2]]
+
+
+def test_batches_hold_neighbours_of_equal_length_and_nothing_is_lost(tmp_path):
+    rows = [[1, 2], [3, 4], [5, 6], [1, 2, 3], [7, 8]]
+    samples = read_samples(write(tmp_path / "a.jsonl", *({"input_ids": row} for row in rows)), 8, None, None, 26)
+    batches = [batch["input_ids"] for batch in samples.batches(2)]
+    assert [list(batch.shape) for batch in batches] == [[2, 2], [1, 2], [1, 3], [1, 2]]
+    assert [row.tolist() for batch in batches for row in batch] == rows
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "no JSON",
+        "[1, 2]",
+        "7",
+        '"input_ids"',
+        "{}",
+        '{"input_ids": "1 2"}',
+        '{"input_ids": [1, "2"]}',
+        '{"input_ids": [1, 2.0]}',
+        '{"input_ids": [true, false]}',
+        '{"input_ids": [[1, 2]]}',
+        '{"text": null}',
+        '{"text": 12}',
+        pytest.param('{"input_ids": [1, ' + "9" * 5000 + "]}", id="a number of 5000 digits"),
+        pytest.param("[" * 100_000, id="brackets without end"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line):
+    path = write(tmp_path / "a.jsonl", {"input_ids": [1, 2]}, line + "\n")
+    with pytest.raises(UsageError, match=r'a\.jsonl line 2 is no JSON object with "text" or a list of integers'):
+        read_samples(path, 8, None, letters, 26)
+
+
+@pytest.mark.parametrize("wrong", [26, -1, 10**30])
+def test_ids_outside_the_vocabulary_are_named_with_what_is_allowed(tmp_path, wrong):
+    path = write(tmp_path / "a.jsonl", {"input_ids": [25, 0, wrong]})
+    with pytest.raises(UsageError, match=rf"holds the token id {wrong}; the model knows 0 to 25"):
+        read_samples(path, 8, None, None, 26)
+    assert ids(read_samples(path, 2, None, None, 26)) == [[25, 0]]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "abc"), ("a.jsonl", '{"text": "abc"}\n')])
+def test_text_needs_a_tokenizer(tmp_path, name, content):
+    with pytest.raises(UsageError, match=r"holds text, and the model has no tokenizer; give a \.jsonl"):
+        read_samples(write(tmp_path / name, content), 2, None, None, 26)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "words"),
+    [
+        ("a.txt", b"", QuantizeError, "holds 0 tokens, less than one window of 8"),
+        ("a.txt", b"abcdefg", QuantizeError, "holds 7 tokens, less than one window of 8; give more text or a smaller"),
+        ("a.txt", b"\xff\xfe", UsageError, "is not UTF-8"),
+        ("a.jsonl", b"", QuantizeError, "holds no row of two or more tokens"),
+        ("a.jsonl", b"\n \n", QuantizeError, "holds no row of two or more tokens"),
+        ("a.jsonl", b"\xff\n", UsageError, "line 1 is no JSON object"),
+        ("a.csv", b"abc", UsageError, r"neither \.txt nor \.jsonl"),
+        ("missing.txt", None, UsageError, "no such text file"),
+    ],
+)
+def test_a_file_without_usable_text_is_refused(tmp_path, name, content, kind, words):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(QuantizeError, match=words) as raised:
+        read_samples(tmp_path / name, 8, None, letters, 26)
+    assert type(raised.value) is kind
+    assert name in str(raised.value)
+
+
+def test_a_directory_is_no_text(tmp_path):
+    with pytest.raises(UsageError, match="no such text file"):
+        read_samples(tmp_path, 8, None, letters, 26)
+
+
+def test_bundled_text_fills_the_default_windows_of_a_real_tokenizer(books):
+    samples = read_samples(BUNDLED, 256, 128, load_tokenize(books), 4096)
+    assert {len(row["input_ids"]) for row in samples.rows} == {256}
+    assert len(samples.rows) == 128
+
+
+def test_the_tokenizer_adds_no_special_tokens_and_reads_text_back(books, minilm, tmp_path):
+    text = "The gentleman had never seen the sea."
+    from transformers import AutoTokenizer
+
+    for directory in (books, minilm):
+        tokens = load_tokenize(directory)(text)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        assert not set(tokens) & set(tokenizer.all_special_ids)
+        assert tokenizer.decode(tokens).lower() == text.lower()
+    assert load_tokenize(tmp_path) is None
+    assert load_tokenize(None) is None

@@ -1,0 +1,194 @@
+"""The commands: what they print, and with which code they end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantize.eval.report import load_any
+from quantize.recipe.recipe import load_recipe
+from quantize.recipe.scheme import SCHEME_NAMES
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", [[], ["quantize"], ["inspect"], ["eval"], ["export"], ["run"], ["verify"]])
+def test_help_ends_with_0_and_imports_nothing_slow(cli, command):
+    shown = cli(*command, "--help")
+    assert shown.code == 0
+    assert "quantize-model" in shown.out.splitlines()[0]
+    source = "import sys, quantize.cli; sys.exit('torch' in sys.modules)"
+    if not command:
+        assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
+def test_help_states_the_true_defaults(cli):
+    shown, recipe = words(cli("quantize", "--help").out), load_recipe("W4A4", None)
+    assert f"[default: {recipe.nsamples}]" in shown
+    assert f"[default: {recipe.seqlen}]" in shown
+    others = {name: load_recipe(name, None).weights.group_size for name in SCHEME_NAMES}
+    others = ", ".join(f"{name}: {size}" for name, size in others.items() if size != recipe.weights.group_size)
+    assert f"[default: {recipe.weights.group_size}; {others}]" in shown
+    assert f"[{'|'.join(SCHEME_NAMES)}]" in shown
+
+
+def test_version(cli):
+    shown = cli("--version")
+    assert shown.code == 0
+    assert "0.1.0" in shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["eval", "x"],
+        ["export", "x"],
+        ["run"],
+        ["run", "x", "--prompt", "a", "--max-new-tokens", "0"],
+        ["verify"],
+        ["inspect"],
+        ["model", "--no-such-option"],
+        ["model", "--scheme", "W3A3", "--output-dir", "out"],
+        ["model", "--scheme", "W8A8", "--output-dir", "out", "--nsamples", "many"],
+        ["model", "--scheme", "W8A8", "--output-dir", "out", "--seqlen", "1"],
+        ["export", "x", "--format", "gguf", "--output-dir", "out"],
+        ["eval", "x", "--text", "t.jsonl", "--nsamples", "0"],
+        ["eval", "x", "--text", "t.jsonl", "--nsamples", "-1"],
+        ["eval", "x", "--text", "t.jsonl", "--seqlen", "1"],
+    ],
+)
+def test_wrong_use_ends_with_2_and_a_hint(cli, arguments, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shown = cli(*arguments)
+    assert shown.code == 2
+    assert "Usage: " in shown.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_console_script_writes_the_same_bytes_as_the_function(
+    artifact_one_layer, one_layer, stories_calibration, tmp_path, tree
+):
+    """In another process the hashes of strings are others, so an order that depends on them shows."""
+    script = Path(sys.executable).with_name("quantize-model")
+    options = ["--scheme", "W4A4", "--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--seed", "0"]
+    arguments = [one_layer, *options, "--calibration", stories_calibration, "--output-dir", "out"]
+    run = subprocess.run(
+        [script, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("out: W4A4, 7 of 12 parameters quantized, ")
+    assert "Warning" not in run.stderr
+    assert [line for line in run.stderr.splitlines() if "layers.0" in line]
+    assert tree(tmp_path / "out") == tree(artifact_one_layer)
+
+
+def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path):
+    options = ["--group-size", 16, "--nsamples", 3, "--seqlen", 9, "--seed", 4]
+    ignored = ["--ignore", "down_proj", "--ignore", "re:.*[qk]_proj"]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('passes = []\nquantizer = { name = "rtn", mse = true }\n[weights]\nsymmetric = true\n')
+    output = tmp_path / "out"
+    data = ["--calibration", stories_calibration, "--recipe", recipe, "--output-dir", output]
+    shown = cli(one_layer, "--scheme", "W4A8", *options, *ignored, *data)
+    assert shown.code == 0
+    assert shown.out.count("\n") == 1
+    written = load_recipe(None, output / "recipe.toml")
+    assert (written.nsamples, written.seqlen, written.seed, written.scheme) == (3, 9, 4, "W4A8")
+    assert (written.weights.group_size, written.weights.symmetric, written.passes) == (16, True, ())
+    assert written.quantizer == {"name": "rtn", "mse": True}
+    coverage = json.loads((output / "manifest.json").read_text())["coverage"]
+    done = [name for name, how in coverage.items() if how == "quantized"]
+    assert [name.split(".")[-2] for name in done] == ["gate_proj", "up_proj", "o_proj", "v_proj"]
+    assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path):
+    options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--ignore", "up_proj"]
+    output = ["--output-dir", tmp_path / "out"]
+    shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run", *output)
+    assert shown.code == 0
+    for line in [
+        "W4A4: 6 linears in 3 blocks, rounded by gptaq",
+        "pass learned_rotation: 2 bases offline, 2 linears online",
+        "not quantized: lm_head.weight (ignored by 'lm_head')",
+        "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
+        "calibration: 2 rows, 32 tokens",
+        "seqlen = 16",
+        "the model can be exported as a graph",
+        "export to onnx: yes",
+    ]:
+        assert line in shown.out.splitlines()
+    assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
+    bases = json.loads(cli("inspect", one_layer, "--json").out)["bases"]
+    assert all({"dim", "group", "writers", "readers", "pins", "heads"} <= basis.keys() for basis in bases)
+    residual = next(basis for basis in bases if "model.embed_tokens.weight" in basis["writers"])
+    assert (residual["dim"], residual["group"], residual["heads"]) == (64, "orthogonal", 1)
+    assert "lm_head.weight" in residual["readers"]
+    values = next(basis for basis in bases if basis["writers"] == ["model.layers.0.self_attn.v_proj.weight"])
+    assert (values["dim"], values["group"], values["heads"]) == (32, "linear", 4)
+    table = cli("inspect", one_layer)
+    assert table.code == 0
+    assert "orthogonal" in table.out
+
+
+def test_eval_prints_one_flat_object(cli, artifact_w4a4, stories, float_stories, stories_dev):
+    arguments = ["--text", stories_dev, "--nsamples", 4, "--seqlen", 64]
+    shown = cli("eval", artifact_w4a4.directory, "--against", stories, *arguments, "--json")
+    scores = json.loads(shown.out)
+    assert shown.code == 0
+    assert all(isinstance(value, int | float) for value in scores.values())
+    rows = [json.loads(line)["input_ids"][:64] for line in stories_dev.read_text().splitlines()]
+    tokens = torch.tensor(rows[:: len(rows) // 4])
+    with torch.no_grad():
+        losses = [float(m(tokens, labels=tokens).loss) for m in (load_any(artifact_w4a4), float_stories)]
+    assert [scores["loss"], scores["loss_against"]] == pytest.approx(losses, rel=1e-5)
+    assert scores["loss_increase"] == pytest.approx(losses[0] - losses[1], abs=1e-4)
+    assert scores["perplexity"] == pytest.approx(math.exp(losses[0]), rel=1e-5)
+    assert 0 < scores["kl"] < 1
+    assert 0.5 < scores["top1"] < 1
+    assert scores["tokens"] == 4 * 63
+    table = cli("eval", artifact_w4a4.directory, *arguments)
+    assert table.code == 0
+    assert "perplexity" in table.out
+
+
+def test_eval_ranks_sentences_with_an_encoder(cli, minilm, sts, tmp_path):
+    few = tmp_path / "few.tsv"
+    few.write_text("".join(sts[0].read_text().splitlines(keepends=True)[:60]))
+    scores = json.loads(cli("eval", minilm, "--text", few, "--json").out)
+    assert scores["spearman"] > 0.7
+    assert 0 < scores["pairs"] < 60
+
+
+def test_verify_and_export_read_an_artifact_and_leave_it_as_it_is(cli, artifact_rtn, tmp_path, tree):
+    before = tree(artifact_rtn)
+    shown = cli("verify", artifact_rtn.directory)
+    assert shown.code == 0
+    assert f"{len(artifact_rtn.manifest['files'])} files as written" in shown.out
+    shown = cli("export", artifact_rtn.directory, "--format", "onnx", "--output-dir", tmp_path / "onnx")
+    assert shown.code == 0
+    assert (tmp_path / "onnx" / "model.onnx").is_file()
+    manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
+    assert manifest["precisions"] == {"4-bit weights, float32 activations": 7, "float32": 1}
+    assert sorted(manifest["parity"]) == ["activations", "emulation", "reference"]
+    assert tree(artifact_rtn) == before
+    exported = cli("verify", tmp_path / "onnx")  # it has a manifest of its own, and is no artifact
+    assert exported.code in (1, 2)
+    assert exported.err.startswith("error: ")
+    again = cli("export", artifact_rtn.directory, "--format", "onnx", "--output-dir", tmp_path / "onnx")
+    assert again.code == 2
+    assert "exists already" in again.err

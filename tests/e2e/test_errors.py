@@ -1,0 +1,258 @@
+"""Bad input, full disks and interruptions: one clear sentence, the right exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import pickle
+import resource
+import socket
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantize.errors import UsageError
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def refused(cli, program, stories_calibration, tmp_path, tree, monkeypatch):
+    """Quantize something wrong: exit code and the sentence, and the check that nothing was left behind; a function.
+
+    All models here have one graph, which is made once: that takes longer than everything else.
+    """
+    monkeypatch.setattr("quantize.graph.export.export_program", lambda _: program)
+
+    def run(model, *arguments, scheme="W8A8", output="out"):
+        before = tree(tmp_path)
+        data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
+        shown = cli(model, "--scheme", scheme, *data, "--output-dir", tmp_path / output, *arguments)
+        assert tree(tmp_path) == before
+        *progress, sentence = shown.err.strip().splitlines()
+        assert all(line.startswith(("surveying ", "quantizing ", "verifying ")) for line in progress)
+        assert sentence.startswith("error: ")
+        assert not shown.out
+        return shown.code, sentence
+
+    return run
+
+
+def weights(model):
+    return load_file(model / "model.safetensors")
+
+
+def with_weights(model, changes):
+    save_file(weights(model) | changes, model / "model.safetensors", {"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [("./missing", "no such model directory: ./missing"), ("missing-model", "is no directory here, and no model")],
+)
+def test_a_missing_model(refused, model, words):
+    code, sentence = refused(model)
+    assert code == 2
+    assert words in sentence
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.001, 0])
+def test_truncated_weights(refused, variant, keep):
+    path = variant() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    code, sentence = refused(path.parent)
+    assert code == 1
+    assert f"{path} is truncated or no safetensors file" in sentence
+
+
+@pytest.mark.parametrize("values", [[float("nan")], [float("inf")], [-float("inf")], [float("inf"), -float("inf")]])
+def test_a_weight_that_is_not_finite_is_named(refused, variant, values):
+    model = variant()
+    weight = weights(model)[UP]
+    weight[7, 3 : 3 + len(values)] = torch.tensor(values)
+    code, sentence = refused(with_weights(model, {UP: weight}))
+    assert code == 1
+    assert f"{UP} holds {values[0]} at [7, 3]" in sentence
+
+
+def test_weights_that_do_not_fit_the_config(refused, variant):
+    assert refused(variant("a", intermediate_size=100))[1].startswith("error: model.layers.0.mlp.gate_proj.weight has")
+    assert "holds no tensor model.layers.5." in refused(variant("b", num_hidden_layers=6))[1]
+    code, sentence = refused(with_weights(variant("c"), {UP: torch.ones(172, 64, dtype=torch.int8)}))
+    assert code == 1
+    assert f"{UP} is of torch.int8; only floating-point weights" in sentence
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": None}, "config.json does not name its architecture"),
+        ({"architectures": ["NoSuchModel"]}, "has no NoSuchModel"),
+        ({"architectures": ["AutoModelForCausalLM"]}, "has no AutoModelForCausalLM"),
+        ({"num_hidden_layers": "five"}, "the config does not build a LlamaForCausalLM: "),
+        ({"num_attention_heads": 7}, "the config does not build a LlamaForCausalLM: "),
+        ({"hidden_act": "no_such"}, "the config does not build a LlamaForCausalLM: "),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already; give the floating-point model"),
+    ],
+)
+def test_a_config_that_cannot_be_used(refused, variant, config, words):
+    code, sentence = refused(variant(**config))
+    assert code == 2
+    assert words in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "{", "config.json is no JSON"),
+        ("config.json", None, "holds no config.json"),
+        ("model.safetensors", None, "holds no .safetensors weights"),
+        ("tokenizer.json", "{", "the tokenizer in"),
+    ],
+)
+def test_a_damaged_or_missing_file(refused, variant, name, content, words):
+    path = variant() / name
+    path.unlink() if content is None else path.write_text(content)
+    code, sentence = refused(path.parent)
+    assert code in (1, 2)
+    assert words in sentence
+
+
+def test_a_group_size_that_does_not_divide_names_the_layer(refused, one_layer):
+    code, sentence = refused(one_layer, scheme="W4A16")
+    assert code == 2
+    assert "group size 128 does not divide the 64 columns of model.layers.0.self_attn.q_proj and of 6 more" in sentence
+    sentence = refused(one_layer, "--group-size", 16)[1]
+    assert "the 172 columns of model.layers.0.mlp.down_proj;" in sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--seqlen", 513], 2, "--seqlen 513 is more than the 512 positions of the model"),
+        (["--recipe", "absent.toml"], 2, "no such recipe: absent.toml"),
+        (["--calibration", "absent.txt"], 2, "no such text file: absent.txt"),
+        (["--calibration", "empty.txt"], 1, "holds 0 tokens, less than one window of 16"),
+        (["--calibration", "short.txt"], 1, "tokens, less than one window of 16; give more text or a smaller --seqlen"),
+    ],
+)
+def test_options_and_data_that_do_not_fit(refused, one_layer, tmp_path, monkeypatch, arguments, code, words):
+    for name, content in {"empty.txt": "", "short.txt": "Once upon"}.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    found = refused(one_layer, *arguments)
+    assert found[0] == code
+    assert words in found[1]
+
+
+def test_parents_made_for_the_output_go_too(refused, one_layer):
+    assert refused(one_layer, "--group-size", 7, output="new/deeper/out")[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
+def test_what_exists_stays_as_it_is(refused, one_layer, tmp_path, kind):
+    output = tmp_path / "out"
+    if kind == "directory":
+        output.mkdir()
+        (output / "precious.txt").write_text("mine")
+    else:
+        output.write_text("mine") if kind == "file" else output.symlink_to(one_layer.with_name("nowhere"))
+    code, sentence = refused(one_layer)
+    assert code == 2
+    assert f"{output} exists already" in sentence
+    assert output.is_symlink() == (kind == "dangling link")
+
+
+def test_the_function_raises_what_the_command_prints(small_run, one_layer, tmp_path):
+    for wrong in ({"scheme": "W3A3"}, {"seqlen": 600}, {"ignore": ["q_prj"]}):
+        with pytest.raises(UsageError):
+            small_run(one_layer, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def largest_file():
+    """Let no file grow beyond so many bytes, as a full disk would; a function."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1_000, 131_300])
+def test_a_disk_that_is_full(refused, one_layer, largest_file, tmp_path, size):
+    largest_file(size)  # the first file fails; only the last one fails
+    code, sentence = refused(one_layer, "--group-size", 0, scheme="W4A4")
+    assert code == 1
+    assert f"{tmp_path / 'out'} was not made" in sentence
+
+
+@pytest.mark.parametrize("step", ["save_file", "flush", "Path.write_bytes", "Path.mkdir"])
+def test_no_space_left_on_the_device(refused, one_layer, monkeypatch, step):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"quantize.artifact.writer.{step}", full)
+    code, sentence = refused(one_layer)
+    assert code == 1
+    assert "the disk is full" in sentence
+
+
+def test_code_from_a_model_is_never_run(cli, refused, variant, stories_calibration, sts, tmp_path, monkeypatch):
+    """Neither what the config names, nor what the tokenizer names, nor a pickle; and nobody is asked to."""
+    model, proof = variant(auto_map={"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.E"}), tmp_path / "proof"
+    (model / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass E:\n    pass\n")
+    changed = {"tokenizer_class": "E", "auto_map": {"AutoTokenizer": ["evil.E", "evil.E"]}}
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", None)
+    assert cli("inspect", model, "--json").code == 0
+    output = tmp_path / "fine"
+    data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
+    assert cli(model, "--scheme", "W8A8", *data, "--output-dir", output).code == 0
+    assert not (output / "evil.py").exists()
+    (model / "tokenizer_config.json").write_text(json.dumps(changed))
+    assert "the tokenizer in" in refused(model)[1]
+    for text in (stories_calibration, sts[0]):
+        assert cli("eval", model, "--text", text).code in (1, 2)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("trust_remote_code = true")
+    assert "trust_remote_code: extra inputs" in refused(model, "--recipe", recipe)[1]
+    (model / "model.safetensors").unlink()
+    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(proof)))
+    assert "holds no .safetensors weights" in refused(model)[1]
+    assert not proof.exists()
+
+
+class Evil:
+    def __init__(self, proof):
+        self.proof = str(proof)
+
+    def __reduce__(self):
+        return Path(self.proof).touch, ()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Hosts that were asked for, with the hub's offline switch off and no network."""
+    hosts = []
+
+    def refuse(host, *_, **__):
+        hosts.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return hosts
+
+
+def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_layer, minilm, tmp_path):
+    small_run(one_layer, "W8A8", calibration=None)
+    few = tmp_path / "few.tsv"
+    few.write_text("1\ta dog\ta cat\n2\ta man\ta boy\n3\tthe sea\tthe ocean\n")
+    assert cli("eval", minilm, "--text", few).code == 0
+    assert not asked
+    assert cli("no-such/model", "--scheme", "W8A8", "--output-dir", tmp_path / "hub").code == 2
+    assert asked  # so the check above can fail

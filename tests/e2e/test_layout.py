@@ -1,0 +1,79 @@
+"""The architecture, as far as a file listing can hold it."""
+
+import ast
+import json
+import re
+import tomllib
+from pathlib import Path
+
+from helpers.soundness import CONFIGS
+
+from quantize.checkpoint.meta_model import build_skeleton
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]
+
+
+def imported(path):
+    tree = ast.parse(path.read_text())
+    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_kernels_import_nothing_of_ours():
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert all(m.startswith("quantize.kernels") for m in imported(path) if m.startswith("quantize")), path
+
+
+def test_only_the_command_uses_eval():
+    users = {
+        p.name for p in (ROOT / "quantize").rglob("*.py") if any(m.startswith("quantize.eval") for m in imported(p))
+    }
+    assert users - {p.name for p in (ROOT / "eval").glob("*.py")} == {"cli.py"}
+
+
+OPERATORS = {"layer_norm"}  # a module is called like the operator
+
+
+def names_of_families():
+    """Class names, and names of modules and parameters that are no plain English word, of all families."""
+    names = set()
+    for name in CONFIGS:
+        model = build_skeleton(json.loads(CONFIGS[name].read_text()))
+        names |= {type(module).__name__ for module in model.modules() if type(module).__module__.startswith("transf")}
+        names |= {
+            part
+            for path, _ in model.named_parameters()
+            for part in path.split(".")
+            if re.search(r"\w_\w|[a-z]\d", part)
+        }
+    return {name for name in names if not name.isdigit()} - OPERATORS
+
+
+def test_no_model_is_known_by_name():
+    families = rf"(?i:(?<![a-z0-9])({'|'.join(CONFIGS)})(?![a-z]))"
+    names = re.compile(rf"{families}|\b({'|'.join(sorted(names_of_families()))})\b")
+    for path in (p for p in SOURCES if "eval" not in p.parts and p.name != "genai.py"):  # which writes a foreign list
+        code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body if not is_docstring(node))
+        found = [line for line in code.splitlines() if names.search(line) and '"""' not in line]
+        assert not found, (path, found)
+
+
+def test_the_names_are_those_that_matter():
+    assert {"q_proj", "c_attn", "query_key_value", "fc1", "lm_head", "LlamaMLP", "gate_up_proj"} <= names_of_families()
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def test_no_pickle():
+    for path in SOURCES:
+        assert not re.search(r"\bpickle\b|torch\.(load|save)\(|trust_remote_code=True", path.read_text()), path
+
+
+def test_every_folder_with_code_or_data_is_packaged():
+    packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {p.parent.relative_to(ROOT) for p in [*SOURCES, *(ROOT / "recipes").glob("*.toml")]}
+    assert packages == {
+        ".".join(("quantize", *folder.parts)).replace("quantize.quantize", "quantize") for folder in folders
+    }

@@ -1,0 +1,340 @@
+"""Checkpoints of the compressed-tensors format: tensors, config and models, checked with the package of that name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from export.compressors import BaseCompressor, ModelCompressor
+from export.quantization import QuantizationConfig, apply_quantization_config
+from conftest import change_json
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers.pytorch_utils import Conv1D
+
+from quantize.artifact.load import load
+from quantize.calibration.data import read_samples
+from quantize.checkpoint.checkpoint import open_checkpoint, read_config
+from quantize.errors import QuantizeError, UsageError
+from quantize.export.compressed_tensors import export
+from quantize.export.compressed_tensors import format
+from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
+from quantize.export.compressed_tensors.format import quantization_config, storage, stored
+from quantize.export.directory import export_artifact
+from quantize.export.compressed_tensors.activation_ranges import input_divisors
+from quantize.graph.export import quiet
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.formats.fake_quantize import fake_quantize
+from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, Scheme, WeightArgs
+from quantize.checkpoint.meta_model import build_skeleton
+
+RTN = {"quantizer": {"name": "rtn"}, "passes": []}
+FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output
+
+
+def integers(bits, activation_bits=None, group_size=0, symmetric=True, symmetric_activations=True):
+    activations = activation_bits and ActivationArgs(num_bits=activation_bits, symmetric=symmetric_activations)
+    return Scheme(
+        weights=WeightArgs(num_bits=bits, group_size=group_size, symmetric=symmetric), activations=activations
+    )
+
+
+def fp4(name):
+    weights = WeightArgs(num_bits=4, format=name, group_size=FP4_GROUP_SIZES[name])
+    return Scheme(weights=weights, activations=ActivationArgs(num_bits=4, format=name))
+
+
+SCHEMES = {
+    "W4A16": integers(4),
+    "W4A16 in groups": integers(4, group_size=32, symmetric=False),
+    "W4A16 asymmetric": integers(4, symmetric=False),
+    "W8A8": integers(8, 8),
+    "W8A8 asymmetric": integers(8, 8, symmetric=False, symmetric_activations=False),
+    "W4A8": integers(4, 8, group_size=16, symmetric=False, symmetric_activations=False),
+    "W4A4": integers(4, 4, symmetric_activations=False),
+    "W4A4 symmetric": integers(4, 4),
+    "W6A6": integers(6, 6),
+    "MXFP4": fp4("mxfp4"),
+    "NVFP4": fp4("nvfp4"),
+}
+
+
+def random_linear(scheme, rows=28, columns=96):
+    generator = torch.Generator().manual_seed(columns)
+    W, bias = torch.randn(rows, columns, generator=generator) + 0.3, torch.randn(rows, generator=generator)
+    return QuantizedLinear(RoundToNearest().quantize(W, scheme.weights, None, torch.float32), bias, scheme)
+
+
+def inputs(columns=96):
+    x = torch.randn(2, 50, columns, generator=torch.Generator().manual_seed(1)) + 0.7
+    x[0, 0] = 0
+    return x
+
+
+def stored_by_the_package(weight, scheme):
+    """What the package makes of the same weight, scales and zero points."""
+    config = QuantizationConfig.model_validate(quantization_config(scheme, []))
+    scale = weight.scale if scheme.weights.format == "int" else 2 * weight.unpack_scale()
+    given = {"weight": weight.dequantize(), "weight_scale": scale}
+    if weight.zero_point is not None:
+        given["weight_zero_point"] = weight.zero_point
+    if weight.global_scale is not None:
+        given |= {"weight_global_scale": weight.global_scale.reciprocal()[None], "weight_scale": weight.scale.float()}
+    return BaseCompressor.get_value_from_registry(storage(scheme)).compress(given, config.config_groups["group_0"])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("rows", "columns"), [(28, 96), (7, 32)])
+def test_tensors_are_those_that_the_package_writes(name, rows, columns):
+    scheme = SCHEMES[name]
+    weight = random_linear(scheme, rows, columns).qtensor()
+    expected, found = stored_by_the_package(weight, scheme), stored(weight, scheme.activations is None)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype, key
+        assert torch.equal(found[key].view(tensor.dtype), tensor), key
+
+
+def test_rows_that_fill_no_word():
+    weight = random_linear(integers(4, symmetric=False), 5, 37).qtensor()
+    expected, found = stored_by_the_package(weight, integers(4, symmetric=False)), stored(weight, True)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert found["weight_packed"].shape == (5, 5)
+    assert found["weight_zero_point"].shape == (1, 1)
+
+
+def run_by_the_package(linear, x):
+    """A linear as the package loads and runs it."""
+    scheme, weight = linear.scheme, linear.qtensor()
+    dtype = torch.float32 if scheme.weights.format == "int" else torch.bfloat16
+    model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, dtype=dtype))
+    config = QuantizationConfig.model_validate(quantization_config(scheme, []))
+    given = {f"0.{key}": tensor for key, tensor in stored(weight, scheme.activations is None).items()}
+    if scheme.weights.format == "nvfp4":
+        given["0.input_global_scale"] = 448 * 6 / x.abs().max().reshape(1)
+    with quiet():
+        apply_quantization_config(model, config)
+        compressor = ModelCompressor(config)
+        compressor.compress_model(model)
+        model.load_state_dict({**given, "0.bias": linear.bias}, strict=True)
+        compressor.decompress_model(model)
+    assert torch.equal(model[0].weight, weight.dequantize().to(dtype)) or scheme.weights.format == "nvfp4"
+    assert relative_error([model[0].weight], [weight.dequantize()]) < (FLOAT32 if dtype == torch.float32 else 2**-9)
+    return model(x.to(dtype)).detach()
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, s in SCHEMES.items() if not (s.activations and s.activations.symmetric)]
+)
+def test_the_package_computes_the_same_where_it_has_the_same_grid(name):
+    linear, x = random_linear(SCHEMES[name]), inputs()
+    assert relative_error([run_by_the_package(linear, x)], [linear(x)]) < FLOAT32
+
+
+@pytest.mark.parametrize("name", [name for name, s in SCHEMES.items() if s.activations and s.activations.symmetric])
+def test_symmetric_activations_differ_by_their_rounding_at_most(name):
+    """Symmetric integers span half a step more; MXFP4's scales round up; NVFP4 has one global scale for all tokens."""
+    linear, x = random_linear(SCHEMES[name]), inputs()
+    y, exact = linear(x), linear._forward_float_activations(x)
+    assert relative_error([run_by_the_package(linear, x)], [y]) < 2 * relative_error([y], [exact])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_steps_of_symmetric_activations(bits):
+    """max / (2ᵇ⁻¹ - ½), saturating at -2ᵇ⁻¹: all that is different."""
+    linear, x = random_linear(integers(8, bits)), inputs()
+    step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / (2 ** (bits - 1) - 0.5)
+    rounded = (x / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+    assert relative_error([run_by_the_package(linear, x)], [linear._forward_float_activations(rounded)]) < FLOAT32
+    assert relative_error([rounded], [fake_quantize(x, linear.scheme.activations)]) > FLOAT32
+
+
+def exported(artifact, output, **arguments):
+    parity = export_artifact(artifact.directory, "compressed-tensors", output, **arguments)
+    with quiet():
+        return parity, AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+
+
+def logits(model):
+    tokens = torch.randint(512, (2, 12), generator=torch.Generator().manual_seed(3))
+    with quiet(), torch.no_grad():
+        return model(tokens).logits
+
+
+def apart(model, artifact):
+    """Distance of the logits of both, and what rounding activations makes of the artifact's."""
+    expected = logits(artifact)
+    exact = logits(copy_with_replaced_linears(artifact, with_float_activations))
+    return relative_error([logits(model)], [expected]), relative_error([exact], [expected])
+
+
+ROTATED = {
+    "passes": [{"name": "fold_norms"}, {"name": "rotate", "online_hadamard": False}],
+    "quantizer": {"name": "rtn"},
+    "activations": {"clip_ratio": 1.0},
+}
+RECIPES = {
+    "W4A16": RTN | {"weights": {"symmetric": True}},
+    "W8A8": {"quantizer": {"name": "rtn"}},  # smoothed
+    "W4A8": RTN,
+    "W4A4": ROTATED,
+}
+
+
+@pytest.mark.parametrize("scheme", RECIPES)
+def test_transformers_runs_what_was_quantized(scheme, small_run, one_layer, tmp_path):
+    artifact, output = small_run(one_layer, scheme, recipe=RECIPES[scheme]), tmp_path / "checkpoint"
+    parity, model = exported(artifact, output)
+    assert parity["reference"] <= FLOAT32 + 2 * parity["activations"]
+    assert (parity["activations"] == 0) == (scheme == "W4A16")
+    found, rounding = apart(model, load(artifact.directory))
+    assert found <= (FLOAT32 if scheme in ("W4A16", "W4A4") else 2 * rounding)  # W4A4: on the same grid
+    config = json.loads((output / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (scheme != "W4A4")  # rotating unties
+    assert config["quantization_config"]["format"] == ("pack-quantized" if scheme == "W4A16" else "int-quantized")
+    assert (output / "generation_config.json").read_bytes() == (one_layer / "generation_config.json").read_bytes()
+    tokens = AutoTokenizer.from_pretrained(output)("Once upon", return_tensors="pt")["input_ids"]
+    with quiet():
+        assert len(model.generate(tokens, max_new_tokens=3, do_sample=False)[0]) == tokens.numel() + 3
+
+
+def test_packed_zero_points_load_where_weights_are_unpacked(small_run, one_layer, tmp_path):
+    """In groups; the other way of loading fails in the package (llm-compressor issue 1618)."""
+    artifact, output = small_run(one_layer, "W4A16", recipe=RTN, group_size=4), tmp_path / "checkpoint"
+    assert export_artifact(artifact.directory, "compressed-tensors", output) == {"reference": 0, "activations": 0}
+    with quiet():
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        model = AutoModelForCausalLM.from_pretrained(output, **options)
+    assert torch.equal(logits(model), logits(load(artifact.directory)))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"), quiet():
+        AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4"])
+def test_transformers_runs_fp4(scheme, small_run, one_layer, stories_calibration, tmp_path):
+    artifact = small_run(one_layer, scheme, recipe=RTN, group_size=None, ignore=["down_proj"])
+    data = {"calibration": stories_calibration} if scheme == "NVFP4" else {}
+    parity, model = exported(artifact, tmp_path / "checkpoint", **data)
+    assert model.dtype == torch.bfloat16
+    assert parity["reference"] < BFLOAT16 + 2 * parity["activations"] < 0.5
+    found, rounding = apart(model, load(artifact.directory))
+    assert found < BFLOAT16 + 2 * rounding < 0.7
+    assert hasattr(model.model.layers[0].mlp.up_proj, "input_global_scale") == (scheme == "NVFP4")
+
+
+def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact_rtn, stories_calibration, tmp_path):
+    artifact = small_run(one_layer, "NVFP4", recipe=RTN, group_size=None, ignore=["down_proj"])
+    divisors = input_divisors(artifact.directory, stories_calibration)
+    model, largest = load(artifact.directory), []
+    model.model.layers[0].mlp.up_proj.register_forward_pre_hook(lambda _, given: largest.append(given[0].abs().max()))
+    with torch.no_grad():
+        for row in read_samples(stories_calibration, 16, 2, None, 512).rows:
+            model(row["input_ids"][None])
+    found = divisors["model.layers.0.mlp.up_proj"]
+    assert float(found) == pytest.approx(448 * 6 / float(max(largest)), rel=0.1)  # there with rounded activations
+    for target, words in (("onnx", "as they come"), ("compressed-tensors", "only NVFP4")):
+        with pytest.raises(UsageError, match=words):
+            export_artifact(artifact_rtn.directory, target, tmp_path / "not-made", calibration=stories_calibration)
+    assert not (tmp_path / "not-made").exists()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_config_is_what_the_package_writes(name, one_layer, tmp_path):
+    scheme, skeleton = SCHEMES[name], build_skeleton(open_checkpoint(one_layer).config)
+    quantized = {path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear) and "attn" in path}
+    ours = quantization_config(scheme, export.ignored(skeleton, dict.fromkeys(quantized)))
+    with quiet():
+        apply_quantization_config(skeleton, QuantizationConfig.model_validate(ours))
+        compressor = ModelCompressor.from_pretrained_model(skeleton)
+    (tmp_path / "config.json").write_text("{}")
+    compressor.update_config(tmp_path)
+    theirs = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert {path for path, m in skeleton.named_modules() if hasattr(m, "quantization_scheme")} == quantized
+    assert theirs.pop("version")
+    rest = ("sparsity_config", "transform_config", "moe_sparsity_config")
+    assert not any(theirs.pop(key) for key in rest)
+    assert ours == theirs
+
+
+def test_an_encoder(small_run, minilm, tmp_path):
+    shutil.copytree(minilm, tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", num_hidden_layers=1)
+    artifact = small_run(tmp_path / "model", "W8A8", recipe=RTN, calibration=None)
+    parity = export_artifact(artifact.directory, "compressed-tensors", tmp_path / "checkpoint")
+    assert 0 < parity["reference"] < 2 * parity["activations"]
+
+
+UP = "model.layers.0.mlp.up_proj"
+ONLINE = "`online_hadamard = false` in the pass that rotates"
+REFUSED = {
+    "rotation": ({"online": [{"kind": "hadamard", "size": 64, "stride": 1}]}, ONLINE),
+    "dual rotation": ({"online": [{"kind": "dual"}]}, ONLINE),
+    "noise": ({"online": [{"kind": "shift"}]}, "no pass `noisy_bias`"),
+    "clipping": (
+        {"activations": {"num_bits": 8, "clip_ratio": 0.9}},
+        "`clip_ratio = 1.0` in [activations] and no pass",
+    ),
+    "smoothing": ({"activations": {"num_bits": 8, "runtime_smooth": {}}}, "no pass `runtime_smooth`"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_linear_cannot_do_is_refused(name, artifact_rtn):
+    change, words = REFUSED[name]
+    sound = artifact_rtn.manifest["quantization"]
+    skeleton = build_skeleton(read_config(artifact_rtn.directory))
+    export.check_expressible(sound, Scheme(**sound["scheme"]), skeleton)
+    changed = sound | {"modules": sound["modules"] | {UP: sound["modules"][UP] | change}}
+    with pytest.raises(UsageError, match=re.escape(words)):
+        export.check_expressible(changed, Scheme(**sound["scheme"]), skeleton)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [({"kv_cache": {"num_bits": 4}}, "no table `kv_cache`"), ({"prefix": {"tokens": [1]}}, "no `prefix`")],
+)
+def test_what_a_model_cannot_do_is_refused(recipe, words, small_run, one_layer, tmp_path):
+    artifact = small_run(one_layer, "W4A8", recipe=RTN | recipe)
+    with pytest.raises(UsageError, match=words):
+        export_artifact(artifact.directory, "compressed-tensors", tmp_path / "no")
+
+
+def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
+    """The default of W4A4."""
+    shown = cli(
+        "export", artifact_one_layer.directory, "--format", "compressed-tensors", "--output-dir", tmp_path / "no"
+    )
+    assert shown.code == 2
+    assert "compressed-tensors has no place for clipped activations or a rotation of activations; quantize" in shown.err
+    assert f"no pass `activation_clip` and {ONLINE}" in shown.err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_module_that_is_no_linear(artifact_rtn):
+    settings, skeleton = artifact_rtn.manifest["quantization"], build_skeleton(read_config(artifact_rtn.directory))
+    skeleton.set_submodule("model.layers.0.mlp.up_proj", Conv1D(172, 64))
+    with pytest.raises(UsageError, match=r"up_proj, which is a Conv1D and no nn.Linear; quantize with --ignore model"):
+        export.check_expressible(settings, Scheme(**settings["scheme"]), skeleton)
+
+
+def test_a_checkpoint_that_computes_something_else_is_noticed(artifact_rtn, tmp_path, monkeypatch):
+    monkeypatch.setattr(format, "SIGN_BITS", 0)
+    with pytest.raises(QuantizeError, match=r"transformers differs from the artifact by .* where rounding explains"):
+        export_artifact(artifact_rtn.directory, "compressed-tensors", tmp_path / "no")
+    monkeypatch.setattr(export, "quantization_config", lambda *_: {"quant_method": "no-such-method"})
+    with pytest.raises(QuantizeError, match="transformers cannot load the checkpoint"):
+        export_artifact(artifact_rtn.directory, "compressed-tensors", tmp_path / "no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_package_nothing_is_verified_and_the_manifest_says_so(cli, artifact_rtn, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda _: None)
+    arguments = ["--format", "compressed-tensors", "--output-dir", tmp_path / "checkpoint"]
+    shown = cli("export", artifact_rtn.directory, *arguments)
+    assert (shown.code, shown.out) == (0, f"{tmp_path / 'checkpoint'}: transformers not verified\n")
+    manifest = json.loads((tmp_path / "checkpoint" / "manifest.json").read_text())
+    assert manifest["parity"] == {"transformers": "not verified"}

@@ -1,0 +1,99 @@
+"""Causal language models in ONNX Runtime with keys and values in and out: six families, any batch, any past."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
+
+from quantize.errors import QuantizeError, UsageError
+from quantize.export.onnx.decoder import SHAPES, Decoder
+from quantize.export.onnx.export import export_onnx, interface_of
+from quantize.export.onnx.parity import run_torch
+
+FAMILIES = ["llama", "qwen3", "neox", "opt", "gpt2", "phi3"]
+
+
+def left_padded(interface, batch, length, past):
+    """Samples of all lengths, as a tokenizer pads them for generation: zeros of the mask in front."""
+    feed = interface.feed(batch, length, past, seed=3)
+    mask = feed["attention_mask"]
+    mask[:] = torch.arange(past + length) >= torch.arange(batch)[:, None]
+    feed["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    return feed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_decodes_with_a_cache(family, tmp_path):
+    model = quantized(tiny(family), scheme(4, group_size=16))
+    differences = export_onnx(model, tmp_path)
+    assert differences["activations"] == 0
+    assert max(differences.values()) < 1e-5
+
+    interface = interface_of(model)
+    assert isinstance(interface, Decoder)
+    for shape in [(2, 6, 0), (3, 1, 4), (3, 4, 3), (1, 1, 0)]:
+        feed = left_padded(interface, *shape)
+        attended = feed["attention_mask"].bool().numpy()
+        (found,), (expected,) = run_onnx(tmp_path / "model.onnx", [feed]), run_torch(interface, [feed])
+        tokens = attended[:, -shape[1] :]
+        np.testing.assert_allclose(found[0][tokens], expected[0][tokens], atol=1e-5)
+        for x, y in zip(found[1:], expected[1:], strict=True):  # [batch, heads, tokens, head_dim]
+            np.testing.assert_allclose(x.swapaxes(1, 2)[attended], y.swapaxes(1, 2)[attended], atol=1e-5)
+
+
+def test_the_cache_makes_up_for_the_tokens_before(tmp_path):
+    """What the whole text gives at once, it gives token by token; from weights that lie beside the file."""
+    model = quantized(tiny("llama", layers=2), scheme(4))
+    export_onnx(model, tmp_path, large=0)
+    config = json.loads((tmp_path / "ort_config.json").read_text())
+    assert config["precisions"] == {"4-bit weights, float32 activations": 14, "float32": 1}
+    assert (tmp_path / "model.onnx.data").stat().st_size > 25_000  # 19,616 weights, most of them in nibbles
+    assert str(Path(__file__).parents[1]).encode() not in (tmp_path / "model.onnx").read_bytes()
+    interface, path = interface_of(model), tmp_path / "model.onnx"
+    feed = interface.feed(2, 6, 0, seed=5)
+    feed["attention_mask"][:] = 1
+    feed["position_ids"] = torch.arange(6).expand(2, -1).contiguous()
+    whole, past = run_onnx(path, [feed])[0], {name: feed[name] for name in interface.past}
+    for t in range(6):
+        one = {"input_ids": feed["input_ids"][:, t : t + 1], "attention_mask": feed["attention_mask"][:, : t + 1]}
+        one["position_ids"] = torch.full((2, 1), t)
+        logits, *present = run_onnx(path, [one | past])[0]
+        past = dict(zip(interface.past, map(torch.from_numpy, present), strict=True))
+        np.testing.assert_allclose(logits[:, 0], whole[0][:, t], atol=1e-5)
+
+
+def test_the_shapes_that_are_compared_are_those_of_use():
+    interface = interface_of(tiny("llama"))
+    for (batch, length, past), feed in zip(SHAPES.values(), interface.feeds(1).values(), strict=True):
+        assert feed["input_ids"].shape == (batch, length)
+        assert feed["past_key_values.0.value"].shape == (batch, 2, past, 8)
+    again, other = interface.feeds(1)["prefill"], interface.feeds(2)["prefill"]
+    assert torch.equal(again["input_ids"], interface.feeds(1)["prefill"]["input_ids"])
+    assert not torch.equal(again["input_ids"], other["input_ids"])
+
+
+def test_a_cache_that_is_read_wrongly_is_noticed(tmp_path, monkeypatch):
+    """Traced with keys and values exchanged, the file is not what torch computes."""
+    forward, seen = Decoder.forward, []
+
+    def exchanged(self, feed):
+        seen.append(torch.onnx.is_in_onnx_export())
+        return forward(self, {**feed, self.past[0]: feed[self.past[1]]} if seen[-1] else feed)
+
+    monkeypatch.setattr(Decoder, "forward", exchanged)
+    with pytest.raises(QuantizeError, match=r"ONNX Runtime differs from torch by .* where rounding explains"):
+        export_onnx(quantized(tiny("llama"), scheme(4, SYMMETRIC_8)), tmp_path)
+    assert any(seen)
+
+
+def test_a_state_that_is_no_keys_and_values_is_refused(tmp_path):
+    config = transformers.MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UsageError, match=r"keeps more of earlier tokens than keys and values, .* with quantize.load"):
+        export_onnx(transformers.MambaForCausalLM(config).eval(), tmp_path)
+    assert not list(tmp_path.iterdir())

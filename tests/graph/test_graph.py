@@ -1,0 +1,107 @@
+"""The exported graph, and what the analysis finds in it, edge by edge."""
+
+import torch
+import transformers
+from helpers.soundness import make_case, violations
+from torch import nn
+
+from quantize.transforms import equivalence
+from quantize.eval.bases_table import bases_table
+from quantize.graph.analysis import admissible_bases, find_bases
+from quantize.graph.interpreter import Overrides, run_nodes, start
+from quantize.graph.export import export_program
+from quantize.graph.transform_group import AllowedTransforms
+
+LLAMA = transformers.LlamaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    vocab_size=50, tie_word_embeddings=True, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def by_writer(bases, name):
+    return next(b for b in bases if any(e.parameter.endswith(name) for e in b.writers))
+
+
+def test_the_sites_of_llama():
+    bases = admissible_bases(export_program(transformers.LlamaForCausalLM(LLAMA)))
+    residual = by_writer(bases, "embed_tokens.weight")
+    assert (residual.dim, residual.group, len(residual.gains)) == (32, AllowedTransforms.ORTHOGONAL, 5)
+    assert len(residual.writers) == 1 + 2 * 2
+    assert len(residual.readers) == 2 * 5 + 1
+    values = by_writer(bases, "layers.0.self_attn.v_proj.weight")
+    assert (values.dim, values.heads, values.group) == (16, 2, AllowedTransforms.LINEAR)
+    assert values.readers[0].index.tolist() == [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]  # GQA
+    smooth = by_writer(bases, "layers.1.post_attention_layernorm.weight")
+    assert smooth.group == AllowedTransforms.DIAGONAL
+    assert [e.parameter.split(".")[-2] for e in smooth.readers] == ["gate_proj", "up_proj"]
+    assert by_writer(bases, "layers.0.mlp.up_proj.weight").group == AllowedTransforms.DIAGONAL
+    assert "silu" in " ".join(by_writer(bases, "layers.0.mlp.gate_proj.weight").pins)
+    queries = by_writer(bases, "layers.0.self_attn.q_proj.weight")  # pairs of channels are rotated by positions
+    assert (queries.dim, queries.group) == (2 * 4, AllowedTransforms.DIAGONAL)
+    assert queries.writers[0].index.tolist() == [
+        [*range(0, 4), *range(16, 20)], [*range(4, 8), *range(20, 24)],
+        [*range(8, 12), *range(24, 28)], [*range(12, 16), *range(28, 32)],
+    ]  # fmt: skip
+    keys = queries.readers[0]
+    assert (keys.parameter, keys.axis, keys.dual) == ("model.layers.0.self_attn.k_proj.weight", 0, True)
+    assert keys.index.tolist() == [[*range(0, 4), *range(8, 12)], [*range(4, 8), *range(12, 16)]]
+
+
+def test_fused_projections_fall_apart_into_ranges():
+    """Query, key and value in one matrix: queries go with keys, values with what reads them."""
+
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.qkv, self.out = nn.Embedding(50, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+
+        def forward(self, ids):
+            q, k, v = self.qkv(self.table(ids)).view(*ids.shape, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(mixed.transpose(1, 2).reshape(*ids.shape, 16))
+
+    case = make_case(Fused())
+    bases = find_bases(case.program)
+    assert not violations(case, bases)
+    queries, values = (b for b in bases.all if b.group == AllowedTransforms.LINEAR and b.heads == 2)
+    assert values.writers[0].index.tolist() == [list(range(32, 48))]
+    assert values.readers[0].parameter == "out.weight"
+    assert queries.writers[0].index.tolist() == [list(range(16))]
+    assert [(e.parameter, e.dual, e.index.tolist()) for e in queries.readers] == [
+        ("qkv.weight", True, [list(range(16, 32))]), ("qkv.bias", True, [list(range(16, 32))])
+    ]  # fmt: skip
+
+
+def test_blocks_are_cut_where_the_module_list_is():
+    program = export_program(transformers.LlamaForCausalLM(LLAMA))
+    assert [s.name for s in program.segments] == ["head", "model.layers.0", "model.layers.1", "tail"]
+    assert program.segments[1].parameters[0] == "model.layers.0.input_layernorm.weight"
+    assert program.vocabulary == 50
+
+
+def test_the_program_computes_what_the_model_computes():
+    model = transformers.LlamaForCausalLM(LLAMA).eval()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5]])
+    with torch.no_grad():
+        expected = model(ids).logits.flatten()
+    program = export_program(transformers.LlamaForCausalLM(LLAMA))
+    values = start(program, ids)
+    for segment in program.segments:
+        run_nodes(program, segment.nodes, values, Overrides(weights))
+    assert equivalence.relative(values[program.output.all_input_nodes[0]].flatten(), expected) < 1e-5
+
+
+def test_bases_that_are_alike_in_every_layer_are_one_row():
+    bases = [b.as_dict() for b in admissible_bases(export_program(transformers.LlamaForCausalLM(LLAMA)))]
+    table = bases_table(bases)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert sum(int(row[0]) for row in rows) == len(bases) > len(rows)
+    gain = next(row for row in rows if row[3] == "model.layers.{i}.post_attention_layernorm")
+    assert gain[:3] == ("2", "32", "diagonal")
+    assert gain[4].split("\n") == ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"]
+    assert "sits between it and what writes it" in gain[5]
+    residual = next(row for row in rows if row[3].startswith("model.embed_tokens"))
+    assert "only once `model.layers.{i}.input_layernorm.weight` is folded" in residual[5].split("\n")
+    queries = next(row for row in rows if row[3] == "model.layers.{i}.self_attn.q_proj")
+    assert queries[4] == "↔ model.layers.{i}.self_attn.k_proj"

@@ -1,0 +1,127 @@
+"""Quantized linears with rotations, runtime smooth and FP4 on the GPU kernels, in Triton's interpreter."""
+
+import pytest
+import torch
+from helpers.operands import rng
+
+from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.transforms.online import Hadamard
+from quantize.quantizers import QUANTIZERS
+from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+QUANTIZER_KERNELS = {"fp4": fp4_quantizer, "maxima": smooth_maxima, "tokens": token_quantizer}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Turn the kernels on; gives what their quantizers were called with. A function."""
+    calls = []
+
+    def turn_on():
+        for name, module in QUANTIZER_KERNELS.items():
+
+            def counted(*args, launch=module.launch, name=name):
+                calls.append((name, args))
+                return launch(*args)
+
+            monkeypatch.setattr(module, "launch", counted)
+        monkeypatch.setattr(engine, "runs_on_triton", lambda x: True)
+        return calls
+
+    return turn_on
+
+
+def layer_of(weights, activations, online=(), columns=256):
+    """[24, columns], random."""
+    W = torch.randn(24, columns, generator=rng())
+    packed = QUANTIZERS["rtn"]().quantize(W, weights, None, torch.float32)
+    bias = torch.randn(24, generator=rng(1))
+    return QuantizedLinear(packed, bias, Scheme(weights=weights, activations=activations), online)
+
+
+def tokens(dtype=torch.float32, columns=256):
+    return torch.randn(2, 3, columns, generator=rng(2)).to(dtype)
+
+
+def assert_near(y, expected):
+    """But for codes that fall on ties, as a rotation's sums have another order."""
+    assert y.dtype == expected.dtype
+    assert y.shape == expected.shape
+    assert ((y - expected).norm() / expected.norm()).item() < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", FP4_GROUP_SIZES)
+def test_fp4(name, dtype, kernels):
+    weights = WeightArgs(num_bits=4, format=name, group_size=FP4_GROUP_SIZES[name])
+    layer, x = layer_of(weights, ActivationArgs(num_bits=4, format=name)).to(dtype), tokens(dtype)
+    expected, calls = layer(x), kernels()
+    step = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(layer(x), expected, rtol=step, atol=step * expected.abs().max().item())
+    assert [call[0] for call in calls] == ["fp4"]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_runtime_smooth(bits, symmetric, kernels):
+    smooth = RuntimeSmoothArgs(group_size=64, normalize_tokens=False)
+    weights = WeightArgs(num_bits=bits, symmetric=symmetric)
+    layer = layer_of(weights, ActivationArgs(num_bits=4, symmetric=symmetric, runtime_smooth=smooth))
+    x = tokens()
+    expected, calls = layer(x), kernels()
+    assert torch.equal(layer(x), expected)
+    assert [call[0] for call in calls] == ["maxima", "tokens"]
+
+
+ROTATED = {
+    "W4A8": (WeightArgs(num_bits=4), ActivationArgs(num_bits=8), 1),
+    "W8A8, smooth": (WeightArgs(num_bits=8), ActivationArgs(num_bits=8, runtime_smooth=RuntimeSmoothArgs()), 2),
+    "MXFP4": (WeightArgs(num_bits=4, format="mxfp4", group_size=32), ActivationArgs(num_bits=4, format="mxfp4"), 1),
+}
+
+
+@pytest.mark.parametrize("scheme", ROTATED)
+@pytest.mark.parametrize("size", [32, 256])
+def test_a_small_hadamard_transform_runs_inside(scheme, size, kernels):
+    weights, activations, launches = ROTATED[scheme]
+    online = [Hadamard(2, 128), Hadamard(size)]
+    layer, x = layer_of(weights, activations, online), tokens()
+    expected, calls = layer(x), kernels()
+    layer.online[1].forward = None  # is not called
+    assert_near(layer(x), expected)
+    assert len(calls) == launches
+
+
+@pytest.mark.parametrize("online", [Hadamard(8), Hadamard(32, 8), Hadamard(192)])
+def test_other_transforms_run_in_front(online, kernels):
+    layer, x = layer_of(WeightArgs(num_bits=4), ActivationArgs(num_bits=8), [online], 768), tokens(columns=768)
+    expected, calls = layer(x), kernels()
+    assert torch.equal(layer(x), expected)
+    assert calls[0][1][-1].hadamard == 0
+
+
+def test_smooth_groups_that_no_kernel_knows(kernels):
+    activations = ActivationArgs(num_bits=4, runtime_smooth=RuntimeSmoothArgs(group_size=48))
+    layer, x = layer_of(WeightArgs(num_bits=4), activations), tokens()
+    expected, calls = layer(x), kernels()
+    assert torch.equal(layer(x), expected)
+    assert not calls
+
+
+def test_rows_of_a_prefix_are_not_quantized(kernels):
+    layer, x = layer_of(WeightArgs(num_bits=4), ActivationArgs(num_bits=8), [Hadamard(2, 128)]), tokens()
+    layer.leading.tokens, layer.leading.shape = (5,), (2, 3)
+    expected, calls = layer(x), kernels()
+    assert torch.equal(layer(x), expected)
+    assert calls[0][1][0].shape == (4, 256)
+
+
+@pytest.mark.parametrize("scheme", ROTATED)
+def test_compiles_without_a_break(scheme, kernels):
+    layer, x = layer_of(*ROTATED[scheme][:2], [Hadamard(32)]), tokens()
+    kernels()
+    expected = layer(x)
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)

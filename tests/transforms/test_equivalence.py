@@ -1,0 +1,74 @@
+"""A pass that changes the function is stopped, and the message says which, where and by how much."""
+
+import pytest
+import torch
+
+import quantize
+from quantize.transforms import equivalence
+from quantize.errors import QuantizeError
+from quantize.transforms.fold import Diagonal, Rotation
+from quantize.passes import PASSES
+
+
+class WrongDiagonal(Diagonal):
+    """A reader that divides by the square root only: half a fold."""
+
+    def apply_inverse_transpose(self, columns):
+        return columns / self.d.to(columns).sqrt()
+
+
+class WrongRotation(Rotation):
+    """Readers that forget the signs."""
+
+    def apply_inverse_transpose(self, columns):
+        return Rotation(torch.ones_like(self.signs), self.size).apply(columns)
+
+
+def run(model, calibration, output, passes):
+    return quantize.quantize_model(
+        model, scheme="W4A8", output_dir=output, calibration=calibration, group_size=0, nsamples=2, seqlen=32,
+        recipe={"passes": passes, "quantizer": {"name": "rtn"}},
+    )  # fmt: skip
+
+
+def test_a_wrong_fold_is_stopped(stories, stories_calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize.passes.smoothquant.Diagonal", WrongDiagonal)
+    with pytest.raises(QuantizeError) as caught:
+        run(stories, stories_calibration, tmp_path / "out", [{"name": "smoothquant"}])
+    message = str(caught.value)
+    assert "`smoothquant` changes the function of model.layers.0" in message
+    assert "at basis " in message
+    assert "layernorm.weight → " in message
+    assert "(allowed 1e-05)" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_rotation_names_the_basis_at_fault(stories, stories_calibration, tmp_path, monkeypatch):
+    monkeypatch.setattr("quantize.passes.rotate.Rotation", WrongRotation)
+    passes = [{"name": "fold_norms"}, {"name": "rotate", "heads": False}]
+    with pytest.raises(QuantizeError, match=r"`rotate`.*basis 0 \(model\.embed_tokens\.weight → "):
+        run(stories, stories_calibration, tmp_path / "out", passes)
+
+
+def test_an_illegal_site_is_stopped(stories, stories_calibration, tmp_path, monkeypatch):
+    """The gate does not trust the analysis either: rotating a gated basis is caught."""
+    monkeypatch.setattr(
+        PASSES["rotate"], "sites", lambda _, bases: tuple(b for b in bases if b.dim == 172 and b.readers)
+    )
+    passes = [{"name": "rotate", "online_hadamard": False}]
+    with pytest.raises(
+        QuantizeError, match=r"`rotate` changes the function of model\.layers\.0: at basis \d+ \(.*up_proj"
+    ):
+        run(stories, stories_calibration, tmp_path / "out", passes)
+
+
+def test_a_non_finite_difference_is_infinite():
+    assert equivalence.relative(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+    assert equivalence.relative(torch.tensor([1.5]), torch.tensor([1.0])) == 0.5
+
+
+def test_the_manifest_carries_the_differences_of_every_block(artifact_w4a4):
+    passes = artifact_w4a4.manifest["gate"]["passes"]
+    assert set(passes) == {"rescale", "fold_norms", "learned_rotation"}
+    assert len(passes["learned_rotation"]) == 7
+    assert all(0 <= difference < 1e-5 for blocks in passes.values() for difference in blocks.values())
