@@ -52,6 +52,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	PYTHONPATH=. $(VENV)/bin/lint-imports
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # Reformat

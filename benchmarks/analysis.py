@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from quantize.checkpoint.meta_model import build_skeleton
 from quantize.graph.analysis import admissible_bases
 from quantize.graph.export import export_program
-from quantize.checkpoint.meta_model import build_skeleton
 
 T = TypeVar("T")
 EIGHT_BILLION = {

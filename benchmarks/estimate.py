@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
-from quantize.pipeline.estimate.report import preflight
-from quantize.pipeline.estimate.duration import count
 from benchmarks.scale.model import write_model, write_tokens
+from quantize.pipeline.estimate.duration import count
 from quantize.pipeline.estimate.machine import measure, peak_memory, processor
-from quantize.pipeline.resume.work_dir import ResumableWriter
-from quantize.pipeline.quantize import run_pipeline
+from quantize.pipeline.estimate.report import preflight
 from quantize.pipeline.prepare import identity_of, prepare
+from quantize.pipeline.quantize import run_pipeline
+from quantize.pipeline.resume.work_dir import ResumableWriter
 from quantize.recipe.recipe import load_recipe
 
 TOKENS = "tokens.jsonl"

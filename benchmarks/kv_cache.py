@@ -10,14 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from quantize.nn.attention import set_kv_cache
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
-from quantize.eval.planted_outliers import plant, plant_keys
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
+from quantize.eval.planted_outliers import plant, plant_keys
+from quantize.nn.attention import set_kv_cache
 from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.scheme import KVCacheArgs
-from quantize.checkpoint.tokenizer import load_tokenize
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 BOOKS, STORIES = TESTS / "models" / "books-llama-6m", TESTS / "models" / "stories260K"

@@ -17,11 +17,11 @@ from rich.table import Table
 
 from quantize.calibration.data import BUNDLED, read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.divergence import LanguageJudge
 from quantize.eval.planted_outlier_kinds import inputs_of
 from quantize.graph.export import export_program
 from quantize.pipeline.quantize import quantize_model
-from quantize.checkpoint.tokenizer import load_tokenize
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MODEL, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,12 +11,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import parse_json
+from quantize.errors import QuantizeError, UsageError
 
 T = TypeVar("T")
 Row = Mapping[str, Tensor]
-Tokenize = Callable[[str], list[int]]
 BUNDLED = Path(__file__).with_name("books.txt")  # public-domain prose
 BATCH_TOKENS = 2048  # that run together
 

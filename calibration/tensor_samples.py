@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantize.calibration.data import BUNDLED, Samples, Tokenize, check_ids, read_samples, spread
-from quantize.errors import QuantizeError, UsageError
+from quantize.calibration.data import BUNDLED, Samples, check_ids, read_samples, spread
+from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import read_all
+from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -13,11 +13,11 @@ from quantize.calibration.massive import Activation, HiddenStateStats, hidden_st
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensor_samples import read_calibration
 from quantize.checkpoint.checkpoint import Checkpoint, check_weights
-from quantize.errors import UsageError
-from quantize.graph.interpreter import Overrides
-from quantize.graph.inputs import example_inputs
-from quantize.graph.program import Program
 from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.errors import UsageError
+from quantize.graph.inputs import example_inputs
+from quantize.graph.interpreter import Overrides
+from quantize.graph.program import Program
 
 SEQUENCES, TOKENS = 10, 512  # as in arXiv 2402.17762, section 2; fewer tokens where the model has fewer positions
 MOST = 4  # flagged in a line

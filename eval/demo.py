@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
-from quantize.eval.planted_outliers import plant
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
+from quantize.eval.planted_outliers import plant
 from quantize.eval.report import stored_bytes
 from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.scheme import FP4_GROUP_SIZES, SCHEME_NAMES
-from quantize.checkpoint.tokenizer import load_tokenize
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MODEL, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"

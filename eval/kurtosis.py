@@ -9,9 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from quantize.formats.fake_quantize import smoothed
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.transforms.kurtosis import kurtosis
-from quantize.formats.fake_quantize import smoothed
 
 
 @torch.no_grad()

@@ -8,21 +8,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from quantize.artifact.float_model import save_float_model
+from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensor_samples import read_calibration
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import UsageError
-from quantize.artifact.float_model import save_float_model
-from quantize.transforms.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
-from quantize.graph.interpreter import Overrides
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.inputs import example_inputs
+from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program
-from quantize.checkpoint.tokenizer import load_tokenize
-from quantize.artifact.writer import ArtifactWriter
+from quantize.graph.transform_group import AllowedTransforms
+from quantize.transforms.fold import Diagonal, fold
 
 Kind = Literal["channel", "token_sparse", "two_spike"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from quantize.artifact.float_model import save_float_model
+from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.artifact.float_model import save_float_model
-from quantize.transforms.fold import Diagonal, fold
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.export import export_program
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.artifact.writer import ArtifactWriter
+from quantize.transforms.fold import Diagonal, fold
 
 
 def plant(model: Path, output: Path, factor: float = 30.0, channels: int = 2, seed: int = 0) -> None:

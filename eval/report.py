@@ -11,15 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantize.artifact.load import load, read_manifest
+from quantize.artifact.writer import PROBE
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
-from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
-from quantize.artifact.writer import PROBE
 
 BATCH_TOKENS = 4096
 ROWS = 16  # of a text, on which kurtosis is measured

@@ -55,25 +55,29 @@ def quantize(
     **settings: Any,
 ) -> None:
     """Quantize MODEL, a directory or hub id, into a new directory."""
-    from quantize.pipeline import quantize
     from quantize.pipeline.distributed import is_rank_zero
+    from quantize.pipeline.quantize import collect_stats as collect
+    from quantize.pipeline.quantize import quantize_model
     from quantize.recipe.recipe import load_recipe
 
     if dry_run:
-        from quantize.pipeline.estimate.report import dry_run as told
-        from quantize.pipeline.prepare import prepare
+        from quantize.export.targets import exports
+        from quantize.pipeline.estimate.report import estimates, preflight
+        from quantize.pipeline.prepare import describe_run, prepare
 
         prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
-        return click.echo(told(prepared))
+        found = preflight(prepared)
+        lines = [*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)]
+        return click.echo("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)
-        found = quantize.collect_stats(
+        statistics = collect(
             model, output=collect_stats, recipe=chosen, calibration=calibration, console=Console(stderr=True)
         )
-        return click.echo(f"{collect_stats}: statistics of {found.record()['tokens']} tokens")
+        return click.echo(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
     if output_dir is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
-    artifact = quantize.quantize_model(
+    artifact = quantize_model(
         model,
         output_dir=output_dir,
         scheme=scheme,
@@ -150,9 +154,9 @@ def evaluate(
 @click.option("--output", type=PATH, required=True, help="New file.")
 def merge_stats(files: tuple[Path, ...], output: Path) -> None:
     """Merge statistics that --collect-stats wrote for parts of the calibration data, perhaps on several machines."""
-    from quantize.pipeline import statistics_files
+    from quantize.pipeline.statistics_files import merge_stats
 
-    merged = statistics_files.merge_stats(files, output)
+    merged = merge_stats(files, output)
     click.echo(f"{output}: statistics of {merged.record()['tokens']} tokens in {len(merged.data)} parts")
 
 

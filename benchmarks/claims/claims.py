@@ -11,8 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import format_claims
-from benchmarks.claims import handler_claims
+from benchmarks.claims import format_claims, handler_claims
 
 CLAIMS = (*handler_claims.CLAIMS, *format_claims.CLAIMS)
 

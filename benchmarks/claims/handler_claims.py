@@ -10,15 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.calibration.statistics import Gram
 from benchmarks.claims.claim import Claim, Measure
+from quantize.calibration.statistics import Gram
 from quantize.kernels.halo import input_gradient
-from quantize.transforms.online import Hadamard, InputTransform, Shift
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import fake_quantize_weight
+from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, WeightArgs
 from quantize.transforms.dual_rotation import dual_rotation
 from quantize.transforms.kurtosis import kurtosis
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, WeightArgs
+from quantize.transforms.online import Hadamard, InputTransform, Shift
 
 TOKENS, K, N = 256, 1024, 256
 W4, A4 = WeightArgs(num_bits=4), ActivationArgs(num_bits=4)

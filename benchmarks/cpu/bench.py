@@ -16,13 +16,13 @@ from typing import Any
 import click
 import onnxruntime
 
-from benchmarks.cpu.engines import VOCABULARY, Contender, contenders, make_float_model, run_command
 from benchmarks.cpu.encoder import FLOAT, SCHEMES, make_encoders, spearman, write_batches
+from benchmarks.cpu.engines import VOCABULARY, Contender, contenders, make_float_model, run_command
 from benchmarks.cpu.report import report
 from quantize.eval.similarity import read_pairs
 from quantize.pipeline.estimate.machine import processor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HERE = (sys.executable, "-m", "benchmarks.cpu.run")
 TIMED = 4  # one in so many pairs of sentences
 Found = dict[str, Any]
@@ -124,7 +124,7 @@ def minilm() -> Path:
     "--texts", type=click.Path(path_type=Path), multiple=True, help="Scored pairs; by default those of the tests."
 )
 @click.option("--scratch", type=click.Path(path_type=Path), help="Where models are written: 12 GB.")
-@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results", show_default=True)
 def main(
     layers: int, prompt: int, decode: int, repeats: int, rounds: int, peer: str | None, encoder: Path | None,
     texts: tuple[Path, ...], scratch: Path | None, output: Path,

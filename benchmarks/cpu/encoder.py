@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.eval.similarity import BATCH, Pairs, correlation
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.export import export_onnx
 from quantize.export.onnx.runtime.session import session_of
 from quantize.pipeline.quantize import quantize_model
-from quantize.checkpoint.tokenizer import load_tokenizer
 
 SCHEMES = ("W8A8", "W4A8")
 FLOAT = "float32"

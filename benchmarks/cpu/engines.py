@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint.checkpoint import open_checkpoint
 from benchmarks.scale.model import write_model, write_tokens
+from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.export import export_onnx
 from quantize.pipeline.quantize import quantize_model
 
 SIZE, VOCABULARY = "1.1B untied", 32000
 OURS, FLOAT, TORCH, GENAI, LLAMA = "ours", "ONNX Runtime float32", "torch bfloat16", "onnxruntime-genai", "llama.cpp"
-PEER = Path(__file__).with_name("cpu_peer.py")
+PEER = Path(__file__).with_name("peer.py")
 # The head is quantized too, as llama.cpp and the builder do; rounding by GPTQ would give the same speed.
 RECIPE: dict[str, Any] = {
     "passes": [], "quantizer": {"name": "rtn"}, "ignore": [], "weights": {"symmetric": True, "group_size": 128},

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cpu.peer import Step, timed
 from benchmarks.cpu.node_times import linears
+from benchmarks.cpu.peer import Step, timed
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.session import session_of
-from quantize.pipeline.estimate.machine import best
 from quantize.nn.prefix_hooks import CACHES
+from quantize.pipeline.estimate.machine import best
 
 REPEATS = 20
 LARGE_BUFFER = 1 << 30  # bytes: more than a last-level cache holds

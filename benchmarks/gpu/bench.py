@@ -1,4 +1,6 @@
-"""`make bench-gpu`: ceilings, then every contender on every shape, into `benchmarks/results/gpu-NAME.json` and the README.
+"""`make bench-gpu`: ceilings, then every contender on every shape.
+
+The results are `benchmarks/results/gpu-NAME.json` and a table in the README.
 
 Operands are random, rotate beyond the L2 cache and run from CUDA graphs; each result is compared with an exact product
 before it is timed, in memory that was filled with NaN.
@@ -15,14 +17,14 @@ from typing import Any
 
 import torch
 
-from quantize.errors import UsageError
 from benchmarks.gpu.engines import Case, Contender, contenders
 from benchmarks.gpu.machine import cache_bytes, ceilings, clocks, describe, poisoned, require_gpu
+from benchmarks.gpu.roofline import Roof, specified
 from benchmarks.gpu.rows import Row, row_of, table, with_speedups
 from benchmarks.gpu.timing import Timer, copies, time_graph, time_twice
-from benchmarks.gpu.roofline import Roof, specified
+from quantize.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
 TOKENS = (1, 16, 64, 256, 1024, 4096)
 MARKS = "<!-- gpu -->", "<!-- /gpu -->"  # around the table in the README
@@ -100,14 +102,14 @@ def distance(case: Case) -> float:
 def write(root: Path, result: Mapping[str, Any]) -> None:
     """`benchmarks/results/gpu-NAME.json`, and the table of all such files in the README."""
     name = "-".join(str(result["gpu"]).lower().split())
-    (root / "benchmarks" / f"gpu-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (root / "benchmarks" / "results" / f"gpu-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     readme = root / "README.md"
     readme.write_text(with_table(readme.read_text(), measured(root)))
 
 
 def measured(root: Path) -> list[dict[str, Any]]:
     """What was measured so far, one result a GPU."""
-    return [json.loads(path.read_text()) for path in sorted((root / "benchmarks").glob("gpu-*.json"))]
+    return [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "results").glob("gpu-*.json"))]
 
 
 def with_table(readme: str, results: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import triton
 
-from quantize.errors import UsageError
-from benchmarks.gpu.timing import Timer, time_twice
 from benchmarks.gpu.roofline import Roof, specified
+from benchmarks.gpu.timing import Timer, time_twice
+from quantize.errors import UsageError
 
 SQUARE = 8192
 COPIED = 1 << 31  # bytes, read once and written once

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.gpu.timing import Timing
 from benchmarks.gpu.roofline import Product, Roof
+from benchmarks.gpu.timing import Timing
 
 Row = Mapping[str, Any]
 NOT_YET = "Not yet measured: no GPU was at hand. `make bench-gpu` measures, and writes this table."

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from quantize.errors import UsageError
 from benchmarks.gpu.bench import SHAPES, TOKENS, distance
 from benchmarks.gpu.engines import Ours
 from benchmarks.gpu.machine import cache_bytes, require_gpu
 from benchmarks.gpu.timing import Timer, copies, quantile, time_graph
 from benchmarks.kernel_budgets.occupancy import MULTIPROCESSORS
+from quantize.errors import UsageError
 from quantize.kernels.config import TABLE, Config, architecture, fitted, read_table
 
 SCHEMES = {

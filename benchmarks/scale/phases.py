@@ -17,8 +17,7 @@ from quantize.graph import interpreter
 from quantize.graph.interpreter import Values
 from quantize.graph.shapes import multiply_adds
 from quantize.pipeline.estimate.machine import best
-from quantize.quantizers import column_rounding
-from quantize.quantizers import gptq, rtn
+from quantize.quantizers import column_rounding, gptq, rtn
 
 PEAK = 2048  # order of the matrices whose product is the yardstick
 Flops = Callable[..., float]

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from quantize.pipeline.estimate.report import preflight
-from quantize.pipeline.estimate.duration import count
 from benchmarks.scale.phases import product_rate, watch
+from quantize.pipeline.estimate.duration import count
 from quantize.pipeline.estimate.machine import measure, peak_memory
-from quantize.pipeline.quantize import quantize_model
+from quantize.pipeline.estimate.report import preflight
 from quantize.pipeline.prepare import prepare
+from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.recipe import load_recipe
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from quantize.checkpoint.checkpoint import Checkpoint, side_files
 from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.checkpoint.checkpoint import Checkpoint, side_files
 
 
 def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:

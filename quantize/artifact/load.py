@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.nn.attention import set_kv_cache
-from quantize.checkpoint.size_limits import limit_parameters
+from quantize.artifact.manifest import Manifest
+from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
-from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
+from quantize.checkpoint.size_limits import limit_parameters
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.untrusted_files import check_files, read_json
+from quantize.errors import QuantizeError, UsageError
 from quantize.formats.qtensor import QTensor
+from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import read_kv_cache
+from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.artifact.manifest import Manifest
-from quantize.transforms.online import Online, restore
-from quantize.nn.prefix_hooks import attach
 from quantize.recipe.recipe import validated
 from quantize.recipe.scheme import ActivationArgs, Scheme
-from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.artifact.writer import PROBE, sha256
+from quantize.transforms.online import Online, restore
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

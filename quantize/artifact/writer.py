@@ -20,8 +20,8 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantize.errors import QuantizeError, UsageError
 from quantize.checkpoint.untrusted_files import INDEX
+from quantize.errors import QuantizeError, UsageError
 
 PROBE = "probe.safetensors"  # inputs and outputs, no part of the model
 

@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quantize.checkpoint.size_limits import limit_parameters
-from quantize.errors import QuantizeError, UsageError, reason
-from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
 from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import CHUNK, index_tensors, is_finite, read_float, read_tensor
+from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
+from quantize.errors import QuantizeError, UsageError, reason
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_COPIED = {"config.json", "manifest.json"}

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantize.errors import QuantizeError
 from quantize.checkpoint.untrusted_files import UNREADABLE, tensor_names, weight_files
+from quantize.errors import QuantizeError
 
 CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
 

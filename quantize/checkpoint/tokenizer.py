@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from quantize.calibration.data import Tokenize
 from quantize.errors import QuantizeError, reason
 
+Tokenize = Callable[[str], list[int]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
 
 

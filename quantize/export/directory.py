@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from quantize.artifact.load import check_hashes
+from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.checkpoint.checkpoint import side_files
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.export import export_compressed_tensors
 from quantize.export.onnx.onnx_directory import export_onnx_directory
-from quantize.artifact.writer import ArtifactWriter, sha256
 
 
 def export_artifact(

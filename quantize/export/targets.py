@@ -31,3 +31,11 @@ def onnx_obstacles(found: ArtifactEstimate) -> Iterator[str]:
         except UsageError as error:
             reasons.add(str(error))
     yield from sorted(reasons)
+
+
+def exports(found: ArtifactEstimate) -> Iterator[str]:
+    """Whether the graph could be exported, and where the artifact could go."""
+    if not found.program.export_error:
+        yield "the model can be exported as a graph"
+    for name, why in formats(found).items():
+        yield f"export to {name}: {f'no, {why}' if why else 'yes'}"

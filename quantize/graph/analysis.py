@@ -13,10 +13,10 @@ from torch import fx
 
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, id_pairs, shape_of
 from quantize.graph.program import Program
 from quantize.graph.rules import visit
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import disjoint
 
 

@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from quantize.graph.basis import Bases, Basis, Edge, Placement
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, ChannelUse
+from quantize.graph.transform_group import AllowedTransforms
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from quantize.kernels.ops import (
     smooth_linear,
     smooth_prepack,
 )
-from quantize.transforms.online import Hadamard, Online
 from quantize.recipe.scheme import ActivationArgs
+from quantize.transforms.online import Hadamard, Online
 
 Operands = PackedWeight | list[Tensor | None]
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from quantize.transforms import equivalence
+from quantize.formats.fake_quantize import on_grid
 from quantize.graph.basis import Bases
 from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 from quantize.kernels.hadamard import hadamard_transform
-from quantize.formats.fake_quantize import on_grid
 from quantize.recipe.scheme import KVCacheArgs
+from quantize.transforms import equivalence
 
 ATTENTION = "scaled_dot_product_attention"
 Heads = tuple[Tensor, Tensor, Tensor]

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.precision import product_dtype
+from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
-from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.transforms.online import Online
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
-from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
+from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.recipe.scheme import ActivationArgs, Scheme
+from quantize.transforms.online import Online
 
 
 class QuantizedLinear(nn.Module):

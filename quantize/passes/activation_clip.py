@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.transforms.online import InputTransform
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
+from quantize.transforms.online import InputTransform
 
 RATIOS = tuple(1 - i / 20 for i in range(13))
 

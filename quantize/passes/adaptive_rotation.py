@@ -7,12 +7,12 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
-from quantize.transforms.fold import Rotation, Transform
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.transforms.online import Dual, InputTransform
 from quantize.passes.base import PASSES, BasisContext, LinearContext
 from quantize.passes.rotate import Rotate
 from quantize.transforms.adaptive_rotation import adaptive_rotation
+from quantize.transforms.fold import Rotation, Transform
+from quantize.transforms.online import Dual, InputTransform
 
 
 @PASSES.register("adaptive_rotation")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from quantize.transforms.fold import Diagonal, Transform
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
+from quantize.transforms.fold import Diagonal, Transform
 
 EXPONENTS = tuple(i / 10 for i in range(11))
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Statistic
-from quantize.transforms.fold import Diagonal, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.transforms.online import InputTransform
 from quantize.recipe.registry import Registry
 from quantize.recipe.scheme import Data, Scheme
+from quantize.transforms.fold import Diagonal, Transform
+from quantize.transforms.online import InputTransform
 
 PASSES = Registry("pass")
 

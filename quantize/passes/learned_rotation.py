@@ -7,11 +7,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
-from quantize.transforms.fold import Transform
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.rotate import Rotate
 from quantize.transforms.block_rotation import BlockRotation
+from quantize.transforms.fold import Transform
 from quantize.transforms.learned_rotation import Objective, learn_rotation
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
-from quantize.transforms.online import InputTransform, Shift
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
+from quantize.transforms.online import InputTransform, Shift
 
 AFTER_BIAS = "the bias was searched for inputs that are not rotated"
 

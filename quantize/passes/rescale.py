@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize.transforms.fold import Diagonal, Transform
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, live
+from quantize.transforms.fold import Diagonal, Transform
 
 
 @PASSES.register("rescale")

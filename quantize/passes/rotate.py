@@ -10,13 +10,12 @@ import torch
 from pydantic import Field
 
 from quantize.errors import UsageError
-from quantize.transforms.fold import CentredRotation, Rotation, Transform
 from quantize.graph.basis import Basis
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.transforms.online import hadamard
-from quantize.transforms.online import InputTransform
 from quantize.passes.base import PASSES, BasisContext, LinearContext, Pass
 from quantize.recipe.scheme import Scheme
+from quantize.transforms.fold import CentredRotation, Rotation, Transform
+from quantize.transforms.online import InputTransform, hadamard
 
 FORMAT_BLOCKS = {"mxfp4": 32}  # a group of its own scale (MR-GPTQ, arXiv 2509.23202, section 4)
 AFTER_SEARCH = {

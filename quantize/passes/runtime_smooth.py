@@ -10,9 +10,9 @@ from pydantic import Field
 
 from quantize.errors import UsageError
 from quantize.graph.basis import Basis
-from quantize.transforms.online import InputTransform
 from quantize.passes.base import PASSES, LinearContext, Pass
 from quantize.recipe.scheme import RuntimeSmoothArgs, Scheme
+from quantize.transforms.online import InputTransform
 
 
 @PASSES.register("runtime_smooth")

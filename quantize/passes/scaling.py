@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
+from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.basis import Basis
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import BasisContext, Pass
 from quantize.quantizers.base import fake_quantize_weight
-from quantize.formats.fake_quantize import fake_quantize
 
 AFTER_ROTATION = "the rotation has spread the outliers over all channels, and scales found there bring them back"
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from quantize.transforms.fold import Diagonal, Transform
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.scaling import Scaling, best_scale, live, reach
+from quantize.transforms.fold import Diagonal, Transform
 
 GRID = tuple(i / 20 for i in range(21))
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quantize.calibration.statistics import Statistic
 from quantize.calibration.gram_sums import add_product, add_products, row_panels
+from quantize.calibration.statistics import Statistic
 from quantize.errors import QuantizeError
 from quantize.pipeline.serialization import from_bytes, to_bytes
 

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from quantize.transforms import equivalence
-from quantize.pipeline.sequential import SequentialPipeline
+from quantize.artifact.quantization_config import quantization_settings
+from quantize.artifact.verify import at_last_token, written_output
+from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import side_files
+from quantize.checkpoint.meta_model import build_skeleton
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import versions
+from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
-from quantize.artifact.quantization_config import quantization_settings
-from quantize.checkpoint.meta_model import build_skeleton
-from quantize.artifact.verify import artifact_parity, at_last_token, written_output
-from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.transforms import equivalence
 
 
 def finish(

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantize.artifact.writer import sha256
 from quantize.calibration.data import Samples
 from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint.checkpoint import Checkpoint, side_files
 from quantize.recipe.recipe import Recipe
-from quantize.artifact.writer import sha256
 
 Fingerprint = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 SOURCES = {".py", ".toml"}
 
 

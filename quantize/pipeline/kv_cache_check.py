@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quantize.nn.attention import FLOAT
 from quantize.errors import UsageError
 from quantize.graph.export import forward_switches, quiet
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
+from quantize.nn.attention import FLOAT
 from quantize.nn.kv_cache import attention_nodes
 
 LEAVE_OUT = "leave the table kv_cache out of the recipe"

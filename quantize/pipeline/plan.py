@@ -12,8 +12,8 @@ from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
-from quantize.passes.ordering import check_order
 from quantize.passes import PASSES, Pass
+from quantize.passes.ordering import check_order
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
 

@@ -10,19 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.calibration.data import Samples
 from quantize.calibration.tensor_samples import read_calibration
 from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import UsageError
+from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
-from quantize.graph.fallback.program import make_program
 from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
 from quantize.pipeline.steps.prefix_search import check_prefix
 from quantize.recipe.recipe import Recipe
-from quantize.checkpoint.tokenizer import load_tokenize
 
 
 @dataclass(frozen=True)

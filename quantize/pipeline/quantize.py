@@ -12,20 +12,20 @@ from rich.console import Console
 from torch import nn
 
 from quantize.artifact.load import load, read_manifest
-from quantize.pipeline.sequential import SequentialPipeline
+from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
-from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
-from quantize.pipeline.resume.journal import Journal
-from quantize.pipeline.resume.work_dir import Onlooker, ResumableWriter
-from quantize.pipeline.steps.prefix_search import resolve_prefix
 from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
 from quantize.pipeline.progress import track
-from quantize.pipeline.distributed import SingleProcess, init_distributed
+from quantize.pipeline.resume.journal import Journal
+from quantize.pipeline.resume.work_dir import Onlooker, ResumableWriter
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
+from quantize.pipeline.steps.prefix_search import resolve_prefix
 from quantize.recipe.recipe import Recipe, load_recipe
-from quantize.artifact.writer import ArtifactWriter, sha256
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,31 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from quantize.artifact.quantization_config import linear_settings
 from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.precision import bfloat16_products, calibrates_in_bfloat16
+from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.tied_weights import TiedWeights
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
-from quantize.pipeline.steps.round import WeightRounder
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.pipeline.memory import trim_heap
-from quantize.pipeline.memoize import Once, always
-from quantize.transforms.online import InputTransform
-from quantize.pipeline.plan import Plan
-from quantize.calibration.probes import verification_inputs
 from quantize.pipeline.distributed import SingleProcess
-from quantize.recipe.scheme import Scheme, TuneArgs
+from quantize.pipeline.memoize import Once, always
+from quantize.pipeline.memory import trim_heap
+from quantize.pipeline.plan import Plan
 from quantize.pipeline.rng import derived_generator
-from quantize.artifact.quantization_config import linear_settings
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
-from quantize.checkpoint.tied_weights import TiedWeights
+from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys, float_state
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
+from quantize.recipe.scheme import Scheme, TuneArgs
+from quantize.transforms.online import InputTransform
 
 TUNE_TOKENS = 1024  # in a step of tuning
 

@@ -14,9 +14,9 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from quantize.calibration.statistics import Absmax, Gram, Rows
-from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.dual_rotation import DualRotation
+from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 
 SERIALIZABLE = (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
 ALIGNMENT = 64  # bytes; where a tensor starts within them may decide in which order a product is summed

@@ -13,19 +13,19 @@ from typing import Any
 
 from rich.console import Console
 
+from quantize.artifact.writer import translate_disk_errors
 from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import UsageError
 from quantize.graph.program import Program
-from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.plan import Plan, Step
 from quantize.pipeline.serialization import load_state, save_state
 from quantize.pipeline.steps.global_statistics import one_run
 from quantize.pipeline.steps.transform import PassRunner
-from quantize.artifact.writer import translate_disk_errors
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantize.transforms.fold import Rotation, Transform
 from quantize.kernels.ops import quantize_per_token
 from quantize.transforms.dual_rotation import DualRotation, dual_rotation
+from quantize.transforms.fold import Rotation, Transform
 
 HELD_BACK = 0.25  # part of the rows that the comparison sees and the search does not
 STANDARD_ERRORS = 2  # how clearly the dual rotation must win; else the one that is fast online

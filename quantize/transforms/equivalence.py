@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError
-from quantize.transforms.fold import Transform
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.interpreter import Overrides, Values, run_nodes
 from quantize.graph.program import Program, Segment
+from quantize.transforms.fold import Transform
 
 TOLERANCE = 1e-5  # of the largest output, in float32: rounding makes about 1e-6
 Sites = Mapping[Basis, Transform]

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantize.transforms.fold import CentredRotation, Rotation
 from quantize.transforms.block_rotation import reflect
+from quantize.transforms.fold import CentredRotation, Rotation
 from quantize.transforms.kurtosis import UNIFORM, kurtosis
 
 Objective = Literal["whip", "kurtosis"]

@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from quantize import load
+from quantize.artifact.verify import verify_artifact
+from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.artifact.verify import verify_artifact
-from quantize.artifact.writer import ArtifactWriter
 
 PROMPT = torch.tensor([[1, 403, 407, 261]])
 

@@ -13,10 +13,10 @@ from helpers.mutations import grafted, taken
 from safetensors.torch import load_file, save_file
 
 from quantize.artifact.load import load
-from quantize.errors import QuantizeError, UsageError
-from quantize.export.directory import export_artifact
 from quantize.artifact.verify import verify_artifact
 from quantize.artifact.writer import sha256
+from quantize.errors import QuantizeError, UsageError
+from quantize.export.directory import export_artifact
 
 
 @pytest.fixture

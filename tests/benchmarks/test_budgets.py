@@ -5,13 +5,13 @@ import re
 from dataclasses import asdict, fields, replace
 
 import pytest
-from helpers.budgeting import RECORDED
 from click.testing import CliRunner
+from helpers.budgeting import RECORDED
 
-from benchmarks.kernel_budgets.entries import Entry
-from benchmarks.kernel_budgets.reasons import REASONS
 from benchmarks.kernel_budgets.budgets import BUDGETS, budget_of, compare, dump, entries, main, misses, regressions
+from benchmarks.kernel_budgets.entries import Entry
 from benchmarks.kernel_budgets.machine_code import Figures
+from benchmarks.kernel_budgets.reasons import REASONS
 
 GOOD = Figures("IMMA.16832.S8.S8", 128, 0, 65536, 2, 64, 160, 3.0, 0, 6, 0, 0)
 ENTRY = Entry("w4a8", "sm_80", lambda: None, 128 * 128, re.compile(r"IMMA\.16832\.S8\.S8"), 3.2)

@@ -11,12 +11,11 @@ import pytest
 from helpers.exporting import SYMMETRIC_8, quantized, scheme, tiny
 from transformers import AutoModel, AutoTokenizer
 
-from benchmarks.cpu import bench
-from benchmarks.cpu import run
-from benchmarks.cpu.engines import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run_command
+from benchmarks.cpu import bench, run
 from benchmarks.cpu.encoder import read_batches, spearman, write_batches
-from benchmarks.cpu.peer import timed
+from benchmarks.cpu.engines import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders, run_command
 from benchmarks.cpu.node_times import shares
+from benchmarks.cpu.peer import timed
 from benchmarks.cpu.report import report
 from benchmarks.scale.model import SHAPES, write_model
 from quantize.eval.similarity import read_pairs, score_pairs

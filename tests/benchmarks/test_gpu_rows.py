@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 import pytest
 
+from benchmarks.gpu.roofline import SPECIFIED, Product, Roof
 from benchmarks.gpu.rows import NOT_YET, goals, row_of, table, with_speedups
 from benchmarks.gpu.timing import Timing, copies, summarize
-from benchmarks.gpu.roofline import SPECIFIED, Product, Roof
 
 MEASURED = Roof(4e12, 800e12, 1500e12)
 H200 = SPECIFIED["NVIDIA H200"]

@@ -4,21 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from quantize.checkpoint.checkpoint import open_checkpoint
-from quantize.errors import UsageError
 from benchmarks.handlers.bench import SCHEMES, SEEDS, TOGETHER, cells, missing
 from benchmarks.handlers.handlers import DEFAULT, HANDLERS, LANGUAGE_ONLY, left_out
 from benchmarks.handlers.report import markdown
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.errors import UsageError
 from quantize.eval.kurtosis import input_kurtosis, online_cost
-from quantize.eval.report import kurtosis_report
 from quantize.eval.planted_outlier_kinds import HEIGHT, KINDS, plant_kind, spike_factors
+from quantize.eval.report import kurtosis_report
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard
-from quantize.passes.ordering import check_order
 from quantize.passes import PASSES
+from quantize.passes.ordering import check_order
 from quantize.quantizers import QUANTIZERS
 from quantize.recipe.recipe import load_recipe
 from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.transforms.online import Hadamard
 
 X = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 0.0, 4.0, 1.0], [1.0, 0.0, 0.0, 1.0]])
 

@@ -7,14 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from quantize.calibration import spill
-from quantize.calibration import runner
-from quantize.calibration.spill import ActivationCache, SpilledTensor
-from quantize.errors import QuantizeError
-from benchmarks.scale import bench
-from benchmarks.scale import bound
+from benchmarks.scale import bench, bound
 from benchmarks.scale.bound import verdict
 from benchmarks.scale.model import write_model, write_tokens
+from quantize.calibration import runner, spill
+from quantize.calibration.spill import ActivationCache, SpilledTensor
+from quantize.errors import QuantizeError
 from quantize.pipeline.estimate.machine import processor
 
 

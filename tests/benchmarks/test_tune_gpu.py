@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.gpu import tune
+from benchmarks.gpu import tune as tune_gpu
 from benchmarks.gpu.tune import SCHEMES, candidates, changed, dump, fits, measure, tune
 from quantize.kernels.config import TABLE, Config, fitted, read_table
 
@@ -25,8 +25,8 @@ def wall_clock(calls):
 
 @pytest.fixture
 def few_tiles(monkeypatch):
-    monkeypatch.setattr(tune, "TILES", ((16, 16, 4, 0), (16, 32, 4, 0)))
-    monkeypatch.setattr(tune, "STAGES", (2,))
+    monkeypatch.setattr(tune_gpu, "TILES", ((16, 16, 4, 0), (16, 32, 4, 0)))
+    monkeypatch.setattr(tune_gpu, "STAGES", (2,))
 
 
 def test_a_table_is_written_as_it_lies_there():
@@ -71,8 +71,8 @@ def test_real_products_are_tuned(scheme):
 def test_the_fastest_is_kept(monkeypatch):
     times = iter([9.0, None, 4.0, 7.0])
     tried = [Config(16, 64, split_k=parts) for parts in (1, 2, 4, 8)]
-    monkeypatch.setattr(tune, "candidates", lambda *_: iter(tried))
-    monkeypatch.setattr(tune, "measure", lambda *_: next(times))
+    monkeypatch.setattr(tune_gpu, "candidates", lambda *_: iter(tried))
+    monkeypatch.setattr(tune_gpu, "measure", lambda *_: next(times))
     (row,) = tune("w4a8", "sm_90", CPU, wall_clock, [(64, 256)], [1])
     assert row["split_k"] == 4
 
@@ -80,11 +80,11 @@ def test_the_fastest_is_kept(monkeypatch):
 @pytest.mark.parametrize("variant", ["mask", "bytes"])
 def test_what_is_wrong_or_does_not_run_has_no_time(variant, monkeypatch):
     """`mask` without its offset is wrong; `bytes` does not multiply packed weights."""
-    monkeypatch.setattr(tune.Ours, "quantize", lambda self, x: without_low_sum(quantize(self, x)))
+    monkeypatch.setattr(tune_gpu.Ours, "quantize", lambda self, x: without_low_sum(quantize(self, x)))
     assert measure(Config(16, 16, variant=variant), "w4a8", (3, 16, 128), CPU, pytest.fail) is None
 
 
-quantize = tune.Ours.quantize
+quantize = tune_gpu.Ours.quantize
 
 
 def without_low_sum(qa):
@@ -95,8 +95,6 @@ def without_low_sum(qa):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_stops():
     before = TABLE.read_text()
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.tune"], capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu.tune"], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 2 and done.stderr.startswith("nothing was measured: torch finds no GPU here")
     assert TABLE.read_text() == before

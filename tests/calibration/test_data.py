@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from quantize.calibration.data import BUNDLED, read_samples
-from quantize.errors import QuantizeError, UsageError
 from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.errors import QuantizeError, UsageError
 
 
 def letters(text):

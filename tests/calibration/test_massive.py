@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from helpers.soundness import CONFIGS
+from safetensors.torch import load_file, save_file
 
 from quantize.calibration.massive import Activation, HiddenStateStats, outlier_ratios
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantize.pipeline import sequential
 from quantize.calibration import precision
 from quantize.calibration.precision import bfloat16_products, bfloat16_unit, plus_product, product_dtype
 from quantize.calibration.statistics import Gram
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline import sequential
+from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.base import QUANTIZERS
 from quantize.recipe.scheme import Scheme, WeightArgs
-from quantize.pipeline.rng import derived_generator
 
 GROUPED = WeightArgs(num_bits=4, group_size=32)
 

@@ -10,9 +10,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from quantize.transforms import equivalence
 from quantize import load
+from quantize.artifact.verify import at_last_token, verify_artifact
+from quantize.artifact.writer import PROBE
 from quantize.calibration.data import Samples
+from quantize.calibration.probes import verification_inputs
 from quantize.calibration.tensor_samples import read_calibration
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
@@ -20,9 +22,7 @@ from quantize.eval.report import evaluate
 from quantize.graph.inputs import Input
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
-from quantize.calibration.probes import verification_inputs
-from quantize.artifact.verify import at_last_token, verify_artifact
-from quantize.artifact.writer import PROBE
+from quantize.transforms import equivalence
 
 VISION = transformers.ViTConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8,

@@ -6,10 +6,10 @@ import torch
 import quantize
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
-from quantize.eval.planted_outliers import plant
-from quantize.eval.perplexity import score_language
-from quantize.eval.report import evaluate
 from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.eval.perplexity import score_language
+from quantize.eval.planted_outliers import plant
+from quantize.eval.report import evaluate
 
 GOALS = {
     "w8a8": 0.001, "w4a16": 0.060, "w4a8": 0.065, "w4a4": 0.145,

@@ -10,23 +10,23 @@ import time
 
 import pytest
 import torch
+from helpers.mutations import DTYPES, cut_up, grafted, taken, with_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.mutations import DTYPES, cut_up, grafted, taken, with_header
 from safetensors.torch import load_file, save, save_file
 
 from quantize.artifact.load import read_manifest
+from quantize.artifact.writer import as_json
 from quantize.calibration.data import read_samples
 from quantize.calibration.tensor_samples import read_tensors
 from quantize.checkpoint.checkpoint import check_weights, open_checkpoint, read_config, side_files
-from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.checkpoint.untrusted_files import INDEX, parse_json, weight_files
+from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
 from quantize.pipeline.plan import require_match
 from quantize.recipe.recipe import load_recipe
-from quantize.checkpoint.tokenizer import load_tokenize
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.artifact.writer import as_json
 
 RECIPE = """
 scheme = "W4A4"

@@ -10,7 +10,7 @@ from helpers.soundness import CONFIGS
 
 from quantize.checkpoint.meta_model import build_skeleton
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

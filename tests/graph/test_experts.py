@@ -6,10 +6,10 @@ import torch
 import transformers
 from helpers.soundness import CONFIGS
 
+from quantize.artifact.verify import verify_artifact
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.graph.linears import STACK
 from quantize.pipeline.quantize import quantize_model
-from quantize.artifact.verify import verify_artifact
 
 
 def test_experts_stay_in_float_and_follow_the_rotation(tmp_path):

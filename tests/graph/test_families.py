@@ -9,7 +9,7 @@ from helpers.soundness import CONFIGS, describe, family, lazy_pins, violations
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.transform_group import AllowedTransforms
 
-SITES = Path(__file__).parents[1] / "docs" / "sites.md"
+SITES = Path(__file__).parents[2] / "docs" / "sites.md"
 GROUPS = {
     "diagonal": AllowedTransforms.DIAGONAL,
     "positive diagonal": AllowedTransforms.POSITIVE_DIAGONAL,

@@ -5,12 +5,12 @@ import transformers
 from helpers.soundness import make_case, violations
 from torch import nn
 
-from quantize.transforms import equivalence
 from quantize.eval.bases_table import bases_table
 from quantize.graph.analysis import admissible_bases, find_bases
-from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.export import export_program
+from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.transform_group import AllowedTransforms
+from quantize.transforms import equivalence
 
 LLAMA = transformers.LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

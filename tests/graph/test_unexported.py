@@ -11,16 +11,16 @@ from torch.nn import functional
 from transformers import LongformerConfig, LongformerForMaskedLM
 
 from quantize import load
+from quantize.artifact.verify import verify_artifact
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.analysis import find_bases
+from quantize.graph.fallback.program import KEPT_ROWS, LinearsOnlyProgram, make_program
 from quantize.graph.interpreter import Overrides
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.graph.fallback.program import KEPT_ROWS, LinearsOnlyProgram, make_program
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.transforms.online import Hadamard
-from quantize.artifact.verify import verify_artifact
 
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 LINEARS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "head"]

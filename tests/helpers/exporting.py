@@ -15,10 +15,10 @@ from quantize.export.onnx.parity import SESSION_CONFIG, open_session
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.reference import round_to_grid, scale_and_zero_point
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard, InputTransform
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.transforms.online import Hadamard, InputTransform
 
-FAMILIES = Path(__file__).parent / "models" / "families"
+FAMILIES = Path(__file__).parents[1] / "models" / "families"
 ASYMMETRIC_4 = ActivationArgs(num_bits=4, symmetric=False, clip_ratio=0.9)
 ASYMMETRIC_8 = ActivationArgs(num_bits=8, symmetric=False)
 SYMMETRIC_8 = ActivationArgs(num_bits=8)

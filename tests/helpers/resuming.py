@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 
-from quantize.pipeline.resume import journal
-from quantize.pipeline.resume import work_dir
 from quantize.artifact import writer
-from quantize.pipeline.quantize import run_pipeline
 from quantize.pipeline.prepare import identity_of, prepare
+from quantize.pipeline.quantize import run_pipeline
+from quantize.pipeline.resume import journal, work_dir
 from quantize.recipe.recipe import load_recipe
 
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from quantize.transforms.fold import Diagonal, fold
+from quantize.checkpoint.meta_model import build_skeleton
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
-from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.labels import shape_of
 from quantize.graph.program import Program
-from quantize.checkpoint.meta_model import build_skeleton
+from quantize.graph.transform_group import AllowedTransforms
+from quantize.transforms.fold import Diagonal, fold
 
-CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "models" / "families").glob("*.json"))}
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "models" / "families").glob("*.json"))}
 KEPT, MOVED = 1e-10, 1e-7  # relative; what is kept is kept to about 1e-15
 KINDS = {
     "positive": AllowedTransforms.POSITIVE_DIAGONAL,

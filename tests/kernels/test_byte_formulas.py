@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 import numpy as np
-import helpers.ptx
 import pytest
+from helpers import ptx
 
 from quantize.kernels import tiles
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = Path(__file__).parents[2] / "kernels"
 TESTED = {"SHIFT_ASM", "MASK_ASM", "PAIR_ASM"}
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_quantizers import correlated, gram_of, output_error, weights
 
 from quantize import load
+from quantize.artifact.verify import verify_artifact
 from quantize.errors import UsageError
 from quantize.export.onnx.lowering import lower
 from quantize.formats.qtensor import QTensor
@@ -31,7 +32,6 @@ from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import compute_qparams, grouped, quantization_error
 from quantize.recipe.recipe import load_recipe
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
-from quantize.artifact.verify import verify_artifact
 
 GROUP = {"mxfp4": 32, "nvfp4": 16}
 ARGS = {name: WeightArgs(num_bits=4, format=name, group_size=size) for name, size in GROUP.items()}

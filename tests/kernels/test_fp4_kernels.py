@@ -12,8 +12,8 @@ from quantize.kernels.hadamard import hadamard_transform
 from quantize.kernels.prologue import Prologue
 from quantize.kernels.reference import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard
 from quantize.quantizers import QUANTIZERS
+from quantize.transforms.online import Hadamard
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

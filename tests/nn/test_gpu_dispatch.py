@@ -6,9 +6,9 @@ from helpers.operands import rng
 
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard
 from quantize.quantizers import QUANTIZERS
 from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.transforms.online import Hadamard
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -11,21 +11,21 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from quantize.nn import kv_cache
 from quantize import load, quantize_model
-from quantize.nn.attention import set_kv_cache
+from quantize.artifact.verify import verify_artifact
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import QuantizeError, UsageError
-from quantize.eval.planted_outliers import plant_keys
 from quantize.eval.perplexity import score_language
+from quantize.eval.planted_outliers import plant_keys
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.export import export_onnx
+from quantize.nn import kv_cache
+from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import quantize_heads, rotate_heads
 from quantize.recipe.recipe import load_recipe
 from quantize.recipe.scheme import KVCacheArgs
-from quantize.checkpoint.tokenizer import load_tokenize
-from quantize.artifact.verify import verify_artifact
 
 RTN = {"passes": [], "quantizer": {"name": "rtn"}}
 KV4 = {"kv_cache": {"num_bits": 4}}

@@ -12,23 +12,23 @@ import pytest
 import torch
 import transformers
 from helpers.exporting import run_onnx
-from safetensors.torch import load_file, save_file
 from helpers.soundness import CONFIGS
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from quantize.pipeline.steps import round
 from quantize import load
+from quantize.artifact.verify import verify_artifact
 from quantize.calibration.statistics import Absmax
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.onnx.decoder import Decoder
 from quantize.export.directory import export_artifact
+from quantize.export.onnx.decoder import Decoder
 from quantize.export.onnx.parity import run_torch
+from quantize.nn.prefix_hooks import CACHES
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
-from quantize.nn.prefix_hooks import CACHES
+from quantize.pipeline.steps import round
 from quantize.recipe.scheme import Scheme
-from quantize.artifact.verify import verify_artifact
 
 PREFIX, CHANNEL = (1, 45), 46
 IDS = torch.tensor([[403, 407, 261, 378, 432, 383], [286, 261, 268, 379, 416, 422]])

@@ -10,23 +10,23 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from quantize import load
+from quantize.artifact.verify import verify_artifact
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
-from quantize.transforms.fold import Diagonal
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
+from quantize.graph.transform_group import AllowedTransforms
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard, InputTransform
 from quantize.passes import PASSES
 from quantize.passes.base import BasisContext
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import Scheme, WeightArgs
 from quantize.pipeline.steps.transform import float_state, fold_online
-from quantize.artifact.verify import verify_artifact
+from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.transforms.fold import Diagonal
+from quantize.transforms.online import Hadamard, InputTransform
 
 GPT2 = GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=3, n_positions=32, n_inner=40)
 IDS = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(1))

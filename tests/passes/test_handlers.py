@@ -10,21 +10,21 @@ from test_passes import basis, edge, maxima, place, site
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
-from quantize.transforms.fold import Diagonal
+from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
-from quantize.transforms.online import Dual, Hadamard, InputTransform, Shift
 from quantize.passes import PASSES
 from quantize.passes.base import input_error
 from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
-from quantize.pipeline.plan import make_plan
 from quantize.pipeline.distributed import SingleProcess
-from quantize.recipe.recipe import load_recipe
-from quantize.transforms.block_rotation import BlockRotation
-from quantize.formats.fake_quantize import fake_quantize
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.pipeline.plan import make_plan
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
+from quantize.recipe.recipe import load_recipe
+from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.transforms.block_rotation import BlockRotation
+from quantize.transforms.fold import Diagonal
+from quantize.transforms.online import Dual, Hadamard, InputTransform, Shift
 
 INT4 = ActivationArgs(num_bits=4)
 

@@ -7,20 +7,20 @@ from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
-from quantize.transforms.fold import Diagonal, Rotation, absorb
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
 from quantize.graph.transform_group import AllowedTransforms
-from quantize.transforms.online import Hadamard, InputTransform
-from quantize.passes.ordering import legal_order
 from quantize.passes import PASSES
 from quantize.passes.base import BasisContext, LinearContext
-from quantize.pipeline.plan import Plan, make_plan, settings
+from quantize.passes.ordering import legal_order
 from quantize.pipeline.distributed import SingleProcess
-from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.pipeline.plan import Plan, make_plan, settings
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.transform import PassRunner, float_state
+from quantize.recipe.recipe import load_recipe
+from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.transforms.fold import Diagonal, Rotation, absorb
+from quantize.transforms.online import Hadamard, InputTransform
 
 W4A4 = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4))
 

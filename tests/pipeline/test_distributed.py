@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import UsageError
+from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import diff_fingerprints
 from quantize.pipeline.quantize import check_ranks, quantize_model
-from quantize.pipeline.distributed import SingleProcess
 from quantize.recipe.recipe import load_recipe
 
 ROWS = {"nsamples": 12, "seqlen": 512}  # three batches of 4 rows

@@ -9,19 +9,17 @@ import sys
 import pytest
 from torch import nn
 
-from quantize.pipeline.estimate import activation_work
-from quantize.checkpoint import checkpoint
-from quantize.pipeline.estimate import duration
-from quantize.checkpoint import tensor_files
-from quantize.pipeline.estimate.report import exports, human, preflight
-from quantize.export.targets import formats
+from quantize.checkpoint import checkpoint, tensor_files
+from quantize.export.targets import exports, formats
 from quantize.graph import export as exporter
-from quantize.pipeline.resume.journal import KeptJournal
+from quantize.pipeline.estimate import activation_work, duration
 from quantize.pipeline.estimate.machine import Machine, measure
 from quantize.pipeline.estimate.memory import kronecker_factors
-from quantize.pipeline.prepare import prepare
-from quantize.recipe.recipe import load_recipe
+from quantize.pipeline.estimate.report import human, preflight
 from quantize.pipeline.estimate.work import Work, passes
+from quantize.pipeline.prepare import prepare
+from quantize.pipeline.resume.journal import KeptJournal
+from quantize.recipe.recipe import load_recipe
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.pipeline.sequential import SequentialPipeline
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
-from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 from quantize.pipeline.resume.work_dir import partial_directory
+from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.serialization import load_state, save_state
+from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 RECIPES = {
@@ -46,7 +46,7 @@ def drive(stories_calibration, tmp_path):
     def run(model, recipe, kills):
         (tmp_path / "runs").mkdir()
         settings = json.dumps(RECIPES[recipe] | SETTINGS)
-        script = Path(__file__).with_name("resuming.py")
+        script = Path(__file__).parents[1] / "helpers" / "resuming.py"
         command = [sys.executable, script, model, stories_calibration, tmp_path / "runs", settings, kills]
         done = subprocess.run(map(str, command), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -10,8 +10,8 @@ import quantize
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax
 from quantize.checkpoint.checkpoint import open_checkpoint
-from quantize.graph.interpreter import Overrides
 from quantize.graph.export import export_program
+from quantize.graph.interpreter import Overrides
 
 
 def test_a_bfloat16_model_runs_with_what_is_stored(books, stories_calibration, tmp_path):

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from quantize.pipeline.statistics_files import merge_stats, read_collected
 from quantize.errors import UsageError
 from quantize.pipeline.quantize import collect_stats, quantize_model
+from quantize.pipeline.statistics_files import merge_stats, read_collected
 from quantize.recipe.recipe import load_recipe
 
 RTN = {"quantizer": {"name": "rtn"}}

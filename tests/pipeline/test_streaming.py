@@ -3,8 +3,7 @@
 import weakref
 
 import quantize
-from quantize.checkpoint import checkpoint
-from quantize.checkpoint import tensor_files
+from quantize.checkpoint import checkpoint, tensor_files
 
 
 def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Hadamard
+from quantize.pipeline.steps.tune import STELinear, relative_error, shuffled, to_qtensor
 from quantize.quantizers import QUANTIZERS
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
-from quantize.pipeline.steps.tune import STELinear, relative_error, shuffled, to_qtensor
+from quantize.transforms.online import Hadamard
 
 MXFP4 = Scheme(
     weights=WeightArgs(num_bits=4, format="mxfp4", group_size=32),

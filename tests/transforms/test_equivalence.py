@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import quantize
-from quantize.transforms import equivalence
 from quantize.errors import QuantizeError
-from quantize.transforms.fold import Diagonal, Rotation
 from quantize.passes import PASSES
+from quantize.transforms import equivalence
+from quantize.transforms.fold import Diagonal, Rotation
 
 
 class WrongDiagonal(Diagonal):

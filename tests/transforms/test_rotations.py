@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 from quantize.transforms.adaptive_rotation import adaptive_rotation, choose_rotation, is_better, rms, token_error
 from quantize.transforms.block_rotation import BlockRotation, multiply_blocks, reflect
 from quantize.transforms.dual_rotation import (
@@ -16,6 +15,7 @@ from quantize.transforms.dual_rotation import (
     swapped,
     zigzag,
 )
+from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 from quantize.transforms.kurtosis import kurtosis
 from quantize.transforms.learned_rotation import OBJECTIVES, kurtail, learn_rotation, orthogonal_factor, whip
 

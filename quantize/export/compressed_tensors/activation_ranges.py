@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from quantize.artifact.load import load
 from quantize.calibration.tensor_samples import read_calibration
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.graph.inputs import example_inputs
 from quantize.kernels.ops import nvfp4_global_scale
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import load_recipe
-from quantize.checkpoint.tokenizer import load_tokenize
 
 ROWS = 16  # of calibration data
 

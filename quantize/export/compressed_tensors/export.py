@@ -15,17 +15,17 @@ import transformers
 from torch import Tensor, nn
 
 from quantize.artifact.load import load, read_linear, read_manifest
+from quantize.artifact.writer import PROBE, ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import read_config
-from quantize.errors import QuantizeError, UsageError, reason
-from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
-from quantize.export.compressed_tensors.format import NAME, quantization_config, stored
-from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.checkpoint.untrusted_files import read_all
-from quantize.graph.export import quiet
-from quantize.recipe.scheme import ActivationArgs, Scheme
 from quantize.checkpoint.meta_model import build_skeleton
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.artifact.writer import PROBE, ArtifactWriter, as_json
+from quantize.checkpoint.untrusted_files import read_all
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
+from quantize.export.compressed_tensors.activation_ranges import input_divisors
+from quantize.export.compressed_tensors.format import NAME, quantization_config, stored
+from quantize.graph.export import quiet
+from quantize.recipe.scheme import ActivationArgs, Scheme
 
 ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
 ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}

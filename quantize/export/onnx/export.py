@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 
-from quantize.nn.attention import has_kv_cache
+from quantize.artifact.writer import as_json
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.onnx.decoder import Decoder, is_causal_lm
-from quantize.export.onnx.encoder_decoder import encoder_decoder
 from quantize.export.onnx.encoder import SinglePassModel
+from quantize.export.onnx.encoder_decoder import encoder_decoder
 from quantize.export.onnx.encoder_decoder_parts import is_seq2seq
+from quantize.export.onnx.external_data import LARGE, save
 from quantize.export.onnx.hybrid import branch_on_length, hybrid_decoder
 from quantize.export.onnx.interface import Interface
 from quantize.export.onnx.parity import SESSION_CONFIG, WITH_VNNI, onnx_parity
 from quantize.export.onnx.precision import precision_counts
 from quantize.export.onnx.rewrites import rewrite
-from quantize.export.onnx.external_data import LARGE, save
 from quantize.export.onnx.tracing import traced
 from quantize.graph.export import quiet
-from quantize.artifact.writer import as_json
+from quantize.nn.attention import has_kv_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantize.export.onnx.matmul_nbits import BlockLinear
-from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.lowering import lower, lower_for_prefill
+from quantize.export.onnx.matmul_integer import IntegerLinear
+from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.scheme import Scheme, WeightArgs

@@ -7,8 +7,8 @@ computes from the same buffers what ONNX Runtime computes, rounding included.
 from __future__ import annotations
 
 from quantize.errors import UsageError
-from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.export.onnx.matmul_integer import IntegerLinear
+from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.nn.quantized_linear import QuantizedLinear
 
 RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from quantize.artifact.load import load
+from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.export.onnx.decoder import Decoder
 from quantize.export.onnx.encoder_decoder import EncoderDecoder
-from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_sound
 from quantize.export.onnx.export import export_onnx, interface_of
-from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_sound
 
 
 def export_onnx_directory(

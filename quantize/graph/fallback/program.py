@@ -20,10 +20,10 @@ from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import ExportError
 from quantize.graph import export
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
+from quantize.graph.fallback.probe import vocabulary, weights_read
 from quantize.graph.inputs import BATCH, example_inputs
 from quantize.graph.linears import LINEAR, READ_ITSELF
 from quantize.graph.program import Program, Segment
-from quantize.graph.fallback.probe import vocabulary, weights_read
 
 KEPT_ROWS = 32  # of each linear's output, to compare; all rows of all linears would not fit into memory
 Linears = list[tuple[str, nn.Linear]]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, axis_index, channel_axes
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
+from quantize.graph.transform_group import AllowedTransforms
 
 
 @rule("pow", "square")

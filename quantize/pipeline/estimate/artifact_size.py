@@ -13,22 +13,22 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from quantize.artifact.quantization_config import linear_settings, quantization_settings
+from quantize.artifact.writer import as_json
 from quantize.calibration.data import Samples
+from quantize.calibration.probes import PROBE_TOKENS
 from quantize.checkpoint.checkpoint import Checkpoint, side_files
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.graph.shapes import ShapeInfo
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import InputTransform
 from quantize.passes.base import LinearContext
 from quantize.pipeline.plan import Plan, Step
-from quantize.calibration.probes import PROBE_TOKENS
+from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.recipe.scheme import Scheme, WeightArgs
-from quantize.pipeline.rng import derived_generator
-from quantize.artifact.quantization_config import linear_settings, quantization_settings
-from quantize.artifact.writer import as_json
+from quantize.transforms.online import InputTransform
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

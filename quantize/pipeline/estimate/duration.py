@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantize.pipeline.estimate.activation_work import NODE, batched, calibration, looked_at, quantized, rounded, rows
 from quantize.calibration.gram_sums import BLOCK
 from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
+from quantize.pipeline.estimate.activation_work import NODE, batched, calibration, looked_at, quantized, rounded, rows
 from quantize.pipeline.estimate.memory import MemoryEstimate
+from quantize.pipeline.estimate.work import Work, passes
 from quantize.quantizers.base import SCALE_SEARCH
 from quantize.quantizers.gptq import GPTQ
-from quantize.pipeline.estimate.work import Work, passes
 
 STORED = 8  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
 FOLDED = 10  # passes over each weight that a pass takes, which transforms it in float64

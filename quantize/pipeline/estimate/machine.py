@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
 from quantize.calibration.gram_sums import FIRST, add_product
+from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
 from quantize.formats.qtensor import L2_ELEMENTS
 
 SIZE, TOKENS = 768, 2048  # of the matrices that are multiplied, and of a batch of activations

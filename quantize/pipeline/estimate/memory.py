@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from quantize.pipeline.sequential import TUNE_TOKENS
 from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import calibrates_in_bfloat16
 from quantize.calibration.spill import IN_MEMORY
 from quantize.calibration.statistics import Rows
-from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Segment
 from quantize.graph.shapes import LiveBytes, ShapeInfo, walk
 from quantize.kernels.hadamard import hadamard_factors
-from quantize.transforms.online import Hadamard
 from quantize.passes.rotate import Rotate
+from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
+from quantize.pipeline.sequential import TUNE_TOKENS
+from quantize.transforms.online import Hadamard
 
 
 @dataclass(frozen=True)

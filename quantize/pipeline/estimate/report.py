@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantize.pipeline.estimate.duration import count
-from quantize.export.targets import formats
 from quantize.pipeline.estimate.artifact_size import stored_dtypes
+from quantize.pipeline.estimate.duration import count
 from quantize.pipeline.estimate.machine import measure, peak_memory
 from quantize.pipeline.estimate.memory import MemoryEstimate
-from quantize.pipeline.prepare import Prepared, describe_run
+from quantize.pipeline.prepare import Prepared
 
 
 def preflight(prepared: Prepared) -> MemoryEstimate:
     """A run that has not begun, from headers alone."""
     dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
     return MemoryEstimate(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
-
-
-def dry_run(prepared: Prepared) -> str:
-    """What would happen, in lines."""
-    found = preflight(prepared)
-    return "\n".join([*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)])
 
 
 def estimates(found: MemoryEstimate, prepared: float) -> Iterator[str]:
@@ -36,14 +29,6 @@ def estimates(found: MemoryEstimate, prepared: float) -> Iterator[str]:
         f"{machine.cached:.1e}/s, {work.operators:.1e} operators at {machine.operator:.1e} s and {work.files:.0f} "
         f"files at {machine.file:.1e} s, as measured now"
     )
-
-
-def exports(found: MemoryEstimate) -> Iterator[str]:
-    """Whether the graph could be exported, and where the artifact could go."""
-    if not found.program.export_error:
-        yield "the model can be exported as a graph"
-    for name, why in formats(found).items():
-        yield f"export to {name}: {f'no, {why}' if why else 'yes'}"
 
 
 def human(size: float) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import fx
 
-from quantize.pipeline.sequential import SequentialPipeline
+from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.runner import SequentialRunner
 from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
 from quantize.graph.program import Program
-from quantize.artifact.writer import ArtifactWriter, sha256
+from quantize.pipeline.sequential import SequentialPipeline
 
 
 def runners(blocks: SequentialPipeline) -> list[tuple[str, SequentialRunner, int]]:

@@ -18,14 +18,21 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from quantize.pipeline.sequential import SequentialPipeline
-from quantize.pipeline.resume.block_state import plain_values, restore_files, restore_state, runners, state_of, values_of
+from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
 from quantize.errors import QuantizeError, UsageError
+from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.memoize import always
-from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.resume.block_state import (
+    plain_values,
+    restore_files,
+    restore_state,
+    runners,
+    state_of,
+    values_of,
+)
+from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.serialization import load_state, save_state
-from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
 
 T = TypeVar("T")
 DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)

@@ -11,11 +11,11 @@ from typing import Self
 
 from torch import Tensor
 
+from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
 from quantize.errors import UsageError
+from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint
 from quantize.pipeline.resume.journal import KeptJournal
-from quantize.pipeline.distributed import SingleProcess
-from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
 
 
 class ResumableWriter(ArtifactWriter):

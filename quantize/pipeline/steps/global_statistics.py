@@ -13,9 +13,9 @@ from quantize.calibration.statistics import Statistic
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.distributed import SingleProcess, merged
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.progress import track
-from quantize.pipeline.distributed import SingleProcess, merged
 from quantize.pipeline.steps.transform import PassRunner, float_state, input_hooks
 
 

@@ -16,6 +16,7 @@ from quantize.calibration.data import BATCH_TOKENS, Samples
 from quantize.calibration.massive import UPPER, hidden_states, outlier_ratios, rows_are_tokens
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.tokenizer import bos_token
 from quantize.errors import UsageError
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program
@@ -23,7 +24,6 @@ from quantize.pipeline.memoize import Once, always
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.progress import track
 from quantize.recipe.recipe import PrefixArgs
-from quantize.checkpoint.tokenizer import bos_token
 
 
 def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Gram
-from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.memory import trim_heap
-from quantize.transforms.online import InputTransform
-from quantize.pipeline.plan import Plan
 from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.memory import trim_heap
+from quantize.pipeline.plan import Plan
+from quantize.transforms.online import InputTransform
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from quantize.transforms import equivalence
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
-from quantize.transforms.fold import Transform, fold
 from quantize.graph.basis import Basis
 from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.transforms.online import InputTransform
 from quantize.passes.base import BasisContext, LinearContext
-from quantize.pipeline.plan import Step
 from quantize.pipeline.distributed import SingleProcess, merged
-from quantize.recipe.scheme import Scheme
+from quantize.pipeline.plan import Step
 from quantize.pipeline.rng import derived_generator
+from quantize.recipe.scheme import Scheme
+from quantize.transforms import equivalence
+from quantize.transforms.fold import Transform, fold
+from quantize.transforms.online import InputTransform
 
 InputTransforms = Mapping[str, InputTransform]
 Surveys = Mapping[int, Mapping[str, Statistic]]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantize.formats.qtensor import QTensor
-from quantize.transforms.equivalence import floating
 from quantize.graph.interpreter import Overrides, Values, run_node
 from quantize.graph.program import Program, Segment
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.base import quantize
 from quantize.recipe.scheme import TuneArgs
+from quantize.transforms.equivalence import floating
 
 CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
 

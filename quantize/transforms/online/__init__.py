@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantize.transforms.online.base import Online as Online
 from quantize.transforms.online.dual_rotation import Dual
-from quantize.transforms.online.input_transform import InputTransform as InputTransform
 from quantize.transforms.online.hadamard import Hadamard, hadamard
+from quantize.transforms.online.input_transform import InputTransform as InputTransform
 from quantize.transforms.online.shift import Shift
 
 KINDS: dict[str, type[Online]] = {kind.kind: kind for kind in (Dual, Hadamard, Shift)}

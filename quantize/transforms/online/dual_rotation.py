@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from quantize.transforms.online.base import Online
 from quantize.transforms.dual_rotation import DualRotation
+from quantize.transforms.online.base import Online
 
 
 class Dual(Online):

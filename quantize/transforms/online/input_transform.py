@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantize.transforms.online.base import Online
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.recipe.scheme import ActivationArgs
+from quantize.transforms.online.base import Online
 
 
 @dataclass(frozen=True)

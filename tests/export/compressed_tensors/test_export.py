@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
+from conftest import change_json
 from export.compressors import BaseCompressor, ModelCompressor
 from export.quantization import QuantizationConfig, apply_quantization_config
-from conftest import change_json
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
@@ -18,19 +18,18 @@ from transformers.pytorch_utils import Conv1D
 from quantize.artifact.load import load
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint, read_config
+from quantize.checkpoint.meta_model import build_skeleton
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.compressed_tensors import export
-from quantize.export.compressed_tensors import format
 from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
+from quantize.export.compressed_tensors import export, format
+from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import quantization_config, storage, stored
 from quantize.export.directory import export_artifact
-from quantize.export.compressed_tensors.activation_ranges import input_divisors
+from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.formats.fake_quantize import fake_quantize
 from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, Scheme, WeightArgs
-from quantize.checkpoint.meta_model import build_skeleton
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}
 FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output

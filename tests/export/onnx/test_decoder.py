@@ -54,7 +54,7 @@ def test_the_cache_makes_up_for_the_tokens_before(tmp_path):
     config = json.loads((tmp_path / "ort_config.json").read_text())
     assert config["precisions"] == {"4-bit weights, float32 activations": 14, "float32": 1}
     assert (tmp_path / "model.onnx.data").stat().st_size > 25_000  # 19,616 weights, most of them in nibbles
-    assert str(Path(__file__).parents[1]).encode() not in (tmp_path / "model.onnx").read_bytes()
+    assert str(Path(__file__).parents[3]).encode() not in (tmp_path / "model.onnx").read_bytes()
     interface, path = interface_of(model), tmp_path / "model.onnx"
     feed = interface.feed(2, 6, 0, seed=5)
     feed["attention_mask"][:] = 1

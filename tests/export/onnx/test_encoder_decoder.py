@@ -19,11 +19,11 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from quantize.errors import QuantizeError
 from quantize.export.onnx.encoder_decoder import DECODER, ENCODER
-from quantize.export.onnx.genai import genai_config_of_sound
 from quantize.export.onnx.encoder_decoder_parts import EncoderWithCrossKV
 from quantize.export.onnx.export import export_onnx, interface_of, leave_unread_out
-from quantize.export.onnx.parity import onnx_parity, open_session, relative_output_error
 from quantize.export.onnx.external_data import SHARED, SMALL
+from quantize.export.onnx.genai import genai_config_of_sound
+from quantize.export.onnx.parity import onnx_parity, open_session, relative_output_error
 
 PAST, TOTAL = (["batch_size", 4, f"{which}_sequence_length", 8] for which in ("past", "total"))
 CROSSED = ["batch_size", 4, 16, 8]

@@ -25,23 +25,23 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.onnx.decoder import Decoder
-from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.export import export_onnx, interface_of
 from quantize.export.onnx.lowering import lower
+from quantize.export.onnx.matmul_integer import IntegerLinear
+from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.export.onnx.parity import onnx_parity, open_session, relative_output_error, run_torch
 from quantize.export.onnx.tracing import OPSET
 from quantize.formats.qtensor import QTensor
 from quantize.graph.export import quiet
 from quantize.kernels.reference import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.transforms.online import Dual, Hadamard, Shift
-from quantize.transforms.dual_rotation import dual_rotation
 from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs
+from quantize.transforms.dual_rotation import dual_rotation
+from quantize.transforms.online import Dual, Hadamard, Shift
 
-LLAMA = Path(__file__).parent / "models" / "books-llama-6m"
+LLAMA = Path(__file__).parents[2] / "models" / "books-llama-6m"
 
 
 def minilm(layers):  # tracing takes a second for each layer, so most tests take the first few

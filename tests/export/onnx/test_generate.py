@@ -13,12 +13,12 @@ from conftest import change_json
 from onnx import helper
 
 from quantize import load
-from quantize.export.onnx.runtime import session
+from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.export.directory import export_artifact
+from quantize.export.onnx.runtime import session
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.generate import PARTIAL, stream
 from quantize.export.onnx.runtime.saturation import has_exact_int8_gemm
-from quantize.checkpoint.tokenizer import load_tokenizer
 
 PROMPT = "Once upon a time"
 

@@ -13,14 +13,14 @@ from helpers.exporting import ASYMMETRIC_8, SYMMETRIC_8, attributes, nodes, quan
 from onnx import helper
 
 from quantize.errors import UsageError
-from quantize.export.onnx import kv_cache_buffers
 from quantize.export.comparison import copy_with_replaced_linears
-from quantize.export.onnx.hybrid_linear import MANY, by_channel
+from quantize.export.onnx import kv_cache_buffers
 from quantize.export.onnx.export import export_onnx, interface_of
-from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
+from quantize.export.onnx.hybrid_linear import MANY, by_channel
 from quantize.export.onnx.lowering import lower
 from quantize.export.onnx.parity import relative_output_error, run_torch
 from quantize.export.onnx.rewrites.in_place import keep_in_place
+from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.nn.quantized_linear import QuantizedLinear
 
 BLOCKS = "4-bit weights, 8-bit activations in blocks of"

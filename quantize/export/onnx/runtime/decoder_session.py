@@ -12,8 +12,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from quantize.errors import UsageError
-from quantize.export.onnx.kv_cache_buffers import KVCache, as_value
 from quantize.export.onnx.interface import IN_PLACE
+from quantize.export.onnx.kv_cache_buffers import KVCache, as_value
 from quantize.export.onnx.runtime.session import read, session_of
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quantize.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from quantize.errors import UsageError
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
-from quantize.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 
 PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
 

@@ -10,13 +10,13 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import UsageError
 from quantize.export.onnx.encoder_decoder import DECODER, ENCODER
 from quantize.export.onnx.encoder_decoder_parts import MASK
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.generate import detokenize_stream, stream, tokenizer_of
 from quantize.export.onnx.runtime.session import read, session_of
-from quantize.checkpoint.untrusted_files import read_all
 
 Arrays = dict[str, NDArray[Any]]
 

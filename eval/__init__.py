@@ -1,0 +1,1 @@
+"""What `quantize-model eval` and `inspect` measure, and the demo."""

@@ -1,0 +1,1 @@
+"""Kernels: the reference, the Triton kernels, and `ops`, the only door to them."""

@@ -1,0 +1,1 @@
+"""The directory that a run writes: writing it, describing it, verifying it, loading it."""

@@ -1,0 +1,1 @@
+"""What an artifact can be turned into for other runtimes."""

@@ -1,0 +1,1 @@
+"""Export to a compressed-tensors checkpoint."""

@@ -1,0 +1,1 @@
+"""Number formats and the packed tensors that hold them."""

@@ -1,0 +1,1 @@
+"""Where a transform is legal, read from the exported graph."""

@@ -1,0 +1,1 @@
+"""One run: load, calibrate, transform, round, verify, write."""

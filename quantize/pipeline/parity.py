@@ -1,0 +1,101 @@
+"""The parity certificate: what was written is read back block by block and run on two different inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from quantize.artifact.load import read_linear
+from quantize.artifact.writer import PROBE
+from quantize.calibration.runner import SequentialRunner
+from quantize.checkpoint.tensor_files import index_tensors, read_float
+from quantize.errors import QuantizeError
+from quantize.graph.interpreter import Overrides
+from quantize.graph.program import Program, Segment
+from quantize.nn.kv_cache import quantized_attention, read_kv_cache
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.memory import trim_heap
+from quantize.pipeline.progress import track
+from quantize.transforms import equivalence
+
+
+class Compared:
+    """A quantized linear that notes how far it is from the same linear in fake quantization."""
+
+    def __init__(self, module: QuantizedLinear) -> None:
+        self.module, self.worst = module, 0.0
+
+    def unpacked(self) -> AbstractContextManager[None]:
+        """As of a `QuantizedLinear`."""
+        return self.module.unpacked()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        y: Tensor = self.module(x)
+        if self.module.scheme.activations:  # else both are the same product
+            self.worst = max(self.worst, equivalence.relative(self.module.fake_quantized(x), y))
+        return y
+
+
+def artifact_parity(
+    program: Program,
+    directory: Path,
+    settings: Mapping[str, Any],
+    ties: Mapping[str, tuple[str, ...]],
+    probes: Sequence[Mapping[str, Tensor]],
+    expected: list[Tensor],
+    console: Console | None,
+) -> dict[str, Any]:
+    """Run written files block by block and compare.
+
+    Args:
+        program: of the float model.
+        directory: the files, complete but for the manifest.
+        settings: the artifact's quantization settings.
+        ties: names of the same parameter, of which one is stored.
+        probes: two different inputs by name.
+        expected: the outputs on them while quantizing.
+        console: where progress is shown.
+
+    Raises:
+        QuantizeError: the files do not give what was quantized.
+    """
+    runner, files, fake_quant = SequentialRunner(program, probes), index_tensors(directory, PROBE), 0.0
+    for segment in track(program.segments, "verifying", lambda s: s.name, console):
+        state = stored_state(program, segment, files, dict(settings), ties)
+        runner.run(segment.nodes, state)
+        fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
+        del state  # before the next is read
+        trim_heap()
+    reloaded = max(equivalence.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
+    if reloaded > equivalence.TOLERANCE or fake_quant > equivalence.TOLERANCE * 100:
+        raise QuantizeError(
+            f"the written files differ from what was quantized by {max(reloaded, fake_quant):.1e}; nothing was kept"
+        )
+    return {"reloaded": reloaded, "fake_quant": fake_quant, "triton": "not verified", "onnxruntime": "not verified"}
+
+
+def stored_state(
+    program: Program,
+    segment: Segment,
+    files: dict[str, Path],
+    settings: dict[str, Any],
+    ties: Mapping[str, tuple[str, ...]],
+) -> Overrides:
+    """One block as it was written."""
+    linears = [linear for linear in program.linears(segment) if linear.path in settings["modules"]]
+    replaced = {name for linear in linears for name in (linear.weight, linear.bias)}
+    names = {
+        name: next(n for n in (name, *ties.get(name, ())) if n in files)
+        for name in segment.parameters
+        if name not in replaced
+    }
+    weights = {name: read_float(files[stored], stored) for name, stored in names.items()}
+    modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
+    return Overrides(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))

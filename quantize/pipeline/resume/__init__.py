@@ -1,0 +1,1 @@
+"""What outlives a killed run, so that it can go on."""

@@ -1,0 +1,1 @@
+"""What happens to one block, one step a file."""
