@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantize.errors import UsageError
+from quantize.formats import get_format
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
@@ -161,7 +162,7 @@ def check_groups(recipe: Recipe, linears: list[Linear]) -> None:
         path, columns = odd[0]
         more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
         advice = "give a --group-size that does, 0 for per-channel weights, or --ignore it"
-        if recipe.weights.format != "int":
+        if get_format(recipe.weights.format).group_size is not None:
             advice = f"leave out with --ignore what {recipe.scheme} does not fit"
         raise UsageError(f"the group size {size} does not divide the {columns} columns of {path}{more}; {advice}")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, shown
+from quantize.formats import FORMATS, check_args, check_scheme
 from quantize.recipe.scheme import (
-    FP4_GROUP_SIZES,
     SCHEME_NAMES,
     ActivationArgs,
     Data,
@@ -66,8 +66,8 @@ class Recipe(Data):
     """
 
     scheme: SchemeName
-    weights: WeightArgs
-    activations: ActivationArgs | None = None
+    weights: Annotated[WeightArgs, AfterValidator(check_args)]
+    activations: Annotated[ActivationArgs, AfterValidator(check_args)] | None = None
     kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
@@ -186,23 +186,27 @@ def validated(make: Callable[[], T], what: str) -> T:
 
 
 def check_bits(recipe: Recipe) -> None:
-    """The tables agree with the scheme's name.
+    """The tables agree with the scheme's name, and with one another.
 
     Raises:
         UsageError: says what the name stands for.
     """
-    fp4 = recipe.scheme.lower() in FP4_GROUP_SIZES
-    expected = recipe.scheme.lower() if fp4 else "int"
-    formats = [args.format for args in (recipe.weights, recipe.activations) if args]
-    if set(formats) != {expected}:
+    schemes = FORMATS.keys() & {name.lower() for name in SCHEME_NAMES}  # formats that have a scheme of their own
+    own, formats = recipe.scheme.lower() in schemes, [x.format for x in (recipe.weights, recipe.activations) if x]
+    expected = recipe.scheme.lower() if own else "int"
+    if set(formats) & schemes - {expected} or (own and set(formats) != {expected}):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for the format {expected}, the tables say {' and '.join(formats)}; "
             "leave the format out"
         )
-    weights, _, activations = ("4", "", "4") if fp4 else recipe.scheme[1:].partition("A")
+    weights, _, activations = ("4", "", "4") if own else recipe.scheme[1:].partition("A")
     found = 16 if recipe.activations is None else recipe.activations.num_bits
     if (recipe.weights.num_bits, found) != (int(weights), int(activations)):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for {weights}-bit weights and {activations}-bit activations, "
             f"the tables say {recipe.weights.num_bits} and {found}"
         )
+    try:
+        check_scheme(recipe.linear_scheme)
+    except ValueError as error:
+        raise UsageError(f"recipe: {error}") from None

@@ -12,6 +12,7 @@ from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
@@ -96,5 +97,6 @@ class WeightRounder:
         return [weight.cat_rows(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
 
     def _splits(self, weights: Sequence[Tensor]) -> bool:
-        """Whether each rank rounds some rows of the weights: rows are rounded apart, but for NVFP4's global scale."""
-        return 1 < self.ranks.count <= min(map(len, weights)) and self.plan.recipe.weights.format != "nvfp4"
+        """Whether each rank rounds some rows of the weights: rows are rounded apart, but for a global scale."""
+        whole = get_format(self.plan.recipe.weights.format).has_global_scale
+        return 1 < self.ranks.count <= min(map(len, weights)) and not whole
