@@ -29,6 +29,7 @@ class NumberFormat(ABC):
             activations in floating point. Activations may have a format that is its own.
         needs: settings of `WeightArgs` and `ActivationArgs` that it fixes.
         group_size: columns that share a scale; None lets the recipe choose.
+        defaults: settings of `WeightArgs` for a recipe that names the format and does not choose.
         has_global_scale: there is another scale for the whole matrix.
         scale_dtypes: what scales are stored in.
         scale_search: factors of a group's range that a search for the best scale tries beside 1, in this order.
@@ -42,12 +43,17 @@ class NumberFormat(ABC):
     activation_format: ClassVar[str | None] = None
     needs: ClassVar[Mapping[str, object]] = {"num_bits": 4, "symmetric": True}
     group_size: ClassVar[int | None] = None
+    defaults: ClassVar[Mapping[str, object]] = {}
     has_global_scale: ClassVar[bool] = False
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = FLOATS
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(99, 19, -1))
     value_dtype: ClassVar[torch.dtype] = torch.int8
     step: float = 1.0
     rotation_block: ClassVar[int | None] = 0
+
+    def fixed(self) -> dict[str, object]:
+        """The settings that nobody can choose."""
+        return {**self.needs, **({} if self.group_size is None else {"group_size": self.group_size})}
 
     def check(self, args: WeightArgs | ActivationArgs) -> None:
         """Compare settings with what the format needs.
@@ -58,8 +64,7 @@ class NumberFormat(ABC):
         kind = "weights" if isinstance(args, WeightArgs) else "activations"
         if kind == "activations" and self.activation_format != self.name:
             raise ValueError(f"{self.name} is a format of weights; leave the format of the activations out")
-        group = {} if self.group_size is None else {"group_size": self.group_size}
-        needed = {key: value for key, value in {**self.needs, **group}.items() if hasattr(args, key)}
+        needed = {key: value for key, value in self.fixed().items() if hasattr(args, key)}
         found = {key: getattr(args, key) for key in needed}
         if found != needed:
             settings = listed(f"{key} = {value}" for key, value in needed.items())

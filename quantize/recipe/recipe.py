@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, shown
-from quantize.formats import FORMATS, check_args, check_scheme
+from quantize.formats import FORMATS, check_args, check_scheme, get_format
 from quantize.recipe.scheme import (
     SCHEME_NAMES,
     ActivationArgs,
@@ -122,13 +122,23 @@ def load_recipe(
         raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
-    default = tomllib.loads(shipped(name.lower()))
+    default = merge(tomllib.loads(shipped(name.lower())), format_defaults(given))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
     merged = merge(merge(merge(default, given), single), table)
     recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
     return recipe.model_copy(update={"ignore_also": recipe.ignore_also + ignore})
+
+
+def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights' format, where a recipe names one, says of their other settings."""
+    weights = given.get("weights")
+    name = weights.get("format") if isinstance(weights, Mapping) else None
+    if not isinstance(name, str) or name not in FORMATS:
+        return {}
+    number_format = get_format(name)
+    return {"weights": {**number_format.defaults, **number_format.fixed()}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
