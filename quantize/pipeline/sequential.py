@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantize.artifact.quantization_config import linear_settings
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import bfloat16_products, calibrates_in_bfloat16
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.tied_weights import TiedWeights
@@ -77,8 +76,7 @@ class SequentialPipeline:
         reference = block.overrides() if self.float_reference.values else Overrides({})
         block = self._with_kv_cache(block.with_stored(changed))
         tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
-        with bfloat16_products(calibrates_in_bfloat16(block.dtypes.values())):
-            block = self._round(block, reference)
+        block = self._round(block, reference)
         del reference
         self.probes.run(segment.nodes, block.overrides())
         for linear, module in block.quantized.items():
@@ -98,7 +96,8 @@ class SequentialPipeline:
         block = BlockTuner(self.program, self.context, tune).apply(block, starts, targets)
         for number, values in enumerate(starts):
             self.calibration.values[number] = values
-        self.calibration.run(block.segment.nodes if finish else (), block.overrides())
+        state = replace(block.overrides(), product_dtype=block.product_dtype)
+        self.calibration.run(block.segment.nodes if finish else (), state)
         return block
 
     def _with_kv_cache(self, block: Block) -> Block:
