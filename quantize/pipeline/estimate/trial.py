@@ -1,0 +1,86 @@
+"""The first blocks of a run, really run on some of the data, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import cast
+
+from quantize.calibration.probes import verification_inputs
+from quantize.calibration.runner import SequentialRunner
+from quantize.graph.interpreter import Overrides
+from quantize.graph.program import Segment
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.estimate.memory import MemoryEstimate
+from quantize.pipeline.memoize import Once
+from quantize.pipeline.plan import Plan
+from quantize.pipeline.quantize import running
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.steps.global_statistics import collect_global_statistics
+from quantize.pipeline.steps.prefix_search import resolve_prefix
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of the first blocks on some calibration rows.
+
+    Attributes:
+        rows: how many; 0 in a run that looks at no data.
+        passes: of what a run does on the whole float model before its first block, here on these blocks alone.
+        before: of all these blocks but the last.
+        block: of the last one.
+    """
+
+    rows: int
+    passes: float
+    before: float
+    block: float
+
+    def seconds(self, blocks: float) -> float:
+        """Of a model of so many blocks like the last one, on these rows."""
+        return self.before + (self.passes + self.block) * blocks
+
+
+def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -> Trial:
+    """Run the first blocks as a run does, on the first rows and with the same part of the steps of what is learned."""
+    total, samples = len(found.samples.rows), replace(found.samples, rows=found.samples.rows[: rows or 1])
+    plan = shortened(found.plan, (rows or total) / total)
+    # An empty segment behind the last: statistics of the whole model are collected up to the end of all but the last.
+    program = replace(found.program, segments=(*segments, Segment("", (), ())))
+    start = time.perf_counter()
+    with running("the model"):
+        plan, _ = resolve_prefix(plan, program, found.checkpoint, samples, None)
+        batches = PrefixTokens(plan.recipe.prefix_tokens).batches(samples.batches(found.batch))
+        surveys = collect_global_statistics(found.checkpoint, program, plan, batches, SingleProcess())
+        surveyed, seconds = time.perf_counter(), list[float]()
+        once = cast(Once, lambda *_: surveys)
+        blocks = SequentialPipeline(found.checkpoint, found.program, plan, samples, once=once)
+    for segment in segments:
+        seconds.append(time.perf_counter())
+        with running(segment.name):
+            blocks.process(segment)
+    return Trial(rows, surveyed - start, seconds[-1] - surveyed, time.perf_counter() - seconds[-1])
+
+
+def shortened(plan: Plan, part: float) -> Plan:
+    """A plan in which what is learned, searched or tuned in steps takes part of them, at least one."""
+
+    def fewer(steps: int) -> dict[str, int]:
+        return {"steps": max(min(1, steps), round(steps * part))}
+
+    steps = tuple(
+        replace(step, handler=step.handler.model_copy(update=fewer(fields["steps"]))) if "steps" in fields else step
+        for step, fields in ((step, step.handler.model_dump()) for step in plan.steps)
+    )
+    tune = plan.recipe.tune and plan.recipe.tune.model_copy(update=fewer(plan.recipe.tune.steps))
+    return replace(plan, steps=steps, recipe=plan.recipe.model_copy(update={"tune": tune}))
+
+
+def run_probes(found: MemoryEstimate, segments: tuple[Segment, ...]) -> None:
+    """Read the first blocks and run them on the probes, as verification does."""
+    given = verification_inputs(found.samples.rows[-1], found.program.vocabulary, found.plan.recipe.seed)
+    runner = SequentialRunner(found.program, PrefixTokens(found.plan.recipe.prefix_tokens).batches(given))
+    for segment in segments:
+        with running(segment.name):
+            runner.run(segment.nodes, Overrides({n: found.checkpoint.float_tensor(n) for n in segment.parameters}))
