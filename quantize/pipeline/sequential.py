@@ -30,6 +30,7 @@ from quantize.pipeline.memoize import Once, always
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.rng import derived_generator
+from quantize.pipeline.serialization import contiguous
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys, float_state
@@ -141,7 +142,18 @@ class SequentialPipeline:
             self.calibration.run(segment.nodes if finish else (), state)
         self.probes.run(segment.nodes, state)
         del weights, state, float_reference  # what is stored as it was is read again, not held twice
+        self._make_contiguous()
         return tensors | self.ties.deduplicate(changed | {name: self.checkpoint.tensor(name) for name in same})
+
+    def _make_contiguous(self) -> None:
+        """Lay out all that lives on behind a block as a run that is resumed there finds it."""
+        for runner in (self.calibration, self.float_reference, self.probes):
+            for number, values in enumerate(runner.values):
+                laid_out = {node: contiguous(value) for node, value in values.items()}
+                if any(laid_out[node] is not value for node, value in values.items()):
+                    runner.values[number] = laid_out
+        sites = self.pass_runner.sites
+        self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 
     def _read(self, segment: Segment) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
         """The parameters of a block in float32, and the dtypes that they are stored in."""
