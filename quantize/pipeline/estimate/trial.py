@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-from typing import cast
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Segment
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.estimate.memory import MemoryEstimate
-from quantize.pipeline.memoize import Once
 from quantize.pipeline.plan import Plan
+from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.quantize import running
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.prefix_search import resolve_prefix
+from quantize.pipeline.steps.transform import Surveys
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,20 +46,34 @@ class Trial:
         return self.before + (self.passes + self.block) * blocks
 
 
+@dataclass(frozen=True)
+class TrialContext(RunContext):
+    """Where a trial works: what is collected of the whole model is at hand, collected of its first blocks alone."""
+
+    surveys: Surveys = field(default_factory=dict)
+
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """What was collected."""
+        del name, make
+        return cast(T, self.surveys)
+
+
 def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -> Trial:
     """Run the first blocks as a run does, on the first rows and with the same part of the steps of what is learned."""
     total, samples = len(found.samples.rows), replace(found.samples, rows=found.samples.rows[: rows or 1])
     plan = shortened(found.plan, (rows or total) / total)
     # An empty segment behind the last: statistics of the whole model are collected up to the end of all but the last.
     program = replace(found.program, segments=(*segments, Segment("", (), ())))
+    prepared, context = Prepared(found.checkpoint, program, plan, samples, 0.0), TrialContext(plan.recipe.seed)
     start = time.perf_counter()
     with running("the model"):
-        plan, _ = resolve_prefix(plan, program, found.checkpoint, samples, None)
-        batches = PrefixTokens(plan.recipe.prefix_tokens).batches(samples.batches(found.batch))
-        surveys = collect_global_statistics(found.checkpoint, program, plan, batches, SingleProcess())
+        plan, _ = resolve_prefix(prepared, RunContext(plan.recipe.seed))
+        context = replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
+        batches = context.prefix.batches(samples.batches(found.batch))
+        surveys = collect_global_statistics(found.checkpoint, program, plan, batches, context)
         surveyed, seconds = time.perf_counter(), list[float]()
-        once = cast(Once, lambda *_: surveys)
-        blocks = SequentialPipeline(found.checkpoint, found.program, plan, samples, once=once)
+        prepared = replace(prepared, program=found.program, plan=plan)
+        blocks = SequentialPipeline(prepared, replace(context, surveys=surveys))
     for segment in segments:
         seconds.append(time.perf_counter())
         with running(segment.name):
