@@ -122,7 +122,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "measuring the time: running model.layers.0 on part of the calibration data, for about half a minute\n"
     )
     for line in [
-        "W4A4: 6 linears in 3 blocks, rounded by gptaq",
+        "6 linears to W4A4, in 3 blocks, rounded by gptaq",
         "pass learned_rotation: 2 bases offline, 2 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",

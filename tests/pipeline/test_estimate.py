@@ -23,7 +23,7 @@ from quantize.pipeline.estimate.report import human, preflight
 from quantize.pipeline.estimate.time import TimeEstimate, measure_time, rounded
 from quantize.pipeline.estimate.trial import Trial, shortened
 from quantize.pipeline.prepare import prepare
-from quantize.pipeline.resume.journal import KeptJournal
+from quantize.pipeline.resume.journal import Journal
 from quantize.recipe.recipe import load_recipe
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
@@ -107,14 +107,14 @@ def headers(path):
 def test_the_journal_is_foreseen(foreseen, small_run, one_layer, monkeypatch):
     """The largest border, which lies there twice for a moment, without what the probes and the headers take."""
     found, largest = foreseen(one_layer, "W4A16", nsamples=64, seqlen=256), 0
-    rename = KeptJournal._rename
+    rename = Journal._rename
 
     def renamed(self, path):
         nonlocal largest
         rename(self, path)
         largest = max(largest, sum(p.stat().st_size for p in path.glob("[cf]*-*")))
 
-    monkeypatch.setattr("quantize.pipeline.resume.journal.KeptJournal._rename", renamed)
+    monkeypatch.setattr("quantize.pipeline.resume.journal.Journal._rename", renamed)
     small_run(one_layer, "W4A16", nsamples=64, seqlen=256)
     assert found.journal_bytes() == pytest.approx(2 * largest, rel=0.1)
 
