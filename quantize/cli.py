@@ -41,7 +41,11 @@ PATH = click.Path(path_type=Path)
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed; keep what is done if this one is.")
 @click.option("--stats", type=PATH, help="Statistics to use in place of calibration data, as merge-stats writes them.")
 @click.option("--collect-stats", type=PATH, help="Write the data's statistics to this new file, and stop.")
-@click.option("--dry-run", is_flag=True, help="Say what would happen and what it takes, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would happen and what it takes, by running the first block, and stop.",
+)
 def quantize(
     model: str,
     scheme: str | None,
@@ -67,7 +71,8 @@ def quantize(
 
         prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
         found = preflight(prepared)
-        lines = [*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)]
+        told = estimates(found, prepared.seconds, Console(stderr=True))
+        lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
         return click.echo("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
+from benchmarks.machine import Processor, processor
 from benchmarks.scale.bound import verdict
 from benchmarks.scale.model import SHAPES, write_model, write_tokens
 from quantize.calibration.precision import multiplies_bfloat16
-from quantize.pipeline.estimate.machine import Processor, processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("peer.py")

@@ -16,9 +16,9 @@ from scipy.linalg.lapack import spotrf
 from torch import Tensor
 from transformers import AutoModel
 
+from benchmarks.machine import best_of
 from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
-from quantize.pipeline.estimate.machine import best
 from quantize.quantizers import hessian
 from quantize.quantizers.column_rounding import QParams, round_columns
 from quantize.recipe.scheme import WeightArgs
@@ -33,7 +33,7 @@ def forward(model: str, ids: Tensor) -> float:
     loaded = AutoModel.from_pretrained(model, dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32)
     batch, layers = ids[: max(1, BATCH_TOKENS // ids.shape[1])], loaded.config.num_hidden_layers
     with torch.no_grad():
-        seconds: float = best(lambda: loaded(batch, use_cache=False), REPEATS)
+        seconds: float = best_of(lambda: loaded(batch, use_cache=False), REPEATS)
     rest: float = (layers - 1) / layers
     return seconds * len(ids) / len(batch) * rest
 
@@ -70,8 +70,8 @@ def columns(K: int, rows: int) -> float:
 
 def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:
     """Seconds of the fastest; of `halves`, which computes twice what is needed, half."""
-    found = [best(run, REPEATS) for run in runs]
-    return min([*found, best(halves, REPEATS) / 2] if halves else found)
+    found = [best_of(run, REPEATS) for run in runs]
+    return min([*found, best_of(halves, REPEATS) / 2] if halves else found)
 
 
 def layer(config: Row, tokens: int) -> dict[str, float]:

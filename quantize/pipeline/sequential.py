@@ -20,6 +20,7 @@ from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
+from quantize.pipeline.serialization import contiguous
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys
@@ -79,6 +80,7 @@ class SequentialPipeline:
         block = self._round(block, reference)
         del reference
         self.probes.run(segment.nodes, block.overrides())
+        self._make_contiguous()
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
             self.ties.mark_replaced(linear.weight)
@@ -99,6 +101,16 @@ class SequentialPipeline:
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         self.calibration.run(block.segment.nodes if finish else (), state)
         return block
+
+    def _make_contiguous(self) -> None:
+        """Lay out all that lives on behind a block as a run that is resumed there finds it."""
+        for _, runner, _ in self.runners():
+            for number, values in enumerate(runner.values):
+                laid_out = {node: contiguous(value) for node, value in values.items()}
+                if any(laid_out[node] is not value for node, value in values.items()):
+                    runner.values[number] = laid_out
+        sites = self.pass_runner.sites
+        self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 
     def _with_kv_cache(self, block: Block) -> Block:
         """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""

@@ -8,16 +8,15 @@ from torch import Tensor
 UNIFORM = 1.8  # of the uniform distribution, which an integer grid suits best (KurTail, arXiv 2503.01483)
 
 
-def kurtosis(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """κ = E[(x - μ)⁴] / σ⁴ along `dim`: 1.8 uniform, 3 normal, n for one outlier among n; at least 1.
+def kurtosis(x: Tensor) -> Tensor:
+    """κ = E[(x - μ)⁴] / σ⁴ of each row [..., K]: 1.8 uniform, 3 normal, n for one outlier among n; at least 1.
 
     Args:
         x: floating, computed in its dtype; `x.flatten()` gives one figure for a whole tensor.
-        dim: what the moments are taken over; it goes from the shape.
 
     Returns:
-        κ; 0 where all values are the same.
+        κ [...]; 0 where all values are the same.
     """
-    deviation = x - x.mean(dim, keepdim=True)
-    variance = deviation.square().mean(dim, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return (deviation / variance.sqrt()).pow(4).mean(dim)
+    deviation = x - x.mean(-1, keepdim=True)
+    variance = deviation.square().mean(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return (deviation / variance.sqrt()).pow(4).mean(-1)
