@@ -89,7 +89,9 @@ class WeightRounder:
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
         totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
-        ranks.sum_products(totals, (gram_factors(*seen, block.product_dtype) for seen in self._inputs(source, input_transform)))
+        ranks.sum_products(
+            totals, (gram_factors(*seen, block.product_dtype) for seen in self._inputs(source, input_transform))
+        )
         fill_lower(totals[0])
         seen = sum(rest(values[source]).numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
