@@ -85,13 +85,12 @@ class WeightRounder:
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
     def _gram(self, linear: Linear, block: Block) -> Gram:
-        """Gram matrix of a linear's input; of the rounded input beside the float model's, if the quantizer asks for it."""
+        """Gram matrix of a linear's input; of the rounded input, if the quantizer compares it with the float model's."""
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
         totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
-        ranks.sum_products(
-            totals, (gram_factors(*seen, block.product_dtype) for seen in self._inputs(source, input_transform))
-        )
+        pairs = self._inputs(source, input_transform)
+        ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
         fill_lower(totals[0])
         seen = sum(rest(values[source]).numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
