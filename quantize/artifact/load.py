@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.artifact.manifest import Manifest
+from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
@@ -23,7 +24,6 @@ from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
-from quantize.recipe.scheme import ActivationArgs, Scheme
 from quantize.transforms.online import Online, restore
 
 
@@ -123,7 +123,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
         key = f"{path}.{name}"
         return read_tensor(files[key], key) if key in files else None
 
-    scheme, entry = Scheme(**settings["scheme"]), settings["modules"][path]
+    scheme, entry = linear_scheme(settings, path), settings["modules"][path]
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
@@ -132,8 +132,6 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):
         raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
-    if "activations" in entry:
-        scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
     parts = enumerate(entry.get("online", ()))
     online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import Recipe
-from quantize.recipe.scheme import ActivationArgs
+from quantize.recipe.scheme import ActivationArgs, Scheme
 
 METHOD = "quantize-model"
 
@@ -28,3 +28,11 @@ def quantization_settings(recipe: Recipe, modules: Mapping[str, Mapping[str, obj
     settings: dict[str, Any] = {"quant_method": METHOD, "scheme": scheme, "modules": modules}
     settings |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
     return settings | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})
+
+
+def linear_scheme(settings: Mapping[str, Any], path: str) -> Scheme:
+    """What a linear is quantized to, from an artifact's quantization settings."""
+    scheme, entry = Scheme(**settings["scheme"]), settings["modules"][path]
+    if "activations" in entry:
+        return Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
+    return scheme

@@ -23,34 +23,33 @@ from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.format import NAME, quantization_config, stored
+from quantize.export.compressed_tensors.format import quantization_config, stored
 from quantize.graph.export import quiet
-from quantize.recipe.scheme import ActivationArgs, Scheme
+from quantize.recipe.scheme import Scheme
 
-ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
-ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
 ROUNDING = 64  # last bits, relative to the output: what sums in another order may differ by
 
 
-def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibration: Path | None) -> dict[str, Any]:
+def export_compressed_tensors(
+    directory: Path, writer: ArtifactWriter, calibration: Path | None = None
+) -> dict[str, Any]:
     """Write the safetensors shards, their index and `config.json`, one shard in memory at a time; then compare.
 
     Args:
-        directory: an artifact.
+        directory: an artifact that `obstacles` finds nothing in.
         writer: open; what else belongs to a model is the caller's.
         calibration: data for NVFP4, as for quantizing; None takes the bundled prose.
 
     Returns:
-        What `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package is
-        not installed.
+        `parity`: what `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package
+        is not installed.
 
     Raises:
-        UsageError: the format cannot express what the artifact does.
+        UsageError: data that are not needed, or not what the model takes.
         QuantizeError: damaged files, or transformers computes something else.
     """
     settings, config = read_manifest(directory)["quantization"], read_config(directory)
     scheme, skeleton = Scheme(**settings["scheme"]), build_skeleton(config)
-    check_expressible(settings, scheme, skeleton)
     if scheme.weights.format != "nvfp4" and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
     divisors = input_divisors(directory, calibration) if scheme.weights.format == "nvfp4" else {}
@@ -61,39 +60,8 @@ def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibrati
     entry = quantization_config(scheme, ignored(skeleton, settings["modules"]))
     writer.write("config.json", as_json({**config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
-        return {"transformers": "not verified"}
-    return compressed_tensors_parity(directory, writer.directory, scheme)
-
-
-def check_expressible(settings: Mapping[str, Any], scheme: Scheme, skeleton: nn.Module) -> None:
-    """The format has a place for all that the artifact does.
-
-    Raises:
-        UsageError: names all that it has none for, and how to quantize without.
-    """
-    found = dict(obstacles(settings, scheme.activations, skeleton))
-    if found:
-        remedies = dict.fromkeys(found.values())
-        raise UsageError(f"{NAME} has no place for {' or '.join(found)}; quantize with {' and '.join(remedies)}")
-
-
-def obstacles(
-    settings: Mapping[str, Any], common: ActivationArgs | None, skeleton: nn.Module
-) -> Iterator[tuple[str, str]]:
-    """What the format has no place for, and what to quantize with instead."""
-    if settings.get("prefix"):
-        yield "a prefix of tokens", "no `prefix`"
-    if settings.get("kv_cache"):
-        yield "keys and values with a scale for each token", "no table `kv_cache`"
-    for path, entry in settings["modules"].items():
-        if not isinstance(module := skeleton.get_submodule(path), nn.Linear):
-            yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
-        yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
-        args = ActivationArgs(**entry["activations"]) if "activations" in entry else common
-        if args is not None and args.runtime_smooth is not None:
-            yield "runtime smooth", "no pass `runtime_smooth`"
-        if args is not None and args.clip_ratio != 1:
-            yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"
+        return {"parity": {"transformers": "not verified"}}
+    return {"parity": compressed_tensors_parity(directory, writer.directory, scheme)}
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
