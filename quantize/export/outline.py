@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from quantize.artifact.load import read_manifest
@@ -18,6 +19,8 @@ from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.recipe.scheme import Scheme
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,12 @@ class Outline:
     def estimate(cls, found: ArtifactEstimate) -> Self:
         """Of the artifact that a run will write."""
         return cls(found.checkpoint.config, found.settings, found.checkpoint.skeleton())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the config says that weights are stored in; float32 where it does not."""
+        told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        return DTYPES.get(told.removeprefix("torch."), torch.float32)
 
     def schemes(self) -> dict[str, Scheme]:
         """What each quantized linear is quantized to, by path."""
