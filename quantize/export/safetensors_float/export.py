@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact.load import load
 from quantize.artifact.writer import PROBE, ArtifactWriter, as_json
@@ -17,7 +16,7 @@ from quantize.export.comparison import copy_with_replaced_linears, first_outputs
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.export.safetensors_float.card import model_card
-from quantize.export.safetensors_float.dequantize import float_linear, with_noise
+from quantize.export.safetensors_float.dequantize import float_linear, is_transposed, with_noise
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
@@ -43,7 +42,7 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
         dtype = linear.scale.dtype if linear.scheme.weights.format == "int" else outline.dtype
         dtypes.add(dtype)
         weight, bias = float_linear(linear)
-        found = {"weight": (weight.T if isinstance(place, Conv1D) else weight).to(dtype)}
+        found = {"weight": (weight.T if is_transposed(place, linear.in_features) else weight).to(dtype)}
         # Where the model has no bias, that of the linear takes a shift of its inputs back, and nothing is left of it.
         return found if bias is None or place.bias is None else found | {"bias": bias.to(dtype)}
 

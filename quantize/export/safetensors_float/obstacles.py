@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
 from quantize.export.base import Obstacle
 from quantize.export.outline import Outline
+from quantize.export.safetensors_float.dequantize import is_transposed
 
 INSTEAD = "or measure the artifact itself with `quantize-model eval`"
 
@@ -21,7 +19,7 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
     if outline.settings.get("kv_cache"):
         reason = "keys and values are quantized, for which an ordinary checkpoint has no place"
         yield Obstacle(reason, f"quantize with no table `kv_cache`, {INSTEAD}")
-    for path in outline.settings["modules"]:
-        if not isinstance(module := outline.skeleton.get_submodule(path), nn.Linear | Conv1D):
+    for path, entry in outline.settings["modules"].items():
+        if is_transposed(module := outline.skeleton.get_submodule(path), entry["columns"]) is None:
             reason = f"{path} is a {type(module).__name__}, of which it is not known how it holds its weight"
             yield Obstacle(reason, f"quantize with --ignore {path}")
