@@ -11,7 +11,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from conftest import change_json
+from helpers.json_files import change_json
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D
