@@ -48,14 +48,14 @@ def shards(
         yield file.name, tensors
 
 
-def stored_linear(path: str, outline: Outline, files: Mapping[str, Path]) -> QuantizedLinear:
+def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
     """A quantized linear, its bias and integers' scales in the type that the float model's weight was stored in.
 
     Scales of integers have that type; those of FP4 do not, and the config tells it.
     """
     is_integer = linear_scheme(outline.settings, path).weights.format == "int"
     dtype = read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype if is_integer else outline.dtype
-    return read_linear(path, dict(outline.settings), dict(files), dtype)
+    return read_linear(path, outline.settings, files, dtype)
 
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:

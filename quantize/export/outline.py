@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,8 +32,8 @@ class Outline:
         skeleton: the float model that it was, on the meta device.
     """
 
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    config: dict[str, Any]
+    settings: dict[str, Any]
     skeleton: nn.Module
 
     @classmethod
