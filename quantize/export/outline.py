@@ -16,6 +16,7 @@ from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import build_skeleton
 from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors
+from quantize.errors import QuantizeError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.recipe.scheme import Scheme
 
@@ -42,10 +43,14 @@ class Outline:
 
         Raises:
             UsageError: no artifact, or one of a module that transformers does not know.
+            QuantizeError: it lists linears that its model does not have.
         """
         settings, config = read_manifest(directory)["quantization"], read_config(directory)
         with limit_parameters(index_tensors(directory, PROBE)):
-            return cls(config, settings, build_skeleton(config))
+            skeleton = build_skeleton(config)
+        if missing := settings["modules"].keys() - {path for path, _ in skeleton.named_modules()}:
+            raise QuantizeError(f"{directory} does not fit the model: it lists {min(missing)}, which the model lacks")
+        return cls(config, settings, skeleton)
 
     @classmethod
     def estimate(cls, found: ArtifactEstimate) -> Self:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import pytest
 
 import quantize.export
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError
 from quantize.export import EXPORTERS, Exporter, Obstacle
 from quantize.export.directory import export_artifact
 
@@ -65,6 +68,26 @@ def test_help_lists_every_target_with_its_options(cli, toy):
     assert words(f"Format toy: {TOY} --depth INTEGER RANGE How deep. [x>=1] --loud Louder.") in shown
     assert words("Format onnx: " + EXPORTERS["onnx"].summary + " --qdq Standard ONNX operators only") in shown
     assert shown.count("--depth") == shown.count("--qdq") == shown.count("--output-dir") == 1
+
+
+def test_help_imports_nothing_slow():
+    source = (
+        "import sys; from click.testing import CliRunner; from quantize.export.command import export\n"
+        "assert '--hybrid' in CliRunner().invoke(export, ['--help']).output\n"
+        "sys.exit(bool({'torch', 'transformers', 'onnxruntime'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("target", sorted(EXPORTERS))
+def test_an_artifact_that_lists_what_its_model_lacks(target, artifact_rtn, tmp_path):
+    shutil.copytree(artifact_rtn.directory, tmp_path / "artifact")
+    manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
+    modules = manifest["quantization"]["modules"]
+    modules["model.layers.7.no"] = modules["model.layers.0.mlp.up_proj"]
+    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(QuantizeError, match=r"does not fit the model: it lists model\.layers\.7\.no, which the model"):
+        export_artifact(tmp_path / "artifact", target, tmp_path / "no")
 
 
 def test_a_target_runs_with_its_options(cli, toy, artifact_rtn, tmp_path, tree):

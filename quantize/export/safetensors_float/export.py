@@ -52,7 +52,7 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
     writer.write_index()
     config = {name: value for name, value in outline.config.items() if name != "quantization_config"}
     writer.write("config.json", as_json(config))
-    parity = float_parity(directory, writer.directory, max(torch.finfo(dtype).eps for dtype in dtypes))
+    parity = float_parity(directory, writer.directory, max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
     writer.write("README.md", model_card(directory, outline, dtypes, parity))
     return {"parity": parity}
 
