@@ -1,19 +1,21 @@
-"""How heavy the tails of activations are."""
+"""Kurtosis says how heavy the tails of activations are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-UNIFORM = 1.8  # of the uniform distribution, which an integer grid suits best (KurTail, arXiv 2503.01483)
+UNIFORM = 1.8  # κ of the uniform distribution, which an integer grid suits best (KurTail, arXiv 2503.01483)
 
 
 def kurtosis(x: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """κ = E[(x - μ)⁴] / σ⁴ along `dim`: 1.8 uniform, 3 normal, n for one outlier among n; at least 1.
+    """Return κ = E[(x - μ)⁴] / σ⁴ along `dim`, which is at least 1.
+
+    It is 1.8 for a uniform distribution, 3 for a normal one, and n for one outlier among n values.
 
     Args:
-        x: floating, computed in its dtype; `x.flatten()` gives one figure for a whole tensor.
-        dim: what the moments are taken over; it goes from the shape.
+        x: floating point; κ is computed in its dtype. `x.flatten()` gives one figure for a whole tensor.
+        dim: the axis over which the moments are taken; the result does not have it.
 
     Returns:
         κ; 0 where all values are the same.
