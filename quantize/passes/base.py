@@ -28,18 +28,23 @@ class BasisContext:
         basis: the basis that T acts on.
         statistics: statistics of the inputs of linears, by the name of the weight; other readers have none.
         weights: the block's parameters by name, as the passes before have left them.
-        scheme: the scheme that the linears are quantized to.
+        schemes: the schemes of the linears by the name of the weight; those without one stay in floating point.
         generator: a generator for this pass and basis alone, which is the same for the same recipe.
     """
 
     basis: Basis
     statistics: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     generator: torch.Generator
 
-    def readers(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """Yield statistic, weight [N, K] and index [copies, dim] of each parameter of the block that reads the basis.
+    @property
+    def reader_schemes(self) -> dict[str, Scheme]:
+        """The schemes of the linears that read the basis, in this block or another."""
+        return {e.parameter: self.schemes[e.parameter] for e in self.basis.readers if e.parameter in self.schemes}
+
+    def readers(self) -> Iterator[tuple[Any, Tensor, Tensor, Scheme | None]]:
+        """Yield statistic, weight [N, K], index [copies, dim] and scheme of each of the block's readers of the basis.
 
         The index says which of the K columns are channels of the basis; a parameter that reads a channel several times
         has several copies.
@@ -47,7 +52,7 @@ class BasisContext:
         for edge in self.basis.readers:
             if edge.parameter in self.weights:
                 W = self.weights[edge.parameter].movedim(edge.axis, -1).flatten(0, -2)
-                yield self.statistics.get(edge.parameter), W, edge.index
+                yield self.statistics.get(edge.parameter), W, edge.index, self.schemes.get(edge.parameter)
 
     def inputs(self) -> Tensor:
         """Return rows of the basis' channels [rows, dim], from `Rows` of the inputs of all linears that read it."""

@@ -14,23 +14,6 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
-def imported(path):
-    tree = ast.parse(path.read_text())
-    return {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-
-
-def test_kernels_import_nothing_of_ours():
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert all(m.startswith("quantize.kernels") for m in imported(path) if m.startswith("quantize")), path
-
-
-def test_only_the_command_uses_eval():
-    users = {
-        p.name for p in (ROOT / "quantize").rglob("*.py") if any(m.startswith("quantize.eval") for m in imported(p))
-    }
-    assert users - {p.name for p in (ROOT / "eval").glob("*.py")} == {"cli.py"}
-
-
 OPERATORS = {"layer_norm"}  # a module is called like the operator
 
 
@@ -77,3 +60,27 @@ def test_every_folder_with_code_or_data_is_packaged():
     assert packages == {
         ".".join(("quantize", *folder.parts)).replace("quantize.quantize", "quantize") for folder in folders
     }
+
+
+def test_the_package_is_read_in_one_look():
+    """What a newcomer finds in `quantize/`; the folders beside it are links."""
+    entries = [p.name for p in (ROOT / "quantize").iterdir() if not p.is_symlink() and not p.name.startswith("__")]
+    assert len(entries) <= 16, sorted(entries)
+
+
+def imported(path):
+    """Full names of all that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {".".join(filter(None, (getattr(node, "module", None), alias.name))) for alias in node.names}
+    return names
+
+
+def test_no_test_file_imports_another():
+    """What two test files share lies in tests/helpers/."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 50
+    for path in files:
+        named = {name for name in imported(path) if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", name)}
+        assert not named, (path, named)

@@ -11,9 +11,9 @@ import pkgutil
 from types import CodeType
 
 import pytest
+from helpers.rule_cases import BODIES, case, check_body
+from helpers.sites import check_site, rows
 from helpers.soundness import CONFIGS, describe, family
-from test_families import check_site, rows
-from test_rules import BODIES, case, check_body
 
 from quantize.graph import rules as package
 from quantize.graph.analysis import admissible_bases, find_bases

@@ -5,11 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.fp4_cases import ARGS, FORMATS, GROUP, SCHEMES, normal
+from helpers.weights import correlated, gram_of, output_error, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from test_quantizers import correlated, gram_of, output_error, weights
 
 from quantize import load
 from quantize.artifact.verify import verify_artifact
@@ -31,19 +32,9 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import compute_qparams, grouped, quantization_error
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.recipe.scheme import Scheme, WeightArgs
 
-GROUP = {"mxfp4": 32, "nvfp4": 16}
-ARGS = {name: WeightArgs(num_bits=4, format=name, group_size=size) for name, size in GROUP.items()}
-SCHEMES = {
-    name: Scheme(weights=args, activations=ActivationArgs(num_bits=4, format=name)) for name, args in ARGS.items()
-}
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-FORMATS = pytest.mark.parametrize("name", GROUP)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_all_sixteen_codes():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_fp4 import ARGS, FORMATS, GROUP, SCHEMES, normal
-from test_ops import TESTS as CHECKS
+from helpers.fp4_cases import ARGS, FORMATS, GROUP, SCHEMES, normal
+from helpers.opcheck import CHECKS
 
 from quantize.kernels import fp4_quantizer
 from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale, pack_fp4, quantize_fp4

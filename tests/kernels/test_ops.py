@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.opcheck import CHECKS
 from helpers.operands import SCHEMES, activations, rng, weight
 
 from quantize.kernels import custom_ops, gemm, grouped, split_k
@@ -11,8 +12,6 @@ from quantize.kernels.config import Config, choose_config, fitted, nearest_archi
 from quantize.kernels.ops import packed_linear, prepack, quantize_activations, quantized_linear
 from quantize.kernels.packed import pack_activations
 from quantize.kernels.prepack import exact_gemm, supported
-
-TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def layer(groups=1, symmetric=False, bits=4, N=24, K=256, seed=0):
@@ -27,14 +26,14 @@ def layer(groups=1, symmetric=False, bits=4, N=24, K=256, seed=0):
 @pytest.mark.parametrize("layout", ["int8", "pair"])
 def test_the_quantizer_is_a_proper_operator(layout):
     x = torch.randn(3, 200, generator=rng())
-    torch.library.opcheck(custom_ops.quantize_tokens, (x, 4, False, 0.9, layout, 50), test_utils=TESTS)
+    torch.library.opcheck(custom_ops.quantize_tokens, (x, 4, False, 0.9, layout, 50), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_product_is_a_proper_operator(groups):
     qa, pw = activations(3, 256, symmetric=False, group_size=256 // groups), weight(20, 256, 4, groups, False)
     arguments = (qa.tensors(), "int8", pw.tensors(), 256, "w4", torch.ones(20), torch.float16)
-    torch.library.opcheck(custom_ops.gemm, arguments, test_utils=TESTS)
+    torch.library.opcheck(custom_ops.gemm, arguments, test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ops import TESTS as CHECKS
+from helpers.opcheck import CHECKS
 
 from quantize.kernels import smooth_maxima
 from quantize.kernels.hadamard import hadamard_transform

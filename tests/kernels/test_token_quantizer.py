@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.opcheck import CHECKS
 from scipy.linalg import hadamard
-from test_ops import TESTS as CHECKS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from quantize.kernels import token_quantizer

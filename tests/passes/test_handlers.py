@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_passes import basis, edge, maxima, place, site
+from helpers.bases import basis, edge, maxima, place, site
 
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint

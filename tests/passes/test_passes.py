@@ -2,51 +2,22 @@
 
 import pytest
 import torch
+from helpers.bases import basis, edge, maxima, place, site
 
 from quantize.calibration.runner import SequentialRunner
-from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
-from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes import PASSES
-from quantize.passes.base import BasisContext, LinearContext
 from quantize.passes.ordering import legal_order
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.plan import Plan, make_plan, settings
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.transform import PassRunner, float_state
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.fold import Diagonal, Rotation, absorb
-from quantize.transforms.online import Hadamard, InputTransform
-
-W4A4 = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4))
-
-
-def edge(name, axis, dim, vector=False):
-    return Edge(name, axis, torch.arange(dim)[None], vector)
-
-
-def basis(dim, writers, readers, group=AllowedTransforms.LINEAR, heads=1):
-    return Basis(0, dim, heads, group, tuple(writers), tuple(readers), ())
-
-
-def site(basis, weights, **statistics):
-    """A basis with what a pass is told of it; statistics by the letter of the weight."""
-    seen = {f"{letter}.weight": value for letter, value in statistics.items()}
-    return BasisContext(basis, seen, weights, W4A4, torch.Generator().manual_seed(0))
-
-
-def place(basis, columns, statistic=None, rows=6):
-    W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
-    input_transform = InputTransform(activations=W4A4.activations)
-    return LinearContext("a", basis, statistic, W, input_transform, W4A4, torch.Generator().manual_seed(0))
-
-
-def maxima(*values):
-    return Rows(absmax=Absmax(torch.tensor(values)))
+from quantize.transforms.online import Hadamard
 
 
 def test_smoothquant_by_hand():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.weights import correlated, gram_of, output_error, weights
 
 from quantize.calibration.statistics import Absmax, Gram
 from quantize.errors import QuantizeError
@@ -13,27 +14,6 @@ from quantize.recipe.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
 GROUPED = WeightArgs(num_bits=4, symmetric=False, group_size=16)
-
-
-def correlated(tokens=512, columns=64, seed=0):
-    """Inputs with a decaying spectrum, as activations have."""
-    rng = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=rng) * torch.logspace(0, -2, columns)
-    return torch.randn(tokens, columns, generator=rng) @ mix
-
-
-def gram_of(X):
-    gram = Gram()
-    gram.update(X)
-    return gram
-
-
-def weights(rows=32, columns=64, seed=1):
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def output_error(W, quantized, X):
-    return float((X @ (W - quantized.dequantize()).T).square().mean() / (X @ W.T).square().mean())
 
 
 def test_rtn_by_hand():

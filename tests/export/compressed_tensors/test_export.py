@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import change_json
-from export.compressors import BaseCompressor, ModelCompressor
-from export.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from helpers.json_files import change_json
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 from transformers.pytorch_utils import Conv1D

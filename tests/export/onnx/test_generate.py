@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import change_json
+from helpers.json_files import change_json
 from onnx import helper
 
 from quantize import load
