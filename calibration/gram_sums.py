@@ -14,7 +14,7 @@ FIRST = 512  # rows of activations that are summed before the next sum is foreca
 
 
 def gram_factors(x: Tensor, float_reference: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and the right one."""
+    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and a right one."""
     dtype, x = factor_dtype(), x.detach().reshape(-1, x.shape[-1])
     right = x.to(dtype)
     if float_reference is None:

@@ -13,7 +13,7 @@ matmul = mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def bfloat16_unit() -> str:
-    """Name the unit that multiplies bfloat16 faster than float32, `amx`, `avx512_bf16` or `none`, as sums depend on it."""
+    """Name the unit that multiplies bfloat16 faster than float32: `amx`, `avx512_bf16` or `none`. Sums depend on it."""
     if torch.cpu._is_amx_tile_supported():
         return "amx"
     return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "none"

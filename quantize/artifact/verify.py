@@ -72,5 +72,5 @@ def last_token(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def at_last_token(output: Tensor) -> Tensor:
-    """Return the last token of an output [batch, tokens, channels], which depends on all others; others return whole."""
+    """Return the last token of an output [batch, tokens, channels], which depends on all others; others stay whole."""
     return (output[:, -1] if output.dim() == 3 else output).contiguous()
