@@ -99,7 +99,7 @@ def last(losses: Sequence[float]) -> str:
 def make_optimizer(
     parameters: list[nn.Parameter], linears: Sequence[RegularizedLinear], settings: FinetuneSettings
 ) -> torch.optim.Adam:
-    """Make Adam, which moves numbers by the learning rate whatever their gradient, and clips by a part of their range."""
+    """Make Adam, which moves a number by the learning rate whatever its gradient, and a clip by a part of its range."""
     clips: list[dict[str, Any]] = [
         {"params": [linear.clip], "lr": settings.learning_rate * float(linear.clip.detach().abs().max())}
         for linear in linears
