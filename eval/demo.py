@@ -18,8 +18,9 @@ from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant
 from quantize.eval.report import stored_bytes
+from quantize.formats import FORMATS
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import FP4_GROUP_SIZES, SCHEME_NAMES
+from quantize.recipe.scheme import SCHEME_NAMES
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MODEL, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"
@@ -79,7 +80,7 @@ def measured(
     batches: list[Tensor],
 ) -> tuple[str, ...]:
     """Return the figures of one artifact, loaded back from its directory."""
-    group_size = None if scheme.lower() in FP4_GROUP_SIZES else 0
+    group_size = None if scheme.lower() in FORMATS else 0
     artifact = quantize_model(
         model, scheme=scheme, output_dir=output, recipe=recipe, group_size=group_size, seqlen=WINDOW
     )

@@ -16,6 +16,7 @@ from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import read_kv_cache
@@ -128,7 +129,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
-    scale = scale.to(dtype) if scheme.weights.format == "int" and scale.is_floating_point() else scale
+    scale = scale.to(dtype) if {scale.dtype, dtype} <= get_format(scheme.weights.format).scale_dtypes else scale
     weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):

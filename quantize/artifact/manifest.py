@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from quantize.formats import check_scheme
 from quantize.recipe.scheme import Data, KVCacheArgs, Scheme
 
 
@@ -36,6 +37,14 @@ class QuantizationSettings(Data):
     modules: dict[str, Entry]
     prefix: tuple[Annotated[int, Field(ge=0)], ...] = ()
     kv_cache: KVCacheArgs | None = None
+
+    @model_validator(mode="after")
+    def formats_fit(self) -> Self:
+        """Each linear's weights and activations have a product."""
+        check_scheme(self.scheme)
+        for entry in self.modules.values():
+            check_scheme(entry.scheme or self.scheme)
+        return self
 
 
 class Manifest(BaseModel):

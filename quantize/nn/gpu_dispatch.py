@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import (
     PackedWeight,
@@ -28,9 +29,10 @@ Operands = PackedWeight | list[Tensor | None]
 
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
     """Whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
-    if args is None:
+    element = get_format(weight.args.format).element
+    if args is None or element == "level":
         return False
-    if args.format != "int":
+    if element == "e2m1":
         return on_kernels(x)
     if args.runtime_smooth:
         return has_smooth_kernel(x, args.runtime_smooth.group_size)
@@ -39,10 +41,11 @@ def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> b
 
 def prepack_weight(weight: QTensor, args: ActivationArgs) -> Operands:
     """The weight as the kernel for `args` reads it."""
-    if args.format == "mxfp4":
-        return [weight.data, weight.scale, None]
-    if weight.global_scale is not None:  # a model of another dtype has cast the scales, which leaves their values
-        return [weight.data, weight.scale.to(torch.float8_e4m3fn).view(torch.uint8), weight.global_scale.float()]
+    number_format = get_format(weight.args.format)
+    if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
+        (stored,) = number_format.scale_dtypes
+        global_scale = None if weight.global_scale is None else weight.global_scale.float()
+        return [weight.data, weight.scale.to(stored).view(torch.uint8), global_scale]
     layout = smooth_prepack if args.runtime_smooth else prepack
     return layout(weight.unpack(), weight.scale, weight.zero_point, weight.args.num_bits)
 

@@ -20,7 +20,7 @@ from quantize.transforms.online import Online
 
 
 class QuantizedLinear(nn.Module):
-    """Drop-in for `nn.Linear` that holds packed integers.
+    """Drop-in for `nn.Linear` that holds packed values of a number format.
 
     Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
 

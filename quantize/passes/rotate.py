@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from quantize.errors import UsageError
+from quantize.formats import get_format
 from quantize.graph.basis import Basis
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext, LinearContext, Pass
@@ -17,7 +18,6 @@ from quantize.recipe.scheme import Scheme
 from quantize.transforms.fold import CentredRotation, Rotation, Transform
 from quantize.transforms.online import InputTransform, hadamard
 
-FORMAT_BLOCKS = {"mxfp4": 32}  # the channels that share a scale (MR-GPTQ, arXiv 2509.23202, section 4)
 AFTER_SEARCH = {
     "noisy_bias": "the bias was searched for inputs that are not rotated",
     "activation_clip": "the clipping was searched for inputs that are not rotated",
@@ -47,11 +47,12 @@ class Rotate(Pass):
     block_size: int | None = Field(None, ge=0)
 
     def check(self, scheme: Scheme) -> None:
-        """Refuse NVFP4 unless a block size is given."""
-        if scheme.weights.format == "nvfp4" and self.block_size is None:
+        """Refuse a format that rotating makes worse, unless a block size is given."""
+        number_format = get_format(scheme.weights.format)
+        if number_format.rotation_block is None and self.block_size is None:
             raise UsageError(
-                f"the pass `{self.name}` makes NVFP4 worse, whose groups of 16 follow outliers by themselves; "
-                "leave it out, or give it a block_size"
+                f"the pass `{self.name}` makes {number_format.name.upper()} worse, whose groups of "
+                f"{number_format.group_size} follow outliers by themselves; leave it out, or give it a block_size"
             )
 
     def selects(self, basis: Basis) -> bool:
@@ -87,6 +88,7 @@ class Rotate(Pass):
 
     def order(self, columns: int, *schemes: Scheme) -> int:
         """Return the number of channels that a rotation mixes, so that it suits all schemes that read them."""
-        blocks = [FORMAT_BLOCKS.get(x.weights.format, 0) for x in schemes] if self.block_size is None else []
+        formats = [get_format(x.weights.format) for x in schemes] if self.block_size is None else []
+        blocks = [found.rotation_block or 0 for found in formats]
         block = math.gcd(*blocks) if blocks else self.block_size or 0
         return math.gcd(columns, block) if block else columns

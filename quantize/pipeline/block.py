@@ -85,6 +85,15 @@ class Block:
         rounded = {name: self.weights[name].to(self.dtypes[name]).float() for name in names}
         return replace(self, weights=self.weights | rounded)
 
+    def with_input_transforms(self, changed: Mapping[Linear, InputTransform]) -> Block:
+        """The block with more in front of some linears; the weights absorb the online transforms that are new."""
+        folded = {}
+        for linear, found in changed.items():
+            done = len(self.input_transforms[linear].online)
+            folded[linear.weight] = linear.as_out_in(found.fold_into_weight(self.weight(linear), done))
+        transforms = {**self.input_transforms, **changed}
+        return replace(self, weights=self.weights | folded, input_transforms=transforms)
+
     def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> QuantizedLinear:
         """The linear with a rounded weight, behind its input transform; its bias takes a shift of the input back."""
         found = self.input_transforms[linear]

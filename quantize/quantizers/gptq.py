@@ -69,7 +69,7 @@ class GPTQ(Quantizer):
         return weights
 
     def round_and_sweep(self, R: Tensor, H: Tensor, columns: OrderedColumns) -> Tensor:
-        """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
+        """Values of the format [K, N] for R [K, N], which is overwritten, and so is H, factored."""
         Q = gptq_round(R, H, columns, self.block_size)
         if self.sweeps:
             fill_upper(H)

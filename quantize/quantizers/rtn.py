@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
 from quantize.recipe.scheme import WeightArgs
@@ -27,7 +28,7 @@ class RoundToNearest(Quantizer):
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
         """A few rows at a time, so that what lies between is small, and stays in a core's cache."""
         scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
-        q, rows = torch.empty_like(W, dtype=torch.int8), cached_rows(W.shape[1])
+        q, rows = torch.empty_like(W, dtype=get_format(args.format).value_dtype), cached_rows(W.shape[1])
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, shown
+from quantize.formats import FORMATS, check_args, check_scheme, get_format
 from quantize.recipe.scheme import (
-    FP4_GROUP_SIZES,
     SCHEME_NAMES,
     ActivationArgs,
     Data,
@@ -91,8 +91,8 @@ class Recipe(Data):
     """
 
     scheme: SchemeName
-    weights: WeightArgs
-    activations: ActivationArgs | None = None
+    weights: Annotated[WeightArgs, AfterValidator(check_args)]
+    activations: Annotated[ActivationArgs, AfterValidator(check_args)] | None = None
     kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
@@ -148,7 +148,7 @@ def load_recipe(
         raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
-    default = tomllib.loads(shipped(name.lower()))
+    default = merge(tomllib.loads(shipped(name.lower())), format_defaults(given))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
     merged = merge(merge(merge(default, given), single), table)
@@ -160,7 +160,17 @@ def load_recipe(
 def default_scheme(name: str) -> Scheme:
     """Return the tables `weights` and `activations` of a scheme's default recipe as a scheme."""
     default = tomllib.loads(shipped(name.lower()))
-    return Scheme(weights=default["weights"], activations=default.get("activations"))
+    return check_scheme(Scheme(weights=default["weights"], activations=default.get("activations")))
+
+
+def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the weights' format, if a recipe names one, says of their other settings."""
+    weights = given.get("weights")
+    name = weights.get("format") if isinstance(weights, Mapping) else None
+    if not isinstance(name, str) or name not in FORMATS:
+        return {}
+    number_format = get_format(name)
+    return {"weights": {**number_format.defaults, **number_format.fixed()}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -218,23 +228,27 @@ def validated(make: Callable[[], T], what: str) -> T:
 
 
 def check_bits(recipe: Recipe) -> None:
-    """Check that the tables agree with the scheme's name.
+    """Check that the tables agree with the scheme's name and with one another.
 
     Raises:
         UsageError: they do not; the message says what the name stands for.
     """
-    fp4 = recipe.scheme.lower() in FP4_GROUP_SIZES
-    expected = recipe.scheme.lower() if fp4 else "int"
-    formats = [args.format for args in (recipe.weights, recipe.activations) if args]
-    if set(formats) != {expected}:
+    schemes = FORMATS.keys() & {name.lower() for name in SCHEME_NAMES}  # formats that have a scheme of their own
+    own, formats = recipe.scheme.lower() in schemes, [x.format for x in (recipe.weights, recipe.activations) if x]
+    expected = recipe.scheme.lower() if own else "int"
+    if set(formats) & schemes - {expected} or (own and set(formats) != {expected}):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for the format {expected}, the tables say {' and '.join(formats)}; "
             "leave the format out"
         )
-    weights, _, activations = ("4", "", "4") if fp4 else recipe.scheme[1:].partition("A")
+    weights, _, activations = ("4", "", "4") if own else recipe.scheme[1:].partition("A")
     found = 16 if recipe.activations is None else recipe.activations.num_bits
     if (recipe.weights.num_bits, found) != (int(weights), int(activations)):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for {weights}-bit weights and {activations}-bit activations, "
             f"the tables say {recipe.weights.num_bits} and {found}"
         )
+    try:
+        check_scheme(recipe.linear_scheme)
+    except ValueError as error:
+        raise UsageError(f"recipe: {error}") from None

@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from quantize.errors import UsageError
-from quantize.recipe.scheme import Data
 
-T = TypeVar("T", bound=type[Data])
+T = TypeVar("T", bound=type)
 
 
 class Registry(dict[str, type[Any]]):
-    """The classes of one kind (`pass`, `quantizer`) by name."""
+    """The classes of one kind (`pass`, `quantizer`, `number format`) by name."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()

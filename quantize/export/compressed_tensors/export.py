@@ -24,6 +24,7 @@ from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import NAME, quantization_config, stored
+from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.recipe.scheme import ActivationArgs, Scheme
 
@@ -51,13 +52,14 @@ def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibrati
     settings, config = read_manifest(directory)["quantization"], read_config(directory)
     scheme, skeleton = Scheme(**settings["scheme"]), build_skeleton(config)
     check_expressible(settings, scheme, skeleton)
-    if scheme.weights.format != "nvfp4" and calibration is not None:
+    number_format = get_format(scheme.weights.format)
+    if not number_format.has_global_scale and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
-    divisors = input_divisors(directory, calibration) if scheme.weights.format == "nvfp4" else {}
+    divisors = input_divisors(directory, calibration) if number_format.has_global_scale else {}
     for shard, tensors in shards(directory, settings, divisors):
         writer.add(shard, tensors)
     writer.write_index()
-    own = {} if scheme.weights.format == "int" else {"dtype": "bfloat16"}
+    own = {"dtype": "bfloat16"} if number_format.element == "e2m1" else {}
     entry = quantization_config(scheme, ignored(skeleton, settings["modules"]))
     writer.write("config.json", as_json({**config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
@@ -81,6 +83,8 @@ def obstacles(
     settings: Mapping[str, Any], common: ActivationArgs | None, skeleton: nn.Module
 ) -> Iterator[tuple[str, str]]:
     """What the format has no place for, and what to quantize with instead."""
+    if get_format(name := settings["scheme"]["weights"]["format"]).element == "level":
+        yield f"{name} weights", '`format = "int"` in [weights]'
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):
@@ -188,4 +192,4 @@ def outputs_of(directory: Path, inputs: list[dict[str, Tensor]], scheme: Scheme)
 
 def running_type(scheme: Scheme) -> torch.dtype:
     """What a checkpoint runs in: float32, or bfloat16, which is all that the package unpacks FP4 to."""
-    return torch.float32 if scheme.weights.format == "int" else torch.bfloat16
+    return torch.bfloat16 if get_format(scheme.weights.format).element == "e2m1" else torch.float32

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import pack_int4
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
@@ -17,7 +18,6 @@ from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 NAME = "compressed-tensors"
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD = 8  # 4-bit integers in an int32
-SCALE_TYPES = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 
 
 def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
         Others: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
-    if weight.args.format != "int":
+    if get_format(weight.args.format).element == "e2m1":
         global_scale = (
             {} if weight.global_scale is None else {"weight_global_scale": weight.global_scale.reciprocal().reshape(1)}
         )
@@ -74,7 +74,7 @@ def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
 
 def storage(scheme: Scheme) -> str:
     """The format's name for how weights lie in the file."""
-    if scheme.weights.format != "int":
+    if get_format(scheme.weights.format).element == "e2m1":
         return f"{scheme.weights.format}-pack-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
@@ -87,14 +87,16 @@ def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> d
         whole: what the format calls one scale for a row.
         dynamic: scales are found as the inputs come; of NVFP4 those of groups alone, not that of the tensor.
     """
-    has_global_scale = args.format == "nvfp4"
-    strategy = "tensor_group" if has_global_scale else "group" if args.group_size else whole
+    number_format = get_format(args.format)
+    group_size = args.group_size if isinstance(args, WeightArgs) else number_format.group_size
+    strategy = "tensor_group" if number_format.has_global_scale else "group" if group_size else whole
+    scale_dtype = {"scale_dtype": str(*number_format.scale_dtypes)} if number_format.element == "e2m1" else {}
     return {
         "num_bits": args.num_bits,
-        "type": "int" if args.format == "int" else "float",
+        "type": "float" if number_format.element == "e2m1" else "int",
         "symmetric": args.symmetric,
         "strategy": strategy,
-        "group_size": args.group_size or None,
-        "dynamic": "local" if dynamic and has_global_scale else dynamic,
-        **({"scale_dtype": SCALE_TYPES[args.format]} if args.format in SCALE_TYPES else {}),
+        "group_size": group_size or None,
+        "dynamic": "local" if dynamic and number_format.has_global_scale else dynamic,
+        **scale_dtype,
     }

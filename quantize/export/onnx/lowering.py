@@ -9,6 +9,7 @@ from __future__ import annotations
 from quantize.errors import UsageError
 from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.matmul_nbits import BlockLinear
+from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 
 RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
@@ -23,9 +24,10 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
         UsageError: if ONNX Runtime has no kernel for the layer's scheme.
     """
     weights, activations = layer.scheme.weights, layer.scheme.activations
-    if weights.format != "int":
+    if get_format(weights.format).element != "int":
         raise UsageError(
-            f"ONNX Runtime's CPU kernels multiply no {weights.format} values; quantize with one of {RUNNABLE}"
+            f"ONNX Runtime's CPU kernels multiply no {weights.format} values; "
+            f"quantize with one of {RUNNABLE} in integers"
         )
     if activations is not None and activations.runtime_smooth is not None:
         raise UsageError(

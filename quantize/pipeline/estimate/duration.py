@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quantize.calibration.gram_sums import BLOCK
+from quantize.formats import get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
 from quantize.pipeline.estimate.activation_work import NODE, batched, calibration, looked_at, quantized, rounded, rows
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.work import Work, passes
-from quantize.quantizers.base import SCALE_SEARCH
 from quantize.quantizers.gptq import GPTQ
 
 STORED = 8  # passes over each weight: read, searched for NaN, packed, hashed, written, read back and compared
@@ -81,8 +81,9 @@ def group_work(found: MemoryEstimate, linears: list[Linear]) -> Work:
 def rounding(found: MemoryEstimate, N: int, K: int) -> Work:
     """One weight [N, K] to its grid, but for what those that share its input have in common."""
     quantizer, args = found.plan.quantizer, found.plan.recipe.weights
-    tried = TRIED * len(SCALE_SEARCH[args.format]) if quantizer.mse else 0.0
-    work = Work(cached=(ONCE + tried) * N * K, operators=SEARCH * len(SCALE_SEARCH[args.format]) * quantizer.mse)
+    tries = len(get_format(args.format).scale_search)
+    tried = TRIED * tries if quantizer.mse else 0.0
+    work = Work(cached=(ONCE + tried) * N * K, operators=SEARCH * tries * quantizer.mse)
     if not isinstance(quantizer, GPTQ):
         return work
     turns = 1 + quantizer.sweeps

@@ -11,6 +11,7 @@ from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
@@ -117,8 +118,8 @@ class WeightRounder:
             gram = self._gram(first.source, first.columns, block.input_transforms[first])
         trim_heap()
         weights = [block.weight(linear) for linear in part]
-        # each rank rounds some rows, which are rounded apart, but for NVFP4's global scale
-        splits = 1 < ranks.count <= min(map(len, weights)) and args.format != "nvfp4"
+        # each rank rounds some rows, which are rounded apart unless they share a global scale
+        splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
         try:
             found = quantizer.quantize_group(mine, args, gram, dtype)

@@ -24,6 +24,7 @@ from quantize.pipeline.plan import Plan, Step
 from quantize.pipeline.rng import derived_generator
 from quantize.transforms import equivalence
 from quantize.transforms.fold import Transform, fold
+from quantize.transforms.online import InputTransform
 
 Surveys = Mapping[int, Mapping[str, Statistic]]
 
@@ -70,13 +71,7 @@ class PassRunner:
         folded = replace(block, weights=block.weights | self._fold(number, block, touched, statistics))
         found = {x: self._input_transform(number, x, folded, statistics) for x in reached}
         changed = {x: transform for x, transform in found.items() if transform != block.input_transforms[x]}
-        absorbed = {
-            x.weight: x.as_out_in(transform.fold_into_weight(folded.weight(x), len(block.input_transforms[x].online)))
-            for x, transform in changed.items()
-        }
-        after = replace(
-            folded, weights=folded.weights | absorbed, input_transforms={**block.input_transforms, **changed}
-        )
+        after = folded.with_input_transforms(changed)
         if changed:
             self.changed.setdefault(step.handler.name, []).extend(linear.path for linear in changed)
         if touched or any(transform.online != block.input_transforms[x].online for x, transform in changed.items()):
@@ -96,7 +91,9 @@ class PassRunner:
             after |= fold(basis, sites[basis], after)
         return after
 
-    def _input_transform(self, number: int, linear: Linear, block: Block, statistics: Mapping[str, Any]) -> Any:
+    def _input_transform(
+        self, number: int, linear: Linear, block: Block, statistics: Mapping[str, Any]
+    ) -> InputTransform:
         """What a pass wants in front of one linear."""
         step = self.plan.steps[number]
         context = LinearContext(
