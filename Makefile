@@ -21,7 +21,7 @@ bench-vit: $(VENV)/installed
 bench-lengths: $(VENV)/installed
 	$(PYTHON) -m benchmarks.sequence_length
 
-# Kernels on this machine's GPU beside cuBLAS and others: benchmarks/results/gpu-NAME.json and the table in the README
+# Kernels on this machine's GPU beside cuBLAS and others: benchmarks/results/gpu-NAME.json and the table in docs/gpu.md
 bench-gpu: $(VENV)/installed
 	$(PYTHON) -m benchmarks.gpu.bench
 

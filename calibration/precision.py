@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def bfloat16_unit() -> str:
-    """What multiplies bfloat16 faster than float32 here: `amx`, `avx512_bf16` or `none`; sums depend on it."""
+    """Name the unit that multiplies bfloat16 faster than float32: `amx`, `avx512_bf16` or `none`. Sums depend on it."""
     if torch.cpu._is_amx_tile_supported():
         return "amx"
     return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
@@ -25,7 +25,7 @@ def calibration_dtype(stored: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def plus_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Base + left @ right, float32; of a `right` in bfloat16 the product is rounded to it as well."""
+    """Return base + left @ right, float32; if `right` is in bfloat16, the product is rounded to bfloat16, too."""
     if right.dtype == torch.float32:
         return torch.addmm(base, left, right)
     return base + left.to(right.dtype) @ right

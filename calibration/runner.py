@@ -1,7 +1,7 @@
-"""Drive calibration batches through a program block by block, all batches in step.
+"""The runner drives calibration batches through a program block by block, all batches in step.
 
-Only the values that are alive at the point reached are held, for every batch; so a linear can be quantized on the
-outputs of everything quantized before it, and each node runs once a batch.
+For every batch only the values that are alive at the point reached are held. So a linear can be quantized on the
+outputs of everything quantized before it, and each node runs once for each batch.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from quantize.graph.program import Program, Segment
 
 SMALL_ACTIVATION_BYTES = (
     1 << 25
-)  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
+)  # bytes of activations up to which an unpacked weight is larger than all that lies between two linears
 
 
 class SequentialRunner:
     """Batches of inputs on their way through a program.
 
     Attributes:
-        values: for each batch what is alive.
+        values: for each batch the values that are alive.
     """
 
     def __init__(
         self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]], scratch: Path | None = None
     ) -> None:
-        """Of many batches, what does not fit into memory lies in files in the directory `scratch`."""
+        """Start with batches of inputs; values that do not fit into memory lie in files in the directory `scratch`."""
         self.program = program
         self.values = ActivationCache((start(program, given) for given in batches), scratch)
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:
-        """A runner that starts from given values."""
+        """Return a runner that starts from given values."""
         runner = cls(program, [])
         runner.values = ActivationCache(values, None)
         return runner
@@ -57,12 +57,12 @@ class SequentialRunner:
                     self.values[number] = values
 
     def _parts(self, nodes: Sequence[fx.Node], state: Overrides) -> Iterator[Sequence[fx.Node]]:
-        """Nodes cut behind each linear that is replaced, so that only one weight is unpacked at a time."""
+        """Cut the nodes behind each linear that is replaced, so that only one weight is unpacked at a time."""
         cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
         return (nodes[first:last] for first, last in itertools.pairwise(cuts))
 
     def outputs(self) -> list[Tensor]:
-        """The model's outputs, batch by batch, once every node has run."""
+        """Return the model's outputs, batch by batch, after every node has run."""
         return [values[node] for values in self.values for node in self.program.output.all_input_nodes]
 
     def advance_to_linears(
@@ -70,8 +70,8 @@ class SequentialRunner:
     ) -> Iterator[list[Linear]]:
         """Advance through a segment, stopping before the first of each group of targets that share an input.
 
-        The caller may change `state.linears` at each stop; the linears run with what stands there afterwards. Without
-        `finish` the last stop is where the run ends.
+        The caller may change `state.linears` at each stop, and the linears then run as it says. Without `finish` the
+        run ends at the last stop.
         """
         done = 0
         for group in by_input(targets):
@@ -90,7 +90,7 @@ class SequentialRunner:
         make: Callable[[], Statistic],
         behind: Mapping[Linear, Callable[[Tensor], Tensor]],
     ) -> dict[str, Statistic]:
-        """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
+        """Collect statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
 
         What a linear's input goes through before it counts is in `behind`.
         """

@@ -1,4 +1,4 @@
-"""What `make demo` prints: every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
+"""`make demo` compares every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def rows(model: Path, scratch: Path, console: Console) -> Iterator[tuple[str, ...]]:
-    """One row for the float model, then two a scheme."""
+    """Yield one row for the float model and then two for each scheme."""
     samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH)]
     reference = open_checkpoint(model).load()
@@ -79,7 +79,7 @@ def measured(
     base: float,
     batches: list[Tensor],
 ) -> tuple[str, ...]:
-    """Figures of one artifact, loaded back from its directory."""
+    """Return the figures of one artifact, loaded back from its directory."""
     group_size = None if scheme.lower() in FORMATS else 0
     artifact = quantize_model(
         model, scheme=scheme, output_dir=output, recipe=recipe, group_size=group_size, seqlen=WINDOW

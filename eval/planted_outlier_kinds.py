@@ -1,4 +1,4 @@
-"""Plant outliers by kind, where the model's own activations say: twins that compute the same function."""
+"""Outliers of several kinds are planted where the model's own activations say; the twins compute the same function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from quantize.transforms.fold import Diagonal, fold
 Kind = Literal["channel", "token_sparse", "two_spike"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 WINDOWS, WINDOW = 8, 256
-HEIGHT = 100.0  # of planted spikes, in root mean squares of the input
+HEIGHT = 100.0  # the height of planted spikes, in root mean squares of the input
 
 
 def plant_kind(model: Path, output: Path, kind: Kind) -> None:
@@ -65,7 +65,7 @@ def plant_kind(model: Path, output: Path, kind: Kind) -> None:
 
 
 def chosen(bases: tuple[Basis, ...], gains: bool) -> list[Basis]:
-    """Diagonal bases that linears read, written by gains or not; of those that are not, gated inputs before values."""
+    """Return the diagonal bases that linears read, written by gains or not; if not, gated inputs come before values."""
     found = [b for b in bases if AllowedTransforms.DIAGONAL in b.group and b.writers and b.readers]
     found = [b for b in found if not any(e.dual or e.vector for e in b.readers)]
     by_gains = [b for b in found if b.gain and len(b.readers) > 1]
@@ -75,7 +75,7 @@ def chosen(bases: tuple[Basis, ...], gains: bool) -> list[Basis]:
 
 
 def inputs_of(program: Program, weights: dict[str, Tensor], batches: list[Tensor]) -> dict[str, Tensor]:
-    """What reaches each linear [tokens, K], by the name of its weight."""
+    """Return the input [tokens, K] of each linear, by the name of its weight."""
     runner, seen = SequentialRunner(program, batches), dict[str, Tensor]()
     for segment in program.segments:
         for group in runner.advance_to_linears(segment, Overrides(weights), program.linears(segment)):
@@ -85,7 +85,7 @@ def inputs_of(program: Program, weights: dict[str, Tensor], batches: list[Tensor
 
 
 def channels_of(basis: Basis, seen: dict[str, Tensor]) -> Tensor:
-    """The channels of a basis as its first reader sees them, the largest of its copies, [tokens, dim]."""
+    """Return the channels of a basis as its first reader sees them, [tokens, dim]; of several copies the largest."""
     edge = basis.readers[0]
     return torch.stack([seen[edge.parameter][:, index].abs() for index in edge.index]).amax(dim=0)
 

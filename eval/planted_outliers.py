@@ -1,4 +1,4 @@
-"""Plant outliers: a harder twin of a model that computes the same function."""
+"""A planted twin is a copy of a model that computes the same function and is harder to quantize."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FACTOR = 30.0  # by which planted channels are scaled
 def plant(model: Path, output: Path) -> None:
     """Scale two channels of every diagonal basis up in what writes it and down in what reads it.
 
-    On norm gains these are channel outliers, on the gated inputs of a linear token-sparse ones; RTN breaks on both, and
-    the float logits stay as they are. The twin is stored in float32, which holds every factor.
+    On norm gains this makes channel outliers, and on the gated inputs of a linear token-sparse ones. RTN breaks on
+    both, while the float logits stay as they are. The twin is stored in float32, which holds every factor exactly.
 
     Args:
         model: directory of a float model.
@@ -41,7 +41,7 @@ def plant(model: Path, output: Path) -> None:
 def plant_keys(model: Path, output: Path) -> None:
     """Scale four channels of all keys up and those of the queries down, which leaves the scores as they are.
 
-    Where positions rotate pairs of channels, a channel here is such a pair. Arguments as for `plant`.
+    If positions rotate pairs of channels, a channel here is such a pair. The arguments are those of `plant`.
 
     Raises:
         UsageError: no queries and keys of the model can be scaled, or the output exists.
@@ -51,7 +51,7 @@ def plant_keys(model: Path, output: Path) -> None:
 
 
 def diagonal_bases(model: Path) -> list[Basis]:
-    """The bases whose channels can be scaled one by one, and not rotated."""
+    """Return the bases whose channels can be scaled one by one but not rotated."""
     bases = find_bases(export_program(open_checkpoint(model).skeleton())).all
     legal = (b for b in bases if AllowedTransforms.DIAGONAL in b.group and AllowedTransforms.ORTHOGONAL not in b.group)
     return [b for b in legal if b.writers and b.readers]
@@ -72,7 +72,7 @@ def scale(model: Path, output: Path, chosen: list[Basis], factor: float, channel
 
 
 def outliers(basis: Basis, factor: float, channels: int, rng: np.random.Generator) -> Diagonal:
-    """`factor` on a few random channels, 1 elsewhere."""
+    """Return `factor` on a few random channels and 1 elsewhere."""
     d = torch.ones(basis.dim, dtype=torch.float64)
     d[torch.from_numpy(rng.choice(basis.dim, channels, replace=False))] = factor
     return Diagonal(d)

@@ -1,4 +1,4 @@
-"""What an artifact says of itself, checked before any of it is used."""
+"""The manifest describes an artifact and is checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Entry(Data):
     """One quantized linear.
 
     Attributes:
-        columns: of its weight.
-        online: what runs in front of it, in order: `kind` and settings.
-        scheme: where it is not the one named for all.
+        columns: the number of columns of its weight.
+        online: the online transforms in front of it, in order, each as its `kind` and settings.
+        scheme: its scheme, if that is not the one named for all.
     """
 
     columns: int = Field(ge=1)
@@ -28,8 +28,8 @@ class QuantizationSettings(Data):
     """The `quantization_config` of an artifact; see `Recipe` for the attributes they share.
 
     Attributes:
-        modules: path → what stands there.
-        prefix: token ids.
+        modules: path → the quantized linear there.
+        prefix: the token ids of the prefix.
     """
 
     quant_method: str
@@ -52,7 +52,7 @@ class Manifest(BaseModel):
 
     Attributes:
         files: relative path → SHA-256.
-        parity: figures of the run.
+        parity: how far what was read back differs from what was quantized.
     """
 
     files: dict[str, str]

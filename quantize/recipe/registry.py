@@ -1,4 +1,4 @@
-"""Names in recipes → classes. A class is found because its file lies in the folder."""
+"""The registry turns names in recipes into classes. A class is found because its file lies in the folder."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Registry(dict[str, type[Any]]):
         return enter
 
     def make(self, settings: Any) -> Any:
-        """`{"name": …, parameters…}` → instance; an instance passes through.
+        """Make an instance from `{"name": …, parameters…}`; an instance is returned as it is.
 
         Raises:
-            UsageError: unknown name.
+            UsageError: no class has that name.
         """
         if not isinstance(settings, dict):
             return settings

@@ -1,11 +1,11 @@
-"""How heavy the tails of activations are."""
+"""Kurtosis says how heavy the tails of activations are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-UNIFORM = 1.8  # of the uniform distribution, which an integer grid suits best (KurTail, arXiv 2503.01483)
+UNIFORM = 1.8  # κ of the uniform distribution, which an integer grid suits best (KurTail, arXiv 2503.01483)
 
 
 def kurtosis(x: Tensor) -> Tensor:
