@@ -49,7 +49,7 @@ class Config:
     asm: bool = False
 
     def options(self) -> dict[str, int | bool]:
-        """Return options of Triton's compiler; it fuses no products into sums, so results are those of the reference."""
+        """Return options of Triton's compiler; sums of products are not fused, so results are those of the reference."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
