@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import factor_dtype
-
 BLOCK = 512  # rows of a total that are summed together
 FIRST = 512  # rows of activations that are summed before the next sum is forecast
 
 
-def gram_factors(x: Tensor, float_reference: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and a right one."""
-    dtype, x = factor_dtype(), x.detach().reshape(-1, x.shape[-1])
+def gram_factors(x: Tensor, float_reference: Tensor | None, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and a right one.
+
+    They are rounded to `dtype`; sums of bfloat16 factors are compensated (`add_bf16_compensated`).
+    """
+    x = x.detach().reshape(-1, x.shape[-1])
     right = x.to(dtype)
     if float_reference is None:
         return [right], right

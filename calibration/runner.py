@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, fx
 
 from quantize.calibration.spill import ActivationCache
@@ -50,7 +51,7 @@ class SequentialRunner:
         """Advance every batch over some nodes."""
         whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= SMALL_ACTIVATION_BYTES
         for part in self._parts(whole, state) if few else [whole]:
-            with unpacked(state.linears[node] for node in part if node in state.linears):
+            with unpacked((state.linears[node] for node in part if node in state.linears), state.product_dtype):
                 for number, values in enumerate(self.values):
                     run_nodes(self.program, part, values, state)
                     self.values[number] = values
@@ -104,10 +105,10 @@ class SequentialRunner:
 
 
 @contextlib.contextmanager
-def unpacked(linears: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Keep the weights of some linears unpacked until the `with` block ends, which otherwise each call unpacks."""
+def unpacked(linears: Iterable[Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Iterator[None]:
+    """Keep the weights of some linears unpacked until the `with` block ends; they multiply in `dtype`."""
     with contextlib.ExitStack() as stack:
         for linear in linears:
             if hold := getattr(linear, "unpacked", None):
-                stack.enter_context(hold())
+                stack.enter_context(hold(dtype))
         yield

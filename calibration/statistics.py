@@ -51,9 +51,9 @@ class Gram:
     rows: int = 0
     drift: Tensor | None = None
 
-    def update(self, x: Tensor, float_reference: Tensor | None = None) -> None:
-        """Take in x [..., K], and x' of the same shape; sums are in float32."""
-        lefts, x = gram_factors(x, float_reference)
+    def update(self, x: Tensor, float_reference: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Take in x [..., K], and x' of the same shape, rounded to `dtype`; sums are in float32."""
+        lefts, x = gram_factors(x, float_reference, dtype)
         add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
         fill_lower(self.totals(x.shape[1], 1)[0])
         self.rows += len(x)

@@ -35,7 +35,7 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
         UsageError: the model cannot be exported or takes something else. What `read_calibration` raises is raised, too.
     """
     skeleton = checkpoint.skeleton()
-    check_weights(checkpoint, skeleton)
+    check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     inputs = example_inputs(skeleton)
     if program.export_error or len(inputs) > 1 or any(found.example.is_floating_point() for found in inputs.values()):
         raise UsageError(

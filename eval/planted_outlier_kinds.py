@@ -15,6 +15,7 @@ from quantize.calibration.tensor_samples import read_calibration
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import UsageError
+from quantize.eval.planted_outliers import FACTOR
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.export import export_program
@@ -30,12 +31,12 @@ WINDOWS, WINDOW = 8, 256
 HEIGHT = 100.0  # the height of planted spikes, in root mean squares of the input
 
 
-def plant_kind(model: Path, output: Path, kind: Kind, factor: float = 30.0) -> None:
+def plant_kind(model: Path, output: Path, kind: Kind) -> None:
     """Write a twin with outliers of one kind in every block.
 
-    channel: two channels of each norm gain × `factor`, so in every token (of values where no gain can be folded).
+    channel: two channels of each norm gain × `FACTOR`, so in every token (of values where no gain can be folded).
     token_sparse: the two channels of each gated input (of values, where none is gated) with the highest peak for their
-        root mean square × `factor`, so in few tokens.
+        root mean square × `FACTOR`, so in few tokens.
     two_spike: at the token with the highest peak of the same inputs, its two largest channels scaled to the same
         height, `HEIGHT` root mean squares of the input.
 
@@ -43,7 +44,6 @@ def plant_kind(model: Path, output: Path, kind: Kind, factor: float = 30.0) -> N
         model: the directory of a float model that takes token ids.
         output: the new directory.
         kind: the kind of outliers.
-        factor: the factor by which channels are scaled.
 
     Raises:
         UsageError: the model has no basis in which outliers could be planted, or the output exists.
@@ -59,7 +59,7 @@ def plant_kind(model: Path, output: Path, kind: Kind, factor: float = 30.0) -> N
     samples = read_calibration(None, inputs, WINDOW, WINDOWS, load_tokenize(model), program.vocabulary)
     seen = inputs_of(program, weights, [row["input_ids"] for row in samples.batches(WINDOWS)])
     for basis in bases:
-        weights |= fold(basis, Diagonal(spike_factors(channels_of(basis, seen), kind, factor)), weights)
+        weights |= fold(basis, Diagonal(spike_factors(channels_of(basis, seen), kind)), weights)
     with ArtifactWriter(output) as writer:  # without the second names of tied parameters
         save_float_model(checkpoint, writer, {name: weights[name] for name in names})
 
@@ -90,7 +90,7 @@ def channels_of(basis: Basis, seen: dict[str, Tensor]) -> Tensor:
     return torch.stack([seen[edge.parameter][:, index].abs() for index in edge.index]).amax(dim=0)
 
 
-def spike_factors(X: Tensor, kind: Kind, factor: float) -> Tensor:
+def spike_factors(X: Tensor, kind: Kind) -> Tensor:
     """Return the factor of each channel of |X| [tokens, dim], float64 [dim]."""
     d = torch.ones(X.shape[1], dtype=torch.float64)
     if kind == "two_spike":
@@ -98,7 +98,7 @@ def spike_factors(X: Tensor, kind: Kind, factor: float) -> Tensor:
         two = row.topk(2).indices
         d[two] = HEIGHT * float(X.square().mean().sqrt()) / row[two]
     elif kind == "token_sparse":
-        d[(X.amax(0) / X.square().mean(0).sqrt().clamp(min=1e-9)).topk(2).indices] = factor
+        d[(X.amax(0) / X.square().mean(0).sqrt().clamp(min=1e-9)).topk(2).indices] = FACTOR
     else:
-        d[torch.randperm(len(d), generator=torch.Generator().manual_seed(len(d)))[:2]] = factor
+        d[torch.randperm(len(d), generator=torch.Generator().manual_seed(len(d)))[:2]] = FACTOR
     return d

@@ -55,7 +55,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
 @click.option(
-    "--dry-run", is_flag=True, help="Say what the run would do and how much memory, disk and time it would take."
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would do and what it would take; the first block is run to measure the time.",
 )
 def quantize(
     model: str,
@@ -85,7 +87,8 @@ def quantize(
 
         prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
         found = preflight(prepared)
-        lines = [*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)]
+        told = estimates(found, prepared.seconds, Console(stderr=True))
+        lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
         return click.echo("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)

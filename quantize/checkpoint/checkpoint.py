@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,18 +155,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    """Check that every parameter is there, has the right shape, and is of finite floating-point numbers.
+def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
+    """Check that every parameter in `shapes` is there, has its shape, and is of finite floating-point numbers.
 
     Raises:
         QuantizeError: a parameter is not; the message names the first one.
     """
-    for name, parameter in skeleton.named_parameters():
+    for name, shape in shapes.items():
         tensor = checkpoint.tensor(name)
-        if tensor.shape != parameter.shape:
-            raise QuantizeError(
-                f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
-            )
+        if tensor.shape != shape:
+            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
         if not all(map(is_finite, tensor.flatten().split(CHUNK))):

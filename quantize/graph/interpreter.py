@@ -24,11 +24,13 @@ class Overrides:
         weights: parameter name → value.
         linears: linear node → what runs instead: input → output.
         operators: any other node → what runs instead on the node's own arguments.
+        product_dtype: what quantized linears round the operands of their products to, where they run on many batches.
     """
 
     weights: dict[str, Tensor]
     linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
+    product_dtype: torch.dtype = torch.float32
 
 
 def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration.precision import product_dtype
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
@@ -64,9 +63,12 @@ class QuantizedLinear(nn.Module):
         )
 
     @contextlib.contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """Unpack the weight once, however often the module is called until the `with` block ends."""
-        self._unpacked = CachedQTensor.of(self.qtensor(), product_dtype())
+    def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
+        """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
+
+        If activations stay in floating point, the product is taken in that dtype.
+        """
+        self._unpacked = CachedQTensor.of(self.qtensor(), dtype)
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -13,8 +12,6 @@ from quantize.calibration.statistics import Rows, Statistic
 from quantize.graph.basis import Basis
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 from quantize.transforms.online import InputTransform, Shift
-
-AFTER_BIAS = "the bias was searched for inputs that are not rotated"
 
 
 @PASSES.register("noisy_bias")
@@ -68,16 +65,3 @@ class NoisyBias(Pass):
 def mean_step(X: Tensor, num_bits: int) -> float:
     """Return the distance of two levels of a symmetric grid, averaged over the grids of the rows of X."""
     return float(X.abs().amax(-1).mean()) / ((1 << (num_bits - 1)) - 1)
-
-
-def theorem_difference(x: float, n: float, b: float) -> float:
-    """Return E[(Q(X+N) - X - N)²] - (Q(X) - X)² = n²/3 - (b/n)(n - x)² (Theorem 1).
-
-    The result is negative, which is a gain, for x < n - n √(n / 3b).
-
-    Args:
-        x: the distance of X to the midpoint between two levels, 0 ≤ x ≤ n.
-        n: the amplitude of N ~ U(-n, n), n ≤ 2b - x.
-        b: half the distance between two levels.
-    """
-    return math.fsum((n * n / 3, -(b / n) * (n - x) ** 2))

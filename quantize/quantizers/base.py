@@ -36,7 +36,12 @@ class Quantizer(Data):
 
     @abstractmethod
     def quantize_group(
-        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
         """Round weights that multiply the same input.
 
@@ -45,11 +50,19 @@ class Quantizer(Data):
             args: bits, symmetry, group size.
             gram: of the input, if `needs_gram`; used up.
             scale_dtype: scales are rounded to it before anything is rounded with them.
+            product_dtype: operands of large products are rounded to it.
         """
 
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
+    def quantize(
+        self,
+        W: Tensor,
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
+    ) -> QTensor:
         """Round one W [N, K]; `gram` stays as it is."""
-        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype)[0]
+        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:

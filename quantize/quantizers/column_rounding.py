@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
+from quantize.calibration.precision import plus_product
 from quantize.formats import get_format
 from quantize.quantizers.hessian import panels
 from quantize.recipe.scheme import WeightArgs
@@ -48,7 +48,7 @@ class OrderedColumns:
         return QParams(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
 
 
-def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -> Tensor:
+def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype) -> Tensor:
     """GPTQ: values of the format [K, N] for weights, whose errors W - Ŵ take the place of the weights in R [K, N].
 
     Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ: the same as GPTQ's updates
@@ -56,7 +56,7 @@ def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -
     the diagonal is read.
     """
     value_dtype = get_format(columns.args.format).value_dtype
-    Q, errors = torch.empty_like(R, dtype=value_dtype), R.to(product_dtype())
+    Q, errors = torch.empty_like(R, dtype=value_dtype), R.to(product_dtype)
     for block in panels(len(R), block_size):
         target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
         round_columns(target, R[block], A[block, block], columns.grid(block))
@@ -64,7 +64,9 @@ def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -
     return Q
 
 
-def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int) -> None:
+def sweep(
+    Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype
+) -> None:
     """One round of coordinate descent on tr(R H Rᵀ): each column again, given all others; Q and R change in place.
 
     Args:
@@ -73,8 +75,9 @@ def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: 
         H: symmetric [K, K].
         columns: their grids.
         block_size: columns between two products with all of H.
+        product_dtype: what the operands of these are rounded to.
     """
-    errors = R.to(product_dtype())
+    errors = R.to(product_dtype)
     for block in panels(len(R), block_size):
         grid, diagonal = columns.grid(block), H.diagonal()[block]
         change = grid.value(Q[block])
@@ -94,8 +97,7 @@ def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QPa
         feedback: [b, b], only what stands above the diagonal is read.
         grid: of these columns.
     """
-    with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
-        RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
+    RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
 
 
 @dataclass(frozen=True)

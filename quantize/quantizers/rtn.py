@@ -19,10 +19,15 @@ class RoundToNearest(Quantizer):
     """Each weight to the nearest point of its group's grid; needs no data."""
 
     def quantize_group(
-        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
         """Round each W [N, K]."""
-        del gram
+        del gram, product_dtype
         return [self._rounded(W, args, scale_dtype) for W in weights]
 
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:

@@ -60,9 +60,9 @@ def is_better(one: Transform, other: Transform, X: Tensor) -> bool:
     return bool(gain.mean() > STANDARD_ERRORS * gain.std() / len(gain) ** 0.5)
 
 
-def token_error(x: Tensor, num_bits: int = 4) -> Tensor:
-    """Return ‖x̂ - x‖² / ‖x‖² of each row, [..., K] → [...], x̂ being x quantized symmetrically; it is 0 for zeros."""
+def token_error(x: Tensor) -> Tensor:
+    """Return ‖x̂ - x‖² / ‖x‖² of each row, [..., K] → [...], x̂ being x in symmetric 4 bits; it is 0 for zeros."""
     x = x.double()
-    q, scale, _ = quantize_per_token(x, num_bits, symmetric=True)
+    q, scale, _ = quantize_per_token(x, 4, symmetric=True)
     energy = x.square().sum(dim=-1)
     return (q * scale - x).square().sum(dim=-1) / energy.clamp(min=torch.finfo(x.dtype).tiny)

@@ -38,20 +38,19 @@ class DualRotation:
         return multiply_blocks(multiply_blocks(x, self.second.mT)[..., self.permutation.argsort()], self.first.mT)
 
 
-def dual_rotation(X: Tensor, generator: torch.Generator, steps: int = STEPS) -> DualRotation:
+def dual_rotation(X: Tensor, generator: torch.Generator) -> DualRotation:
     """Find R1, P and R2 for activations: R1 spreads outliers within blocks, P deals them out, R2 spreads them again.
 
     Args:
         X: activations [..., K] on the CPU, at least one row; the search runs in float32.
         generator: what draws the random part of the rotations.
-        steps: the largest number of greedy steps of each rotation; 0 leaves only the permutation.
     """
     size = block_size(X.shape[-1])
     rows = X.detach().reshape(-1, X.shape[-1]).float()
-    first = greedy_rotation(in_blocks(rows, size), generator, steps)
+    first = greedy_rotation(in_blocks(rows, size), generator, STEPS)
     rows = multiply_blocks(rows, first)
     permutation = zigzag(rows.abs().amax(dim=0), size)
-    return DualRotation(first, permutation, greedy_rotation(in_blocks(rows[:, permutation], size), generator, steps))
+    return DualRotation(first, permutation, greedy_rotation(in_blocks(rows[:, permutation], size), generator, STEPS))
 
 
 def block_size(columns: int) -> int:

@@ -14,7 +14,7 @@ from quantize.transforms.kurtosis import UNIFORM, kurtosis
 
 Objective = Literal["whip", "kurtosis"]
 BATCH = 512  # tokens in each step
-STEPS, LEARNING_RATE = 200, 3e-3
+LEARNING_RATE = 3e-3  # Adam's at the first step; entries of Z are about 1/√K
 
 
 @torch.enable_grad()
@@ -22,8 +22,7 @@ def learn_rotation(
     X: Tensor,
     objective: Objective,
     generator: torch.Generator,
-    steps: int = STEPS,
-    learning_rate: float = LEARNING_RATE,
+    steps: int,
     centred: bool = False,
 ) -> Tensor:
     """Learn R that makes X R flat, by QR-Orth: R is the orthogonal factor of a free matrix Z, which Adam moves.
@@ -36,7 +35,6 @@ def learn_rotation(
         objective: `whip` or `kurtosis`, the functions `whip` and `kurtail` below.
         generator: what draws the signs of the Hadamard matrix and the tokens.
         steps: the number of steps of Adam; 0 returns the Hadamard matrix.
-        learning_rate: Adam's learning rate at the first step; entries of Z are about 1/√K.
         centred: whether R 1 = 1, so that a LayerNorm lets R through; only the complement of the ones is learned then.
 
     Returns:
@@ -44,7 +42,7 @@ def learn_rotation(
     """
     rows = X.detach().reshape(-1, X.shape[-1]).float()
     Z = starting_point(X.shape[-1], generator, centred).float().requires_grad_()
-    optimizer = torch.optim.Adam([Z], learning_rate)
+    optimizer = torch.optim.Adam([Z], LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
         tokens = rows[torch.randint(len(rows), (BATCH,), generator=generator)]

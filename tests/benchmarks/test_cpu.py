@@ -17,10 +17,10 @@ from benchmarks.cpu.engines import FLOAT, GENAI, LLAMA, OURS, TORCH, contenders,
 from benchmarks.cpu.node_times import shares
 from benchmarks.cpu.peer import timed
 from benchmarks.cpu.report import report
+from benchmarks.machine import Processor, processor
 from benchmarks.scale.model import SHAPES, write_model
 from quantize.eval.similarity import read_pairs, score_pairs
 from quantize.export.onnx.export import export_onnx
-from quantize.pipeline.estimate.machine import Processor, processor
 
 CEILINGS = {"bytes": 20e9, "int8": 1e12, "float32": 1e11, "bfloat16": 5e11}
 

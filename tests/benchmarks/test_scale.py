@@ -7,13 +7,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from benchmarks.machine import processor
 from benchmarks.scale import bench, bound
 from benchmarks.scale.bound import verdict
 from benchmarks.scale.model import write_model, write_tokens
 from quantize.calibration import runner, spill
 from quantize.calibration.spill import ActivationCache, SpilledTensor
 from quantize.errors import QuantizeError
-from quantize.pipeline.estimate.machine import processor
 
 
 @pytest.mark.parametrize("recipe", [{"quantizer": {"name": "gptaq"}}, {"tune": {"steps": 2}}], ids=["gptaq", "tune"])

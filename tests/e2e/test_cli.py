@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,13 +113,16 @@ def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path)
     assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
 
 
-def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path):
+def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path, monkeypatch):
     options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--ignore", "up_proj"]
-    output = ["--output-dir", tmp_path / "out"]
-    shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run", *output)
+    monkeypatch.chdir(tmp_path)
+    shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run")
     assert shown.code == 0
+    assert shown.err == (
+        "measuring the time: running model.layers.0 on part of the calibration data, for about half a minute\n"
+    )
     for line in [
-        "W4A4: 6 linears in 3 blocks, rounded by gptaq",
+        "6 linears to W4A4, in 3 blocks, rounded by gptaq",
         "pass learned_rotation: 2 bases offline, 2 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
@@ -129,6 +133,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     ]:
         assert line in shown.out.splitlines()
     assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
+    assert re.fullmatch(
+        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[2]
+    )
     assert not list(tmp_path.iterdir())
 
 
