@@ -14,6 +14,7 @@ from click_default_group import DefaultGroup
 from rich.console import Console
 
 from quantize.errors import QuantizeError, UsageError
+from quantize.export.command import export
 from quantize.recipe.scheme import SCHEME_NAMES
 
 PATH = click.Path(path_type=Path)
@@ -193,24 +194,6 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
 
     merged = merge_stats(files, output)
     click.echo(f"{output}: statistics of {merged.record()['tokens']} tokens in {len(merged.data)} parts")
-
-
-@click.command()
-@click.argument("directory", type=PATH)
-@click.option(
-    "--format", "target", type=click.Choice(["onnx", "compressed-tensors"]), default="onnx", show_default=True
-)
-@click.option("--output-dir", type=PATH, required=True, help="New directory.")
-@click.option("--qdq", is_flag=True, help="Standard ONNX operators only, for other runtimes too.")
-@click.option("--hybrid", is_flag=True, help="W4A8 weights in 8 bits too: prompts run faster, for 3 times the memory.")
-@click.option("--calibration", type=PATH, help="Data for NVFP4 as compressed-tensors.  [default: bundled prose]")
-def export(directory: Path, target: str, output_dir: Path, qdq: bool, hybrid: bool, calibration: Path | None) -> None:
-    """Write an artifact for another runtime, and compare the two."""
-    from quantize.export.directory import export_artifact
-
-    parity = export_artifact(directory, target, output_dir, qdq, calibration, hybrid)
-    figures = [f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items()]
-    click.echo(f"{output_dir}: {', '.join(figures)}")
 
 
 @click.command()

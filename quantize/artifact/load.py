@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.artifact.manifest import Manifest
+from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
@@ -24,7 +25,6 @@ from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
-from quantize.recipe.scheme import Scheme
 from quantize.transforms.online import Online, restore
 
 
@@ -124,8 +124,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
         key = f"{path}.{name}"
         return read_tensor(files[key], key) if key in files else None
 
-    entry = settings["modules"][path]
-    scheme = Scheme(**entry.get("scheme", settings["scheme"]))
+    scheme, entry = linear_scheme(settings, path), settings["modules"][path]
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")

@@ -29,3 +29,8 @@ def quantization_settings(
     settings: dict[str, Any] = {"quant_method": METHOD, "scheme": default.model_dump(), "modules": modules}
     settings |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
     return settings | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})
+
+
+def linear_scheme(settings: Mapping[str, Any], path: str) -> Scheme:
+    """What a linear is quantized to, from an artifact's quantization settings."""
+    return Scheme(**settings["modules"][path].get("scheme") or settings["scheme"])

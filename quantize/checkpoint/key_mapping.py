@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, revert_weight_conversion
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ def map_keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, StoredT
         before = found.get(target, StoredTensor(()))
         found[target] = StoredTensor((*before.names, name), (*before.patterns, pattern), converter)
     return found
+
+
+def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `map_keys`: some of a model's tensors, whole ones, as transformers saves them in files."""
+    stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
+    return stored
 
 
 def converted(name: str, steps: Iterable[WeightRenaming | WeightConverter]) -> tuple[str, str, WeightConverter | None]:

@@ -5,7 +5,7 @@ The package of that name is not needed to write one; where it is installed, the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,90 +14,58 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from quantize.artifact.load import load, read_linear, read_manifest
-from quantize.artifact.writer import PROBE, ArtifactWriter, as_json
-from quantize.checkpoint.checkpoint import read_config
-from quantize.checkpoint.meta_model import build_skeleton
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.checkpoint.untrusted_files import read_all
-from quantize.errors import QuantizeError, UsageError, reason
+from quantize.artifact.load import load
+from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.errors import UsageError
 from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.format import NAME, quantization_config, stored
+from quantize.export.compressed_tensors.format import quantization_config, stored
+from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
+from quantize.export.outline import Outline
 from quantize.formats import get_format
-from quantize.graph.export import quiet
-from quantize.recipe.scheme import ActivationArgs, Scheme
-
-ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
-ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
-ROUNDING = 64  # last bits, relative to the output: what sums in another order may differ by
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.recipe.scheme import Scheme
 
 
-def export_compressed_tensors(directory: Path, writer: ArtifactWriter, calibration: Path | None) -> dict[str, Any]:
+def export_compressed_tensors(
+    directory: Path, writer: ArtifactWriter, calibration: Path | None = None
+) -> dict[str, Any]:
     """Write the safetensors shards, their index and `config.json`, one shard in memory at a time; then compare.
 
     Args:
-        directory: an artifact.
+        directory: an artifact that `obstacles` finds nothing in.
         writer: open; what else belongs to a model is the caller's.
         calibration: data for NVFP4, as for quantizing; None takes the bundled prose.
 
     Returns:
-        What `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package is
-        not installed.
+        `parity`: what `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package
+        is not installed.
 
     Raises:
-        UsageError: the format cannot express what the artifact does.
+        UsageError: data that are not needed, or not what the model takes.
         QuantizeError: damaged files, or transformers computes something else.
     """
-    settings, config = read_manifest(directory)["quantization"], read_config(directory)
-    scheme, skeleton = Scheme(**settings["scheme"]), build_skeleton(config)
-    check_expressible(settings, scheme, skeleton)
-    number_format = get_format(scheme.weights.format)
-    if not number_format.has_global_scale and calibration is not None:
+    outline = Outline.read(directory)
+    schemes = outline.schemes()
+    scaled = {path for path, scheme in schemes.items() if get_format(scheme.weights.format).has_global_scale}
+    if not scaled and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
-    divisors = input_divisors(directory, calibration) if number_format.has_global_scale else {}
-    for shard, tensors in shards(directory, settings, divisors):
+    divisors = input_divisors(directory, calibration) if scaled else {}
+
+    def compressed(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+        bias = {} if linear.bias is None else {"bias": linear.bias}
+        divisor = {"input_global_scale": divisors[path]} if path in scaled else {}
+        return stored(linear.qtensor(), linear.scheme.activations is None) | bias | divisor
+
+    for shard, tensors in shards(directory, outline, compressed):
         writer.add(shard, tensors)
     writer.write_index()
-    own = {"dtype": "bfloat16"} if number_format.element == "e2m1" else {}
-    entry = quantization_config(scheme, ignored(skeleton, settings["modules"]))
-    writer.write("config.json", as_json({**config, **own, "quantization_config": entry}))
+    own = {"dtype": "bfloat16"} if running_type(schemes) == torch.bfloat16 else {}
+    entry = quantization_config(schemes, ignored(outline.skeleton, schemes))
+    writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
-        return {"transformers": "not verified"}
-    return compressed_tensors_parity(directory, writer.directory, scheme)
-
-
-def check_expressible(settings: Mapping[str, Any], scheme: Scheme, skeleton: nn.Module) -> None:
-    """The format has a place for all that the artifact does.
-
-    Raises:
-        UsageError: names all that it has none for, and how to quantize without.
-    """
-    found = dict(obstacles(settings, scheme.activations, skeleton))
-    if found:
-        remedies = dict.fromkeys(found.values())
-        raise UsageError(f"{NAME} has no place for {' or '.join(found)}; quantize with {' and '.join(remedies)}")
-
-
-def obstacles(
-    settings: Mapping[str, Any], common: ActivationArgs | None, skeleton: nn.Module
-) -> Iterator[tuple[str, str]]:
-    """What the format has no place for, and what to quantize with instead."""
-    if get_format(name := settings["scheme"]["weights"]["format"]).element == "level":
-        yield f"{name} weights", '`format = "int"` in [weights]'
-    if settings.get("prefix"):
-        yield "a prefix of tokens", "no `prefix`"
-    if settings.get("kv_cache"):
-        yield "keys and values with a scale for each token", "no table `kv_cache`"
-    for path, entry in settings["modules"].items():
-        if not isinstance(module := skeleton.get_submodule(path), nn.Linear):
-            yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
-        yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
-        args = ActivationArgs(**entry["activations"]) if "activations" in entry else common
-        if args is not None and args.runtime_smooth is not None:
-            yield "runtime smooth", "no pass `runtime_smooth`"
-        if args is not None and args.clip_ratio != 1:
-            yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"
+        return {"parity": {"transformers": "not verified"}}
+    return {"parity": compressed_tensors_parity(directory, writer.directory, schemes)}
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
@@ -107,89 +75,41 @@ def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(p for p in others if not isinstance(skeleton.get_submodule(p), nn.Embedding)))
 
 
-def shards(
-    directory: Path, settings: dict[str, Any], divisors: Mapping[str, Tensor]
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The files of an artifact with each quantized linear as the format has it, one file in memory at a time.
-
-    Args:
-        directory: an artifact.
-        settings: its quantization settings.
-        divisors: `input_global_scale` by linear, of NVFP4 alone.
-    """
-    files, packed = index_tensors(directory, PROBE), settings["scheme"]["activations"] is None
-    for file in sorted(set(files.values())):
-        tensors: dict[str, Tensor] = {}
-        for name in (name for name, path in files.items() if path == file):
-            path, _, leaf = name.rpartition(".")
-            if path not in settings["modules"] or leaf == "bias":
-                tensors[name] = read_tensor(file, name)
-            elif leaf == "qweight":
-                dtype = read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
-                found = stored(read_linear(path, settings, files, dtype).qtensor(), packed)
-                found |= {"input_global_scale": divisors[path]} if path in divisors else {}
-                tensors |= {f"{path}.{part}": tensor for part, tensor in found.items()}
-        yield file.name, tensors
-
-
-def compressed_tensors_parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
+def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[str, Scheme]) -> dict[str, float]:
     """How far transformers with the package is from the artifact, on the artifact's two probes.
 
     The package's steps of symmetric activations are max/7.5 or max/127.5, not max/7 or max/127, so where activations
     are rounded, two right answers differ by about as much as rounding them does.
 
+    Weights alone are unpacked as they are loaded: otherwise the package 0.20 expects zero points that are not packed.
+
     Args:
         directory: the artifact.
         written: the checkpoint.
-        scheme: of both.
+        schemes: what each linear of both is quantized to, by path.
 
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger of the two.
         activations: the yardstick, how far the artifact is from itself with floating-point activations.
 
     Raises:
-        QuantizeError: rounding does not explain the difference.
+        QuantizeError: it cannot be loaded, or rounding does not explain the difference.
     """
-    probe = {name: x for name, x in read_all(directory / PROBE).items() if name != "output"}
-    inputs = [dict(zip(probe, row, strict=True)) for row in zip(*(x.split(1) for x in probe.values()), strict=True)]
-    model = load(directory)
+    inputs, model, options = probe_inputs(directory), load(directory), dict[str, Any]()
+    if all(scheme.activations is None for scheme in schemes.values()):
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     expected = first_outputs(model, inputs)
     found = {
-        "reference": relative_error(outputs_of(written, inputs, scheme), expected),
+        "reference": relative_error(outputs_of(written, inputs, running_type(schemes), **options), expected),
         "activations": relative_error(
             first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), expected
         ),
     }
-    allowed = ROUNDING * torch.finfo(running_type(scheme)).eps + 2 * found["activations"]
-    if not found["reference"] <= allowed:  # NaN is caught too
-        raise QuantizeError(
-            f"transformers differs from the artifact by {found['reference']:.2g} of the output where rounding explains "
-            f"{allowed:.2g} at most; report the model and the recipe"
-        )
+    check_difference(found["reference"], ROUNDING * torch.finfo(running_type(schemes)).eps + 2 * found["activations"])
     return found
 
 
-def outputs_of(directory: Path, inputs: list[dict[str, Tensor]], scheme: Scheme) -> list[Tensor]:
-    """First outputs of a checkpoint as transformers loads it, in the type of `running_type`.
-
-    Weights alone are unpacked as they are loaded: otherwise the package 0.20 expects zero points that are not packed.
-
-    Raises:
-        QuantizeError: it cannot be loaded.
-    """
-    cls = getattr(transformers, str(read_config(directory)["architectures"][0]))
-    dtype, options = running_type(scheme), dict[str, Any]()
-    if scheme.activations is None:
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    own = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in feed.items()} for feed in inputs]
-    with quiet():
-        try:
-            model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
-        except Exception as error:  # whatever transformers and the package raise
-            raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
-        return first_outputs(model.eval(), own)
-
-
-def running_type(scheme: Scheme) -> torch.dtype:
+def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:
     """What a checkpoint runs in: float32, or bfloat16, which is all that the package unpacks FP4 to."""
-    return torch.bfloat16 if get_format(scheme.weights.format).element == "e2m1" else torch.float32
+    elements = {get_format(scheme.weights.format).element for scheme in schemes.values()}
+    return torch.bfloat16 if "e2m1" in elements else torch.float32

@@ -5,6 +5,7 @@ Source: the package compressed-tensors 0.20, `compressors/` for the tensors, `qu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from quantize.kernels.ops import pack_int4
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
+MIXED = "mixed-precision"  # groups whose weights lie in different ways
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD = 8  # 4-bit integers in an int32
 
@@ -52,23 +54,38 @@ def words(q: Tensor) -> Tensor:
     return packed.reshape(len(q), -1)
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """What the package writes into `config.json` for a scheme of all linears but those in `ignore`."""
-    group = {
-        "targets": ["Linear"],
+def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+    """What the package writes into `config.json`.
+
+    Args:
+        schemes: of each quantized linear by path. A scheme that all share is of the class `Linear`; several are a group
+            each, which names its linears.
+        ignore: modules that stay in floating point.
+    """
+    paths: dict[Scheme, list[str]] = {}
+    for path, scheme in schemes.items():
+        paths.setdefault(scheme, []).append(path)
+    groups = [group(scheme, targets if len(paths) > 1 else ["Linear"]) for scheme, targets in paths.items()]
+    formats = {storage(scheme) for scheme in paths}
+    return {
+        "quant_method": NAME,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": found for number, found in enumerate(groups)},
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """The entry of `config_groups` for some linears."""
+    return {
+        "targets": targets,
         "weights": arguments(scheme.weights, "channel", dynamic=False),
         "input_activations": scheme.activations and arguments(scheme.activations, "token", dynamic=True),
         "output_activations": None,
         "format": storage(scheme),
-    }
-    return {
-        "quant_method": NAME,
-        "format": storage(scheme),
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignore,
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
     }
 
 

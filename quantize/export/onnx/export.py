@@ -17,6 +17,7 @@ from quantize.export.onnx.encoder_decoder_parts import is_seq2seq
 from quantize.export.onnx.external_data import LARGE, save
 from quantize.export.onnx.hybrid import branch_on_length, hybrid_decoder
 from quantize.export.onnx.interface import Interface
+from quantize.export.onnx.lowering import QUANTIZED_CACHE
 from quantize.export.onnx.parity import SESSION_CONFIG, WITH_VNNI, onnx_parity
 from quantize.export.onnx.precision import precision_counts
 from quantize.export.onnx.rewrites import rewrite
@@ -67,10 +68,7 @@ def export_onnx(
         QuantizeError: if rounding does not explain the difference between ONNX Runtime and torch.
     """
     if has_kv_cache(model):
-        raise UsageError(
-            "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input; "
-            "quantize without the table kv_cache, or run the artifact with quantize.load"
-        )
+        raise UsageError(str(QUANTIZED_CACHE))
     if hybrid and qdq:
         raise UsageError("a hybrid is made of operators of ONNX Runtime alone; give --qdq or --hybrid")
     interface = interface_of(model, hybrid)

@@ -6,13 +6,56 @@ computes from the same buffers what ONNX Runtime computes, rounding included.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from quantize.errors import UsageError
+from quantize.export.base import Obstacle
 from quantize.export.onnx.matmul_integer import IntegerLinear
-from quantize.export.onnx.matmul_nbits import BlockLinear
+from quantize.export.onnx.matmul_nbits import BlockLinear, odd_groups
+from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.recipe.scheme import Scheme
 
 RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
+QUANTIZED_CACHE = Obstacle(
+    "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input",
+    "quantize without the table kv_cache, or run the artifact with quantize.load",
+)
+SMOOTH = Obstacle(
+    "runtime smooth sorts channels anew for each batch, which no kernel of ONNX Runtime does",
+    "quantize without the pass `runtime_smooth`",
+)
+
+
+def obstacles(outline: Outline) -> Iterator[Obstacle]:
+    """What ONNX Runtime cannot run of an artifact, each reason once."""
+    if outline.settings.get("kv_cache"):
+        yield QUANTIZED_CACHE
+    modules = outline.settings["modules"]
+    found = (unrunnable(scheme, modules[path]["columns"]) for path, scheme in outline.schemes().items())
+    yield from sorted({obstacle for obstacle in found if obstacle})
+
+
+def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
+    """Why ONNX Runtime has no kernel for a linear, if so."""
+    weights, activations = scheme.weights, scheme.activations
+    instead = f"quantize with one of {RUNNABLE}"
+    if get_format(weights.format).element != "int":
+        return Obstacle(f"ONNX Runtime's CPU kernels multiply no {weights.format} values", f"{instead} in integers")
+    if activations is not None and activations.runtime_smooth is not None:
+        return SMOOTH
+    if is_block(scheme):
+        return odd_groups(columns, weights.group_size)
+    if activations is None:
+        what = f"{weights.num_bits}-bit weights with floating-point activations"
+        return Obstacle(f"{what} have no fast kernel in ONNX Runtime", instead)
+    return None
+
+
+def is_block(scheme: Scheme) -> bool:
+    """Whether a linear becomes a `BlockLinear`: 4-bit weights with float or 8-bit activations."""
+    return scheme.weights.num_bits == 4 and (scheme.activations is None or scheme.activations.num_bits == 8)
 
 
 def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
@@ -23,24 +66,11 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
     Raises:
         UsageError: if ONNX Runtime has no kernel for the layer's scheme.
     """
-    weights, activations = layer.scheme.weights, layer.scheme.activations
-    if get_format(weights.format).element != "int":
-        raise UsageError(
-            f"ONNX Runtime's CPU kernels multiply no {weights.format} values; "
-            f"quantize with one of {RUNNABLE} in integers"
-        )
-    if activations is not None and activations.runtime_smooth is not None:
-        raise UsageError(
-            "runtime smooth sorts channels anew for each batch, which no kernel of ONNX Runtime does; "
-            "quantize without the pass `runtime_smooth`"
-        )
-    if weights.num_bits == 4 and (activations is None or activations.num_bits == 8):
+    if obstacle := unrunnable(layer.scheme, layer.in_features):
+        raise UsageError(str(obstacle))
+    activations = layer.scheme.activations
+    if activations is None or is_block(layer.scheme):
         return BlockLinear(layer)
-    if activations is None:
-        raise UsageError(
-            f"{weights.num_bits}-bit weights with floating-point activations have no fast kernel in ONNX Runtime; "
-            f"quantize with one of {RUNNABLE}"
-        )
     return IntegerLinear(layer, activations)
 
 

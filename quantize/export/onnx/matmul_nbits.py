@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.errors import UsageError
+from quantize.export.base import Obstacle
 from quantize.kernels.ops import dequantize, pack_int4, unpack_int4
 from quantize.nn.quantized_linear import QuantizedLinear
 
@@ -73,13 +74,19 @@ class BlockLinear(nn.Module):
 def block_size(columns: int, groups: int) -> int:
     """The largest of `BLOCK_SIZES` that fills a group; a single group is padded to whole blocks if none does."""
     group = columns // groups
-    fitting = [block for block in BLOCK_SIZES if group % block == 0]
-    if not fitting and groups > 1:
-        raise UsageError(
-            f"weight groups of {group} columns do not fit ONNX Runtime's 4-bit kernel, which takes multiples of 16; "
-            "quantize with a group size of 16, 32, 64 or 128, or 0 for one scale for each output channel"
-        )
-    return fitting[0] if fitting else BLOCK_SIZES[-1]
+    if obstacle := odd_groups(columns, group):
+        raise UsageError(str(obstacle))
+    return next((block for block in BLOCK_SIZES if group % block == 0), BLOCK_SIZES[-1])
+
+
+def odd_groups(columns: int, group_size: int) -> Obstacle | None:
+    """Why groups of columns cannot be made of blocks, if so; 0 is a single group."""
+    if group_size in (0, columns) or any(group_size % block == 0 for block in BLOCK_SIZES):
+        return None
+    return Obstacle(
+        f"weight groups of {group_size} columns do not fit ONNX Runtime's 4-bit kernel, which takes multiples of 16",
+        "quantize with a group size of 16, 32, 64 or 128, or 0 for one scale for each output channel",
+    )
 
 
 def per_block(values: Tensor, blocks: int) -> Tensor:

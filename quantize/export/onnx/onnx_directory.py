@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from quantize.artifact.load import load
 from quantize.artifact.writer import ArtifactWriter, as_json
@@ -15,18 +16,22 @@ from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_s
 
 def export_onnx_directory(
     directory: Path, writer: ArtifactWriter, qdq: bool = False, hybrid: bool = False
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Write an artifact's `model.onnx`, `config.json`, `ort_config.json`; where it is known `genai_config.json`.
 
-    Arguments, results and errors are those of `export_onnx`.
+    Arguments and errors are those of `export_onnx`.
+
+    Returns:
+        `parity`, which is the result of `export_onnx`, and which precisions the products run in.
     """
     model = load(directory)
     parity = export_onnx(model, writer.directory, qdq, hybrid)
     writer.write("config.json", (directory / "config.json").read_bytes())
     interface = interface_of(model)
-    entries = json.loads((writer.directory / "ort_config.json").read_text())["session_config_entries"]
+    config = json.loads((writer.directory / "ort_config.json").read_text())
+    entries = config["session_config_entries"]
     if isinstance(interface, Decoder):
         writer.write("genai_config.json", as_json(genai_config(interface, entries)))
     if isinstance(interface, EncoderDecoder) and interface.model.config.model_type in OF_SOUND:
         writer.write("genai_config.json", as_json(genai_config_of_sound(interface, entries)))
-    return parity
+    return {"parity": parity} | {name: found for name, found in config.items() if name.startswith("precisions")}

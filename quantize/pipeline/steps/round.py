@@ -85,7 +85,7 @@ class WeightRounder:
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
     def _gram(self, linear: Linear, block: Block) -> Gram:
-        """Gram matrix of a linear's input; of the rounded input, if the quantizer compares it with the float model's."""
+        """Gram matrix of a linear's input; of the rounded one, if the quantizer compares it with the float model's."""
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
         totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,17 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact.load import load
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint, read_config
+from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.meta_model import build_skeleton
 from quantize.errors import QuantizeError, UsageError
+from quantize.export import EXPORTERS
 from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
 from quantize.export.compressed_tensors import export, format
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import quantization_config, storage, stored
+from quantize.export.compressed_tensors.obstacles import obstacles
 from quantize.export.directory import export_artifact
+from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.export import quiet
@@ -236,7 +240,10 @@ def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact
             model(row["input_ids"][None])
     found = divisors["model.layers.0.mlp.up_proj"]
     assert float(found) == pytest.approx(448 * 6 / float(max(largest)), rel=0.1)  # there with rounded activations
-    for target, words in (("onnx", "as they come"), ("compressed-tensors", "only NVFP4")):
+    for target, words in (
+        ("onnx", "--calibration belongs to --format compressed-tensors, not to onnx; leave it out"),
+        ("compressed-tensors", "only NVFP4"),
+    ):
         with pytest.raises(UsageError, match=words):
             export_artifact(artifact_rtn.directory, target, tmp_path / "not-made", calibration=stories_calibration)
     assert not (tmp_path / "not-made").exists()
@@ -285,12 +292,12 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_linear_cannot_do_is_refused(name, artifact_rtn):
     change, words = REFUSED[name]
-    sound = artifact_rtn.manifest["quantization"]
-    skeleton = build_skeleton(read_config(artifact_rtn.directory))
-    export.check_expressible(sound, Scheme(**sound["scheme"]), skeleton)
-    changed = sound | {"modules": sound["modules"] | {UP: sound["modules"][UP] | change}}
+    sound = Outline.read(artifact_rtn.directory)
+    assert not list(obstacles(sound))
+    modules = sound.settings["modules"]
+    changed = replace(sound, settings=sound.settings | {"modules": modules | {UP: modules[UP] | change}})
     with pytest.raises(UsageError, match=re.escape(words)):
-        export.check_expressible(changed, Scheme(**sound["scheme"]), skeleton)
+        EXPORTERS["compressed-tensors"].check(changed)
 
 
 @pytest.mark.parametrize(
@@ -315,10 +322,10 @@ def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
 
 
 def test_a_module_that_is_no_linear(artifact_rtn):
-    settings, skeleton = artifact_rtn.manifest["quantization"], build_skeleton(read_config(artifact_rtn.directory))
-    skeleton.set_submodule("model.layers.0.mlp.up_proj", Conv1D(172, 64))
+    outline = Outline.read(artifact_rtn.directory)
+    outline.skeleton.set_submodule("model.layers.0.mlp.up_proj", Conv1D(172, 64))
     with pytest.raises(UsageError, match=r"up_proj, which is a Conv1D and no nn.Linear; quantize with --ignore model"):
-        export.check_expressible(settings, Scheme(**settings["scheme"]), skeleton)
+        EXPORTERS["compressed-tensors"].check(outline)
 
 
 def test_a_checkpoint_that_computes_something_else_is_noticed(artifact_rtn, tmp_path, monkeypatch):

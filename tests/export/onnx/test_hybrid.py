@@ -161,7 +161,10 @@ def test_what_has_one_form_is_refused(family, activations, options, why, tmp_pat
 def test_it_is_a_form_of_onnx_files(cli, artifact_rtn, tmp_path):
     to = ("--output-dir", tmp_path / "x")
     shown = cli("export", artifact_rtn.directory, "--format", "compressed-tensors", "--hybrid", *to)
-    assert (shown.code, "--hybrid is a form of ONNX files; leave it out" in shown.err) == (2, True)
+    assert (shown.code, "--hybrid belongs to --format onnx, not to compressed-tensors; leave it out" in shown.err) == (
+        2,
+        True,
+    )
     assert not (tmp_path / "x").exists()
     shown = cli("export", artifact_rtn.directory, "--hybrid", *to)
     assert (shown.code, "leave --hybrid out" in shown.err) == (2, True)

@@ -1,0 +1,50 @@
+"""The command `export`, whose choices, options and help are those of the registered targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from quantize.export import EXPORTERS
+
+
+class ExportCommand(click.Command):
+    """A command with the options of all targets, listed in its help by target."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Its own parameters, `--format`, and what the targets take; an option of several is declared once."""
+        format_ = click.Option(
+            ["--format", "target"], type=click.Choice(sorted(EXPORTERS)), default="onnx", show_default=True
+        )
+        options = {option.name: option for exporter in EXPORTERS.values() for option in exporter.options}
+        argument, *own = super().get_params(ctx)
+        return [argument, format_, *own, *options.values()]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What holds for every target, then each target with its own."""
+        special = {option.name for exporter in EXPORTERS.values() for option in exporter.options}
+        common = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p.name not in special]
+        with formatter.section("Options"):
+            formatter.write_dl([record for p in common if (record := p.get_help_record(ctx))])
+        for name, exporter in sorted(EXPORTERS.items()):
+            with formatter.section(f"Format {name}"):
+                formatter.write_text(exporter.summary)
+                if own := [record for o in exporter.options if (record := o.get_help_record(ctx))]:
+                    formatter.write_dl(own)
+
+
+@click.command(cls=ExportCommand)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="New directory.")
+@click.pass_context
+def export(ctx: click.Context, /, directory: Path, target: str, output_dir: Path, **options: Any) -> None:
+    """Write an artifact for another runtime, and compare the two."""
+    from quantize.export.directory import export_artifact
+
+    given = {name: x for name, x in options.items() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
+    parity = export_artifact(directory, target, output_dir, **given)
+    figures = [f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items()]
+    click.echo(f"{output_dir}: {', '.join(figures)}")

@@ -1,0 +1,43 @@
+"""What an artifact may do and the compressed-tensors format has no place for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from quantize.export.base import Obstacle
+from quantize.export.compressed_tensors.format import NAME
+from quantize.export.outline import Outline
+from quantize.formats import get_format
+
+ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
+ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
+
+
+def obstacles(outline: Outline) -> Iterator[Obstacle]:
+    """All of it in one, or nothing."""
+    if found := dict(unplaced(outline)):
+        remedies = " and ".join(dict.fromkeys(found.values()))
+        yield Obstacle(f"{NAME} has no place for {' or '.join(found)}", f"quantize with {remedies}")
+
+
+def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
+    """What the format has no place for, and what to quantize with instead."""
+    settings, schemes = outline.settings, outline.schemes()
+    for name in sorted({scheme.weights.format for scheme in schemes.values()}):
+        if get_format(name).element == "level":
+            yield f"{name} weights", '`format = "int"` in [weights]'
+    if settings.get("prefix"):
+        yield "a prefix of tokens", "no `prefix`"
+    if settings.get("kv_cache"):
+        yield "keys and values with a scale for each token", "no table `kv_cache`"
+    for path, entry in settings["modules"].items():
+        if not isinstance(module := outline.skeleton.get_submodule(path), nn.Linear):
+            yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
+        yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
+        args = schemes[path].activations
+        if args is not None and args.runtime_smooth is not None:
+            yield "runtime smooth", "no pass `runtime_smooth`"
+        if args is not None and args.clip_ratio != 1:
+            yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"

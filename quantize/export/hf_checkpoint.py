@@ -1,0 +1,102 @@
+"""What targets that are checkpoints of transformers share: an artifact's shards made into theirs, loaded and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from quantize.artifact.load import read_linear
+from quantize.artifact.quantization_config import linear_scheme
+from quantize.artifact.writer import PROBE
+from quantize.checkpoint.checkpoint import read_config
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor
+from quantize.checkpoint.untrusted_files import read_all
+from quantize.errors import QuantizeError, reason
+from quantize.export.comparison import first_outputs
+from quantize.export.outline import Outline
+from quantize.formats import get_format
+from quantize.graph.export import quiet
+from quantize.nn.quantized_linear import QuantizedLinear
+
+ROUNDING = 64  # last bits, relative to the output: what sums in another order may differ by
+
+
+def shards(
+    directory: Path, outline: Outline, replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The files of an artifact with each quantized linear as a target has it, one file in memory at a time.
+
+    Args:
+        directory: an artifact.
+        outline: of it.
+        replace: path and linear, as `stored_linear` reads it → the target's tensors, by name within the linear.
+    """
+    files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
+    for file in sorted(set(files.values())):
+        tensors: dict[str, Tensor] = {}
+        for name in (name for name, path in files.items() if path == file):
+            path, _, leaf = name.rpartition(".")
+            if path in modules and leaf == "qweight":
+                linear = stored_linear(path, outline, files)
+                tensors |= {f"{path}.{part}": tensor for part, tensor in replace(path, linear).items()}
+            elif path not in modules and path.rpartition(".transform.")[0] not in modules:
+                tensors[name] = read_tensor(file, name)
+        yield file.name, tensors
+
+
+def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
+    """A quantized linear, its bias and its scales in the type that the float model's weight was stored in.
+
+    Scales have that type but for those of FP4, where the config tells it.
+    """
+    is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
+    dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
+    return read_linear(path, outline.settings, files, dtype)
+
+
+def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
+    """An artifact's two probes, each as the inputs of a call."""
+    probe = {name: x for name, x in read_all(directory / PROBE).items() if name != "output"}
+    return [dict(zip(probe, row, strict=True)) for row in zip(*(x.split(1) for x in probe.values()), strict=True)]
+
+
+def outputs_of(
+    directory: Path, inputs: list[dict[str, Tensor]], dtype: torch.dtype = torch.float32, **options: Any
+) -> list[Tensor]:
+    """First outputs of a checkpoint as transformers loads it.
+
+    Args:
+        directory: where it was written.
+        inputs: of each call.
+        dtype: what it runs in.
+        options: of `from_pretrained`.
+
+    Raises:
+        QuantizeError: it cannot be loaded.
+    """
+    cls = getattr(transformers, str(read_config(directory)["architectures"][0]))
+    own = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in feed.items()} for feed in inputs]
+    with quiet():
+        try:
+            model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
+        except Exception as error:  # whatever transformers and the packages it uses raise
+            raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
+        return first_outputs(model.eval(), own)
+
+
+def check_difference(found: float, allowed: float) -> None:
+    """Compare what transformers computes with the artifact.
+
+    Raises:
+        QuantizeError: rounding does not explain the difference.
+    """
+    if not found <= allowed:  # NaN is caught too
+        raise QuantizeError(
+            f"transformers differs from the artifact by {found:.2g} of the output where rounding explains "
+            f"{allowed:.2g} at most; report the model and the recipe"
+        )

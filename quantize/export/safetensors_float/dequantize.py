@@ -1,0 +1,61 @@
+"""A quantized linear as the plain linear that computes the same where activations are not rounded."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.functional import vjp
+from torch.func import functional_call
+
+from quantize.nn.quantized_linear import QuantizedLinear
+
+
+def float_linear(linear: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+    """W [N, K] and bias [N] in float64; None where there is no bias and nothing to make up for.
+
+    Online transforms take x to x T + n, so that (x T + n) Wᵀ + b = x (W Tᵀ)ᵀ + (n Wᵀ + b). W Tᵀ is the product of W
+    with the Jacobian of x T + n, which is the same everywhere.
+    """
+    W, bias = linear.qtensor().dequantize().double(), None if linear.bias is None else linear.bias.double()
+    if not linear.online:
+        return W, bias
+    if any(transform.has_shift for transform in linear.online):
+        shift = linear.transform(torch.zeros(linear.in_features, dtype=torch.float64)) @ W.T
+        bias = shift if bias is None else bias + shift
+    return vjp(linear.transform, torch.zeros_like(W), W)[1], bias
+
+
+def with_noise(linear: QuantizedLinear, relative: float) -> nn.Linear:
+    """`float_linear` in float32, each number off by up to `relative` of itself, always by the same."""
+    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    generator = torch.Generator().manual_seed(0)
+    for tensor, name in zip(float_linear(linear), ("weight", "bias"), strict=True):
+        if tensor is not None:
+            noise = torch.empty_like(tensor).uniform_(-relative, relative, generator=generator)
+            setattr(plain, name, nn.Parameter((tensor * (1 + noise)).float(), requires_grad=False))
+    return plain
+
+
+def is_transposed(module: nn.Module, columns: int) -> bool | None:
+    """Whether a float model's module for x Wᵀ, W [N, K], holds W as [K, N]; None where it is no such module.
+
+    What is no `nn.Linear` is tried with a W of one entry, and all else that it holds zero.
+    """
+    held = dict(module.named_parameters(recurse=False))
+    if isinstance(module, nn.Linear) or "weight" not in held or held["weight"].dim() != 2:
+        return False if isinstance(module, nn.Linear) else None
+    zeros, shape, x = (
+        {name: torch.zeros(p.shape) for name, p in held.items()},
+        held["weight"].shape,
+        torch.ones(columns),
+    )
+    x[-1], W = 2, torch.zeros(shape.numel() // columns, columns)
+    W[0, -1] = 1
+    for weight, transposed in ((W, False), (W.T, True)):
+        try:
+            y = functional_call(module, zeros | {"weight": weight}, (x[None],))
+        except Exception:  # whatever a stranger's code raises
+            continue
+        if weight.shape == shape and isinstance(y, Tensor) and torch.equal(y, (x @ W.T)[None]):
+            return transposed
+    return None
