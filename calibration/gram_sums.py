@@ -12,7 +12,7 @@ FIRST = 512  # rows of activations that are summed before the next sum is foreca
 
 
 def gram_factors(x: Tensor, float_reference: Tensor | None, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """What x [..., K] and x' add to a `Gram`: the left factors of each total, and the right one, [rows, K] each.
+    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and a right one.
 
     They are rounded to `dtype`; sums of bfloat16 factors are compensated (`add_bf16_compensated`).
     """

@@ -1,4 +1,4 @@
-"""What operands of the largest matrix products are rounded to while a model is calibrated and rounded."""
+"""The precision of the operands of the largest matrix products while a model is calibrated and rounded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bfloat16_unit() -> str:
 
 
 def calibration_dtype(stored: Iterable[torch.dtype]) -> torch.dtype:
-    """What operands are rounded to, for parameters stored so: bfloat16 if all are, and the processor has a unit for it.
+    """Return what operands are rounded to: bfloat16 if all parameters are stored in it and the processor has a unit.
 
     A model stored in bfloat16 is meant to run in it. All other models are calibrated in float32.
     """

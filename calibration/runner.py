@@ -106,7 +106,7 @@ class SequentialRunner:
 
 @contextlib.contextmanager
 def unpacked(linears: Iterable[Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Iterator[None]:
-    """What of some linears is unpacked on each call stays so until the end; they multiply in `dtype`."""
+    """Keep the weights of some linears unpacked until the `with` block ends; they multiply in `dtype`."""
     with contextlib.ExitStack() as stack:
         for linear in linears:
             if hold := getattr(linear, "unpacked", None):

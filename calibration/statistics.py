@@ -52,7 +52,7 @@ class Gram:
     drift: Tensor | None = None
 
     def update(self, x: Tensor, float_reference: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
-        """Take in x [..., K], and x' of the same shape, rounded to `dtype`; summed in float32."""
+        """Take in x [..., K], and x' of the same shape, rounded to `dtype`; sums are in float32."""
         lefts, x = gram_factors(x, float_reference, dtype)
         add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
         fill_lower(self.totals(x.shape[1], 1)[0])

@@ -41,9 +41,9 @@ def plant_kind(model: Path, output: Path, kind: Kind) -> None:
         height, `HEIGHT` root mean squares of the input.
 
     Args:
-        model: directory of a float model that takes token ids.
-        output: new directory.
-        kind: of outliers.
+        model: the directory of a float model that takes token ids.
+        output: the new directory.
+        kind: the kind of outliers.
 
     Raises:
         UsageError: the model has no basis in which outliers could be planted, or the output exists.
@@ -60,7 +60,7 @@ def plant_kind(model: Path, output: Path, kind: Kind) -> None:
     seen = inputs_of(program, weights, [row["input_ids"] for row in samples.batches(WINDOWS)])
     for basis in bases:
         weights |= fold(basis, Diagonal(spike_factors(channels_of(basis, seen), kind)), weights)
-    with ArtifactWriter(output) as writer:  # without the second name of what is tied
+    with ArtifactWriter(output) as writer:  # without the second names of tied parameters
         save_float_model(checkpoint, writer, {name: weights[name] for name in names})
 
 
@@ -91,7 +91,7 @@ def channels_of(basis: Basis, seen: dict[str, Tensor]) -> Tensor:
 
 
 def spike_factors(X: Tensor, kind: Kind) -> Tensor:
-    """What each channel of |X| [tokens, dim] is multiplied by, float64 [dim]."""
+    """Return the factor of each channel of |X| [tokens, dim], float64 [dim]."""
     d = torch.ones(X.shape[1], dtype=torch.float64)
     if kind == "two_spike":
         row = X[X.amax(dim=1).argmax()].double()

@@ -17,7 +17,7 @@ from quantize.graph.export import export_program
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.transforms.fold import Diagonal, fold
 
-FACTOR = 30.0  # by which planted channels are scaled
+FACTOR = 30.0  # the factor by which planted channels are scaled
 
 
 def plant(model: Path, output: Path) -> None:
@@ -27,14 +27,14 @@ def plant(model: Path, output: Path) -> None:
     both, while the float logits stay as they are. The twin is stored in float32, which holds every factor exactly.
 
     Args:
-        model: directory of a float model.
-        output: new directory.
+        model: the directory of a float model.
+        output: the new directory.
 
     Raises:
         UsageError: the model has no diagonal basis, or the output exists.
     """
     bases = diagonal_bases(model)
-    chosen = [b for b in bases if len(b.readers) > 1 or not b.writers[0].vector]  # the head's own norm stays as it is
+    chosen = [b for b in bases if len(b.readers) > 1 or not b.writers[0].vector]  # not the norm of the head
     scale(model, output, chosen, FACTOR, 2)
 
 

@@ -49,7 +49,7 @@ class Config:
     asm: bool = False
 
     def options(self) -> dict[str, int | bool]:
-        """Return options of Triton's compiler; sums of products are not fused, so results are those of the reference."""
+        """Return options of Triton's compiler, which fuses no sums of products, so results are the reference's."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 

@@ -56,7 +56,9 @@ PATH = click.Path(path_type=Path)
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
 @click.option(
-    "--dry-run", is_flag=True, help="Say what the run would do and how much memory, disk and time it would take."
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would do and what it would take; the first block is run to measure the time.",
 )
 def quantize(
     model: str,

@@ -156,7 +156,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Every parameter of these is there, of the right shape, floating point and finite.
+    """Check that every parameter in `shapes` is there, has its shape, and is of finite floating-point numbers.
 
     Raises:
         QuantizeError: a parameter is not; the message names the first one.

@@ -64,9 +64,9 @@ class QuantizedLinear(nn.Module):
 
     @contextlib.contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
-        """The weight is unpacked to `dtype` once, however often the module is called until the end of this.
+        """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
 
-        Where activations stay in floating point, the product is taken in that dtype.
+        If activations stay in floating point, the product is taken in that dtype.
         """
         self._unpacked = CachedQTensor.of(self.qtensor(), dtype)
         try:

@@ -61,7 +61,7 @@ def is_better(one: Transform, other: Transform, X: Tensor) -> bool:
 
 
 def token_error(x: Tensor) -> Tensor:
-    """‖x̂ - x‖² / ‖x‖² of each row, x̂ being x in 4 bits, symmetric per token: [..., K] → [...]; 0 for zeros."""
+    """Return ‖x̂ - x‖² / ‖x‖² of each row, [..., K] → [...], x̂ being x in symmetric 4 bits; it is 0 for zeros."""
     x = x.double()
     q, scale, _ = quantize_per_token(x, 4, symmetric=True)
     energy = x.square().sum(dim=-1)

@@ -39,11 +39,11 @@ class DualRotation:
 
 
 def dual_rotation(X: Tensor, generator: torch.Generator) -> DualRotation:
-    """R1, P and R2 for activations: spread what each block holds, deal it out to all blocks, spread again.
+    """Find R1, P and R2 for activations: R1 spreads outliers within blocks, P deals them out, R2 spreads them again.
 
     Args:
-        X: activations [..., K] in the memory of the CPU, at least one row; the search runs in float32.
-        generator: where the random part of the rotations comes from.
+        X: activations [..., K] on the CPU, at least one row; the search runs in float32.
+        generator: what draws the random part of the rotations.
     """
     size = block_size(X.shape[-1])
     rows = X.detach().reshape(-1, X.shape[-1]).float()

@@ -9,10 +9,12 @@ UNIFORM = 1.8  # κ of the uniform distribution, which an integer grid suits bes
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """κ = E[(x - μ)⁴] / σ⁴ of each row [..., K]: 1.8 uniform, 3 normal, n for one outlier among n; at least 1.
+    """Return κ = E[(x - μ)⁴] / σ⁴ of each row [..., K], which is at least 1.
+
+    It is 1.8 for a uniform distribution, 3 for a normal one, and n for one outlier among n values.
 
     Args:
-        x: floating, computed in its dtype; `x.flatten()` gives one figure for a whole tensor.
+        x: floating point; κ is computed in its dtype. `x.flatten()` gives one figure for a whole tensor.
 
     Returns:
         κ [...]; 0 where all values are the same.

@@ -13,8 +13,8 @@ from quantize.transforms.fold import CentredRotation, Rotation
 from quantize.transforms.kurtosis import UNIFORM, kurtosis
 
 Objective = Literal["whip", "kurtosis"]
-BATCH = 512  # tokens of a step
-LEARNING_RATE = 3e-3  # of Adam at the first step; entries of Z are about 1/√K
+BATCH = 512  # tokens in each step
+LEARNING_RATE = 3e-3  # Adam's at the first step; entries of Z are about 1/√K
 
 
 @torch.enable_grad()
@@ -31,11 +31,11 @@ def learn_rotation(
     tokens drawn at random; the result is the float64 factor of the last Z.
 
     Args:
-        X: activations [..., K] in the memory of the CPU, at least one row.
-        objective: `whip` or `kurtosis`, see there.
-        generator: of the signs of the Hadamard matrix and of the tokens.
-        steps: of Adam; 0 gives the Hadamard matrix back.
-        centred: R 1 = 1, so that a LayerNorm lets R through: only the complement of the ones is learned.
+        X: activations [..., K] on the CPU, at least one row.
+        objective: `whip` or `kurtosis`, the functions `whip` and `kurtail` below.
+        generator: what draws the signs of the Hadamard matrix and the tokens.
+        steps: the number of steps of Adam; 0 returns the Hadamard matrix.
+        centred: whether R 1 = 1, so that a LayerNorm lets R through; only the complement of the ones is learned then.
 
     Returns:
         R [K, K] float64; x R is the rotated token.
