@@ -19,8 +19,13 @@ def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) 
 
     By default the linear that scores the vocabulary, where there is one, stays in floating point, unless an entry of
     `layers` gives it a scheme.
+
+    Raises:
+        UsageError: a pattern of `layers` matches nothing.
     """
-    ignore = recipe.ignore
+    ignore, paths = recipe.ignore, [linear.path for linear in linears]
+    for found in recipe.layers:
+        require_match("layers", found.match, paths)
     if ignore is None:
         sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
         head = [x.path for x in linears[-1:] if sizes[x.weight] == x.columns * program.vocabulary]
@@ -35,8 +40,7 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
         UsageError: a pattern matches nothing; nothing is left; a group size does not divide.
     """
     paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
-    lists = {"targets": recipe.targets, "ignore": ignore, "layers": tuple(entry.match for entry in recipe.layers)}
-    for kind, patterns in lists.items():
+    for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
         for pattern in patterns:
             require_match(kind, pattern, paths)
     reasons: dict[str, str] = {}
