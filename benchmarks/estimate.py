@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from benchmarks.scale.model import write_model, write_tokens
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.estimate.duration import count
 from quantize.pipeline.estimate.machine import measure, peak_memory, processor
 from quantize.pipeline.estimate.report import preflight
@@ -38,7 +40,8 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         start, output = time.perf_counter(), Path(scratch, "out")
         with ResumableWriter(output) as writer:
-            run_pipeline(prepared, writer, None, writer.begin(identity_of(prepared)))
+            journal = writer.begin(identity_of(prepared), SingleProcess())
+            run_pipeline(prepared, writer, RunContext(recipe.seed, scratch=writer.directory, journal=journal))
         seconds = time.perf_counter() - start
         disk = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return {"foreseen": foreseen, "measured": {"disk": disk, "seconds": seconds, "memory": peak_memory()}}

@@ -87,18 +87,18 @@ class SequentialRunner:
         state: Overrides,
         targets: Iterable[Linear],
         make: Callable[[], Statistic],
-        behind: Mapping[str, Callable[[Tensor], Tensor]],
+        behind: Mapping[Linear, Callable[[Tensor], Tensor]],
     ) -> dict[str, Statistic]:
         """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
 
-        What a linear's input goes through before it counts is in `behind`, by path.
+        What a linear's input goes through before it counts is in `behind`.
         """
         collected: dict[str, Statistic] = {}
         for values in self.values:
             ahead = SequentialRunner.of(self.program, [dict(values)])
             for group in ahead.advance_to_linears(segment, state, targets):
                 for linear in group:
-                    x = behind[linear.path](ahead.values[0][linear.source])
+                    x = behind[linear](ahead.values[0][linear.source])
                     collected.setdefault(linear.weight, make()).update(x)
         return collected
 

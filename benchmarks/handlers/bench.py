@@ -26,9 +26,10 @@ from quantize.eval.divergence import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.planted_outlier_kinds import KINDS, plant_kind
 from quantize.finetune.finetune import finetune
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.prepare import Prepared, prepare
-from quantize.pipeline.quantize import run_pipeline
+from quantize.pipeline.quantize import Artifact, run_pipeline
 from quantize.recipe.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,7 +125,8 @@ def measure(
         recipe = load_recipe(scheme, recipes[handler], seed=seed, **settings)
         given = finetuned(model, recipe, scratch) if handler == FINETUNED else prepared
         with ArtifactWriter(scratch / str(number)) as writer:
-            artifact = run_pipeline(replace(given, plan=make_plan(recipe, given.program)), writer, None)
+            planned = replace(given, plan=make_plan(recipe, given.program))
+            artifact = Artifact(writer.output, run_pipeline(planned, writer, RunContext(recipe.seed)))
         quantized = artifact.load()
         paths = list(artifact.manifest["quantization"]["modules"])
         before = before or input_kurtosis(judge.reference, judge.sample, paths)

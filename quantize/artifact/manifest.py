@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from quantize.recipe.scheme import ActivationArgs, Data, KVCacheArgs, Scheme
+from quantize.recipe.scheme import Data, KVCacheArgs, Scheme
 
 
 class Entry(Data):
@@ -15,12 +15,12 @@ class Entry(Data):
     Attributes:
         columns: of its weight.
         online: what runs in front of it, in order: `kind` and settings.
-        activations: where they are not those of the scheme.
+        scheme: where it is not the one named for all.
     """
 
     columns: int = Field(ge=1)
     online: tuple[dict[str, Any], ...] = ()
-    activations: ActivationArgs | None = None
+    scheme: Scheme | None = None
 
 
 class QuantizationSettings(Data):

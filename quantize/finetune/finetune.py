@@ -160,7 +160,7 @@ def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
 def find_linears(prepared: Prepared) -> dict[str, Linear]:
     """The linears that would be quantized, by path."""
     found = [linear for segment in prepared.program.segments for linear in prepared.program.linears(segment)]
-    return {linear.path: linear for linear in found if linear.path in prepared.plan.targets}
+    return {linear.path: linear for linear in found if linear.path in prepared.plan.schemes}
 
 
 def stand_in(linear: Linear, parameters: dict[str, nn.Parameter], settings: FinetuneSettings) -> RegularizedLinear:

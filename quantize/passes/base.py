@@ -28,25 +28,30 @@ class BasisContext:
         basis: what T acts on.
         statistics: of the inputs of linears, by the name of the weight; other readers have none.
         weights: the block's parameters by name, after the passes before.
-        scheme: what the linears are quantized to.
+        schemes: what the linears are quantized to, by the name of the weight; others stay in floating point.
         generator: private, the same for the same recipe and basis.
     """
 
     basis: Basis
     statistics: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     generator: torch.Generator
 
-    def readers(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """For each parameter of the block that reads the basis: statistic, weight [N, K], index [copies, dim].
+    @property
+    def reader_schemes(self) -> dict[str, Scheme]:
+        """The schemes of those that read the basis, in this block or another."""
+        return {e.parameter: self.schemes[e.parameter] for e in self.basis.readers if e.parameter in self.schemes}
+
+    def readers(self) -> Iterator[tuple[Any, Tensor, Tensor, Scheme | None]]:
+        """For each parameter of the block that reads the basis: statistic, weight [N, K], index [copies, dim], scheme.
 
         The index says which of the K columns are channels of the basis, as often as the parameter reads them.
         """
         for edge in self.basis.readers:
             if edge.parameter in self.weights:
                 W = self.weights[edge.parameter].movedim(edge.axis, -1).flatten(0, -2)
-                yield self.statistics.get(edge.parameter), W, edge.index
+                yield self.statistics.get(edge.parameter), W, edge.index, self.schemes.get(edge.parameter)
 
     def inputs(self) -> Tensor:
         """Rows of the channels of the basis [rows, dim], from `Rows` of the inputs of all linears that read it."""

@@ -65,7 +65,7 @@ class Rotate(Pass):
         basis = context.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=context.generator).double() * 2 - 1
         kind = Rotation if AllowedTransforms.ORTHOGONAL in basis.group else CentredRotation
-        return kind(signs, self.order(basis.dim // basis.heads, context.scheme))
+        return kind(signs, self.order(basis.dim // basis.heads, *context.reader_schemes.values()))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Where no weight absorbs a full rotation."""
@@ -85,7 +85,8 @@ class Rotate(Pass):
         across = self.order(columns, context.scheme) // self.order(head_dim, context.scheme)
         return context.input_transform.append(hadamard(across, head_dim)) if across > 1 else context.input_transform
 
-    def order(self, columns: int, scheme: Scheme) -> int:
-        """How many channels a rotation mixes."""
-        block = FORMAT_BLOCKS.get(scheme.weights.format, 0) if self.block_size is None else self.block_size
+    def order(self, columns: int, *schemes: Scheme) -> int:
+        """How many channels a rotation mixes, so that it suits all schemes that read them."""
+        blocks = [FORMAT_BLOCKS.get(x.weights.format, 0) for x in schemes] if self.block_size is None else []
+        block = math.gcd(*blocks) if blocks else self.block_size or 0
         return math.gcd(columns, block) if block else columns

@@ -35,7 +35,7 @@ class Scaling(Pass):
 def reach(context: BasisContext) -> tuple[Tensor, Tensor]:
     """max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads it."""
     X, W = torch.zeros(context.basis.dim, dtype=torch.float64), torch.zeros(context.basis.dim, dtype=torch.float64)
-    for seen, weight, indices in context.readers():
+    for seen, weight, indices, _ in context.readers():
         largest = weight.abs().amax(dim=0).double()
         for index in indices:
             X = X if seen is None else torch.maximum(X, seen.absmax.value[index].double())
@@ -49,22 +49,24 @@ def live(s: Tensor, X: Tensor, W: Tensor) -> Tensor:
 
 
 def joint_error(context: BasisContext, s: Tensor) -> float:
-    """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the linears that read a basis (AQAS, arXiv 2311.05161, equation 1).
+    """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the quantized linears that read a basis.
+
+    Source: AQAS, arXiv 2311.05161, equation 1.
 
     Args:
         context: with `Rows` of the linears' inputs.
         s: [dim] > 0, what channels are divided by.
     """
     total = 0.0
-    for seen, W, indices in context.readers():
-        if seen is None:
+    for seen, W, indices, scheme in context.readers():
+        if seen is None or scheme is None:
             continue
         X, columns = seen.value, torch.ones(W.shape[1])
         for index in indices:
             columns[index] = s.float()
         target = X @ W.T
-        W_hat = fake_quantize_weight(W * columns, context.scheme.weights)
-        found = fake_quantize(X / columns, context.scheme.activations) @ W_hat.T
+        W_hat = fake_quantize_weight(W * columns, scheme.weights)
+        found = fake_quantize(X / columns, scheme.activations) @ W_hat.T
         total += float((found - target).square().sum() / target.square().sum().clamp(min=torch.finfo(X.dtype).tiny))
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,13 +33,14 @@ def finish(
     """Add all that is no block, verify what was written, and commit; returns the manifest, with what is in `data`."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
     writer.add(shard_name(program, len(program.segments) + 1), blocks.unquantized_tensors())
-    settings = quantization_settings(plan.recipe, blocks.modules)
+    settings = quantization_settings(plan.recipe, plan.default_scheme, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
-    probes, outputs = blocks.prefixed_probes(), blocks.outputs()
+    probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,
+            "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
             "seed": plan.recipe.seed,
             "versions": versions(),
             "export": program.export_record() | {"not_compared": not_compared(blocks)},
@@ -79,13 +81,13 @@ def write_side_files(
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)
-        output = torch.cat([at_last_token(found) for found in blocks.outputs()[::first]])
+        output = torch.cat([at_last_token(found) for found in blocks.probes.outputs()[::first]])
     writer.add_probe({**given, "output": output})
 
 
 def not_compared(blocks: SequentialPipeline) -> list[str]:
     """Quantized linears that ran on no probe, so that neither gate nor parity saw them."""
-    return [path for path in blocks.program.never_executed(blocks.outputs()) if path in blocks.modules]
+    return [path for path in blocks.program.never_executed(blocks.probes.outputs()) if path in blocks.modules]
 
 
 def coverage(plan: Plan, blocks: SequentialPipeline) -> dict[str, str]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantize.errors import UsageError
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
+from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
+from quantize.recipe.scheme import Scheme
 
 NO_LINEAR = "no weight of a linear"
 
@@ -43,15 +43,22 @@ class Plan:
         recipe: resolved: every default filled in.
         steps: the passes in order.
         quantizer: how weights are rounded.
-        targets: paths of the linears to quantize, in order.
+        schemes: what each linear is quantized to, by path, in order; others stay in floating point.
+        reader_schemes: the same by the name of the weight, as bases know their readers.
         skipped: parameter → why it is not quantized.
     """
 
     recipe: Recipe
     steps: tuple[Step, ...]
     quantizer: Quantizer
-    targets: tuple[str, ...]
+    schemes: dict[str, Scheme]
+    reader_schemes: dict[str, Scheme]
     skipped: dict[str, str]
+
+    @property
+    def default_scheme(self) -> Scheme:
+        """The scheme of most linears, which an artifact names once."""
+        return Counter(self.schemes.values()).most_common(1)[0][0]
 
     @property
     def calibrates(self) -> bool:
@@ -63,7 +70,7 @@ class Plan:
         """Whether anything behind a block looks at the calibration activations."""
         later = program.segments[program.segments.index(segment) + 1 :]
         return bool(later) and (
-            bool(self.steps) or any(x.path in self.targets for s in later for x in program.linears(s))
+            bool(self.steps) or any(x.path in self.schemes for s in later for x in program.linears(s))
         )
 
 
@@ -74,96 +81,27 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
         UsageError: a pattern matches nothing, a group size does not divide, a pass is unknown or mis-set.
     """
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
-    if recipe.ignore is None:
-        recipe = recipe.model_copy(update={"ignore": output_head(program, linears)})
-    targets, skipped = select(recipe, linears)
-    chosen = [linear for linear in linears if linear.path in targets]
-    check_groups(recipe, chosen)
+    recipe = resolve_ignore(recipe, program, linears)
+    schemes, skipped = select(recipe, linears)
+    chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)
     for handler in handlers:
-        handler.check(recipe.linear_scheme)
+        for scheme in dict.fromkeys(schemes.values()):
+            handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
-    quantized = {linear.weight for linear in chosen}
+    reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
     reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.not_replaceable | skipped
     resolved = recipe.model_copy(
-        update={
-            "ignore": ignored_patterns(recipe),
-            "ignore_also": (),
-            "passes": tuple(settings(handler) for handler in handlers),
-            "quantizer": settings(quantizer),
-        }
+        update={"passes": tuple(settings(handler) for handler in handlers), "quantizer": settings(quantizer)}
     )
-    left = {name: why for name, why in reasons.items() if name not in quantized}
-    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, targets, left)
+    left = {name: why for name, why in reasons.items() if name not in reader_schemes}
+    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, schemes, reader_schemes, left)
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     """A pass or quantizer with all its parameters, as a recipe writes it."""
     return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
-
-
-def output_head(program: Program, linears: list[Linear]) -> tuple[str, ...]:
-    """The last linear, if it scores the vocabulary: by default it stays in floating point."""
-    sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
-    last = linears[-1:]
-    return tuple(linear.path for linear in last if sizes[linear.weight] == linear.columns * program.vocabulary)
-
-
-def ignored_patterns(recipe: Recipe) -> tuple[str, ...]:
-    """The recipe's patterns and those of the caller."""
-    return (recipe.ignore or ()) + recipe.ignore_also
-
-
-def select(recipe: Recipe, linears: list[Linear]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Paths to quantize, and weights left out with the reason."""
-    paths = [linear.path for linear in linears]
-    ignore = ignored_patterns(recipe)
-    for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
-        for pattern in patterns:
-            require_match(kind, pattern, paths)
-    ignored = {path: p for p in reversed(ignore) for path in paths if matches(p, path)}
-    wanted = {path for path in paths if any(matches(p, path) for p in recipe.targets)}
-    skipped = {
-        linear.weight: f"ignored by {ignored[linear.path]!r}" if linear.path in ignored else "not in targets"
-        for linear in linears
-        if linear.path in ignored or linear.path not in wanted
-    }
-    if not wanted - ignored.keys():
-        raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
-    return tuple(dict.fromkeys(p for p in paths if p in wanted and p not in ignored)), skipped
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern names a module: its path, the end of its path, or `re:` and a full-match expression."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    return path == pattern or path.endswith(f".{pattern}")
-
-
-def require_match(kind: str, pattern: str, paths: list[str]) -> None:
-    """A pattern that matches nothing is an error that lists near matches."""
-    try:
-        if any(matches(pattern, path) for path in paths):
-            return
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
-    known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-    raise UsageError(f"{kind}: {pattern!r} matches no linear; near are {', '.join(near)}")
-
-
-def check_groups(recipe: Recipe, linears: list[Linear]) -> None:
-    """The group size divides the input of every linear."""
-    size = recipe.weights.group_size
-    odd = [(linear.path, linear.columns) for linear in linears if size and linear.columns % size]
-    if odd:
-        path, columns = odd[0]
-        more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
-        advice = "give a --group-size that does, 0 for per-channel weights, or --ignore it"
-        if recipe.weights.format != "int":
-            advice = f"leave out with --ignore what {recipe.scheme} does not fit"
-        raise UsageError(f"the group size {size} does not divide the {columns} columns of {path}{more}; {advice}")
 
 
 def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
-from quantize.pipeline.steps.prefix_search import check_prefix
+from quantize.pipeline.prefix_check import check_prefix
 from quantize.recipe.recipe import Recipe
 
 
@@ -79,8 +80,9 @@ def identity_of(prepared: Prepared) -> Fingerprint:
 def describe_run(prepared: Prepared) -> str:
     """What a run would do, in lines."""
     plan, program = prepared.plan, prepared.program
-    what = f"{len(plan.targets)} linears in {len(program.segments)} blocks"
-    lines = [f"{plan.recipe.scheme}: {what}, rounded by {plan.quantizer.name}"]
+    counts = Counter(scheme.label for scheme in plan.schemes.values())
+    what = " and ".join(f"{count} linears to {label}" for label, count in counts.items())
+    lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
     if cache := plan.recipe.kv_cache:
         lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")

@@ -15,13 +15,14 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
 from quantize.pipeline.progress import track
-from quantize.pipeline.resume.journal import Journal
-from quantize.pipeline.resume.work_dir import Onlooker, ResumableWriter
+from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
@@ -45,11 +46,14 @@ class Artifact:
     def summary(self) -> str:
         """One sentence: what was made of how much."""
         done = sum(how == "quantized" for how in self.manifest["coverage"].values())
+        counts = self.manifest["schemes"]
+        mixed = ", ".join(f"{label} in {count} linears" for label, count in counts.items())
         size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
         how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
+        scheme = mixed if len(counts) > 1 else self.manifest["scheme"]
         return (
-            f"{self.directory}: {self.manifest['scheme']}, {done} of {len(self.manifest['coverage'])} parameters "
+            f"{self.directory}: {scheme}, {done} of {len(self.manifest['coverage'])} parameters "
             f"quantized, {how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
             f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
         )
@@ -103,17 +107,20 @@ def quantize_model(
     output = Path(output_dir)
     with (
         init_distributed() as ranks,
-        ResumableWriter(output, resume) if ranks.is_rank_zero else Onlooker(output) as writer,
+        ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
         prepared = prepare(model, resolved, Path(calibration) if calibration else None)
         found = identity_of(prepared)
         collected = load_matching(Path(stats), found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, ranks, found)
-        journal = writer.begin(found, ranks)
-        if ranks.gather(writer.finished)[0]:
+        journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
+        if ranks.gather(writer is not None and writer.finished)[0]:
             return Artifact(output, read_manifest(output))
-        return run_pipeline(prepared, writer, console if ranks.is_rank_zero else None, journal, ranks, collected)
+        shown = console if ranks.is_rank_zero else None
+        scratch = journal.directory.parent
+        context = RunContext(resolved.seed, ranks=ranks, scratch=scratch, console=shown, journal=journal)
+        return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0])
 
 
 def collect_stats(
@@ -137,7 +144,8 @@ def collect_stats(
     """
     given = prepare(model, recipe, Path(calibration) if calibration else None)
     with running("the model"):
-        found = collect(given.checkpoint, given.program, given.plan, given.samples, identity_of(given), console)
+        context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
+        found = collect(given, identity_of(given), context)
     write_collected(Path(output), found)
     return found
 
@@ -156,37 +164,39 @@ def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> Non
 
 
 def run_pipeline(
-    prepared: Prepared,
-    writer: ArtifactWriter,
-    console: Console | None,
-    journal: Journal | None = None,
-    ranks: SingleProcess | None = None,
-    collected: StatisticsFile | None = None,
-) -> Artifact:
-    """Quantize block by block into an open writer, verify what was written, and commit."""
-    journal, ranks = journal or Journal(), ranks or SingleProcess()
-    program, checkpoint = prepared.program, prepared.checkpoint
-    plan, prefix = resolve_prefix(prepared.plan, program, checkpoint, prepared.samples, console, journal.cached)
-    check_length(checkpoint.config, plan.recipe)
-    prepared = replace(prepared, plan=plan)
+    prepared: Prepared, writer: ArtifactWriter | None, context: RunContext, collected: StatisticsFile | None = None
+) -> dict[str, Any]:
+    """Quantize block by block, verify what was written, and commit; returns the manifest.
+
+    Args:
+        writer: open; None on ranks that leave writing to rank 0, which get no manifest.
+        collected: statistics in place of running the calibration data.
+
+    Raises:
+        QuantizeError: the run failed.
+    """
+    console, journal, program = context.console, context.journal, prepared.program
+    plan, prefix = resolve_prefix(prepared, context)
+    check_length(prepared.checkpoint.config, plan.recipe)
+    prepared, context = replace(prepared, plan=plan), replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
     announce(prepared, console)
     with running("the model"):
         surveys = None if collected is None else {collected.step: collected.statistics}
-        blocks = SequentialPipeline(
-            checkpoint, program, plan, prepared.samples, console, journal.cached, ranks, surveys, writer.directory
-        )
-    done = journal.load_last_block(blocks, writer)
+        blocks = SequentialPipeline(prepared, context, surveys)
+    done = journal.load_last_block(blocks, writer) if journal else 0
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
-            writer.add(shard_name(program, number), blocks.process(segment))
-        journal.save_block(number, blocks, writer)
+            tensors = blocks.process(segment)
+        if writer:
+            writer.add(shard_name(program, number), tensors)
+        if journal:
+            journal.save_block(number, blocks, writer)
+    if not writer:
+        return {}
     data = calibration_record(prepared) if collected is None else collected.record()
-    manifest = (
-        finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console) if ranks.is_rank_zero else {}
-    )
-    return Artifact(writer.output, ranks.gather(manifest)[0])
+    return finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:

@@ -11,21 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from quantize.artifact.writer import translate_disk_errors
-from quantize.calibration.data import BATCH_TOKENS, Samples
-from quantize.calibration.runner import SequentialRunner
+from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.statistics import Statistic
-from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import UsageError
-from quantize.graph.program import Program
-from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
-from quantize.pipeline.plan import Plan, Step
+from quantize.pipeline.plan import Plan
+from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import load_state, save_state
-from quantize.pipeline.steps.global_statistics import one_run
-from quantize.pipeline.steps.transform import PassRunner
+from quantize.pipeline.steps.global_statistics import statistics_before
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,8 @@ class StatisticsFile:
         return {"sha256": list(self.data), "rows": rows, "tokens": tokens}
 
 
-def only_calibrated_step(plan: Plan) -> tuple[int, Step]:
-    """The one pass that asks for statistics, and its number.
+def only_calibrated_step(plan: Plan) -> int:
+    """Number of the one step whose pass asks for statistics.
 
     Raises:
         UsageError: not exactly one pass does, or something else looks at the data.
@@ -63,25 +58,20 @@ def only_calibrated_step(plan: Plan) -> tuple[int, Step]:
     if len(asking) != 1:
         names = ", ".join(step.handler.name for _, step in asking) or "none"
         raise UsageError(f"merged statistics serve one pass that asks for them; of the recipe's do so: {names}")
-    return asking[0]
+    return asking[0][0]
 
 
-def collect(
-    checkpoint: Checkpoint, program: Program, plan: Plan, samples: Samples, found: Fingerprint, console: Console | None
-) -> StatisticsFile:
+def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> StatisticsFile:
     """Statistics of the inputs of all linears, in front of the pass that asks for them; `found` is the run's identity.
 
     Raises:
         UsageError: the recipe needs more than statistics that can be merged.
     """
-    number, step = only_calibrated_step(plan)
-    recipe, leading = plan.recipe, PrefixTokens(plan.recipe.prefix_tokens)
-    batches = samples.batches(max(1, BATCH_TOKENS // recipe.seqlen))
-    runner, probes = SequentialRunner(program, leading.batches(batches)), SequentialRunner(program, [])
-    before = PassRunner(program, plan.steps[:number], recipe.linear_scheme, runner, probes, recipe.seed)
+    plan, program, samples = prepared.plan, prepared.program, prepared.samples
+    number = only_calibrated_step(plan)
+    batches = context.prefix.batches(samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)))
     weights = frozenset(linear.weight for segment in program.segments for linear in program.linears(segment))
-    before.leading = leading
-    statistics = one_run(checkpoint, before, weights, step.handler.needs, console)
+    statistics = statistics_before(number, weights, prepared.checkpoint, program, plan, batches, context, {})
     data = {samples.sha256: (len(samples.rows), samples.tokens)}
     return StatisticsFile(without_data(found), data, number, statistics)
 

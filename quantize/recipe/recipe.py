@@ -47,6 +47,30 @@ class PrefixArgs(Data):
         return self
 
 
+class LayerArgs(Data):
+    """What some linears are quantized to in place of the recipe's scheme.
+
+    Attributes:
+        match: the linears: a module path, the end of one, or `re:` and a regular expression.
+        scheme: another scheme's name, whose default tables hold; None keeps the recipe's.
+        group_size: columns that share a scale; None keeps the scheme's.
+        ignore: leave them in floating point.
+    """
+
+    match: str
+    scheme: SchemeName | None = None
+    group_size: int | None = Field(None, ge=0)
+    ignore: bool = False
+
+    @model_validator(mode="after")
+    def says_something(self) -> Self:
+        """It changes something, and does not ignore what it changes."""
+        changes = self.scheme is not None or self.group_size is not None
+        if changes == self.ignore:
+            raise ValueError("give either ignore = true, or scheme or group_size or both")
+        return self
+
+
 class Recipe(Data):
     """Everything that determines an artifact, beside model and data.
 
@@ -57,6 +81,7 @@ class Recipe(Data):
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
         ignore_also: more of them.
+        layers: linears with schemes of their own; of several entries that match a linear the last one counts.
         nsamples, seqlen: calibration windows, and tokens in each.
         seed: of every random choice.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
@@ -72,6 +97,7 @@ class Recipe(Data):
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
     ignore_also: tuple[str, ...] = ()
+    layers: tuple[LayerArgs, ...] = ()
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
@@ -129,6 +155,12 @@ def load_recipe(
     recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
     return recipe.model_copy(update={"ignore_also": recipe.ignore_also + ignore})
+
+
+def default_scheme(name: str) -> Scheme:
+    """The tables `weights` and `activations` of a scheme's default recipe."""
+    default = tomllib.loads(shipped(name.lower()))
+    return Scheme(weights=default["weights"], activations=default.get("activations"))
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -120,6 +120,13 @@ class Scheme(Data):
     weights: WeightArgs
     activations: ActivationArgs | None = None
 
+    @property
+    def label(self) -> str:
+        """The field's name for it: `W4A16`, `MXFP4`."""
+        if self.weights.format in FP4_GROUP_SIZES:
+            return self.weights.format.upper()
+        return f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"
+
     @model_validator(mode="after")
     def _check_formats(self) -> Self:
         if self.activations is not None and self.activations.format != self.weights.format:

@@ -25,7 +25,7 @@ from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.checkpoint.untrusted_files import INDEX, parse_json, weight_files
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
-from quantize.pipeline.plan import require_match
+from quantize.pipeline.layer_schemes import require_match
 from quantize.recipe.recipe import load_recipe
 
 RECIPE = """

@@ -23,7 +23,8 @@ def basis(dim, writers, readers, group=AllowedTransforms.LINEAR, heads=1):
 def site(basis, weights, **statistics):
     """A basis with what a pass is told of it; statistics by the letter of the weight."""
     seen = {f"{letter}.weight": value for letter, value in statistics.items()}
-    return BasisContext(basis, seen, weights, W4A4, torch.Generator().manual_seed(0))
+    schemes = {edge.parameter: W4A4 for edge in basis.readers}
+    return BasisContext(basis, seen, weights, schemes, torch.Generator().manual_seed(0))
 
 
 def place(basis, columns, statistic=None, rows=6):

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from quantize.artifact import writer
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.prepare import identity_of, prepare
 from quantize.pipeline.quantize import run_pipeline
 from quantize.pipeline.resume import journal, work_dir
@@ -36,8 +38,9 @@ class Runs:
             return child
         done = count_flushes(flush, then)
         with work_dir.ResumableWriter(output, resume) as writer:
-            kept = writer.begin(identity_of(self.prepared))
-            writer.finished or run_pipeline(self.prepared, writer, None, kept)
+            kept = writer.begin(identity_of(self.prepared), SingleProcess())
+            context = RunContext(self.prepared.plan.recipe.seed, scratch=writer.directory, journal=kept)
+            writer.finished or run_pipeline(self.prepared, writer, context)
         os._exit(len(done) if count else 0)
 
     def run(self, output, **how):

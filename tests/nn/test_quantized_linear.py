@@ -22,8 +22,8 @@ from quantize.kernels.hadamard import hadamard_transform
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes import PASSES
 from quantize.passes.base import BasisContext
+from quantize.pipeline.block import Block
 from quantize.pipeline.quantize import quantize_model
-from quantize.pipeline.steps.transform import float_state, fold_online
 from quantize.recipe.scheme import Scheme, WeightArgs
 from quantize.transforms.fold import Diagonal
 from quantize.transforms.online import Hadamard, InputTransform
@@ -246,16 +246,16 @@ def test_the_group_size_must_divide_the_inputs(small_run):
 
 def test_a_rotated_weight_stays_as_it_is_stored():
     found = analysed(Model(Stored()))[1]
-    linear, plain, input_transform = found["blocks.0"], InputTransform(), InputTransform((Hadamard(2, 3),))
+    linear, rotation = found["blocks.0"], InputTransform((Hadamard(2, 3),))
     rng = torch.Generator().manual_seed(0)
     weights = {"blocks.0.matrix": torch.randn(6, 4, generator=rng), "blocks.0.shift": torch.randn(4, generator=rng)}
-    rotated = fold_online(weights, [linear], {"blocks.0": plain}, {"blocks.0": input_transform})["blocks.0.matrix"]
+    plain = Block(None, (linear,), weights, {}, {}, {linear: InputTransform()})
+    block = plain.with_input_transforms({linear: rotation})
+    rotated = block.weights["blocks.0.matrix"]
     assert rotated.shape == (6, 4)
     torch.testing.assert_close(rotated.T, hadamard_transform(weights["blocks.0.matrix"].T.contiguous(), 2, 3))
     x = torch.randn(5, 6, generator=rng)
-    run = float_state(weights | {"blocks.0.matrix": rotated}, [linear], {"blocks.0": input_transform}).linears[
-        linear.node
-    ]
+    run = block.overrides().linears[linear.node]
     torch.testing.assert_close(run(x), x @ weights["blocks.0.matrix"] + weights["blocks.0.shift"])
 
 
@@ -271,7 +271,7 @@ def test_smoothquant_takes_the_columns_of_a_transposed_weight():
     )
     scheme = Scheme(weights=WeightArgs(num_bits=8))
     transform = PASSES["smoothquant"](alpha=0.75).transform(
-        BasisContext(site, {"a.matrix": seen}, weights, scheme, torch.Generator())
+        BasisContext(site, {"a.matrix": seen}, weights, {"a.matrix": scheme}, torch.Generator())
     )
     assert isinstance(transform, Diagonal)
     assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0], dtype=torch.float64))

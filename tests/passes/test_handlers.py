@@ -17,7 +17,7 @@ from quantize.passes import PASSES
 from quantize.passes.base import input_error
 from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
-from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.recipe.recipe import load_recipe
@@ -302,7 +302,7 @@ def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
     """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
     plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
     found = collect_global_statistics(
-        open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], SingleProcess()
+        open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], RunContext()
     )
     (number,) = found
     assert plan.steps[number].handler.name == "learned_rotation"

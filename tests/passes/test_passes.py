@@ -11,10 +11,11 @@ from quantize.graph.export import export_program
 from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes import PASSES
 from quantize.passes.ordering import legal_order
-from quantize.pipeline.distributed import SingleProcess
-from quantize.pipeline.plan import Plan, make_plan, settings
+from quantize.pipeline.block import Block
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.plan import make_plan, settings
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
-from quantize.pipeline.steps.transform import PassRunner, float_state
+from quantize.pipeline.steps.transform import PassRunner
 from quantize.recipe.recipe import load_recipe
 from quantize.transforms.fold import Diagonal, Rotation, absorb
 from quantize.transforms.online import Hadamard
@@ -99,18 +100,12 @@ def pass_runner_for(model, passes, calibration):
     checkpoint = open_checkpoint(model)
     program = export_program(checkpoint.skeleton())
     recipe = load_recipe("W4A8", {"passes": passes}, group_size=0)
-    plan: Plan = make_plan(recipe, program)
-    surveys = collect_global_statistics(
-        checkpoint, program, plan, [{"input_ids": ids} for ids in calibration], SingleProcess()
-    )
+    plan, context = make_plan(recipe, program), RunContext()
+    batches = [{"input_ids": ids} for ids in calibration]
+    surveys = collect_global_statistics(checkpoint, program, plan, batches, context)
     probes = SequentialRunner(program, [torch.arange(20)[None], torch.arange(40, 20, -1)[None]])
-    return (
-        checkpoint,
-        program,
-        PassRunner(
-            program, plan.steps, recipe.linear_scheme, SequentialRunner(program, calibration), probes, 0, surveys
-        ),
-    )
+    runner = SequentialRunner(program, calibration)
+    return checkpoint, program, PassRunner(program, plan, context, runner, probes, surveys)
 
 
 def legal(passes):
@@ -126,9 +121,10 @@ def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
         request.getfixturevalue(model), legal([*before, {"name": name}]), calibration
     )
     for segment in program.segments:
-        weights, online = pass_runner.apply(segment, {n: checkpoint.tensor(n).float() for n in segment.parameters})
+        block = Block.read(checkpoint, program, segment, pass_runner.plan.schemes, torch.device("cpu"))
+        state = pass_runner.apply(block).overrides()
         for runner in (pass_runner.calibration, pass_runner.probes):
-            runner.run(segment.nodes, float_state(weights, program.linears(segment), online))
+            runner.run(segment.nodes, state)
     found = pass_runner.differences
     assert set(found) <= {name, "fold_norms"}
     # post-norm gains cannot be folded; what only rounds otherwise changes no function

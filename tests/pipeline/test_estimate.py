@@ -18,8 +18,9 @@ from quantize.pipeline.estimate.memory import kronecker_factors
 from quantize.pipeline.estimate.report import human, preflight
 from quantize.pipeline.estimate.work import Work, passes
 from quantize.pipeline.prepare import prepare
-from quantize.pipeline.resume.journal import KeptJournal
+from quantize.pipeline.resume.journal import Journal
 from quantize.recipe.recipe import load_recipe
+from quantize.recipe.scheme import Scheme
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 
@@ -84,10 +85,14 @@ def test_the_artifact_is_foreseen_to_the_tensor(foreseen, small_run, one_layer, 
 
 def but_for_clips(settings):
     """Settings of an artifact without what only data decides: a clip of their own for some linears' inputs."""
-    common = settings["scheme"]["activations"] or {}
+    common = Scheme(**settings["scheme"])
     for module in settings["modules"].values():
-        if "activations" in module and module["activations"] | {"clip_ratio": 0} == common | {"clip_ratio": 0}:
-            del module["activations"]
+        own = Scheme(**module.get("scheme", settings["scheme"]))
+        if own.activations and common.activations:
+            clip = {"clip_ratio": common.activations.clip_ratio}
+            own = own.model_copy(update={"activations": own.activations.model_copy(update=clip)})
+        if own == common:
+            module.pop("scheme", None)
     return settings
 
 
@@ -102,14 +107,14 @@ def headers(path):
 def test_the_journal_is_foreseen(foreseen, small_run, one_layer, monkeypatch):
     """The largest border, which lies there twice for a moment, without what the probes and the headers take."""
     found, largest = foreseen(one_layer, "W4A16", nsamples=64, seqlen=256), 0
-    rename = KeptJournal._rename
+    rename = Journal._rename
 
     def renamed(self, path):
         nonlocal largest
         rename(self, path)
         largest = max(largest, sum(p.stat().st_size for p in path.glob("[cf]*-*")))
 
-    monkeypatch.setattr("quantize.pipeline.resume.journal.KeptJournal._rename", renamed)
+    monkeypatch.setattr("quantize.pipeline.resume.journal.Journal._rename", renamed)
     small_run(one_layer, "W4A16", nsamples=64, seqlen=256)
     assert found.journal_bytes() == pytest.approx(2 * largest, rel=0.1)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import UsageError
-from quantize.pipeline.plan import make_plan, matches
+from quantize.pipeline.layer_schemes import matches
+from quantize.pipeline.plan import make_plan
 from quantize.recipe.recipe import Recipe, load_recipe, merge, names, shipped
 from quantize.recipe.scheme import SCHEME_NAMES
 
@@ -185,7 +186,7 @@ def test_every_recipe_of_the_package_fits_and_says_where_it_comes_from(name, pro
     ignore = ("down_proj",) if groups else ()  # whose 172 columns no group divides
     plan = make_plan(load_recipe(None, Path(name), group_size=groups, ignore=ignore), program)
     assert plan.recipe.scheme.lower() == name.split("-")[0]
-    assert plan.targets
+    assert plan.schemes
 
 
 def test_an_unknown_recipe_is_answered_with_those_there_are():

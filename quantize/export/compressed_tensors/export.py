@@ -45,7 +45,8 @@ def export_compressed_tensors(
         QuantizeError: damaged files, or transformers computes something else.
     """
     outline = Outline.read(directory)
-    scheme, modules = Scheme(**outline.settings["scheme"]), outline.settings["modules"]
+    modules = outline.settings["modules"]
+    scheme = next(iter(outline.schemes().values()))  # of all
     if scheme.weights.format != "nvfp4" and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
     divisors = input_divisors(directory, calibration) if scheme.weights.format == "nvfp4" else {}

@@ -58,22 +58,22 @@ class ArtifactEstimate:
     def modules(self) -> dict[str, QuantizedLinear]:
         """The quantized linears on the meta device, by path, as far as no data decides what they are."""
         linears = [x for segment in self.program.segments for x in self.program.linears(segment)]
-        return {x.path: self._module(x) for x in linears if x.path in self.plan.targets}
+        return {x.path: self._module(x) for x in linears if x.path in self.plan.schemes}
 
     def _module(self, linear: Linear) -> QuantizedLinear:
-        W, recipe = linear.as_out_in(self.parameters[linear.weight]), self.plan.recipe
-        input_transform = InputTransform(activations=recipe.activations)
+        W, planned = linear.as_out_in(self.parameters[linear.weight]), self.plan.schemes[linear.path]
+        input_transform = InputTransform(activations=planned.activations)
         for step in self.plan.steps:
             if linear.path in step.online:
                 input_transform = step.handler.input_transform(self._linear_context(step, linear, W, input_transform))
-        weight = quantize_on_meta(W.shape, W.dtype, recipe.weights)
-        scheme = Scheme(weights=recipe.weights, activations=input_transform.activations)
+        weight = quantize_on_meta(W.shape, W.dtype, planned.weights)
+        scheme = Scheme(weights=planned.weights, activations=input_transform.activations)
         return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
 
     def _linear_context(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
         basis = step.bases.reading(linear.weight)
         return LinearContext(
-            linear.path, basis, None, W, input_transform, self.plan.recipe.linear_scheme, derived_generator(0)
+            linear.path, basis, None, W, input_transform, self.plan.schemes[linear.path], derived_generator(0)
         )
 
     @functools.cached_property
@@ -106,8 +106,9 @@ class ArtifactEstimate:
     def settings(self) -> dict[str, Any]:
         """The quantization settings that the artifact will have."""
         recipe = self.plan.recipe
-        modules = {path: linear_settings(module, recipe.activations) for path, module in self.modules.items()}
-        return quantization_settings(recipe, modules)
+        default = self.plan.default_scheme
+        modules = {path: linear_settings(module, default) for path, module in self.modules.items()}
+        return quantization_settings(recipe, default, modules)
 
     def artifact_bytes(self) -> int:
         """All files of the artifact."""

@@ -128,16 +128,18 @@ class MemoryEstimate(ArtifactEstimate):
             return 2 * max(N) * K
         float_reference = self.plan.quantizer.needs_float_reference
         rows = max((sizes.rows for _, sizes, _ in self.alive), default=0)
-        seen = 4 * rows * K * (1 + 4 * (float_reference and self.plan.recipe.activations is not None))
+        rounded = self.plan.schemes[linears[0].path].activations is not None
+        seen = 4 * rows * K * (1 + 4 * (float_reference and rounded))
         copies = (3 + float_reference) * sum(N) + max(N) * (1 + 2 * float_reference)
         return 4 * (1 + float_reference) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:
         """The sizes of the Hadamard matrices of each pass, in lines."""
-        scheme = self.plan.recipe.linear_scheme
+        schemes = self.plan.reader_schemes
         for handler, sites in ((step.handler, step.sites) for step in self.plan.steps):
             if isinstance(handler, Rotate):
-                offline = Counter(handler.order(b.dim // b.heads, scheme) for b in sites)
+                read = {b: [schemes[e.parameter] for e in b.readers if e.parameter in schemes] for b in sites}
+                offline = Counter(handler.order(b.dim // b.heads, *found) for b, found in read.items())
                 yield from (
                     f"{handler.name}: {n} bases offline, order {kronecker_factors(k)}" for k, n in offline.items()
                 )

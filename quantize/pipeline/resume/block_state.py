@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 from torch import fx
 
@@ -11,18 +12,25 @@ from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.runner import SequentialRunner
 from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
-from quantize.graph.program import Program
-from quantize.pipeline.sequential import SequentialPipeline
+from quantize.graph.program import Program, Segment
 
 
-def runners(blocks: SequentialPipeline) -> list[tuple[str, SequentialRunner, int]]:
-    """All that is on its way through the blocks, and the number of its first batch among those of all ranks."""
-    first = blocks.first_batch
-    return [
-        ("calibration", blocks.calibration, first),
-        ("float_reference", blocks.float_reference, first),
-        ("probes", blocks.probes, 0),
-    ]
+class Resumable(Protocol):
+    """What a journal stores and restores: a run on its way through the blocks (`SequentialPipeline`)."""
+
+    program: Program
+
+    def runners(self) -> Iterable[tuple[str, SequentialRunner, int]]:
+        """All that is on its way, by name, and the number of its first batch among those of all ranks."""
+
+    def calibrates_after(self, segment: Segment) -> bool:
+        """Whether anything behind a block looks at the calibration activations."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All else that is carried from block to block."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
 
 
 def plain_values(values: Values, program: Program) -> dict[str, Any]:
@@ -46,30 +54,6 @@ def held_value(node: fx.Node, program: Program) -> Any:
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
     return program.constants.get(node)
-
-
-def state_of(blocks: SequentialPipeline) -> dict[str, Any]:
-    """What else a run carries across a border."""
-    pass_runner = blocks.pass_runner
-    sites = [{basis.index: transform for basis, transform in made.items()} for made in pass_runner.sites]
-    return {
-        "modules": blocks.modules,
-        "untied": blocks.ties.untied,
-        "tied": blocks.ties.stored,
-        "sites": sites,
-        "differences": pass_runner.differences,
-        "changed": pass_runner.changed,
-    }
-
-
-def restore_state(blocks: SequentialPipeline, state: dict[str, Any]) -> None:
-    """The reverse of `state_of`."""
-    pass_runner = blocks.pass_runner
-    blocks.modules, blocks.ties.untied, blocks.ties.stored = state["modules"], state["untied"], state["tied"]
-    pass_runner.differences, pass_runner.changed = state["differences"], state["changed"]
-    for step, made, sites in zip(pass_runner.steps, state["sites"], pass_runner.sites, strict=True):
-        bases = {basis.index: basis for basis in step.sites}
-        sites.update({bases[index]: transform for index, transform in made.items()})
 
 
 def restore_files(writer: ArtifactWriter, weight_map: dict[str, str], hashes: dict[str, str]) -> None:

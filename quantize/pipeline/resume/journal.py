@@ -22,41 +22,15 @@ from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_d
 from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
-from quantize.pipeline.memoize import always
-from quantize.pipeline.resume.block_state import (
-    plain_values,
-    restore_files,
-    restore_state,
-    runners,
-    state_of,
-    values_of,
-)
-from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.resume.block_state import Resumable, plain_values, restore_files, values_of
 from quantize.pipeline.serialization import load_state, save_state
 
 T = TypeVar("T")
 DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
 
 
-class Journal:
-    """A run that keeps nothing; `KeptJournal` does."""
-
-    def cached(self, name: str, make: Callable[[], T], /) -> T:
-        """What `make` gives, found only once in the life of a run."""
-        return always(name, make)
-
-    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
-        """Bring a run behind the last finished block; returns how many blocks are finished."""
-        del blocks, writer
-        return 0
-
-    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
-        """Keep that so many blocks are finished and written."""
-        del done, blocks, writer
-
-
 @dataclass(frozen=True)
-class KeptJournal(Journal):
+class Journal:
     """A journal in a directory; `output` is what the run makes, for messages."""
 
     directory: Path
@@ -93,39 +67,41 @@ class KeptJournal(Journal):
         with translate_damage(self.directory.parent):
             return load_state(path)  # type: ignore[no-any-return]
 
-    def save_block(self, done: int, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
-        """Store what is alive behind block number `done`, then forget the border before it."""
+    def save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
+        """Store what is alive behind block number `done`, then forget the border before it.
+
+        Only the rank with the writer stores what all ranks share.
+        """
         before, path = self._borders(), self.directory / f"border-{done:05}"
         with translate_disk_errors(self.output):
-            if self.ranks.is_rank_zero:
-                self._write_state(temporary_name(path), blocks, writer)
+            if writer:
+                shutil.rmtree(temporary_name(path), ignore_errors=True)
+                temporary_name(path).mkdir()
+                state = blocks.state_dict() | {"files": [writer.weight_map, writer.hashes]}
+                save_state(temporary_name(path) / "state.safetensors", state)
             self.ranks.gather(None)  # the folder is there
             self._write_values(temporary_name(path), done, blocks)
             self.ranks.gather(None)  # all have written
-            if self.ranks.is_rank_zero:
+            if writer:
                 self._rename(path)
-        for old in before if self.ranks.is_rank_zero else []:
+        for old in before if writer else []:
             shutil.rmtree(old)
 
-    def _write_state(self, folder: Path, blocks: SequentialPipeline, writer: ArtifactWriter) -> None:
-        """What all ranks share, in a new folder."""
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        state = state_of(blocks) | {"files": [writer.weight_map, writer.hashes]}
-        save_state(folder / "state.safetensors", state)
-
-    def _write_values(self, folder: Path, done: int, blocks: SequentialPipeline) -> None:
+    def _write_values(self, folder: Path, done: int, blocks: Resumable) -> None:
         """What this rank has alive; of the probes, which all have, the first rank's."""
         last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # behind it only probes run
-        for name, runner, first in runners(blocks):
+        for name, runner, first in blocks.runners():
             for number, values in enumerate(
                 runner.values if name != "probes" or self.ranks.is_rank_zero else [], first
             ):
                 kept = plain_values({} if last and name != "probes" else values, blocks.program)
                 save_state(folder / f"{name}-{number:05}.safetensors", kept)
 
-    def load_last_block(self, blocks: SequentialPipeline, writer: ArtifactWriter) -> int:
-        """As `Journal.load_last_block`; what was written but not recorded is removed.
+    def load_last_block(self, blocks: Resumable, writer: ArtifactWriter | None) -> int:
+        """Bring a run behind the last finished block; what was written but not recorded is removed.
+
+        Returns:
+            How many blocks are finished.
 
         Raises:
             QuantizeError: a file is missing or damaged.
@@ -136,12 +112,12 @@ class KeptJournal(Journal):
             with translate_damage(self.directory.parent):
                 state = load_state(borders[-1] / "state.safetensors")
                 files = state.pop("files")
-                restore_state(blocks, state)
-                for name, runner, first in runners(blocks):
+                blocks.load_state_dict(state)
+                for name, runner, first in blocks.runners():
                     for number in range(len(runner.values)):
                         plain = load_state(borders[-1] / f"{name}-{first + number:05}.safetensors")
                         runner.values[number] = values_of(plain, blocks.program)
-        if self.ranks.is_rank_zero:
+        if writer:
             restore_files(writer, *files)
         return int(borders[-1].name.removeprefix("border-")) if borders else 0
 

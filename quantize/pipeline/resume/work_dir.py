@@ -9,13 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from torch import Tensor
-
 from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
 from quantize.errors import UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint
-from quantize.pipeline.resume.journal import KeptJournal
+from quantize.pipeline.resume.journal import Journal
 
 
 class ResumableWriter(ArtifactWriter):
@@ -34,7 +32,7 @@ class ResumableWriter(ArtifactWriter):
 
     def __init__(self, output: Path, resume: bool = False) -> None:
         self.partial, self.resume = partial_directory(output), resume
-        self.journal = KeptJournal(self.partial / "journal", output)
+        self.journal = Journal(self.partial / "journal", output)
         self.finished = resume and output.is_dir() and self._began() and not (self.partial / "artifact").exists()
         if self.finished:
             self.output = output
@@ -57,15 +55,14 @@ class ResumableWriter(ArtifactWriter):
                 self.directory.mkdir(exist_ok=True)
         return self
 
-    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
+    def begin(self, found: Fingerprint, ranks: SingleProcess) -> Journal:
         """The journal of this run, which depends on what was found.
 
         Raises:
             UsageError: the run to be resumed depended on something else.
         """
-        ranks = ranks or SingleProcess()
         self.journal.begin(found)
-        ranks.gather(None)  # from here on the others find it
+        ranks.gather(None)  # from here on `join_journal` of the others finds it
         return replace(self.journal, ranks=ranks)
 
     def __exit__(
@@ -92,38 +89,17 @@ class ResumableWriter(ArtifactWriter):
             ) from None
 
 
-class Onlooker(ArtifactWriter):
-    """What the other ranks have where the first one has a `ResumableWriter`: it writes nothing."""
+def join_journal(output: Path, ranks: SingleProcess) -> Journal:
+    """The journal that rank 0 has begun, for another rank, which writes nothing but its own activations.
 
-    finished = False
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.weight_map, self.hashes = output, {}, {}
-        self.directory = partial_directory(output)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Nothing to remove."""
-
-    def begin(self, found: Fingerprint, ranks: SingleProcess | None = None) -> KeptJournal:
-        """The journal that the first rank has begun.
-
-        Raises:
-            UsageError: it lies on a disk of another machine.
-        """
-        del found
-        partial, ranks = partial_directory(self.output), ranks or SingleProcess()
-        ranks.gather(None)
-        if not partial.exists():
-            raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")
-        return KeptJournal(partial / "journal", self.output, ranks)
-
-    def add(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Leave it to the first rank."""
+    Raises:
+        UsageError: it lies on a disk of another machine.
+    """
+    partial = partial_directory(output)
+    ranks.gather(None)
+    if not partial.exists():
+        raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")
+    return Journal(partial / "journal", output, ranks)
 
 
 def partial_directory(output: Path) -> Path:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from rich.console import Console
+from dataclasses import replace
 
 from quantize.calibration.data import Row
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.graph.program import Program
-from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.distributed import SingleProcess, merged
+from quantize.pipeline.block import Block
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.distributed import merged
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.progress import track
-from quantize.pipeline.steps.transform import PassRunner, float_state, input_hooks
+from quantize.pipeline.steps.transform import PassRunner, Surveys, input_hooks
 
 
 def collect_global_statistics(
-    checkpoint: Checkpoint,
-    program: Program,
-    plan: Plan,
-    batches: Sequence[Row],
-    ranks: SingleProcess,
-    console: Console | None = None,
-    scratch: Path | None = None,
+    checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row], context: RunContext
 ) -> dict[int, dict[str, Statistic]]:
     """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
 
@@ -35,36 +28,37 @@ def collect_global_statistics(
     found: dict[int, dict[str, Statistic]] = {}
     for number, step in enumerate(plan.steps):
         if step.surveyed:
-            calibration, steps = SequentialRunner(program, batches, scratch), plan.steps[:number]
-            scheme, seed, leading = plan.recipe.linear_scheme, plan.recipe.seed, PrefixTokens(plan.recipe.prefix_tokens)
-            pass_runner = PassRunner(
-                program, steps, scheme, calibration, SequentialRunner(program, []), seed, found, leading, ranks
-            )
-            found[number] = one_run(checkpoint, pass_runner, step.surveyed, step.handler.needs, console)
+            found[number] = statistics_before(number, step.surveyed, checkpoint, program, plan, batches, context, found)
     return found
 
 
-def one_run(
-    checkpoint: Checkpoint,
-    pass_runner: PassRunner,
+def statistics_before(
+    number: int,
     weights: frozenset[str],
-    make: type[Statistic] | None,
-    console: Console | None,
+    checkpoint: Checkpoint,
+    program: Program,
+    plan: Plan,
+    batches: Sequence[Row],
+    context: RunContext,
+    surveys: Surveys,
 ) -> dict[str, Statistic]:
-    """Statistics of the inputs of some linears in one run of the float model."""
+    """Statistics of the inputs of some weights' linears, in front of step `number`, in one run of the float model.
+
+    Args:
+        surveys: what was collected for the steps before.
+    """
+    make = plan.steps[number].handler.needs
     assert make is not None
     found: dict[str, Statistic] = {}
-    program, calibration = pass_runner.program, pass_runner.calibration
-    for segment in track(program.segments, "surveying", lambda s: s.name, console):
-        held, input_transforms = pass_runner.apply(
-            segment, {n: checkpoint.tensor(n).float() for n in segment.parameters}
-        )
-        linears, transforms = program.linears(segment), input_hooks(input_transforms, pass_runner.leading)
-        targets = [linear for linear in linears if linear.weight in weights]
-        state, finish = float_state(held, linears, input_transforms), segment is not program.segments[-1]
-        for group in calibration.advance_to_linears(segment, state, targets, finish):
+    before, calibration = replace(plan, steps=plan.steps[:number]), SequentialRunner(program, batches, context.scratch)
+    pass_runner = PassRunner(program, before, context, calibration, SequentialRunner(program, []), surveys)
+    for segment in track(program.segments, "surveying", lambda s: s.name, context.console):
+        block = pass_runner.apply(Block.read(checkpoint, program, segment, plan.schemes, context.device))
+        hooks, finish = input_hooks(block, context.prefix), segment is not program.segments[-1]
+        targets = [linear for linear in block.linears if linear.weight in weights]
+        for group in calibration.advance_to_linears(segment, block.overrides(), targets, finish):
             for linear in group:
                 found[linear.weight] = make()
                 for values in calibration.values:
-                    found[linear.weight].update(transforms[linear.path](values[linear.source]))
-    return merged(found, make, pass_runner.ranks)
+                    found[linear.weight].update(hooks[linear](values[linear.source]))
+    return merged(found, make, context.ranks)

@@ -10,54 +10,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from quantize.calibration.data import BATCH_TOKENS, Samples
+from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.massive import UPPER, hidden_states, outlier_ratios, rows_are_tokens
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.tokenizer import bos_token
-from quantize.errors import UsageError
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program
-from quantize.pipeline.memoize import Once, always
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import Plan
+from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.progress import track
 from quantize.recipe.recipe import PrefixArgs
-
-
-def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """A prefix can stand in front of what the model is given.
-
-    Raises:
-        UsageError: the model is no causal language model of transformers, its linears do not run token by token, or
-            the ids or the windows do not fit it.
-    """
-    prefix = plan.recipe.prefix
-    if prefix is None:
-        return
-    if (why := unsupported_reason(program, checkpoint, model)) is not None:
-        raise UsageError(f"recipe: a prefix needs a causal language model of transformers, and {why}; leave it out")
-    if prefix.tokens and max(prefix.tokens) >= program.vocabulary:
-        raise UsageError(
-            f"recipe: prefix: the token id {max(prefix.tokens)} is none; the model knows 0 to {program.vocabulary - 1}"
-        )
-    linears = [x for segment in program.segments for x in program.linears(segment) if x.path in plan.targets]
-    odd = [linear.path for linear in linears if not rows_are_tokens(program, linear.source)]
-    if odd:
-        raise UsageError(f"recipe: a prefix needs linears that run token by token; --ignore {odd[0]}, or leave it out")
-
-
-def unsupported_reason(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | None:
-    """Why a model is no causal language model, as part of a sentence; None if it is one."""
-    if not checkpoint.config:
-        return "the model is a module of its own"
-    if program.export_error:
-        return "the model cannot be exported"
-    if list(program.inputs) != ["input_ids"] or not getattr(model, "can_generate", lambda: False)():
-        return "the model does not generate from input_ids alone"
-    sizes = [int(node.meta["val"].shape[-1]) for node in program.output.all_input_nodes]
-    return None if sizes == [program.vocabulary] else "the model's output does not score the vocabulary"
 
 
 @dataclass(frozen=True)
@@ -84,15 +50,9 @@ class OutlierTokens:
         return tuple(ranked[: math.ceil(self.per_sequence)])
 
 
-def resolve_prefix(
-    plan: Plan,
-    program: Program,
-    checkpoint: Checkpoint,
-    samples: Samples,
-    console: Console | None,
-    once: Once = always,
-) -> tuple[Plan, dict[str, Any]]:
+def resolve_prefix(prepared: Prepared, context: RunContext) -> tuple[Plan, dict[str, Any]]:
     """The plan with the ids of its prefix, and what the manifest says of them; {} where none is asked for."""
+    plan, samples = prepared.plan, prepared.samples
     prefix = plan.recipe.prefix
     if prefix is None or not prefix.search:
         return plan, {} if prefix is None else {"tokens": list(prefix.tokens), "searched": False}
@@ -100,10 +60,10 @@ def resolve_prefix(
     ids = [batch["input_ids"] for batch in batches]
 
     def find() -> tuple[dict[int, int], int]:
-        found = find_prefix(checkpoint, program, ids, console)
+        found = find_prefix(prepared.checkpoint, prepared.program, ids, context.console)
         return dict(found.counts), found.sequences
 
-    flagged, sequences = once("prefix", find)
+    flagged, sequences = context.cached("prefix", find)
     found = OutlierTokens(Counter(flagged), sequences)
     settled = PrefixArgs(tokens=found.tokens) if found.tokens else None
     recipe = plan.recipe.model_copy(update={"prefix": settled})

@@ -1,11 +1,10 @@
-"""Linears that share an input are rounded together, by the Gram matrix of what all ranks saw of it."""
+"""Round the linears of a block, those that share an input together, by the Gram matrix of what all ranks saw of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from quantize.calibration.gram_sums import fill_lower, gram_factors
@@ -15,8 +14,10 @@ from quantize.errors import QuantizeError
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
-from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.distributed import SingleProcess
+from quantize.graph.program import Program
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.block import Block
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.transforms.online import InputTransform
@@ -27,24 +28,54 @@ class WeightRounder:
     """Rounds weights on the calibration activations as they are when it is asked.
 
     Attributes:
-        ranks: the processes that share the calibration data.
-        leading: the tokens in front of every sequence, which do not count.
+        program, plan, context: of the run.
         calibration, float_reference: activations of the quantized and of the float model.
     """
 
+    program: Program
     plan: Plan
-    ranks: SingleProcess
-    leading: PrefixTokens
+    context: RunContext
     calibration: SequentialRunner
     float_reference: SequentialRunner
 
-    def same_input_groups(
-        self, group: Sequence[Linear], input_transforms: Mapping[str, InputTransform], dtypes: Mapping[str, torch.dtype]
-    ) -> list[list[Linear]]:
-        """Of linears that share an input, those that see the same of it; they are rounded together."""
+    def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
+        """Round each linear on the outputs of those before it, and advance the activations through the block.
+
+        Args:
+            block: its float weights are dropped as they are replaced, unless they are to be kept.
+            reference: what the float model's block runs with.
+            finish: advance behind the last linear as well; the float model's activations also if weights are kept.
+            keep: leave the float weights in the block.
+        """
+        state, quantized, targets = block.overrides(), dict[Linear, QuantizedLinear](), list(block.schemes)
+        for group, _ in zip(
+            self.calibration.advance_to_linears(block.segment, state, targets, finish),
+            self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
+            strict=True,
+        ):
+            for part in self.same_input_groups(group, block):
+                for linear, weight in zip(part, self.quantize(part, block), strict=True):
+                    module = block.quantize(linear, weight, self.context.prefix)
+                    quantized[linear] = state.linears[linear.node] = module
+                if not keep:
+                    self._free_weights(state, part)
+            trim_heap()
+        return replace(block, quantized=quantized)
+
+    def _free_weights(self, state: Overrides, linears: Sequence[Linear]) -> None:
+        """Drop float weights that nothing but the linears that were replaced has read."""
+        for name in {linear.weight for linear in linears}:
+            readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
+            if all(reader in state.linears for reader in readers):
+                state.weights.pop(name, None)
+
+    def same_input_groups(self, group: Sequence[Linear], block: Block) -> list[list[Linear]]:
+        """Of linears that share an input, those that see the same of it and are rounded alike: they go together."""
         parts: dict[object, list[Linear]] = {}
         for linear in group:
-            parts.setdefault((self._seen(input_transforms[linear.path]), dtypes[linear.weight]), []).append(linear)
+            seen = self._seen(block.input_transforms[linear])
+            key = (seen, block.dtypes[linear.weight], block.schemes[linear].weights)
+            parts.setdefault(key, []).append(linear)
         return list(parts.values())
 
     def _seen(self, input_transform: InputTransform) -> object:
@@ -54,47 +85,46 @@ class WeightRounder:
     def _gram(self, source: fx.Node, columns: int, input_transform: InputTransform) -> Gram:
         """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals = gram.totals(columns, 1 + float_reference)
-        self.ranks.sum_products(totals, (gram_factors(*seen) for seen in self._inputs(source, input_transform)))
+        totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
+        ranks.sum_products(totals, (gram_factors(*seen) for seen in self._inputs(source, input_transform)))
         fill_lower(totals[0])
-        seen = sum(self.leading.rest(values[source]).numel() for values in self.calibration.values) // columns
-        gram.rows = sum(self.ranks.gather(seen))
+        seen = sum(rest(values[source]).numel() for values in self.calibration.values) // columns
+        gram.rows = sum(ranks.gather(seen))
         return gram
 
     def _inputs(self, source: fx.Node, input_transform: InputTransform) -> Iterator[tuple[Tensor, Tensor | None]]:
         """What `Gram.update` takes, batch by batch."""
-        rest = self.leading.rest
+        rest = self.context.prefix.rest
         if not self.plan.quantizer.needs_float_reference:
             return ((input_transform.rotate(rest(values[source])), None) for values in self.calibration.values)
         pairs = zip(self.calibration.values, self.float_reference.values, strict=True)
         return (
-            (input_transform.quantized(rest(v[source])), input_transform.rotate(rest(float_reference[source])))
-            for v, float_reference in pairs
+            (input_transform.quantized(rest(values[source])), input_transform.rotate(rest(reference[source])))
+            for values, reference in pairs
         )
 
-    def quantize(
-        self,
-        part: Sequence[Linear],
-        state: Overrides,
-        input_transforms: Mapping[str, InputTransform],
-        dtypes: Mapping[str, torch.dtype],
-    ) -> list[QTensor]:
-        """Round the weights of linears that see the same input."""
-        quantizer, first = self.plan.quantizer, part[0]
+    def quantize(self, part: Sequence[Linear], block: Block) -> list[QTensor]:
+        """Round the weights of linears that see the same input and have the same scheme for weights.
+
+        Raises:
+            QuantizeError: the quantizer cannot; names the linears.
+        """
+        quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
+        args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
         trim_heap()
-        gram = self._gram(first.source, first.columns, input_transforms[first.path]) if quantizer.needs_gram else None
+        gram = None
+        if quantizer.needs_gram:
+            gram = self._gram(first.source, first.columns, block.input_transforms[first])
         trim_heap()
-        weights = [linear.as_out_in(state.weights[linear.weight]) for linear in part]
-        mine = [W[self.ranks.shard_slice(len(W))] for W in weights] if self._splits(weights) else weights
+        weights = [block.weight(linear) for linear in part]
+        # each rank rounds some rows, which are rounded apart, but for NVFP4's global scale
+        splits = 1 < ranks.count <= min(map(len, weights)) and args.format != "nvfp4"
+        mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
         try:
-            found = quantizer.quantize_group(mine, self.plan.recipe.weights, gram, dtypes[first.weight])
+            found = quantizer.quantize_group(mine, args, gram, dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
-        if not self._splits(weights):
+        if not splits:
             return found
-        shares = self.ranks.gather([weight.tensors() for weight in found])
+        shares = ranks.gather([weight.tensors() for weight in found])
         return [weight.cat_rows(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
-
-    def _splits(self, weights: Sequence[Tensor]) -> bool:
-        """Whether each rank rounds some rows of the weights: rows are rounded apart, but for NVFP4's global scale."""
-        return 1 < self.ranks.count <= min(map(len, weights)) and self.plan.recipe.weights.format != "nvfp4"

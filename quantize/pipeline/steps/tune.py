@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -13,6 +14,9 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, Values, run_node
 from quantize.graph.program import Program, Segment
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.block import Block
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.base import quantize
 from quantize.recipe.scheme import TuneArgs
 from quantize.transforms.equivalence import floating
@@ -57,49 +61,46 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockTuner:
-    """One block to tune.
+    """Tunes blocks whose linears are rounded already.
 
     Attributes:
-        program, segment: the block.
-        state: what it runs with, its quantized linears among that.
-        starts: values in front of it, batch by batch, behind everything quantized before.
-        targets: what the float model's block hands on for the same batches, by node.
+        program, context: of the run.
+        args: how long, and how fast.
     """
 
     program: Program
-    segment: Segment
-    state: Overrides
-    starts: Sequence[Values]
-    targets: Sequence[Mapping[fx.Node, Tensor]]
+    context: RunContext
+    args: TuneArgs
 
     @torch.enable_grad()
-    def run(
-        self, float_reference: Mapping[fx.Node, Tensor], args: TuneArgs, generator: torch.Generator
-    ) -> dict[fx.Node, QTensor]:
-        """New weights of the quantized linears in `float_reference`, which holds the float weight [N, K] of each.
+    def apply(self, block: Block, starts: Sequence[Values], targets: Sequence[Mapping[fx.Node, Tensor]]) -> Block:
+        """The block with new weights on the grids that its quantized linears have.
 
         As in AutoRound (arXiv 2309.05516), but with Adam on the latent weights: the loss is ‖ŷ - y‖² / ‖y‖² of each
         token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
+
+        Args:
+            block: rounded, with the float weights beside.
+            starts: values in front of the block, batch by batch, behind everything quantized before.
+            targets: what the float model's block hands on for the same batches, by node.
         """
-        made = {node: STELinear(done, float_reference[node]) for node, done in self._linears(float_reference).items()}
-        live = replace(self.state, linears=self.state.linears | made)
-        adam = torch.optim.Adam([linear.u for linear in made.values()], args.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, args.steps)
-        for batch in islice(shuffled(len(self.starts), generator), args.steps):
+        made = {linear: STELinear(done, block.weight(linear)) for linear, done in block.quantized.items()}
+        state, segment = block.overrides(), block.segment
+        live = replace(state, linears=state.linears | {linear.node: latent for linear, latent in made.items()})
+        adam = torch.optim.Adam([latent.u for latent in made.values()], self.args.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.args.steps)
+        generator = derived_generator(self.context.seed, zlib.crc32(segment.name.encode()))
+        for batch in islice(shuffled(len(starts), generator), self.args.steps):
             adam.zero_grad()
-            self._loss(batch, live).backward()
+            self._loss(segment, dict(starts[batch]), targets[batch], live).backward()
             adam.step()
             schedule.step()
-        return {node: to_qtensor(linear) for node, linear in made.items()}
+        tuned = {x: block.quantize(x, to_qtensor(latent), self.context.prefix) for x, latent in made.items()}
+        return replace(block, quantized=tuned)
 
-    def _linears(self, float_reference: Mapping[fx.Node, Tensor]) -> dict[fx.Node, QuantizedLinear]:
-        found = {node: self.state.linears[node] for node in float_reference}
-        return {node: done for node, done in found.items() if isinstance(done, QuantizedLinear)}
-
-    def _loss(self, batch: int, live: Overrides) -> Tensor:
+    def _loss(self, segment: Segment, values: Values, target: Mapping[fx.Node, Tensor], live: Overrides) -> Tensor:
         """Mean over tokens, summed over what the block hands on."""
-        values, target = dict(self.starts[batch]), self.targets[batch]
-        for node in self.segment.nodes:
+        for node in segment.nodes:
             values[node] = run_node(self.program, node, values, live)
         return torch.stack([relative_error(values[node], y) for node, y in target.items()]).sum()
 

@@ -122,6 +122,17 @@ def test_other_formats(scheme, small_run, one_layer, tmp_path):
     assert relative_error([logits(model)], [logits(with_float(artifact))]) < FLOAT32
 
 
+def test_linears_with_schemes_of_their_own(small_run, one_layer, tmp_path):
+    layers = [{"match": "o_proj", "scheme": "W8A8"}, {"match": "up_proj", "scheme": "NVFP4"}]
+    artifact = small_run(one_layer, "W4A16", recipe=RTN | {"layers": layers})
+    _, model, _ = exported(artifact, tmp_path / "checkpoint")
+    assert relative_error([logits(model)], [logits(with_float(artifact))]) < FLOAT32
+    card = (tmp_path / "checkpoint" / "README.md").read_text().splitlines()
+    assert "- activations of the artifact: 5 × floating point; 1 × 8 bits; 1 × NVFP4" in card
+    with pytest.raises(UsageError, match=r"no place for linears of several schemes; quantize with one scheme for all"):
+        export_artifact(artifact.directory, "compressed-tensors", tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     "passes",
     [
@@ -332,7 +343,7 @@ def test_a_checkpoint_that_computes_something_else_is_noticed(dtype, one_layer, 
     with pytest.raises(QuantizeError, match=r"transformers differs from the artifact by .* where rounding explains"):
         export_artifact(artifact.directory, TARGET, tmp_path / "no")
     monkeypatch.undo()
-    monkeypatch.setattr(export, "as_json", lambda config: json.dumps({"architectures": config["architectures"]}))
+    monkeypatch.setattr(export, "as_json", lambda config: json.dumps(config | {"hidden_act": "no_such"}))
     with pytest.raises(QuantizeError, match="transformers cannot load the checkpoint"):
         export_artifact(artifact.directory, TARGET, tmp_path / "no")
     assert not (tmp_path / "no").exists()

@@ -1,0 +1,138 @@
+"""One block on its way through the steps of a run: each step takes a block and returns the block that it made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.formats.qtensor import QTensor
+from quantize.graph.interpreter import Overrides
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program, Segment
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.recipe.scheme import Scheme
+from quantize.transforms.online import InputTransform
+
+
+@dataclass(frozen=True)
+class Block:
+    """What is known of a block; a linear is looked up by itself, never by its path, weight or node.
+
+    Attributes:
+        segment: its nodes and the names of its parameters.
+        linears: those that a quantized linear can stand in for, in order.
+        weights: its parameters in float32, by name, as the steps so far have made them. A step that returns a new
+            block may drop weights of the old one that nothing reads any more, so that memory is freed early.
+        dtypes: what each parameter is stored in.
+        schemes: what linears are quantized to; a linear that stays in floating point has none.
+        input_transforms: what stands in front of each linear.
+        quantized: the quantized linear that runs in place of a linear, once it is rounded.
+        operators: what runs in place of other nodes.
+    """
+
+    segment: Segment
+    linears: tuple[Linear, ...]
+    weights: dict[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    schemes: Mapping[Linear, Scheme]
+    input_transforms: Mapping[Linear, InputTransform]
+    quantized: Mapping[Linear, QuantizedLinear] = field(default_factory=dict)
+    operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(
+        cls,
+        checkpoint: Checkpoint,
+        program: Program,
+        segment: Segment,
+        schemes: Mapping[str, Scheme],
+        device: torch.device,
+    ) -> Block:
+        """The block as the float model has it; `schemes` is the plan's, by path.
+
+        Raises:
+            QuantizeError: a parameter is missing or unreadable.
+        """
+        linears = tuple(program.linears(segment))
+        chosen = {linear: schemes[linear.path] for linear in linears if linear.path in schemes}
+        weights, dtypes = dict[str, Tensor](), dict[str, torch.dtype]()
+        for name in segment.parameters:
+            weights[name] = checkpoint.float_tensor(name).to(device)
+            dtypes[name] = checkpoint.tensor(name).dtype
+        plain = {
+            linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
+            for linear in linears
+        }
+        return cls(segment, linears, weights, dtypes, chosen, plain)
+
+    @property
+    def replaced(self) -> set[str]:
+        """Names of the parameters whose place the quantized linears' own tensors take."""
+        return {name for linear in self.schemes for name in (linear.weight, linear.bias) if name}
+
+    def weight(self, linear: Linear) -> Tensor:
+        """The weight of a linear, float32 [N, K]."""
+        return linear.as_out_in(self.weights[linear.weight])
+
+    def with_stored(self, names: Iterable[str]) -> Block:
+        """The block with some parameters as they come back once they are stored."""
+        rounded = {name: self.weights[name].to(self.dtypes[name]).float() for name in names}
+        return replace(self, weights=self.weights | rounded)
+
+    def with_input_transforms(self, changed: Mapping[Linear, InputTransform]) -> Block:
+        """The block with more in front of some linears; the weights absorb the online transforms that are new."""
+        folded = {}
+        for linear, found in changed.items():
+            done = len(self.input_transforms[linear].online)
+            folded[linear.weight] = linear.as_out_in(found.fold_into_weight(self.weight(linear), done))
+        transforms = {**self.input_transforms, **changed}
+        return replace(self, weights=self.weights | folded, input_transforms=transforms)
+
+    def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> QuantizedLinear:
+        """The linear with a rounded weight, behind its input transform; its bias takes a shift of the input back."""
+        found = self.input_transforms[linear]
+        bias = self.weights[linear.bias].to(self.dtypes[linear.bias]) if linear.bias else None
+        bias = found.bias(weight.dequantize(), bias) if found.has_shift else bias
+        scheme = Scheme(weights=weight.args, activations=found.activations)
+        module = QuantizedLinear(weight, bias, scheme, found.online)
+        module.leading = prefix
+        return module
+
+    def overrides(self) -> Overrides:
+        """What the block runs with: quantized linears as far as there are, others behind their online transforms."""
+        runs: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+        for linear in self.linears:
+            found = self.input_transforms[linear]
+            if linear in self.quantized:
+                runs[linear.node] = self.quantized[linear]
+            elif found.online:
+                W, bias = self.weight(linear), self.weights.get(linear.bias or "")
+                runs[linear.node] = FloatLinear(found, W, found.bias(W, bias))
+        return Overrides(self.weights, runs, self.operators)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of the quantized linears."""
+        return {
+            f"{linear.path}.{name}": tensor
+            for linear, module in self.quantized.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+
+@dataclass(frozen=True)
+class FloatLinear:
+    """A linear in floating point behind its online transforms."""
+
+    input_transform: InputTransform
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N]."""
+        return torch.nn.functional.linear(self.input_transform.transform(x), self.weight, self.bias)

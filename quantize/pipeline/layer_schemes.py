@@ -1,0 +1,108 @@
+"""Which linears are quantized, and to what scheme each: the recipe's patterns, applied to the paths of modules."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from quantize.errors import UsageError
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program
+from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme, validated
+from quantize.recipe.scheme import Scheme
+
+
+def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) -> Recipe:
+    """The recipe with its patterns and the caller's in `ignore`.
+
+    By default the linear that scores the vocabulary, where there is one, stays in floating point, unless an entry of
+    `layers` gives it a scheme.
+    """
+    ignore = recipe.ignore
+    if ignore is None:
+        sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
+        head = [x.path for x in linears[-1:] if sizes[x.weight] == x.columns * program.vocabulary]
+        ignore = tuple(p for p in head if (entry := entry_for(recipe, p)) is None or entry.scheme is None)
+    return recipe.model_copy(update={"ignore": ignore + recipe.ignore_also, "ignore_also": ()})
+
+
+def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme], dict[str, str]]:
+    """Scheme of each linear to quantize, by path in order; and weights left out with the reason.
+
+    Raises:
+        UsageError: a pattern matches nothing; nothing is left; a group size does not divide.
+    """
+    paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
+    lists = {"targets": recipe.targets, "ignore": ignore, "layers": tuple(entry.match for entry in recipe.layers)}
+    for kind, patterns in lists.items():
+        for pattern in patterns:
+            require_match(kind, pattern, paths)
+    reasons: dict[str, str] = {}
+    for path in paths:
+        entry, ignored = entry_for(recipe, path), [p for p in ignore if matches(p, path)]
+        if ignored:
+            reasons[path] = f"ignored by {ignored[0]!r}"
+        elif not any(matches(p, path) for p in recipe.targets):
+            reasons[path] = "not in targets"
+        elif entry is not None and entry.ignore:
+            reasons[path] = f"ignored by {entry.match!r} of layers"
+    schemes = {path: scheme_for(recipe, entry_for(recipe, path)) for path in paths if path not in reasons}
+    if not schemes:
+        raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
+    check_groups(recipe, schemes, linears)
+    return schemes, {linear.weight: reasons[linear.path] for linear in linears if linear.path in reasons}
+
+
+def entry_for(recipe: Recipe, path: str) -> LayerArgs | None:
+    """The last entry of `layers` that matches a module; None where none does."""
+    return next((entry for entry in reversed(recipe.layers) if matches(entry.match, path)), None)
+
+
+def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
+    """What the linears of an entry are quantized to; those of none to the recipe's scheme."""
+    if entry is None:
+        return recipe.linear_scheme
+    base = recipe.linear_scheme if entry.scheme in (None, recipe.scheme) else default_scheme(entry.scheme)
+    if entry.group_size is None:
+        return base
+    weights = {**base.weights.model_dump(), "group_size": entry.group_size}
+    changed = {**base.model_dump(), "weights": weights}
+    return validated(lambda: Scheme(**changed), f"recipe: layers: {entry.match!r}")
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Whether a pattern names a module: its path, the end of its path, or `re:` and a full-match expression."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], path) is not None
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def require_match(kind: str, pattern: str, paths: list[str]) -> None:
+    """A pattern that matches nothing is an error that lists near matches."""
+    try:
+        if any(matches(pattern, path) for path in paths):
+            return
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
+    known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
+    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
+    raise UsageError(f"{kind}: {pattern!r} matches no linear; near are {', '.join(near)}")
+
+
+def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[Linear]) -> None:
+    """The group size of each linear divides its columns."""
+    sizes = {path: scheme.weights.group_size for path, scheme in schemes.items()}
+    odd = [x for x in linears if (size := sizes.get(x.path)) and x.columns % size]
+    if odd:
+        first, scheme = odd[0], schemes[odd[0].path]
+        more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
+        advice = "give a --group-size that does, 0 for per-channel weights, or --ignore it"
+        if scheme.weights.format != "int":
+            advice = f"leave out with --ignore what {scheme.label} does not fit"
+        elif entry_for(recipe, first.path) is not None:
+            advice = "give its entry of layers a group_size that does, or 0 for per-channel weights"
+        raise UsageError(
+            f"the group size {sizes[first.path]} does not divide the {first.columns} columns of {first.path}{more}; "
+            f"{advice}"
+        )

@@ -1,0 +1,45 @@
+"""Whether a prefix of tokens can stand in front of what a model is given."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quantize.calibration.massive import rows_are_tokens
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.errors import UsageError
+from quantize.graph.program import Program
+from quantize.pipeline.plan import Plan
+
+
+def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn.Module) -> None:
+    """A prefix can stand in front of what the model is given.
+
+    Raises:
+        UsageError: the model is no causal language model of transformers, its linears do not run token by token, or
+            the ids or the windows do not fit it.
+    """
+    prefix = plan.recipe.prefix
+    if prefix is None:
+        return
+    if (why := unsupported_reason(program, checkpoint, model)) is not None:
+        raise UsageError(f"recipe: a prefix needs a causal language model of transformers, and {why}; leave it out")
+    if prefix.tokens and max(prefix.tokens) >= program.vocabulary:
+        raise UsageError(
+            f"recipe: prefix: the token id {max(prefix.tokens)} is none; the model knows 0 to {program.vocabulary - 1}"
+        )
+    linears = [x for segment in program.segments for x in program.linears(segment) if x.path in plan.schemes]
+    odd = [linear.path for linear in linears if not rows_are_tokens(program, linear.source)]
+    if odd:
+        raise UsageError(f"recipe: a prefix needs linears that run token by token; --ignore {odd[0]}, or leave it out")
+
+
+def unsupported_reason(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | None:
+    """Why a model is no causal language model, as part of a sentence; None if it is one."""
+    if not checkpoint.config:
+        return "the model is a module of its own"
+    if program.export_error:
+        return "the model cannot be exported"
+    if list(program.inputs) != ["input_ids"] or not getattr(model, "can_generate", lambda: False)():
+        return "the model does not generate from input_ids alone"
+    sizes = [int(node.meta["val"].shape[-1]) for node in program.output.all_input_nodes]
+    return None if sizes == [program.vocabulary] else "the model's output does not score the vocabulary"
