@@ -12,12 +12,13 @@ from typing import Any
 
 import click
 
+from benchmarks.machine import processor
 from benchmarks.scale.model import write_model, write_tokens
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import SingleProcess
-from quantize.pipeline.estimate.duration import count
-from quantize.pipeline.estimate.machine import measure, peak_memory, processor
+from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.report import preflight
+from quantize.pipeline.estimate.time import measure_time
 from quantize.pipeline.prepare import identity_of, prepare
 from quantize.pipeline.quantize import run_pipeline
 from quantize.pipeline.resume.work_dir import ResumableWriter
@@ -35,8 +36,9 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
     recipe = load_recipe(scheme, None, group_size=None if tokens else 0, nsamples=nsamples, seqlen=seqlen)
     prepared = prepare(model, recipe, tokens, read=False)
     found = preflight(prepared)
-    foreseen = {"disk": found.artifact_bytes(), "seconds": count(found).seconds(measure())}
-    foreseen |= {"held": peak_memory(), "memory": peak_memory() + found.memory_bytes()}
+    held, disk = peak_memory(), found.artifact_bytes()
+    foreseen: dict[str, float] = {"disk": disk, "held": held, "memory": held + found.memory_bytes()}
+    foreseen["seconds"] = measure_time(found, 0.0).seconds
     with tempfile.TemporaryDirectory(dir=model.parent) as scratch:
         start, output = time.perf_counter(), Path(scratch, "out")
         with ResumableWriter(output) as writer:

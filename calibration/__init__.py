@@ -1,1 +1,1 @@
-"""Calibration: data, statistics of activations, and the runner that drives batches block by block."""
+"""Calibration data, statistics of activations, and the runner that drives batches through a model block by block."""

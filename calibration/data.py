@@ -1,4 +1,4 @@
-"""Samples to calibrate and evaluate on; token ids from a text file or rows of JSON."""
+"""Samples to calibrate and evaluate on, whose token ids come from a text file or from rows of JSON."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from quantize.errors import QuantizeError, UsageError
 T = TypeVar("T")
 Row = Mapping[str, Tensor]
 BUNDLED = Path(__file__).with_name("books.txt")  # public-domain prose
-BATCH_TOKENS = 2048  # that run together
+BATCH_TOKENS = 2048  # the number of tokens that run together
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a model is run on.
+    """The samples that a model is run on.
 
     Attributes:
-        rows: for each sample the inputs by argument of forward, without a batch axis; token ids int64 [length].
-        sha256: hash of the file they come from.
+        rows: for each sample the inputs by argument of `forward`, without a batch axis; token ids are int64 [length].
+        sha256: the hash of the file that they come from.
     """
 
     rows: tuple[Row, ...]
@@ -35,11 +35,11 @@ class Samples:
 
     @property
     def tokens(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids in all rows."""
         return sum(x.numel() for row in self.rows for x in row.values() if not x.is_floating_point())
 
     def batches(self, size: int) -> list[Row]:
-        """Neighbouring rows of equal shapes stacked along a first axis ≤ size, in order."""
+        """Stack neighbouring rows of equal shapes, in order, to batches of at most `size` rows."""
         batches: list[list[Row]] = []
         for row in self.rows:
             if not batches or len(batches[-1]) == size or shapes(batches[-1][0]) != shapes(row):
@@ -49,26 +49,26 @@ class Samples:
 
 
 def shapes(row: Row) -> dict[str, torch.Size]:
-    """Shape of each input."""
+    """Return the shape of each input."""
     return {name: x.shape for name, x in row.items()}
 
 
 def read_samples(
     path: Path, seqlen: int, limit: int | None, tokenize: Tokenize | None, vocabulary: int, name: str = "input_ids"
 ) -> Samples:
-    """Windows of `seqlen` tokens of a `.txt`, or the rows (cut to `seqlen`) of a `.jsonl`.
+    """Read windows of `seqlen` tokens of a `.txt`, or the rows of a `.jsonl`, each cut to `seqlen`.
 
     Args:
         path: `.txt`, or `.jsonl` with rows of `text` or `input_ids`.
-        seqlen: tokens in a window.
-        limit: at most this many rows, spread evenly over the file; None for all.
-        tokenize: text → ids; ids need none.
-        vocabulary: ids must lie below it.
-        name: the argument of forward that takes them.
+        seqlen: the number of tokens in a window.
+        limit: the largest number of rows, which are spread evenly over the file; None takes all.
+        tokenize: a function from text to ids; a file of ids needs none.
+        vocabulary: the number that all ids must lie below.
+        name: the argument of `forward` that takes the ids.
 
     Raises:
-        UsageError: missing file, unknown kind, malformed row.
-        QuantizeError: nothing in it, or less than one window.
+        UsageError: the file is missing or of an unknown kind, or a row is malformed.
+        QuantizeError: the file holds nothing, or less than one window.
     """
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
@@ -84,12 +84,12 @@ def read_samples(
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
-    """At most so many rows, evenly spread."""
+    """Return at most `limit` rows, evenly spread."""
     return rows if limit is None or len(rows) <= limit else [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None) -> list[list[int]]:
-    """Whole windows of one long text."""
+    """Read whole windows of one long text."""
     if path.suffix != ".txt":
         raise UsageError(f"{path} is neither .txt nor .jsonl; give one of these")
     try:
@@ -104,7 +104,7 @@ def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None
 
 
 def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None) -> list[list[int]]:
-    """One row a line."""
+    """Read one row from each line."""
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
@@ -120,7 +120,7 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
 
 
 def read_row(row: dict[str, object], path: Path, tokenize: Tokenize | None) -> list[int]:
-    """Ids of one JSON object."""
+    """Return the ids of one JSON object."""
     text = row.get("text")
     ids = require(tokenize, path)(text) if isinstance(text, str) and "input_ids" not in row else row["input_ids"]
     if not isinstance(ids, list) or any(type(i) is not int for i in ids):
@@ -129,13 +129,13 @@ def read_row(row: dict[str, object], path: Path, tokenize: Tokenize | None) -> l
 
 
 def require(tokenize: Tokenize | None, path: Path) -> Tokenize:
-    """The tokenizer, or the reason why one is needed."""
+    """Return the tokenizer, or say why one is needed."""
     if tokenize is None:
         raise UsageError(f"{path} holds text, and the model has no tokenizer; give a .jsonl with rows of input_ids")
     return tokenize
 
 
 def check_ids(path: Path, low: int, high: int, vocabulary: int) -> None:
-    """The lowest and the highest id lie in the vocabulary."""
+    """Check that the lowest and the highest id lie in the vocabulary."""
     if low < 0 or high >= vocabulary:
         raise UsageError(f"{path} holds the token id {low if low < 0 else high}; the model knows 0 to {vocabulary - 1}")

@@ -1,4 +1,4 @@
-"""Sums of products over the rows of activations, a few rows of a total at a time."""
+"""Products are summed over the rows of activations, a few rows of a total at a time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import factor_dtype
-
 BLOCK = 512  # rows of a total that are summed together
-FIRST = 512  # rows of activations that are summed before a sum is forecast
+FIRST = 512  # rows of activations that are summed before the next sum is forecast
 
 
-def gram_factors(x: Tensor, float_reference: Tensor | None) -> tuple[list[Tensor], Tensor]:
-    """What x [..., K] and x' add to a `Gram`: the left factors of each total, and the right one, [rows, K] each."""
-    dtype, x = factor_dtype(), x.detach().reshape(-1, x.shape[-1])
+def gram_factors(x: Tensor, float_reference: Tensor | None, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Return the factors [rows, K] that x [..., K] and x' add to a `Gram`: left ones, one a total, and a right one.
+
+    They are rounded to `dtype`; sums of bfloat16 factors are compensated (`add_bf16_compensated`).
+    """
+    x = x.detach().reshape(-1, x.shape[-1])
     right = x.to(dtype)
     if float_reference is None:
         return [right], right
@@ -23,19 +24,23 @@ def gram_factors(x: Tensor, float_reference: Tensor | None) -> tuple[list[Tensor
 
 
 def row_panels(count: int) -> Iterator[slice]:
-    """Runs of neighbouring rows of a total, which several processes can work on one behind the other."""
+    """Yield runs of neighbouring rows of a total, on which several processes can work one behind the other."""
     return (slice(first, min(first + BLOCK, count)) for first in range(0, count, BLOCK))
 
 
 def add_products(totals: Sequence[Tensor], lefts: Sequence[Tensor], right: Tensor, seen: int) -> None:
-    """Add leftᵀ right to each total, float32 [K, K], which sums over so many rows already, as `add_product` does."""
+    """Add leftᵀ right to each total, float32 [K, K], as `add_product` does; `seen` rows have been summed before."""
     for total, left in zip(totals, lefts, strict=True):
         for rows in row_panels(len(total)):
             add_product(total, left, right, rows, seen)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: int) -> None:
-    """Add leftᵀ right to some rows of a total [K, K], from [n, K] both; of xᵀx only what `fill_lower` does not find."""
+    """Add leftᵀ right, both [n, K], to some rows of a total [K, K].
+
+    If `left` is `right`, the product is symmetric: only what stands on and above the diagonal blocks is computed, and
+    `fill_lower` copies the rest.
+    """
     first = rows.start if left is right else 0
     part, left, right = total[rows, first:], left[:, rows].T, right[:, first:]
     if right.dtype == torch.float32 or right.is_cuda:
@@ -48,10 +53,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: i
 
 
 def add_bf16_compensated(total: Tensor, left: Tensor, right: Tensor, seen: int) -> None:
-    """Add a product that is rounded to bfloat16: all of it but what the total of the rows before lets expect.
+    """Add a product that is rounded to bfloat16, after taking off what the total of the rows before forecasts.
 
-    That much is added as it is, so that only the difference is rounded: for rows like those before, the less the more
-    there were, some 1e-5 of the diagonal in the end instead of 1e-3.
+    The forecast is added without rounding, so only the difference from it is rounded. If the rows are like those
+    before, the difference is the smaller the more rows there were: in the end the error is some 1e-5 of the diagonal
+    and not 1e-3.
     """
     difference = torch.empty_like(total, dtype=right.dtype)
     torch.mul(total, right.shape[0] / seen, out=difference)
@@ -60,7 +66,7 @@ def add_bf16_compensated(total: Tensor, left: Tensor, right: Tensor, seen: int) 
 
 
 def fill_lower(total: Tensor) -> None:
-    """Copy what stands above the row_panels' blocks on the diagonal of a total [K, K] to where it stands below them."""
+    """Copy what stands above the diagonal blocks (of `row_panels`) of a symmetric total [K, K] to below them."""
     for rows in row_panels(len(total)):
         rest = slice(rows.stop, None)
         total[rest, rows] = total[rows, rest].T

@@ -1,4 +1,4 @@
-"""Activations that are thousands of times larger than most, and the tokens that carry them."""
+"""Massive activations are thousands of times larger than most; some tokens carry them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOP = 3
 
 @dataclass(frozen=True)
 class Activation:
-    """One activation: |a|, |a| / median(|h|) of its sequence, and where it is."""
+    """One activation: its magnitude |a|, the ratio |a| / median(|h|) in its sequence, and its place."""
 
     value: float
     ratio: float
@@ -30,26 +30,26 @@ class Activation:
 
     @property
     def massive(self) -> bool:
-        """|a| > 100 and |a| ≥ 1000 median(|h|) (arXiv 2402.17762, eq. 2)."""
+        """Whether |a| > 100 and |a| ≥ 1000 median(|h|) (arXiv 2402.17762, eq. 2)."""
         return self.value > ABSOLUTE and self.large
 
     @property
     def large(self) -> bool:
-        """|a| ≥ 1000 median(|h|) alone: small models do not reach 100 (arXiv 2508.03616)."""
+        """Whether |a| ≥ 1000 median(|h|), without the bound of 100, too high for small models (arXiv 2508.03616)."""
         return self.ratio >= RATIO
 
 
 @dataclass
 class HiddenStateStats:
-    """What the hidden states [B, T, C] at one place hold, batch by batch.
+    """Statistics of the hidden states [B, T, C] at one place, taken batch by batch.
 
     Attributes:
-        name: of the block behind which they are.
-        medians: of |h|, sequence by sequence.
+        name: the name of the block behind which the hidden states are.
+        medians: the median of |h| in each sequence.
         top: the three largest activations of all sequences.
-        large: token id and channel → the largest activation there of those that are `large`, and how many there are.
-        tokens: id → how often the token rule flags it, R > 64.
-        small: id → how often it flags it as far below the rest, 1 / R > 8.
+        large: token id and channel → the largest `large` activation there, and the number of them.
+        tokens: token id → how often the token rule flags it as large, R > 64.
+        small: token id → how often the token rule flags it as far below the rest, 1 / R > 8.
     """
 
     name: str
@@ -87,12 +87,12 @@ class HiddenStateStats:
 
     @property
     def median(self) -> float:
-        """Mean of the sequences' medians."""
+        """The mean of the sequences' medians."""
         return sum(self.medians) / len(self.medians)
 
 
 def outlier_ratios(x: Tensor) -> Tensor:
-    """float32 [B, T]: R_i = M_i / median(M) of x [B, T, C], M_i = max_c |X_ic|, the median over a sequence's tokens.
+    """Return R_i = M_i / median(M), float32 [B, T], of x [B, T, C]; M_i = max_c |X_ic|, its median over a sequence.
 
     The token rule of PrefixQuant (arXiv 2410.05265, eq. 4) flags R > 64, and tokens far below the rest by 1 / R > 8.
     """
@@ -101,14 +101,14 @@ def outlier_ratios(x: Tensor) -> Tensor:
 
 
 def rows_are_tokens(program: Program, node: fx.Node) -> bool:
-    """Whether a value is [batch, tokens, C] or [batch * tokens, C]."""
+    """Return whether a value is [batch, tokens, C] or [batch * tokens, C]."""
     batch, tokens = shape_of(next(iter(program.inputs.values())))[:2]
     return shape_of(node)[:-1] in ((batch, tokens), (batch * tokens,))
 
 
 def hidden_states(program: Program, segment: Segment) -> list[fx.Node]:
-    """Values [batch, tokens, C] of floating point that a segment makes and a later one reads: a block's output."""
-    if segment.name == "tail":  # behind the last block are scores
+    """Return the floating-point values [batch, tokens, C] that a segment makes and a later one reads."""
+    if segment.name == "tail":  # what comes behind the last block are scores and no hidden states
         return []
     inside, sizes = set(segment.nodes), shape_of(next(iter(program.inputs.values())))
     read_later = (n for n in segment.nodes if n in program.last_use and program.last_use[n] not in inside)
@@ -116,6 +116,6 @@ def hidden_states(program: Program, segment: Segment) -> list[fx.Node]:
 
 
 def is_float(node: fx.Node) -> bool:
-    """Whether a node's value is one tensor of floating point."""
+    """Return whether a node's value is one floating-point tensor."""
     value: Any = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,7 +1,7 @@
-"""Drive calibration batches through a program block by block, all batches in step.
+"""The runner drives calibration batches through a program block by block, all batches in step.
 
-Only the values that are alive at the point reached are held, for every batch; so a linear can be quantized on the
-outputs of everything quantized before it, and each node runs once a batch.
+For every batch only the values that are alive at the point reached are held. So a linear can be quantized on the
+outputs of everything quantized before it, and each node runs once for each batch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, fx
 
 from quantize.calibration.spill import ActivationCache
@@ -22,26 +23,26 @@ from quantize.graph.program import Program, Segment
 
 SMALL_ACTIVATION_BYTES = (
     1 << 25
-)  # bytes of activations up to which a weight that is unpacked takes more than all that lies between two
+)  # bytes of activations up to which an unpacked weight is larger than all that lies between two linears
 
 
 class SequentialRunner:
     """Batches of inputs on their way through a program.
 
     Attributes:
-        values: for each batch what is alive.
+        values: for each batch the values that are alive.
     """
 
     def __init__(
         self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]], scratch: Path | None = None
     ) -> None:
-        """Of many batches, what does not fit into memory lies in files in the directory `scratch`."""
+        """Start with batches of inputs; values that do not fit into memory lie in files in the directory `scratch`."""
         self.program = program
         self.values = ActivationCache((start(program, given) for given in batches), scratch)
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:
-        """A runner that starts from given values."""
+        """Return a runner that starts from given values."""
         runner = cls(program, [])
         runner.values = ActivationCache(values, None)
         return runner
@@ -50,18 +51,18 @@ class SequentialRunner:
         """Advance every batch over some nodes."""
         whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= SMALL_ACTIVATION_BYTES
         for part in self._parts(whole, state) if few else [whole]:
-            with unpacked(state.linears[node] for node in part if node in state.linears):
+            with unpacked((state.linears[node] for node in part if node in state.linears), state.product_dtype):
                 for number, values in enumerate(self.values):
                     run_nodes(self.program, part, values, state)
                     self.values[number] = values
 
     def _parts(self, nodes: Sequence[fx.Node], state: Overrides) -> Iterator[Sequence[fx.Node]]:
-        """Nodes cut behind each linear that is replaced, so that only one weight is unpacked at a time."""
+        """Cut the nodes behind each linear that is replaced, so that only one weight is unpacked at a time."""
         cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
         return (nodes[first:last] for first, last in itertools.pairwise(cuts))
 
     def outputs(self) -> list[Tensor]:
-        """The model's outputs, batch by batch, once every node has run."""
+        """Return the model's outputs, batch by batch, after every node has run."""
         return [values[node] for values in self.values for node in self.program.output.all_input_nodes]
 
     def advance_to_linears(
@@ -69,8 +70,8 @@ class SequentialRunner:
     ) -> Iterator[list[Linear]]:
         """Advance through a segment, stopping before the first of each group of targets that share an input.
 
-        The caller may change `state.linears` at each stop; the linears run with what stands there afterwards. Without
-        `finish` the last stop is where the run ends.
+        The caller may change `state.linears` at each stop, and the linears then run as it says. Without `finish` the
+        run ends at the last stop.
         """
         done = 0
         for group in by_input(targets):
@@ -89,7 +90,7 @@ class SequentialRunner:
         make: Callable[[], Statistic],
         behind: Mapping[Linear, Callable[[Tensor], Tensor]],
     ) -> dict[str, Statistic]:
-        """Statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
+        """Collect statistics of the inputs of a segment's linears, by the name of the weight, without advancing.
 
         What a linear's input goes through before it counts is in `behind`.
         """
@@ -104,10 +105,10 @@ class SequentialRunner:
 
 
 @contextlib.contextmanager
-def unpacked(linears: Iterable[Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """What of some linears is unpacked on each call stays so until the end."""
+def unpacked(linears: Iterable[Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Iterator[None]:
+    """Keep the weights of some linears unpacked until the `with` block ends; they multiply in `dtype`."""
     with contextlib.ExitStack() as stack:
         for linear in linears:
             if hold := getattr(linear, "unpacked", None):
-                stack.enter_context(hold())
+                stack.enter_context(hold(dtype))
         yield

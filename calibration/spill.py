@@ -1,4 +1,4 @@
-"""Values of calibration batches that need not fit into memory: what is too much lies in temporary files."""
+"""Values of calibration batches need not fit into memory: what exceeds a limit lies in temporary files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
 
 IN_MEMORY = 1 << 28  # bytes of one runner's values that stay in memory
-SMALL = 1 << 12  # bytes below which a tensor always does
+SMALL = 1 << 12  # tensors of fewer bytes always stay in memory
 
 
 class ActivationCache(Sequence[Values]):
-    """The values of each batch, as a list holds them; a batch is read again each time it is asked for.
+    """A sequence of the values of each batch, which are read again each time a batch is asked for.
 
-    Batches that find no room within `IN_MEMORY` have their tensors in a file, a new one each time the first batch is
-    set. It has no name, and so is gone with the process, however that ends. Tensors come back memory-mapped.
+    Batches that find no room within `IN_MEMORY` have their tensors in a file, and a new file is begun whenever the
+    first batch is set. The file has no name and so is gone with the process, however that ends. Tensors come back
+    memory-mapped.
     """
 
     def __init__(self, values: Iterable[Values], directory: Path | None) -> None:
-        """Without a directory for files all stays in memory."""
+        """Hold the values; if no directory for files is given, all of them stay in memory."""
         self.directory, self.held = directory, list[Values]()
         self.file: SpillFile | None = None
         for each in values:
@@ -38,7 +39,7 @@ class ActivationCache(Sequence[Values]):
         return len(self.held)
 
     def __getitem__(self, index: Any) -> Any:
-        """One batch's values; the caller may change the dict."""
+        """Return one batch's values; the caller may change the dict."""
         return {node: x.read() if isinstance(x, SpilledTensor) else x for node, x in self.held[index].items()}
 
     def __iter__(self) -> Iterator[Values]:
@@ -50,11 +51,11 @@ class ActivationCache(Sequence[Values]):
         self.held[index] = dict(values) if fits else self._spilled(values, new=index == 0)
 
     def in_memory(self) -> int:
-        """Bytes that are held in memory."""
+        """The number of bytes that are held in memory."""
         return sum(size(x) for held in self.held for x in held.values())
 
     def _spilled(self, values: Values, new: bool) -> Values:
-        """Values with their tensors in the file, but for small ones and those that are no contiguous run of bytes.
+        """Return values with their tensors in the file; small tensors and those that are not contiguous stay in memory.
 
         Raises:
             QuantizeError: the disk is full.
@@ -69,7 +70,7 @@ class ActivationCache(Sequence[Values]):
 
 
 class SpillFile:
-    """A file without a name, that is closed with the last tensor that lies in it."""
+    """A file without a name, which is closed when the last tensor in it is gone."""
 
     def __init__(self, directory: Path | None) -> None:
         self.opened = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
@@ -87,11 +88,11 @@ class SpilledTensor:
             rest = rest[file.opened.write(rest) :]
 
     def read(self) -> Tensor:
-        """The tensor, mapped; changes of it do not reach the file."""
+        """Return the tensor, memory-mapped; changes to it do not reach the file."""
         mapped = np.memmap(self.file.opened, np.uint8, "c", self.offset, self.nbytes)
         return torch.from_numpy(mapped).view(self.dtype).view(self.shape)
 
 
 def size(value: Any) -> int:
-    """Bytes in memory."""
+    """Return the number of bytes that a value takes in memory."""
     return value.nbytes if isinstance(value, Tensor) else 0

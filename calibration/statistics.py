@@ -1,4 +1,4 @@
-"""What calibration collects: pure accumulators over the rows of an activation, which can be merged."""
+"""Statistics are accumulators over the rows of an activation, which can be merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.calibration.gram_sums import add_products, fill_lower, gram_factor
 
 
 class Statistic(Protocol):
-    """Accumulates over activations [..., K]; `a.merge(b)` equals having seen the data of both."""
+    """An accumulator over activations [..., K]; after `a.merge(b)`, a is as if it had seen the data of both."""
 
     def update(self, x: Tensor) -> None:
         """Take in one batch of activations."""
@@ -23,7 +23,7 @@ class Statistic(Protocol):
 
 @dataclass
 class Absmax:
-    """Largest magnitude of each channel: `value` [K] ≥ 0."""
+    """The largest magnitude of each channel, `value` [K] ≥ 0."""
 
     value: Tensor | None = None
 
@@ -33,7 +33,7 @@ class Absmax:
         self.value = largest if self.value is None else torch.maximum(self.value, largest)
 
     def merge(self, other: Self) -> None:
-        """The larger of both."""
+        """Take the larger of both magnitudes."""
         if other.value is not None:
             self.update(other.value)
 
@@ -44,22 +44,22 @@ class Gram:
 
     Attributes:
         value: Σ xᵀx [K, K]; GPTQ's Hessian is twice it.
-        drift: Σ (x' - x)ᵀ x [K, K], x' what x would be in the float model; None where that was not given.
+        drift: Σ (x' - x)ᵀ x [K, K], where x' is what x would be in the float model; None if x' was not given.
     """
 
     value: Tensor | None = None
     rows: int = 0
     drift: Tensor | None = None
 
-    def update(self, x: Tensor, float_reference: Tensor | None = None) -> None:
-        """Take in x [..., K], and x' of the same shape; summed in float32."""
-        lefts, x = gram_factors(x, float_reference)
+    def update(self, x: Tensor, float_reference: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
+        """Take in x [..., K], and x' of the same shape, rounded to `dtype`; sums are in float32."""
+        lefts, x = gram_factors(x, float_reference, dtype)
         add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
         fill_lower(self.totals(x.shape[1], 1)[0])
         self.rows += len(x)
 
     def totals(self, K: int, count: int) -> list[Tensor]:
-        """`value` and, for a `count` of two, `drift`; zeros where nothing was seen."""
+        """Return `value` and, for a `count` of two, `drift`; they are zeros if nothing was seen."""
         if self.value is None:
             self.value = torch.zeros(K, K)
         if self.drift is None and count > 1:
@@ -67,7 +67,7 @@ class Gram:
         return [self.value] if self.drift is None else [self.value, self.drift]
 
     def merge(self, other: Self) -> None:
-        """The sum of both."""
+        """Add the sums of both."""
         if other.value is not None:
             self.value = other.value if self.value is None else self.value.add_(other.value)
         if other.drift is not None:
@@ -79,8 +79,8 @@ class Gram:
 class Rows:
     """A sample of rows, and the largest magnitude of each channel over all rows.
 
-    The sample are the `LIMIT` rows of smallest digest; so it does not depend on the order in which data comes, and
-    merging gives what one accumulator would have seen. Equal rows count once each time they come.
+    The sample holds the `LIMIT` rows of smallest digest, so it does not depend on the order in which data come, and
+    merging gives what one accumulator would have seen. Equal rows count each time they come.
 
     Attributes:
         value: float32 [rows ≤ LIMIT, K].
@@ -92,7 +92,7 @@ class Rows:
     absmax: Absmax = field(default_factory=Absmax)
 
     def update(self, x: Tensor) -> None:
-        """Take in [..., K]; no rows change nothing."""
+        """Take in [..., K]; an activation without rows changes nothing."""
         if not x.numel():
             return
         self.absmax.update(x)
@@ -101,14 +101,14 @@ class Rows:
         self.value = rows[digests(rows).argsort(stable=True)[: self.LIMIT]]
 
     def merge(self, other: Self) -> None:
-        """The smallest digests of both."""
+        """Keep the rows of smallest digest of both."""
         if other.value is not None:
             self.update(other.value)
             self.absmax.merge(other.absmax)
 
 
 def digests(rows: Tensor) -> Tensor:
-    """int64 [n]: a number for each row of float32 [n, K], spread evenly, from its bits alone."""
+    """Return a digest, int64 [n], of each row of float32 [n, K], evenly spread, from the row's bits alone."""
     bits = rows.contiguous().view(torch.int32).long()
     odd = torch.arange(1, 2 * rows.shape[1], 2) * 0x9E3779B1
     mixed = (bits * odd).sum(-1) * 0x5851F42D4C957F2D

@@ -1,4 +1,4 @@
-"""Samples of inputs of any kind, from a file of tensors; and which kind of file a model needs."""
+"""Samples of inputs of any kind come from a file of tensors; the model decides which kind of file it needs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def read_calibration(
     path: Path | None, inputs: Mapping[str, Input], seqlen: int, limit: int, tokenize: Tokenize | None, vocabulary: int
 ) -> Samples:
-    """Samples for a model; without a file windows of the bundled prose.
+    """Read the samples for a model; without a file they are windows of the bundled prose.
 
     Args:
-        path: `.safetensors`; also `.txt` and `.jsonl` for a model that takes token ids alone.
-        inputs: what the model takes.
+        path: a `.safetensors` file; for a model that takes token ids alone also a `.txt` or `.jsonl` file.
+        inputs: the inputs that the model takes.
         seqlen, limit, tokenize, vocabulary: as in `read_samples`.
 
     Raises:
-        UsageError: no such file, or not what the model takes.
-        QuantizeError: it is damaged, or there is too little in it.
+        UsageError: there is no such file, or it does not hold what the model takes.
+        QuantizeError: the file is damaged, or holds too little.
     """
     if path is not None and path.suffix == ".safetensors":
         return read_tensors(path, inputs, seqlen, limit, vocabulary)
@@ -41,11 +41,11 @@ def read_calibration(
 
 
 def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: int, vocabulary: int) -> Samples:
-    """Samples from a tensor for each input, named like it, the first axis the samples; token ids are cut to `seqlen`.
+    """Read samples from a tensor of each input's name, whose first axis is the samples; ids are cut to `seqlen`.
 
     Raises:
-        UsageError: no such file, or not what the model takes.
-        QuantizeError: damaged, or not finite.
+        UsageError: there is no such file, or it does not hold what the model takes.
+        QuantizeError: the file is damaged, or holds numbers that are not finite.
     """
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
@@ -59,12 +59,12 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
 
 
 def sample(tensor: Tensor, seqlen: int) -> Tensor:
-    """One sample of one input: float32 as it is, or the first ids."""
+    """Return one sample of one input: all of it in float32, or the first `seqlen` ids."""
     return tensor.float() if tensor.is_floating_point() else tensor[:seqlen].long()
 
 
 def check_shapes(path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, Input]) -> None:
-    """There is a tensor for each input, for nothing else, of the right shape, and for as many samples."""
+    """Check that there is a tensor of the right shape for each input and nothing else, all with as many samples."""
     takes = f"the model takes {described(inputs)}"
     for name in sorted(tensors.keys() ^ inputs.keys()):
         raise UsageError(f"{path} holds {'no' if name in inputs else 'a tensor'} {name}; {takes}")
@@ -77,7 +77,7 @@ def check_shapes(path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str,
 
 
 def fits(tensor: Tensor, wanted: Input) -> bool:
-    """Whether a tensor is of an input's kind and shape; axes that may vary hold something."""
+    """Return whether a tensor has an input's kind and shape; an axis that may vary must not be empty."""
     like, sizes = wanted.example, list(tensor.shape)
     if len(sizes) != like.dim() or not all(sizes) or kind(tensor) != kind(like):
         return False
@@ -85,7 +85,7 @@ def fits(tensor: Tensor, wanted: Input) -> bool:
 
 
 def check_values(path: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> None:
-    """Numbers are finite, and ids lie in the vocabulary."""
+    """Check that numbers are finite and that ids lie in the vocabulary."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             check_ids(path, int(tensor.min()), int(tensor.max()), vocabulary)
@@ -95,18 +95,18 @@ def check_values(path: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> 
 
 
 def described(inputs: Mapping[str, Input]) -> str:
-    """What a model takes, in words: `pixel_values [samples, 3, 224, 224] of floats`."""
+    """Say in words what a model takes: `pixel_values [samples, 3, 224, 224] of floats`."""
     return " and ".join(f"{name} [{axes(found)}] of {kind(found.example)}" for name, found in inputs.items())
 
 
 def axes(wanted: Input) -> str:
-    """Sizes of an input, or what they count."""
+    """Return the sizes of an input's axes, or the names of what they count."""
     words = dict(zip(wanted.dynamic, ("samples", "tokens"), strict=False))
     return ", ".join(words.get(axis, str(size)) for axis, size in enumerate(wanted.example.shape))
 
 
 def kind(tensor: Tensor) -> str:
-    """Floats, integers, or what is neither."""
+    """Return `floats`, `integers`, or the name of a dtype that is neither."""
     if tensor.is_floating_point():
         return "floats"
     return "integers" if tensor.dtype in INTEGERS else str(tensor.dtype)

@@ -1,1 +1,1 @@
-"""What `quantize-model eval` and `inspect` measure, and the demo."""
+"""The measurements of `quantize-model eval` and `inspect`, and the demo."""

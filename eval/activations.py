@@ -20,22 +20,22 @@ from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program
 
 SEQUENCES, TOKENS = 10, 512  # as in arXiv 2402.17762, section 2; fewer tokens where the model has fewer positions
-MOST = 4  # flagged in a line
+MOST = 4  # flagged activations that a line names
 
 
 def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) -> list[dict[str, Any]]:
-    """What the hidden states behind each block of a float model hold, one block's weights in memory at a time.
+    """Measure the hidden states behind each block of a float model, with one block's weights in memory at a time.
 
     Args:
-        checkpoint: the model; it takes token ids alone.
+        checkpoint: the model, which takes token ids alone.
         program: its graph.
         calibration: as for quantizing; None takes the bundled prose.
 
     Raises:
-        UsageError: the model cannot be exported or takes something else, or what `read_calibration` raises.
+        UsageError: the model cannot be exported or takes something else. What `read_calibration` raises is raised, too.
     """
     skeleton = checkpoint.skeleton()
-    check_weights(checkpoint, skeleton)
+    check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     inputs = example_inputs(skeleton)
     if program.export_error or len(inputs) > 1 or any(found.example.is_floating_point() for found in inputs.values()):
         raise UsageError(
@@ -49,7 +49,7 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
 
 
 def collect_hidden_states(checkpoint: Checkpoint, program: Program, batches: list[Tensor]) -> list[HiddenStateStats]:
-    """The hidden states behind each block on token ids [B, T]."""
+    """Yield the hidden states behind each block on token ids [B, T]."""
     runner, found = SequentialRunner(program, batches), list[HiddenStateStats]()
     for segment in program.segments:
         weights = {name: checkpoint.tensor(name).float() for name in segment.parameters}
@@ -62,7 +62,7 @@ def collect_hidden_states(checkpoint: Checkpoint, program: Program, batches: lis
 
 
 def as_dict(hidden: HiddenStateStats) -> dict[str, Any]:
-    """Plain data for JSON: the largest, and what each rule flags (`calibration/massive.py`)."""
+    """Return plain data for JSON: the largest activations, and those each rule flags (`calibration/massive.py`)."""
     listed = sorted(hidden.large.values(), key=lambda item: -item[0].value)
     return {
         "block": hidden.name,
@@ -76,12 +76,12 @@ def as_dict(hidden: HiddenStateStats) -> dict[str, Any]:
 
 
 def place(largest: Activation, count: int) -> dict[str, Any]:
-    """The largest activation of a token id and channel, and how many are as large."""
+    """Return the largest activation of a token id and channel, and the number of `large` ones there."""
     return asdict(largest) | {"count": count}
 
 
 def activations_table(found: list[dict[str, Any]]) -> Table:
-    """One row a block."""
+    """Return a table with one row for each block."""
     table = Table("block", "median")
     table.add_column("largest |h|, × median,\ntoken @ position, channel", no_wrap=True)
     table.add_column("flagged: token,\nchannel (how often)", overflow="fold")
@@ -101,6 +101,6 @@ def activations_table(found: list[dict[str, Any]]) -> Table:
 
 
 def listed(rule: str, found: list[str]) -> list[str]:
-    """One line with the first that a rule flags and how many there are more; none where it flags none."""
+    """Return one line with the first activations that a rule flags and the number of others; none if there are none."""
     more = f" and {len(found) - MOST} more" if len(found) > MOST else ""
     return [rule + "; ".join(found[:MOST]) + more] if found else []

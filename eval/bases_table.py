@@ -1,4 +1,4 @@
-"""What the analysis found, as a table."""
+"""The bases that the analysis found are shown as a table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST = 8  # names in a cell; a residual stream has few kinds of writers, however
 
 
 def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for bases that are alike in every layer: what they admit, who writes and reads them, and why no more."""
+    """Return a table with one row for bases that are alike in every layer: group, writers, readers, and why no more."""
     table = Table("bases", "dim", "group")
     for name in ("written by", "read by", "why no more"):
         table.add_column(name, overflow="fold", ratio=1)
@@ -28,7 +28,7 @@ def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def as_row(basis: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A basis with the layers' numbers taken out of all names."""
+    """Return a basis with the layers' numbers taken out of all names."""
     heads = basis["heads"]
     dim = f"{basis['dim']}" if heads in (1, basis["dim"]) else f"{heads} × {basis['dim'] // heads}"
     pairs = [f"↔ {name}" for name in basis["paired"]]
@@ -38,5 +38,5 @@ def as_row(basis: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def anonymous(text: str) -> str:
-    """`layers.{i}.mlp` for `layers.7.mlp.weight`."""
+    """Return `layers.{i}.mlp` for `layers.7.mlp.weight`."""
     return re.sub(r"\.\d+\.", ".{i}.", text).removesuffix(".weight")

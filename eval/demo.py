@@ -1,4 +1,4 @@
-"""What `make demo` prints: every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
+"""`make demo` compares every scheme, rounded plainly and by its default recipe, on an easy and a hard model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant
 from quantize.eval.report import stored_bytes
+from quantize.formats import FORMATS
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import FP4_GROUP_SIZES, SCHEME_NAMES
+from quantize.recipe.scheme import SCHEME_NAMES
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MODEL, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def rows(model: Path, scratch: Path, console: Console) -> Iterator[tuple[str, ...]]:
-    """One row for the float model, then two a scheme."""
+    """Yield one row for the float model and then two for each scheme."""
     samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH)]
     reference = open_checkpoint(model).load()
@@ -78,8 +79,8 @@ def measured(
     base: float,
     batches: list[Tensor],
 ) -> tuple[str, ...]:
-    """Figures of one artifact, loaded back from its directory."""
-    group_size = None if scheme.lower() in FP4_GROUP_SIZES else 0
+    """Return the figures of one artifact, loaded back from its directory."""
+    group_size = None if scheme.lower() in FORMATS else 0
     artifact = quantize_model(
         model, scheme=scheme, output_dir=output, recipe=recipe, group_size=group_size, seqlen=WINDOW
     )

@@ -1,4 +1,4 @@
-"""How far a quantized model is from the float model, for language models and for encoders."""
+"""The divergence of a quantized model from the float model, for language models and for encoders."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class LanguageJudge:
         self.expected = Recorded(self.reference, self.batches)
 
     def scores(self, model: nn.Module) -> dict[str, float | None]:
-        """`increase` of the loss in nats per token, and `kl` to the float model."""
+        """Return `increase`, that of the loss in nats per token, and `kl`, the divergence from the float model."""
         found = score_language(model, self.batches, self.expected)
         return {"increase": found.loss - self.base, "kl": found.kl}
 
 
 class Recorded(nn.Module):
-    """Gives back what a model gave for some batches."""
+    """A stand-in for a model that returns the outputs recorded for some batches."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -48,12 +48,12 @@ class Recorded(nn.Module):
         self.known = [(ids, model(input_ids=ids)) for ids in batches]
 
     def forward(self, input_ids: Tensor) -> Any:
-        """The output for one of the batches."""
+        """Return the output recorded for one of the batches."""
         return next(output for ids, output in self.known if ids is input_ids)
 
 
 class SentenceJudge:
-    """Spearman correlation on scored pairs of sentences; attributes as those of `LanguageJudge`."""
+    """Spearman correlation on scored pairs of sentences; the attributes are those of `LanguageJudge`."""
 
     def __init__(self, model: Path, pairs: Path) -> None:
         self.pairs, self.tokenizer = read_pairs(pairs), load_tokenizer(model)
@@ -64,6 +64,6 @@ class SentenceJudge:
         self.base = correlation(self.expected, self.pairs)
 
     def scores(self, model: nn.Module) -> dict[str, Any]:
-        """`retained`, the part of the float model's correlation that is left, and `distance` of embeddings to it."""
+        """Return `retained`, the part left of the float model's correlation, and `distance`, that of embeddings."""
         found = score_pairs(model, self.tokenizer, self.pairs, self.expected)
         return {"retained": found.spearman / self.base, "distance": found.distance}

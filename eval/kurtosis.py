@@ -1,4 +1,4 @@
-"""How heavy the tails of what reaches the quantizers are, and what flattening them costs while a model runs."""
+"""The kurtosis of what reaches the quantizers, and what it costs to flatten the tails while a model runs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from quantize.transforms.kurtosis import kurtosis
 
 @torch.no_grad()
 def input_kurtosis(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[str]) -> dict[str, float]:
-    """Kurtosis over the channels of a token, averaged over tokens, of what each linear quantizes.
+    """Return the kurtosis of what each linear quantizes, over the channels of a token and averaged over tokens.
 
     Args:
-        model: quantized, or the float model it was made of.
-        inputs: arguments of forward.
-        paths: of linears in both.
+        model: the quantized model, or the float model that it was made of.
+        inputs: arguments of `forward`.
+        paths: the paths of the linears, which are in both models.
     """
     found: dict[str, float] = {}
 
@@ -44,12 +44,12 @@ def input_kurtosis(model: nn.Module, inputs: Mapping[str, Tensor], paths: list[s
 def kurtosis_table(
     model: nn.Module, reference: nn.Module, inputs: Mapping[str, Tensor], modules: Mapping[str, Any]
 ) -> Table:
-    """One row for the linears that read the same basis: the kurtosis of their input in the float model, and now.
+    """Return a table of the kurtosis of linears' inputs before and after, one row for those that read the same basis.
 
     Args:
-        model: quantized.
+        model: the quantized model.
         reference: the float model.
-        inputs: arguments of forward.
+        inputs: arguments of `forward`.
         modules: the artifact's quantized linears by path.
     """
     before, after = (input_kurtosis(m, inputs, list(modules)) for m in (reference, model))
@@ -64,12 +64,12 @@ def kurtosis_table(
 
 
 def seen(module: nn.Module, x: Tensor) -> Tensor:
-    """What a linear's quantizer sees of its input."""
+    """Return a linear's input as its quantizer sees it."""
     return smoothed(module.transform(x), module.scheme.activations) if isinstance(module, QuantizedLinear) else x
 
 
 def online_cost(model: nn.Module) -> float:
-    """Multiply-adds that online transforms and runtime smooth add for each token, as a part of those of the linears."""
+    """Return the multiply-adds of online transforms and runtime smooth per token, as a part of the linears' own."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     extra = sum(transform.cost(layer.in_features) for layer in layers for transform in layer.online)
     extra += sum(smooth_cost(layer) for layer in layers)
@@ -77,7 +77,7 @@ def online_cost(model: nn.Module) -> float:
 
 
 def smooth_cost(layer: QuantizedLinear) -> int:
-    """A division for each channel, a multiplication for each output and group."""
+    """Return a division for each channel and a multiplication for each output and group."""
     args = layer.scheme.activations
     if args is None or args.runtime_smooth is None:
         return 0

@@ -1,4 +1,4 @@
-"""Loss of a causal language model on fixed windows, and how far it is from the float model."""
+"""The loss of a causal language model on fixed windows, and its divergence from the float model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class LanguageScores:
     """Means over all predicted tokens.
 
     Attributes:
-        loss: nats per token.
-        kl: Σ p log(p/q), p the float model's distribution, in nats; None without a float model.
-        top1: part of the tokens for which both models rank the same token first; None without a float model.
-        tokens: how many were predicted.
+        loss: the cross-entropy in nats per token.
+        kl: Σ p log(p/q) in nats per token, where p is the float model's distribution; None without a float model.
+        top1: the part of the tokens for which both models rank the same token first; None without a float model.
+        tokens: the number of tokens predicted.
     """
 
     loss: float
@@ -38,9 +38,9 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
     """Score windows of token ids, each batch [B, T]; every token but a window's first is predicted.
 
     Args:
-        model: gives `logits` [B, T, V].
-        batches: the fixed slice.
-        against: the float model.
+        model: a model that returns `logits` [B, T, V].
+        batches: the token ids of the fixed slice.
+        against: the float model; None leaves divergence out.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     for ids in batches:
@@ -54,12 +54,12 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
 
 
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits in front of each predicted token, [tokens, V] float32."""
+    """Return the logits that predict each token, [tokens, V] float32."""
     return model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
 
 
 def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """[Σ KL(reference ‖ logits), tokens that agree on the first rank], float64."""
+    """Return float64 [2]: Σ KL(reference ‖ logits), and the number of tokens that both rank first."""
     log_q, log_p = log_softmax(logits, -1), log_softmax(reference, -1)
     kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
     agree = (logits.argmax(-1) == reference.argmax(-1)).sum()

@@ -22,7 +22,7 @@ from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score
 from quantize.graph.inputs import example_inputs
 
 BATCH_TOKENS = 4096
-ROWS = 16  # of a text, on which kurtosis is measured
+ROWS = 16  # rows of a text on which kurtosis is measured
 
 
 def evaluate(
@@ -32,14 +32,15 @@ def evaluate(
 
     Args:
         directory: an artifact, or a float model.
-        against: the float model to compare with.
+        against: the float model to compare with; None leaves the comparison out.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
-        seqlen: tokens in a window.
-        nsamples: at most this many windows, spread evenly; None for all.
+        seqlen: the number of tokens in a window.
+        nsamples: the largest number of windows, which are spread evenly; None takes all.
 
     Returns:
-        Flat: `loss`, `perplexity`, `tokens` or `spearman`, `bytes`; with `against` also `kl`, `top1`, `loss_against`,
-        `loss_increase` or `distance`, `spearman_against`, `retained`.
+        A flat dict. A language model has `loss`, `perplexity`, `tokens` and `bytes`, and with `against` also `kl`,
+        `top1`, `loss_against` and `loss_increase`. An encoder has `spearman` and `bytes`, and with `against` also
+        `distance`, `spearman_against` and `retained`.
     """
     model, reference = load_any(directory), load_any(against) if against is not None else None
     check_kinds(directory, model, against, reference, text)
@@ -51,7 +52,7 @@ def evaluate(
 
 
 def kurtosis_report(directory: Path, against: str, text: Path, seqlen: int = 256) -> Table:
-    """Kurtosis of what quantizers see, before and after, on the first rows of a text.
+    """Return a table of the kurtosis of what quantizers see, before and after, on the first rows of a text.
 
     Raises:
         UsageError: the directory is no artifact, or text and model do not fit.
@@ -71,10 +72,10 @@ def kurtosis_report(directory: Path, against: str, text: Path, seqlen: int = 256
 def check_kinds(
     directory: Path, model: nn.Module, against: str | None, reference: nn.Module | None, text: Path
 ) -> None:
-    """The models can be compared, and the text fits them.
+    """Check that the models can be compared and that the text fits them.
 
     Raises:
-        UsageError: they cannot, or it does not.
+        UsageError: the models cannot be compared, or the text does not fit them.
     """
     predicts, pairs, takes = kind_of(model)[0], text.suffix == ".tsv", list(example_inputs(model))
     if takes != ["input_ids"]:
@@ -88,26 +89,26 @@ def check_kinds(
 
 
 def kind_of(model: nn.Module) -> tuple[bool, int]:
-    """Whether a model predicts tokens, and how many it knows."""
+    """Return whether a model predicts tokens, and how many tokens it knows."""
     if not isinstance(model, PreTrainedModel):
         return False, 0
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
 
 
 def load_any(model: str | Path) -> nn.Module:
-    """An artifact, or a float model in float32."""
+    """Load an artifact, or a float model in float32."""
     return load(model) if (Path(model) / "manifest.json").is_file() else open_checkpoint(model).load()
 
 
 def stored_bytes(directory: Path) -> int:
-    """Bytes of all weights."""
+    """Return the bytes of all weights."""
     return sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.name != PROBE)
 
 
 def evaluate_language(
     model: nn.Module, reference: nn.Module | None, directory: Path, text: Path, seqlen: int, nsamples: int | None
 ) -> dict[str, Any]:
-    """Loss and divergence on windows of a text."""
+    """Measure loss and divergence on windows of a text."""
     vocabulary = kind_of(model)[1]
     samples = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH_TOKENS // seqlen or 1)]
@@ -120,7 +121,7 @@ def evaluate_language(
 
 
 def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Path, text: Path) -> dict[str, Any]:
-    """Spearman correlation on scored pairs of sentences."""
+    """Measure the Spearman correlation on scored pairs of sentences."""
     pairs, tokenizer = read_pairs(text), load_tokenizer(directory)
     if reference is None:
         return {"spearman": score_pairs(model, tokenizer, pairs).spearman, "pairs": len(pairs)}
@@ -131,7 +132,7 @@ def evaluate_pairs(model: nn.Module, reference: nn.Module | None, directory: Pat
 
 
 def scores_table(scores: Mapping[str, Any]) -> Table:
-    """One row a figure."""
+    """Return a table with one row for each figure."""
     table = Table("figure", "value")
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")

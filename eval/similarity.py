@@ -1,4 +1,4 @@
-"""Sentence similarity: how well an encoder ranks pairs of sentences."""
+"""Sentence similarity tells how well an encoder ranks pairs of sentences."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Pairs = Sequence[tuple[float, str, str]]
 
 @dataclass(frozen=True)
 class SimilarityScores:
-    """How an encoder ranks pairs, and how far its embeddings are from those of the float model.
+    """How well an encoder ranks pairs, and how far its embeddings are from those of the float model.
 
     Attributes:
-        spearman: correlation of cosine similarity with the gold scores, in [-1, 1].
-        distance: 1 - the cosine of an embedding with that of the float model, mean over all sentences, in [0, 2]; None
-            without a float model. It decides where a few hundred pairs cannot.
+        spearman: the correlation of cosine similarity with the gold scores, in [-1, 1].
+        distance: 1 - the cosine of an embedding with that of the float model, in [0, 2], averaged over all sentences;
+            None without a float model. It tells models apart where a few hundred pairs cannot.
     """
 
     spearman: float
@@ -33,10 +33,10 @@ class SimilarityScores:
 
 
 def read_pairs(path: Path) -> list[tuple[float, str, str]]:
-    """Rows of `score <tab> sentence <tab> sentence`; rows without a score are skipped (STS gold files).
+    """Read rows of `score <tab> sentence <tab> sentence`; rows without a score are skipped (STS gold files).
 
     Raises:
-        UsageError: no such file, or no scored pair in it.
+        UsageError: there is no such file, or it holds fewer than two scored pairs.
     """
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
@@ -52,9 +52,9 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
 
 @torch.no_grad()
 def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """Mean of the last hidden states over the tokens of each sentence, [sentences, hidden].
+    """Return the mean of the last hidden states over the tokens of each sentence, [sentences, hidden].
 
-    Sentences run by length, so that a batch holds little padding.
+    Sentences run in order of length, so that a batch holds little padding.
     """
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
     rows: list[Tensor] = [torch.empty(0)] * len(sentences)
@@ -69,7 +69,7 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 
 def embed_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs) -> Tensor:
-    """Embeddings of the first and of the second sentences, [2, pairs, hidden]."""
+    """Return the embeddings of the first and of the second sentences, [2, pairs, hidden]."""
     _, first, second = zip(*pairs, strict=True)
     return torch.stack([embed(model, tokenizer, list(sentences)) for sentences in (first, second)])
 
@@ -82,5 +82,5 @@ def score_pairs(model: nn.Module, tokenizer: Any, pairs: Pairs, expected: Tensor
 
 
 def correlation(embeddings: Tensor, pairs: Pairs) -> float:
-    """Spearman's, of the cosine similarity of embeddings [2, pairs, hidden] with the gold scores."""
+    """Return Spearman's correlation of the cosine similarity of embeddings [2, pairs, hidden] with the gold scores."""
     return float(spearmanr(cosine_similarity(*embeddings).numpy(), [pair[0] for pair in pairs]).statistic)

@@ -1,1 +1,1 @@
-"""Kernels: the reference, the Triton kernels, and `ops`, the only door to them."""
+"""The reference and the Triton kernels; `ops` is the only door to them."""

@@ -1,6 +1,6 @@
-"""How a kernel is tiled: one configuration for each shape of product, from a table that comes along.
+"""A configuration says how a kernel is tiled; a table that is shipped has one for each shape of product.
 
-`configs.json` has, by architecture and scheme, rows of a shape and its configuration; nothing is tuned while serving.
+`configs.json` has rows of a shape and its configuration, by architecture and scheme. Nothing is tuned while serving.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ class Config:
     """Tile and launch parameters.
 
     Attributes:
-        block_m: tokens of a tile.
-        block_n: output channels of a tile.
-        block_k: columns of an iteration, a multiple of 128; groups have their own.
-        split_k: parts of the columns, each a program's.
-        num_warps: of a program.
-        num_stages: of the pipeline of loads.
-        max_registers: of a thread on NVIDIA, so that more programs fit beside each other; 0 leaves it to the compiler.
-        variant: how 4-bit weights become operands: `shift`, `mask` or `pair`; `bytes` for 8-bit ones.
-        asm: whether in inline assembly (NVIDIA) or in plain Triton, which the interpreter can run.
+        block_m: the tokens of a tile.
+        block_n: the output channels of a tile.
+        block_k: the columns of an iteration, a multiple of 128; products in groups have their own.
+        split_k: the number of parts of the columns, each of which is one program's.
+        num_warps: the warps of a program.
+        num_stages: the stages of the pipeline of loads.
+        max_registers: the registers of a thread on NVIDIA, so that more programs fit beside each other; 0 leaves this
+            to the compiler.
+        variant: how 4-bit weights become operands: `shift`, `mask` or `pair`; `bytes` for 8-bit weights.
+        asm: whether 4-bit weights are unpacked in inline assembly (NVIDIA) or in plain Triton, which the interpreter
+            runs.
     """
 
     block_m: int = 16
@@ -47,13 +49,13 @@ class Config:
     asm: bool = False
 
     def options(self) -> dict[str, int | bool]:
-        """What Triton's compiler is told. Sums of products are not fused: results are those of the reference."""
+        """Return options of Triton's compiler, which fuses no sums of products, so results are the reference's."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
         return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 def architecture(device: torch.device) -> str:
-    """`sm_90`, `gfx942`, ..., or `interpreter` for a CPU."""
+    """Return `sm_90`, `gfx942`, ..., or `interpreter` for a CPU."""
     if device.type != "cuda":
         return ON_CPU
     properties = torch.cuda.get_device_properties(device)
@@ -63,21 +65,21 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def read_table() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """`configs.json`."""
+    """Read `configs.json`."""
     table: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(TABLE.read_text())
     return table
 
 
 @lru_cache(maxsize=4096)
 def choose_config(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
-    """The configuration of the tabled shape that is nearest, made to fit.
+    """Return the configuration of the nearest shape in the table, made to fit.
 
     Args:
-        M: tokens.
-        N: output channels.
-        K: columns as stored, whole blocks of 128.
+        M: the number of tokens.
+        N: the number of output channels.
+        K: the number of columns as stored, in whole blocks of 128.
         scheme: `w8a8`, `w4a8` or `w4a4`; `w8a8g` and `w4a8g` for weights in groups.
-        arch: of `architecture`; one that is not tabled takes the next older one's rows.
+        arch: what `architecture` returns; one that is not in the table takes the rows of the next older one.
     """
     rows = read_table()[nearest_architecture(arch)][scheme]
     row = dict(min(rows, key=lambda row: shape_distance(row["shape"], (M, N, K))))
@@ -86,12 +88,12 @@ def choose_config(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
 
 
 def shape_distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
-    """How far two shapes are apart, in factors; a product of no tokens is as one of a single token."""
+    """Return how far two shapes are apart, in factors; a product of no tokens counts as one of a single token."""
     return sum(abs(log(max(x, 1) / max(y, 1))) for x, y in zip(a, b, strict=True))
 
 
 def nearest_architecture(arch: str) -> str:
-    """The tabled one that stands in for `arch`."""
+    """Return the architecture in the table that stands in for `arch`."""
     tabled = read_table()
     if arch in tabled or not arch.startswith("sm_"):
         return arch if arch in tabled else ON_AMD
@@ -100,12 +102,12 @@ def nearest_architecture(arch: str) -> str:
 
 
 def generation(arch: str) -> int:
-    """90 of `sm_90`."""
+    """Return the number in an architecture's name, such as 90 of `sm_90`."""
     return int(arch.removeprefix("sm_"))
 
 
 def fitted(config: Config, M: int, K: int, in_groups: bool) -> Config:
-    """Steps that divide K, and no more parts than steps; only a product of few tokens is split.
+    """Make steps divide K and parts no more than steps; only a product of few tokens is split.
 
     Over very long rows `shift` could overflow, if not in groups; `mask` sums without the factor 16.
     """

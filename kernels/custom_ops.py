@@ -1,4 +1,4 @@
-"""Quantizer and product as operators of torch, which compilers and exporters pass over as they are."""
+"""The quantizer and the product are operators of torch, which compilers and exporters keep whole."""
 
 from __future__ import annotations
 

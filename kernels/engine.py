@@ -1,4 +1,4 @@
-"""Which engine runs: Triton where the tensors are on a GPU, the reference elsewhere."""
+"""Triton runs where the tensors are on a GPU, and the reference runs elsewhere."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def runs_on_triton(x: Tensor) -> bool:
-    """Whether an operation on `x` is a Triton kernel's: on NVIDIA and AMD GPUs, where Triton is installed.
+    """Return whether a Triton kernel runs an operation on `x`: on NVIDIA and AMD GPUs, if Triton is installed.
 
-    Call it as `engine.runs_on_triton`, so that a test can send what is on the CPU to Triton's interpreter.
+    Call it as `engine.runs_on_triton`, so that a test can send tensors on the CPU to Triton's interpreter.
     """
     return x.is_cuda and find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""A linear on FP4 as one operator of torch: quantizer and product."""
+"""A linear on FP4, quantizer and product, is one operator of torch."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def _(x: Tensor, data: Tensor, *_: Any) -> Tensor:
 
 
 def choose_fp4_config(M: int, arch: str) -> tuple[Config, bool]:
-    """Tile of a product of M tokens, and whether NVFP4 does without `tl.dot_scaled`.
+    """Return the tile of a product of M tokens, and whether NVFP4 does without `tl.dot_scaled`.
 
-    What has no FP4 of its own multiplies in half precision, with operands that take more registers: smaller tiles.
+    A GPU without FP4 multiplies in half precision. Its operands take more registers, so its tiles are smaller.
     """
     pure = arch == ON_CPU or (arch.startswith("sm_8") and arch != "sm_89")  # E4M3 is unknown there
     if arch.startswith(("sm_10", "sm_12", "gfx95")):

@@ -1,7 +1,8 @@
-"""Hadamard matrices of every common width, as Kronecker products, and their fast transform.
+"""Hadamard matrices of every common width are Kronecker products, and so have a fast transform.
 
-Sizes `n = m · 2^k` take a Paley matrix of order `m` times Sylvester's; where no Paley order fits, the odd factor takes
-the discrete Hartley matrix: orthogonal for every `n`, symmetric, entries at most √2 times those of a Hadamard matrix.
+A size `n = m · 2^k` takes a Paley matrix of order `m` times Sylvester's. If no Paley order fits, the odd factor takes
+the discrete Hartley matrix, which is symmetric, orthogonal for every `n`, and has entries at most √2 times those of a
+Hadamard matrix.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def hadamard_transform(x: Tensor, size: int, stride: int = 1) -> Tensor:
 def kronecker_transform(x: Tensor, a: Tensor, b: Tensor, stride: int = 1) -> Tensor:
     """`x @ (a ⊗ b ⊗ I_stride)` on blocks of the last axis: two small matmuls, K·(|a| + |b|) multiply-adds a token."""
     shape, (n, m) = x.shape, (a.shape[0], b.shape[0])
-    blocks = shape[-1] // (n * m * stride)  # not left to be inferred: an x without rows is legal
+    blocks = shape[-1] // (n * m * stride)  # given explicitly, because an x without rows is legal
     x = a.T @ x.reshape(*shape[:-1], blocks, n, m * stride)
     if stride == 1:
         return (x @ b).reshape(shape)
@@ -40,7 +41,7 @@ def kronecker_transform(x: Tensor, a: Tensor, b: Tensor, stride: int = 1) -> Ten
 
 @functools.cache
 def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
-    """Two orthogonal float64 matrices whose Kronecker product has order `n`, of sizes near √n."""
+    """Return two orthogonal float64 matrices of sizes near √n whose Kronecker product has order `n`."""
     odd = n // (n & -n)
     orders = [m for m in (odd << k for k in range((n // odd).bit_length())) if m <= MAX_PALEY and is_paley(m)]
     root = orders[0] if orders else odd
@@ -54,7 +55,7 @@ def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
 
 
 def normalized(h: np.ndarray) -> Tensor:
-    """The matrix with rows of length one."""
+    """Return the matrix with rows scaled to length one."""
     return torch.from_numpy(h / np.linalg.norm(h[0]))
 
 
@@ -62,13 +63,13 @@ SYLVESTER = np.array([[1.0, 1.0], [1.0, -1.0]])
 
 
 def hartley(n: int) -> np.ndarray:
-    """Discrete Hartley matrix: cos + sin of 2π·jk/n (Hartley 1942; Bracewell 1983)."""
+    """Return the discrete Hartley matrix, cos + sin of 2π·jk/n (Hartley 1942; Bracewell 1983)."""
     angle = 2 * np.pi * (np.outer(np.arange(n), np.arange(n)) % n) / n
     return np.cos(angle) + np.sin(angle)
 
 
 def is_paley(m: int) -> bool:
-    """Whether `paley(m)` exists; 1 counts, 2 is left to Sylvester."""
+    """Return whether `paley(m)` exists; 1 counts, and 2 is left to Sylvester."""
     return m == 1 or (
         m % 4 == 0
         and (prime_power(m - 1) is not None or ((m // 2 - 1) % 4 == 1 and prime_power(m // 2 - 1) is not None))
@@ -76,7 +77,7 @@ def is_paley(m: int) -> bool:
 
 
 def paley(m: int) -> np.ndarray:
-    """Hadamard matrix of order `m` from the squares of a finite field (Paley 1933, constructions I and II)."""
+    """Return a Hadamard matrix of order `m` from the squares of a finite field (Paley 1933, constructions I and II)."""
     if m == 1:
         return np.ones((1, 1))
     if prime_power(m - 1):  # q ≡ 3 (mod 4): skew conference matrix plus the identity
@@ -86,7 +87,7 @@ def paley(m: int) -> np.ndarray:
 
 
 def conference(q: int, sign: int) -> np.ndarray:
-    """C of order q + 1 with zero diagonal and C Cᵀ = q I; symmetric for `sign` 1, skew for -1."""
+    """Return C of order q + 1 with zero diagonal and C Cᵀ = q I, symmetric for `sign` 1 and skew for -1."""
     p, k = prime_power(q) or (q, 1)
     chi = quadratic_character(p, k)
     digits = np.arange(q)[:, None] // p ** np.arange(k) % p  # field elements as vectors over GF(p)
@@ -97,10 +98,10 @@ def conference(q: int, sign: int) -> np.ndarray:
 
 
 def quadratic_character(p: int, k: int) -> np.ndarray:
-    """χ of GF(p^k): 0 at zero, 1 on squares, -1 elsewhere; elements are the digits of an integer in base p.
+    """Return χ of GF(p^k), 0 at zero, 1 on squares and -1 elsewhere; elements are the digits of an integer in base p.
 
-    Multiplying by a primitive element x walks through all q - 1 non-zero elements, squares at even steps; x is a root
-    of x^k = Σ c_i x^i for the first coefficients c for which that walk is long enough.
+    Multiplying by a primitive element x walks through all q - 1 non-zero elements, with squares at even steps. x is a
+    root of x^k = Σ c_i x^i for the first coefficients c for which that walk is long enough.
     """
     q = p**k
     for c in itertools.product(range(p), repeat=k):
@@ -119,7 +120,7 @@ def quadratic_character(p: int, k: int) -> np.ndarray:
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p^k and p an odd prime, or None."""
+    """Return (p, k) with q = p^k and p an odd prime, or None."""
     p = next((d for d in range(3, int(q**0.5) + 1, 2) if q % d == 0), q)
     k = next(k for k in itertools.count(1) if p**k >= q)
     return (p, k) if q > 2 and q % 2 and p**k == q else None

@@ -1,4 +1,4 @@
-"""The only door to the kernels: picks an engine for the tensors at hand, Triton on GPUs and the reference elsewhere."""
+"""The only door to the kernels picks an engine for the tensors at hand: Triton on GPUs, the reference elsewhere."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def quantize_activations(
     group_size: int = 0,
     prologue: Prologue = NOTHING,
 ) -> QuantizedActivations:
-    """Dynamic quantization of tokens, for `gemm`.
+    """Quantize tokens dynamically, for `gemm`.
 
     Args:
         x: [M, K], floating point.
-        num_bits: 4 for the layout `pair`, else 2 to 8.
-        symmetric: zero point fixed at 0.
+        num_bits: 4 for the layout `pair`, otherwise 2 to 8.
+        symmetric: whether the zero point is fixed at 0.
         clip_ratio: the grid spans this part of a token's range, in (0, 1].
         layout: `int8`, or `pair` for weights of 4 bits with one scale a channel (`packed.py`).
-        group_size: of asymmetric weights, whose zero points need sums by group; 0 means all columns.
+        group_size: the group size of asymmetric weights, whose zero points need sums by group; 0 means all columns.
         prologue: an RMSNorm and a Hadamard transform in front, in the same kernel.
     """
     front = (prologue.gain, prologue.epsilon, prologue.hadamard)
@@ -94,17 +94,17 @@ def gemm(
 
 
 def on_kernels(x: Tensor) -> bool:
-    """Whether activations x [..., K] run on Triton's kernels."""
+    """Return whether activations x [..., K] run on Triton's kernels."""
     return engine.runs_on_triton(x) and x.dtype in DTYPES
 
 
 def has_smooth_kernel(x: Tensor, group_size: int) -> bool:
-    """Whether a kernel smooths activations x [..., K] in groups of so many channels at run time."""
+    """Return whether a kernel smooths activations x [..., K] at run time in groups of so many channels."""
     return on_kernels(x) and tile_columns(group_size) > 0
 
 
 def has_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
-    """Whether a kernel multiplies activations x [..., K] by weights of `num_bits` in so many groups of columns."""
+    """Return whether a kernel multiplies activations x [..., K] by weights of `num_bits` in so many groups."""
     columns = x.shape[-1]
     group_size = columns // groups if groups > 1 else 0
     return on_kernels(x) and supported(columns, group_size, num_bits)
@@ -119,16 +119,16 @@ def packed_linear(
     clip_ratio: float,
     hadamard: int = 0,
 ) -> Tensor:
-    """`quantized_linear` on operands as the kernels read them: [..., K] → [..., N] in the dtype of x.
+    """Compute `quantized_linear` on operands as the kernels read them: [..., K] → [..., N] in the dtype of x.
 
     Args:
         x: float16, bfloat16 or float32.
         pw: [N, K].
         bias: [N] or None.
-        num_bits: bits of the activations.
+        num_bits: the bits of the activations.
         symmetric: whether the activations' zero point is fixed at 0.
-        clip_ratio: part of a token's range that its grid spans.
-        hadamard: order of a Hadamard transform in front, as in `Prologue`; 0 for none.
+        clip_ratio: the part of a token's range that its grid spans.
+        hadamard: the order of a Hadamard transform in front, as in `Prologue`; 0 for none.
     """
     pairs = num_bits == 4 and pw.layout == "w4" and pw.group_size == 0
     group_size = 0 if pw.zero_point is None else pw.group_size

@@ -1,4 +1,4 @@
-"""How 4-bit integers lie in bytes: two to a byte along the last axis, plain two's complement, the even index low."""
+"""4-bit integers lie two to a byte along the last axis, in plain two's complement, with the even index low."""
 
 from __future__ import annotations
 

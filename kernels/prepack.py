@@ -1,4 +1,4 @@
-"""From stored weights to what the kernels read, and back; the exact product of such operands."""
+"""Stored weights become what the kernels read, and back; `exact_gemm` is the exact product of such operands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALLEST_TILE = 16  # channels
 
 
 def supported(columns: int, group_size: int, num_bits: int) -> bool:
-    """Whether the kernels know weights of so many columns in such groups; 0 means all columns."""
+    """Return whether the kernels know weights of so many columns in groups of this size; 0 means all columns."""
     in_blocks = group_size in (BLOCK // 4, HALF) or group_size % BLOCK == 0
     return in_blocks and (num_bits == 4 or group_size > 0 or columns <= LARGEST_K)
 
@@ -54,16 +54,16 @@ def prepack(q: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) 
 
 
 def unpack_weight(pw: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inverse of `prepack`: q int8 [N, K], scale float32 [N, G], zero point int8 [N, G] or None."""
+    """Undo `prepack`: return q int8 [N, K], scale float32 [N, G], and zero point int8 [N, G] or None."""
     q = unpack_nibbles(pw.data, pw.columns) if pw.layout == "w4" else pw.data[:, : pw.columns]
     scale = pw.scale[:, None] if pw.group_scale is None else pw.group_scale.T.float() * pw.scale[:, None]
     return q, scale, None if pw.zero_point is None else pw.zero_point.T.to(torch.int8)
 
 
 def two_levels(scale: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scales of groups as an integer of 8 bits times a scale of the channel, if that gives each of them exactly.
+    """Split scales of groups into an 8-bit integer times a scale of the channel, if that gives each scale exactly.
 
-    Every float32 is an integer times a power of two, so the channel's scale is their greatest common divisor.
+    Every float32 is an integer times a power of two, so the channel's scale is the greatest common divisor.
 
     Args:
         scale: float32 [N, G], > 0.
@@ -86,7 +86,7 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def common_divisor(integers: Tensor) -> Tensor:
-    """int64 [N, G] → [N]: the greatest common divisor of each row."""
+    """Return the greatest common divisor of each row, int64 [N, G] → [N]."""
     divisor = integers[:, 0]
     for column in integers[:, 1:].unbind(1):
         divisor = torch.gcd(divisor, column)
@@ -99,9 +99,9 @@ def unpack_activations(qa: QuantizedActivations) -> Tensor:
 
 
 def exact_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """What every GEMM kernel must equal: as `quantized_linear`, from operands as the kernels read them.
+    """Compute `quantized_linear` from operands as the kernels read them; every GEMM kernel must give the same.
 
-    Arguments as in `gemm.launch`.
+    The arguments are those of `gemm.launch`.
     """
     q, scale, zero_point = unpack_weight(pw)
     a = unpack_activations(qa)[:, : pw.columns].to(torch.int16) - qa.zero_point[:, None].to(torch.int16)

@@ -1,4 +1,4 @@
-"""What the kernels that quantize activations do in front of it, in one pass over memory."""
+"""Kernels that quantize activations do some steps in front of it, in the same pass over memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST_TILE = 4096  # columns
 
 
 def fuses(order: int) -> bool:
-    """Whether a Hadamard transform of this order, of neighbours, runs inside the quantizer."""
+    """Return whether a Hadamard transform of neighbours, of this order, runs inside the quantizer."""
     return 16 <= order <= 256 and order & (order - 1) == 0
 
 
@@ -37,18 +37,18 @@ class Prologue:
     smooth: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As kernels take them."""
+        """Return the tensors as kernels take them."""
         return self.gain, self.order, self.smooth
 
     def tile(self, M: int, K: int, at_least: int) -> tuple[int, int]:
-        """Rows and columns of a program's tile, the columns a power of two and at least so many."""
+        """Return rows and columns of a program's tile; the columns are a power of two and at least so many."""
         if not self.hadamard:
             return 1, max(min(1 << (K - 1).bit_length(), LARGEST_TILE), at_least)
         block_k = max(self.hadamard, at_least) if M >= ROWS else max(ROWS * self.hadamard, at_least)
         return (ROWS if M >= ROWS else 1), block_k
 
     def applied(self, x: Tensor) -> Tensor:
-        """X [M, K] → float32 [M, K] as it reaches the quantizer, in plain torch."""
+        """Return X [M, K] as it reaches the quantizer, float32 [M, K], in plain torch."""
         if self.gain is not None:
             wide = x.float()
             normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.epsilon)

@@ -1,4 +1,4 @@
-"""The truth that every kernel is compared with: plain torch, integers accumulated exactly."""
+"""The reference, with which every kernel is compared, is plain torch and sums integers exactly."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from quantize.kernels.fp4 import quantize_fp4
 
 
 def integer_range(num_bits: int) -> tuple[int, int]:
-    """Smallest and largest signed integer of `num_bits`."""
+    """Return the smallest and the largest signed integer of `num_bits`."""
     return -(1 << (num_bits - 1)), (1 << (num_bits - 1)) - 1
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, num_bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose grid spans [low, high] and zero; x ≈ (q - zero_point) · scale.
+    """Return the scale and the zero point whose grid spans [low, high] and zero; x ≈ (q - zero_point) · scale.
 
     Symmetric grids reach ±(2^(b-1) - 1), so the zero point is 0; a range of zero width gets the scale 1.
     """
@@ -27,14 +27,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, num_bits: int, symmetric: bo
 
 
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
-    """The nearest integers of the grid, half to even, saturating; in the dtype of `x`."""
+    """Return the nearest integers of the grid, half to even and saturating, in the dtype of `x`."""
     return (x / scale + zero_point).round().clamp(*integer_range(num_bits))
 
 
 def quantize_per_token(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dynamic activation quantization: one scale and zero point for each row of the last axis.
+    """Quantize activations dynamically, with one scale and zero point for each row of the last axis.
 
     Args:
         x: activations [..., K].

@@ -22,27 +22,44 @@ PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("model")
-@click.option("--scheme", type=click.Choice(SCHEME_NAMES), help="Bits of weights and activations.")
-@click.option("--output-dir", type=PATH, help="New directory for the artifact.")
-@click.option("--recipe", type=PATH, help="TOML file that changes the default recipe, or a name in recipes/.")
+@click.option(
+    "--scheme", type=click.Choice(SCHEME_NAMES), help="The scheme, which fixes the bits of weights and activations."
+)
+@click.option("--output-dir", type=PATH, help="The new directory that the artifact is written to.")
+@click.option(
+    "--recipe", type=PATH, help="A TOML file that changes the scheme's default recipe, or the name of a shipped recipe."
+)
 @click.option(
     "--calibration",
     type=PATH,
-    help="Text (.txt), rows of text or input_ids (.jsonl), or a tensor for each input (.safetensors).",
+    help="The data to calibrate on: text (.txt), rows of text or input_ids (.jsonl), or a tensor for each input "
+    "(.safetensors).  [default: bundled prose]",
 )
-@click.option("--nsamples", type=click.IntRange(1), help="Calibration windows.  [default: 128]")
-@click.option("--seqlen", type=click.IntRange(2), help="Tokens in a window.  [default: 512]")
+@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 128]")
+@click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
 @click.option(
     "--group-size",
     type=click.IntRange(0),
-    help="Columns that share a scale; 0 is per-channel.  [default: 128; W8A8: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
+    help="The number of weight columns that share a scale; 0 is one scale for each output channel.  "
+    "[default: 128; W8A8: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
 )
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Linear to leave alone: a name, or re:EXPRESSION.")
-@click.option("--seed", type=click.IntRange(0), help="Of every random choice.  [default: 0]")
-@click.option("--resume", is_flag=True, help="Go on with a run that was killed; keep what is done if this one is.")
-@click.option("--stats", type=PATH, help="Statistics to use in place of calibration data, as merge-stats writes them.")
-@click.option("--collect-stats", type=PATH, help="Write the data's statistics to this new file, and stop.")
-@click.option("--dry-run", is_flag=True, help="Say what would happen and what it takes, and stop.")
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="PATTERN",
+    help="A linear to leave in floating point: its name, or re:EXPRESSION. May be given several times.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
+@click.option(
+    "--resume", is_flag=True, help="Go on with a run that was killed, and keep what is finished if this run fails."
+)
+@click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
+@click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would do and what it would take; the first block is run to measure the time.",
+)
 def quantize(
     model: str,
     scheme: str | None,
@@ -55,7 +72,10 @@ def quantize(
     dry_run: bool,
     **settings: Any,
 ) -> None:
-    """Quantize MODEL, a directory or hub id, into a new directory."""
+    """Quantize MODEL into a new directory.
+
+    MODEL is a directory or a hub id.
+    """
     from quantize.pipeline.distributed import is_rank_zero
     from quantize.pipeline.quantize import collect_stats as collect
     from quantize.pipeline.quantize import quantize_model
@@ -68,7 +88,8 @@ def quantize(
 
         prepared = prepare(model, load_recipe(scheme, recipe, **settings), calibration, read=False)
         found = preflight(prepared)
-        lines = [*estimates(found, prepared.seconds), *found.hadamards(), *exports(found), describe_run(prepared)]
+        told = estimates(found, prepared.seconds, Console(stderr=True))
+        lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
         return click.echo("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, **settings)
@@ -96,10 +117,13 @@ def quantize(
 @click.command()
 @click.argument("model")
 @click.option("--activations", is_flag=True, help="Show which activations of the float model are massive instead.")
-@click.option("--calibration", type=PATH, help="Text for --activations.  [default: bundled prose]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--calibration", type=PATH, help="The text that --activations runs on.  [default: bundled prose]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
-    """Show where in MODEL transforms are legal, and why not elsewhere."""
+    """Show where transforms are legal in MODEL.
+
+    Where a transform is not legal, the reason is given.
+    """
     from quantize.checkpoint.checkpoint import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
@@ -125,18 +149,26 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 
 @click.command("eval")
 @click.argument("directory", type=PATH)
-@click.option("--against", help="The float model: adds divergence from it.")
+@click.option("--against", help="The float model, to measure how far the artifact diverges from it.")
 @click.option(
-    "--text", type=PATH, required=True, help=".txt or .jsonl for language models, .tsv of scored pairs for encoders."
+    "--text",
+    type=PATH,
+    required=True,
+    help="The text to measure on: .txt or .jsonl for language models, .tsv with scored pairs of sentences "
+    "for encoders.",
 )
-@click.option("--nsamples", type=click.IntRange(1), help="Windows, spread evenly over the text.  [default: all]")
-@click.option("--seqlen", type=click.IntRange(2), default=256, show_default=True, help="Tokens in a window.")
-@click.option("--kurtosis", is_flag=True, help="Show how heavy the tails of linears' inputs were, and are, instead.")
-@click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object.")
+@click.option(
+    "--nsamples", type=click.IntRange(1), help="The number of windows, spread evenly over the text.  [default: all]"
+)
+@click.option(
+    "--seqlen", type=click.IntRange(2), default=256, show_default=True, help="The number of tokens in a window."
+)
+@click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
+@click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
 def evaluate(
     directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, kurtosis: bool, as_json: bool
 ) -> None:
-    """Measure a model or artifact on a text."""
+    """Measure a model or an artifact on a text."""
     if kurtosis:
         from quantize.eval.report import kurtosis_report
 
@@ -152,9 +184,12 @@ def evaluate(
 
 @click.command("merge-stats")
 @click.argument("files", type=PATH, nargs=-1, required=True)
-@click.option("--output", type=PATH, required=True, help="New file.")
+@click.option("--output", type=PATH, required=True, help="The new file that the merged statistics are written to.")
 def merge_stats(files: tuple[Path, ...], output: Path) -> None:
-    """Merge statistics that --collect-stats wrote for parts of the calibration data, perhaps on several machines."""
+    """Merge the files that --collect-stats wrote.
+
+    Each file holds the statistics of a part of the calibration data.
+    """
     from quantize.pipeline.statistics_files import merge_stats
 
     merged = merge_stats(files, output)
@@ -163,11 +198,25 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
 
 @click.command()
 @click.argument("directory", type=PATH)
-@click.option("--prompt", help="The text to continue; of a model of sound, how its text begins.")
-@click.option("--input", "data", type=PATH, help="A tensor for each input (.safetensors), for models of sound.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--prompt", help="The text to continue; for a model of sound, how its text begins.")
+@click.option(
+    "--input",
+    "data",
+    type=PATH,
+    help="For models of sound: a .safetensors file with a tensor for each input of the encoder.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="The largest number of tokens to make.",
+)
 def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
-    """Make text with an exported model in ONNX Runtime, always the most likely token."""
+    """Make text with an exported model.
+
+    The model runs in ONNX Runtime, and each token is the most likely one.
+    """
     from quantize.export.onnx.runtime.generate_encoded import generate
 
     for piece in generate(directory, prompt, data, max_new_tokens):
@@ -178,7 +227,10 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 @click.command()
 @click.argument("directory", type=PATH)
 def verify(directory: Path) -> None:
-    """Check every file's hash, load the artifact, and compare its output with the recorded one."""
+    """Check that an artifact is as it was written.
+
+    The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
+    """
     from quantize.artifact.verify import verify_artifact
 
     found = verify_artifact(directory)
@@ -187,9 +239,10 @@ def verify(directory: Path) -> None:
     )
 
 
-HELP = """Make a transformer 4-bit with the least loss, and prove each step.
+HELP = """Quantize transformers to 4-bit weights and activations with little loss, and check every step.
 
-`quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes (`quantize-model quantize --help`).
+`quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes a model; `quantize-model quantize --help` lists its
+options.
 """
 commands: click.Group = DefaultGroup(
     default="quantize",
@@ -201,7 +254,7 @@ click.version_option(package_name="quantize-model")(commands)
 
 
 def main() -> NoReturn:
-    """Run the command; exit with 0 done, 1 failed, 2 wrong use."""
+    """Run the command. The exit code is 0 when it is done, 1 when it failed, and 2 for wrong use."""
     signals: list[int] = []
 
     def interrupt(number: int, _: FrameType | None) -> None:

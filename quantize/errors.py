@@ -8,18 +8,18 @@ LONGEST = 120  # characters of a value that a sentence shows
 
 
 class QuantizeError(Exception):
-    """A failed run (exit code 1); the message is one sentence and needs no traceback."""
+    """A run has failed (exit code 1). The message is one sentence and needs no traceback."""
 
 
 class UsageError(QuantizeError):
-    """A wrong call: bad option, recipe or path (exit code 2)."""
+    """The caller gave a wrong option, recipe or path (exit code 2)."""
 
 
 class ExportError(QuantizeError):
     """The exporter refuses a model.
 
     Attributes:
-        reason: why, in its own words.
+        reason: the reason in the exporter's own words.
     """
 
     def __init__(self, reason: str) -> None:
@@ -28,13 +28,13 @@ class ExportError(QuantizeError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of somebody else's error, or two if the first announces the second, within a sentence of ours."""
+    """Return the first line of another library's error, to use in a sentence; two lines if it ends in a colon."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join([first, *rest[:1]]) if first.endswith(":") else first
 
 
 def shown(value: object) -> str:
-    """A value from outside within a sentence, cut where it is long."""
+    """Return a value that came from outside for use in a sentence; a long one is cut."""
     limits = reprlib.Repr()
     limits.maxstring = limits.maxother = limits.maxlong = LONGEST
     return limits.repr(value)

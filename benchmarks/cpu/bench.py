@@ -19,8 +19,8 @@ import onnxruntime
 from benchmarks.cpu.encoder import FLOAT, SCHEMES, make_encoders, spearman, write_batches
 from benchmarks.cpu.engines import VOCABULARY, Contender, contenders, make_float_model, run_command
 from benchmarks.cpu.report import report
+from benchmarks.machine import processor
 from quantize.eval.similarity import read_pairs
-from quantize.pipeline.estimate.machine import processor
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = (sys.executable, "-m", "benchmarks.cpu.run")

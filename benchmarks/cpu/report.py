@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.cpu.engines import FLOAT, LLAMA, OURS
 from benchmarks.cpu.node_times import fastest
-from quantize.pipeline.estimate.machine import Processor
+from benchmarks.machine import Processor
 
 Found = dict[str, Any]
 PHASES = ("prompt", "decode")

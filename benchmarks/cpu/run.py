@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.cpu.node_times import linears
 from benchmarks.cpu.peer import Step, timed
+from benchmarks.machine import best_of
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.session import session_of
 from quantize.nn.prefix_hooks import CACHES
-from quantize.pipeline.estimate.machine import best
 
 REPEATS = 20
 LARGE_BUFFER = 1 << 30  # bytes: more than a last-level cache holds
@@ -74,11 +74,11 @@ def ceilings() -> dict[str, float]:
     buffer = torch.zeros(LARGE_BUFFER // 8, dtype=torch.int64)
     size = 2048
     operations = 2 * 512 * size * size
-    bandwidth, integers = LARGE_BUFFER / best(buffer.sum, REPEATS), best(integer_product(512, size), REPEATS)
+    bandwidth, integers = LARGE_BUFFER / best_of(buffer.sum, REPEATS), best_of(integer_product(512, size), REPEATS)
     found = {"bytes": bandwidth, "int8": operations / integers}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        found[str(dtype).removeprefix("torch.")] = operations / best(functools.partial(torch.matmul, a, b), REPEATS)
+        found[str(dtype).removeprefix("torch.")] = operations / best_of(functools.partial(torch.matmul, a, b), REPEATS)
     return found
 
 

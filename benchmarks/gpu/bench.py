@@ -1,6 +1,6 @@
 """`make bench-gpu`: ceilings, then every contender on every shape.
 
-The results are `benchmarks/results/gpu-NAME.json` and a table in the README.
+The results are `benchmarks/results/gpu-NAME.json` and a table in `docs/gpu.md`.
 
 Operands are random, rotate beyond the L2 cache and run from CUDA graphs; each result is compared with an exact product
 before it is timed, in memory that was filled with NaN.
@@ -27,7 +27,8 @@ from quantize.errors import UsageError
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
 TOKENS = (1, 16, 64, 256, 1024, 4096)
-MARKS = "<!-- gpu -->", "<!-- /gpu -->"  # around the table in the README
+PAGE = Path("docs") / "gpu.md"  # where the table stands, between these marks
+MARKS = "<!-- gpu -->", "<!-- /gpu -->"
 
 
 def main() -> int:
@@ -100,11 +101,11 @@ def distance(case: Case) -> float:
 
 
 def write(root: Path, result: Mapping[str, Any]) -> None:
-    """`benchmarks/results/gpu-NAME.json`, and the table of all such files in the README."""
+    """Write `benchmarks/results/gpu-NAME.json`, and the table of all such files into `docs/gpu.md`."""
     name = "-".join(str(result["gpu"]).lower().split())
     (root / "benchmarks" / "results" / f"gpu-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    readme = root / "README.md"
-    readme.write_text(with_table(readme.read_text(), measured(root)))
+    page = root / PAGE
+    page.write_text(with_table(page.read_text(), measured(root)))
 
 
 def measured(root: Path) -> list[dict[str, Any]]:
@@ -112,9 +113,9 @@ def measured(root: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "results").glob("gpu-*.json"))]
 
 
-def with_table(readme: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The README with the table between its marks."""
-    before, rest = readme.split(MARKS[0])
+def with_table(page: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The text of `docs/gpu.md` with the table between its marks."""
+    before, rest = page.split(MARKS[0])
     return f"{before}{MARKS[0]}\n{table(results).strip()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 
 

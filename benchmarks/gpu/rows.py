@@ -1,4 +1,4 @@
-"""What `make bench-gpu` records of one measured product, and how it looks in the README."""
+"""What `make bench-gpu` records of one measured product, and how it looks in `docs/gpu.md`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def goals(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The README's table: a part for each GPU that was measured; without any, a sentence that says so."""
+    """The table in `docs/gpu.md`: a part for each GPU that was measured; without any, a sentence that says so."""
     parts = [line for result in results for line in part(result)]
     return "\n".join(parts) if parts else NOT_YET
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import click
 
+from benchmarks.machine import Processor, processor
 from benchmarks.scale.bound import verdict
 from benchmarks.scale.model import SHAPES, write_model, write_tokens
-from quantize.calibration.precision import multiplies_bfloat16
-from quantize.pipeline.estimate.machine import Processor, processor
+from quantize.calibration.precision import bfloat16_unit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("peer.py")
@@ -55,7 +55,7 @@ def bench(
     ours = [sys.executable, "-m", "benchmarks.scale.run"]
     commands = dict.fromkeys(methods, ours)
     if peer:
-        peers = PEERS[:1] if multiplies_bfloat16() else PEERS
+        peers = PEERS[:1] if bfloat16_unit() != "none" else PEERS
         commands |= {"gptq-plain": ours} | {name: [peer, str(SCRIPT)] for name in peers}
     for name, command in commands.items():
         arguments = [model, tokens, folder / "out", name, samples, seqlen]

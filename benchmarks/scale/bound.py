@@ -16,24 +16,25 @@ from scipy.linalg.lapack import spotrf
 from torch import Tensor
 from transformers import AutoModel
 
+from benchmarks.machine import best_of
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import bfloat16_products, factor_dtype, multiplies_bfloat16, product_dtype
-from quantize.pipeline.estimate.machine import best
+from quantize.calibration.precision import calibration_dtype
 from quantize.quantizers import hessian
 from quantize.quantizers.column_rounding import QParams, round_columns
 from quantize.recipe.scheme import WeightArgs
 
 REPEATS = 3
+DTYPE = calibration_dtype([torch.bfloat16])  # of operands, for a model stored in bfloat16
 GROUP = 128  # columns that share a scale
 Row = dict[str, Any]
 
 
 def forward(model: str, ids: Tensor) -> float:
     """Seconds of transformers' forward pass over tokens [n, length], less one layer: none uses what the last gives."""
-    loaded = AutoModel.from_pretrained(model, dtype=torch.bfloat16 if multiplies_bfloat16() else torch.float32)
+    loaded = AutoModel.from_pretrained(model, dtype=DTYPE)
     batch, layers = ids[: max(1, BATCH_TOKENS // ids.shape[1])], loaded.config.num_hidden_layers
     with torch.no_grad():
-        seconds: float = best(lambda: loaded(batch, use_cache=False), REPEATS)
+        seconds: float = best_of(lambda: loaded(batch, use_cache=False), REPEATS)
     rest: float = (layers - 1) / layers
     return seconds * len(ids) / len(batch) * rest
 
@@ -41,7 +42,7 @@ def forward(model: str, ids: Tensor) -> float:
 def gram(x: Tensor) -> float:
     """Seconds of xᵀx, of which half need be computed: by BLAS, and by torch as products may be rounded."""
     half, columns = np.zeros((x.shape[1], x.shape[1]), np.float32, order="F"), x.numpy().T
-    rounded = x.to(factor_dtype())
+    rounded = x.to(DTYPE)
     by_blas = partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1)
     return fastest(by_blas, halves=partial(torch.mm, rounded.T, rounded))
 
@@ -54,7 +55,7 @@ def factor(H: Tensor) -> float:
 
 def feedback(H: Tensor, rows: int) -> float:
     """Seconds of a product of errors [rows, K] with what stands above the diagonal of H [K, K]."""
-    H = H.to(product_dtype())
+    H = H.to(DTYPE)
     errors = torch.randn(rows, len(H), generator=torch.Generator().manual_seed(0)).to(H)
     return fastest(halves=partial(torch.mm, errors, H))
 
@@ -70,8 +71,8 @@ def columns(K: int, rows: int) -> float:
 
 def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:
     """Seconds of the fastest; of `halves`, which computes twice what is needed, half."""
-    found = [best(run, REPEATS) for run in runs]
-    return min([*found, best(halves, REPEATS) / 2] if halves else found)
+    found = [best_of(run, REPEATS) for run in runs]
+    return min([*found, best_of(halves, REPEATS) / 2] if halves else found)
 
 
 def layer(config: Row, tokens: int) -> dict[str, float]:
@@ -81,10 +82,9 @@ def layer(config: Row, tokens: int) -> dict[str, float]:
     found = dict.fromkeys(("Gram matrices", "factors", "error feedback", "columns"), 0.0)
     for K, rows in ((d, d + 2 * kv), (d, d), (d, 2 * f), (f, d)):
         x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(0))
-        with bfloat16_products(multiplies_bfloat16()):
-            H = x.T @ x + tokens * torch.eye(K)
-            found["Gram matrices"] += gram(x)
-            found["error feedback"] += feedback(H, rows)
+        H = x.T @ x + tokens * torch.eye(K)
+        found["Gram matrices"] += gram(x)
+        found["error feedback"] += feedback(H, rows)
         found["factors"] += factor(H)
         found["columns"] += columns(K, rows)
     return found

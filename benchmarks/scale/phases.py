@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from benchmarks.machine import best_of
 from quantize.calibration import gram_sums
 from quantize.calibration.runner import SequentialRunner
 from quantize.graph import interpreter
 from quantize.graph.interpreter import Values
 from quantize.graph.shapes import multiply_adds
-from quantize.pipeline.estimate.machine import best
 from quantize.quantizers import column_rounding, gptq, rtn
 
 PEAK = 2048  # order of the matrices whose product is the yardstick
@@ -115,4 +115,4 @@ def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice, *_: i
 def product_rate() -> float:
     """Floating-point operations in a CPU second of a float32 matrix product: the best of six."""
     a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
-    return 2 * PEAK**3 / best(lambda: a @ a, 6, time.process_time)
+    return 2 * PEAK**3 / best_of(lambda: a @ a, 6, time.process_time)

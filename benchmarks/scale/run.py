@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.phases import product_rate, watch
-from quantize.pipeline.estimate.duration import count
-from quantize.pipeline.estimate.machine import measure, peak_memory
+from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.report import preflight
+from quantize.pipeline.estimate.time import measure_time
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.recipe import load_recipe
@@ -37,8 +37,8 @@ def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> 
     recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
     prepared = prepare(Path(model), recipe, Path(tokens), read=False)
     found = preflight(prepared)
-    seconds = prepared.seconds + count(found).seconds(measure())
     memory = (peak_memory() + found.memory_bytes()) / 1e6
+    seconds = measure_time(found, prepared.seconds).seconds
     print(json.dumps({"seconds": seconds, "peak_mb": memory, "artifact_mb": found.artifact_bytes() / 1e6}))
 
 

@@ -1,1 +1,1 @@
-"""The directory that a run writes: writing it, describing it, verifying it, loading it."""
+"""The artifact is the directory that a run writes; it is written, described, verified and loaded here."""

@@ -1,4 +1,4 @@
-"""A model's directory with other weights: what a fine-tune leaves, and a planted twin."""
+"""A fine-tuned or planted model is a copy of a model's directory with other weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Ma
     """Write weights with the config, tokenizer and other side files of a model, and let the directory appear.
 
     Args:
-        checkpoint: the model they belong to, with its config and buffers.
-        writer: open.
-        weights: each parameter by one of its names; stored as float32.
+        checkpoint: the model that the weights belong to, with its config and buffers.
+        writer: an open writer.
+        weights: each parameter by one of its names; they are stored as float32.
 
     Raises:
         QuantizeError: the disk is full or not writable.

@@ -1,4 +1,4 @@
-"""Loading an artifact: its manifest, and its tensors put into the architecture."""
+"""An artifact is loaded by reading its manifest and putting its tensors into the architecture."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import read_kv_cache
@@ -28,10 +29,10 @@ from quantize.transforms.online import Online, restore
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """`manifest.json` of an artifact.
+    """Read `manifest.json` of an artifact.
 
     Raises:
-        UsageError: there is none, it says what no artifact says, or the directory links to files elsewhere.
+        UsageError: there is no manifest, it is not valid, or the directory links to files elsewhere.
     """
     path, why = directory / "manifest.json", ""
     try:
@@ -46,10 +47,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_hashes(directory: Path) -> int:
-    """Compare every file with the manifest; returns how many there are.
+    """Compare every file with the manifest and return how many files there are.
 
     Raises:
-        QuantizeError: names the first file that is missing, changed or not listed.
+        QuantizeError: a file is missing, changed or not listed; the message names the first one.
     """
     listed = read_manifest(directory)["files"]
     found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {"manifest.json"}
@@ -62,16 +63,16 @@ def check_hashes(directory: Path) -> int:
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn.Module | None = None) -> nn.Module:
-    """The quantized model, in evaluation mode; for a causal language model `generate` works.
+    """Load the quantized model in evaluation mode; for a causal language model `generate` works.
 
     Args:
         directory: an artifact.
-        dtype: of all parameters that are not integers, and so of the computation.
+        dtype: the dtype of all parameters that are not integers, and so of the computation.
         skeleton: the architecture, for artifacts of modules that transformers does not know; its weights are replaced.
 
     Raises:
-        UsageError: no artifact.
-        QuantizeError: damaged files.
+        UsageError: the directory is no artifact.
+        QuantizeError: its files are damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -87,12 +88,12 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
 
     Args:
         model: the architecture; its weights are replaced.
-        directory: an artifact, complete but for the manifest.
+        directory: an artifact, which need not have its manifest yet.
         settings: its quantization settings.
-        dtype: of all parameters that are not integers.
+        dtype: the dtype of all parameters that are not integers.
 
     Raises:
-        QuantizeError: damaged files, or those of another model.
+        QuantizeError: the files are damaged, or belong to another model.
     """
     files = index_tensors(directory, PROBE)
     try:
@@ -100,12 +101,12 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
             linear = read_linear(path, settings, files, dtype)
             check_place(model.get_submodule(path), linear, path)
             model.set_submodule(path, linear)
-    except (AttributeError, ValueError) as error:  # no such module, or no name at all
+    except (AttributeError, ValueError) as error:  # there is no such module, or the name is empty
         raise QuantizeError(f"{directory} does not fit the model: {error}") from None
     modules = {path: model.get_submodule(path).state_dict() for path in settings["modules"]}
     held = {
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
-    }  # FP4 scales keep theirs
+    }  # scales of FP4 keep their dtype
     tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
     wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
@@ -117,7 +118,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
 
 
 def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:
-    """One quantized linear of an artifact, from the `quantization_config`."""
+    """Read one quantized linear of an artifact, as the `quantization_config` describes it."""
 
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
@@ -127,7 +128,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     data, scale, bias = get("qweight"), get("scale"), get("bias")
     if data is None or scale is None:
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
-    scale = scale.to(dtype) if scheme.weights.format == "int" and scale.is_floating_point() else scale
+    scale = scale.to(dtype) if {scale.dtype, dtype} <= get_format(scheme.weights.format).scale_dtypes else scale
     weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):
@@ -140,7 +141,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
 
 
 def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:
-    """A linear takes the place of a module that holds a matrix of its shape.
+    """Check that a linear takes the place of a module that holds a matrix of its shape.
 
     Raises:
         QuantizeError: it does not.
@@ -153,7 +154,7 @@ def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:
 
 
 def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], columns: int) -> Online:
-    """One online transform of [..., columns], its tensors those whose names start with `prefix`.
+    """Read one online transform of [..., columns], whose tensors have names that start with `prefix`.
 
     Raises:
         QuantizeError: there is no such transform.

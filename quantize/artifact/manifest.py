@@ -1,11 +1,12 @@
-"""What an artifact says of itself, checked before any of it is used."""
+"""The manifest describes an artifact and is checked before any of it is used."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
+from quantize.formats import check_scheme
 from quantize.recipe.scheme import Data, KVCacheArgs, Scheme
 
 
@@ -13,9 +14,9 @@ class Entry(Data):
     """One quantized linear.
 
     Attributes:
-        columns: of its weight.
-        online: what runs in front of it, in order: `kind` and settings.
-        scheme: where it is not the one named for all.
+        columns: the number of columns of its weight.
+        online: the online transforms in front of it, in order, each as its `kind` and settings.
+        scheme: its scheme, if that is not the one named for all.
     """
 
     columns: int = Field(ge=1)
@@ -27,8 +28,8 @@ class QuantizationSettings(Data):
     """The `quantization_config` of an artifact; see `Recipe` for the attributes they share.
 
     Attributes:
-        modules: path → what stands there.
-        prefix: token ids.
+        modules: path → the quantized linear there.
+        prefix: the token ids of the prefix.
     """
 
     quant_method: str
@@ -37,13 +38,21 @@ class QuantizationSettings(Data):
     prefix: tuple[Annotated[int, Field(ge=0)], ...] = ()
     kv_cache: KVCacheArgs | None = None
 
+    @model_validator(mode="after")
+    def formats_fit(self) -> Self:
+        """Each linear's weights and activations have a product."""
+        check_scheme(self.scheme)
+        for entry in self.modules.values():
+            check_scheme(entry.scheme or self.scheme)
+        return self
+
 
 class Manifest(BaseModel):
     """The part of `manifest.json` that is read again.
 
     Attributes:
         files: relative path → SHA-256.
-        parity: figures of the run.
+        parity: how far what was read back differs from what was quantized.
     """
 
     files: dict[str, str]

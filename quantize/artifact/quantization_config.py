@@ -1,4 +1,4 @@
-"""The quantization settings of an artifact's config: what its linears were made into."""
+"""The quantization settings in an artifact's config say what its linears were made into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METHOD = "quantize-model"
 
 
 def linear_settings(module: QuantizedLinear, default: Scheme) -> dict[str, object]:
-    """A quantized linear's entry in the artifact's quantization settings; `default` is the scheme named for all."""
+    """Return a quantized linear's entry in the artifact's settings; `default` is the scheme named for all linears."""
     entry: dict[str, object] = {"columns": module.in_features}
     if len(module.transform):
         entry["online"] = [transform.settings() for transform in module.online]
@@ -25,7 +25,7 @@ def linear_settings(module: QuantizedLinear, default: Scheme) -> dict[str, objec
 def quantization_settings(
     recipe: Recipe, default: Scheme, modules: Mapping[str, Mapping[str, object]]
 ) -> dict[str, Any]:
-    """The artifact's quantization settings, with what `linear_settings` says of each linear, by path."""
+    """Return the artifact's quantization settings, with the entries of `linear_settings` by path."""
     settings: dict[str, Any] = {"quant_method": METHOD, "scheme": default.model_dump(), "modules": modules}
     settings |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
     return settings | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})
@@ -33,4 +33,4 @@ def quantization_settings(
 
 def linear_scheme(settings: Mapping[str, Any], path: str) -> Scheme:
     """What a linear is quantized to, from an artifact's quantization settings."""
-    return Scheme(**settings["modules"][path].get("scheme", settings["scheme"]))
+    return Scheme(**settings["modules"][path].get("scheme") or settings["scheme"])

@@ -16,15 +16,15 @@ from quantize.errors import QuantizeError, reason
 from quantize.graph.export import forward_switches, quiet
 from quantize.transforms import equivalence
 
-LOAD_TOLERANCE = 1e-2  # other machines sum in another order, which can move an activation to the next integer
+LOAD_TOLERANCE = 1e-2  # another machine sums in another order, which can move an activation to the next integer
 
 
 def verify_artifact(directory: Path) -> dict[str, Any]:
     """Check the hash of every file, load the model, and compare its output on the probes with the recorded one.
 
     Raises:
-        UsageError: no artifact.
-        QuantizeError: a file changed, or the model computes something else.
+        UsageError: the directory is no artifact.
+        QuantizeError: a file has changed, or the model computes something else.
     """
     files = check_hashes(directory)
     probe, model = read_all(directory / PROBE), load(directory)
@@ -40,24 +40,24 @@ def verify_artifact(directory: Path) -> dict[str, Any]:
 def written_output(
     skeleton: nn.Module, directory: Path, settings: dict[str, Any], given: Mapping[str, Tensor]
 ) -> Tensor:
-    """What the model of written files gives for the last token of each input [batch, ...].
+    """Return what the model of written files gives for the last token of each input [batch, ...].
 
     Raises:
-        QuantizeError: it does not run, so one of its linears is more than a linear.
+        QuantizeError: the model does not run, so one of its linears is more than a linear.
     """
     return run_probe(fill(skeleton, directory, settings), given)
 
 
 def run_probe(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
-    """`last_token` of a model that may not run.
+    """Return `last_token` of a model that may not run.
 
     Raises:
-        QuantizeError: it does not.
+        QuantizeError: it does not run.
     """
     try:
         with quiet():
             return last_token(model, given)
-    except Exception as error:  # whatever a stranger's code raises
+    except Exception as error:  # code of other authors may raise anything
         raise QuantizeError(
             f"the quantized model does not run ({reason(error)}); leave out with --ignore the linear at fault"
         ) from error
@@ -65,12 +65,12 @@ def run_probe(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def last_token(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
-    """The first tensor that a model returns at the last token, sample by sample, as they were recorded."""
+    """Run a model sample by sample, as when its output was recorded, and return its first output at the last token."""
     samples = zip(*(x.split(1) for x in given.values()), strict=True)
     results = [model(**dict(zip(given, sample, strict=True)), **forward_switches(model)) for sample in samples]
     return torch.cat([at_last_token(found if isinstance(found, Tensor) else found[0]) for found in results])
 
 
 def at_last_token(output: Tensor) -> Tensor:
-    """Of an output [batch, tokens, channels] the last token, which depends on all others; any other output whole."""
+    """Return the last token of an output [batch, tokens, channels], which depends on all others; others stay whole."""
     return (output[:, -1] if output.dim() == 3 else output).contiguous()

@@ -1,4 +1,4 @@
-"""The directory that a run leaves: whole or not there at all, with its manifest."""
+"""The directory that a run leaves is whole, with its manifest, or not there at all."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from torch import Tensor
 from quantize.checkpoint.untrusted_files import INDEX
 from quantize.errors import QuantizeError, UsageError
 
-PROBE = "probe.safetensors"  # inputs and outputs, no part of the model
+PROBE = "probe.safetensors"  # inputs and outputs to verify with, which are no part of the model
 
 
 class ArtifactWriter:
-    """Writes files beside the final directory and renames once all are on disk.
+    """A writer that writes files beside the final directory and renames them once all are on disk.
 
     Leaving the `with` block before `commit` removes everything.
 
@@ -82,7 +82,7 @@ class ArtifactWriter:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Add the manifest with the hash of every file, flush all to disk, and rename; returns the whole manifest."""
+        """Add the manifest with the hash of every file, flush all to disk, rename, and return the whole manifest."""
         paths = {str(p.relative_to(self.directory)): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
         files = {name: self.hashes.get(name) or sha256(path) for name, path in paths.items()}
         manifest = {**manifest, "files": files}
@@ -103,7 +103,7 @@ class ArtifactWriter:
 
 @contextlib.contextmanager
 def translate_disk_errors(output: Path) -> Iterator[None]:
-    """Turn what a disk answers into one sentence."""
+    """Turn errors of the disk into one sentence."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -118,7 +118,7 @@ def remove(directory: Path) -> None:
     """Remove a directory with all that is in it."""
     try:
         shutil.rmtree(directory, ignore_errors=True)
-    except KeyboardInterrupt:  # somebody impatient: clean up all the same
+    except KeyboardInterrupt:  # a second Ctrl-C must not keep this from being cleaned up
         shutil.rmtree(directory, ignore_errors=True)
         raise
 
@@ -133,11 +133,11 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_json(value: Any) -> str:
-    """JSON as all files here are written."""
+    """Return JSON in the form in which all JSON files here are written."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,1 +1,1 @@
-"""Reading float models: directories, hub ids and modules, tensor by tensor, all of it input that is not trusted."""
+"""Float models are read from directories, the hub and modules, tensor by tensor; nothing in them is trusted."""

@@ -1,9 +1,10 @@
-"""Where a model's weights, config and side files come from: a directory, a hub id, or a module in memory."""
+"""A model's weights, config and side files come from a directory, from the hub, or from a module in memory."""
 
 from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ NOT_COPIED = {"config.json", "manifest.json"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model that can be built without its weights, and its weights one by one.
+    """A model that can be built without its weights, and whose weights can be read one by one.
 
     Attributes:
         directory: where the files are; None for a module in memory.
@@ -44,7 +45,7 @@ class Checkpoint:
     sources: dict[str, StoredTensor] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
-        """The model in float32 with parameters on the meta device, tied ones shared, and real buffers."""
+        """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None:
             model = build_skeleton(self.config)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
@@ -56,10 +57,10 @@ class Checkpoint:
         return copy.deepcopy(self.module, memo).float()
 
     def tensor(self, name: str) -> Tensor:
-        """One parameter as it is stored.
+        """Read one parameter as it is stored.
 
         Raises:
-            QuantizeError: missing or unreadable.
+            QuantizeError: the parameter is missing or cannot be read.
         """
         if self.module is not None:
             return self.module.get_parameter(name).detach()
@@ -68,29 +69,29 @@ class Checkpoint:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
         try:
             return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
-        except RuntimeError as error:  # parts that do not fit together
+        except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
     def float_tensor(self, name: str) -> Tensor:
-        """One parameter in float32, the file's pages given back as it is read; raises as `tensor` does."""
+        """Read one parameter in float32 and give the file's pages back on the way; it raises what `tensor` raises."""
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if self.module is not None or stored is None:
             return self.tensor(name).float()
         return self.sources[stored].read(stored, lambda part: read_float(self.files[part], part)).float()
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The whole model in floating point, in evaluation mode."""
+        """Load the whole model in floating point and in evaluation mode."""
         model = self.skeleton()
         assign_and_tie(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
         return model.eval()
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to the model's state."""
+        """Return the buffers that belong to the model's state."""
         return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
 
 
 def side_files(directory: Path) -> list[Path]:
-    """Tokenizer and other small files to take along, relative to the directory."""
+    """List the tokenizer's and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
     return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
@@ -102,8 +103,8 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         model: a directory, which never touches a network; a hub id; or a module.
 
     Raises:
-        UsageError: no such model, or one that cannot be quantized.
-        QuantizeError: its files are damaged.
+        UsageError: there is no such model, or it cannot be quantized.
+        QuantizeError: the model's files are damaged.
     """
     if isinstance(model, nn.Module):
         return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
@@ -119,14 +120,14 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a transformers model, with its class; empty for any other module."""
+    """Return the config of a transformers model with the name of its class; it is empty for any other module."""
     if not isinstance(model, transformers.PreTrainedModel):
         return {}
     return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
 
 
 def download(name: str) -> Path:
-    """Fetch a model from the hub: config, tokenizer and safetensors only."""
+    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else."""
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"no such model directory: {name}")
     from huggingface_hub import snapshot_download
@@ -142,7 +143,7 @@ def download(name: str) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as a dict."""
+    """Read `config.json` as a dict."""
     path = directory / "config.json"
     if not path.is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")
@@ -154,18 +155,16 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def check_weights(checkpoint: Checkpoint, skeleton: nn.Module) -> None:
-    """Every parameter is there, of the right shape, floating point and finite.
+def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
+    """Check that every parameter in `shapes` is there, has its shape, and is of finite floating-point numbers.
 
     Raises:
-        QuantizeError: names the first that is not.
+        QuantizeError: a parameter is not; the message names the first one.
     """
-    for name, parameter in skeleton.named_parameters():
+    for name, shape in shapes.items():
         tensor = checkpoint.tensor(name)
-        if tensor.shape != parameter.shape:
-            raise QuantizeError(
-                f"{name} has the shape {list(tensor.shape)}; the config asks for {list(parameter.shape)}"
-            )
+        if tensor.shape != shape:
+            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
         if not all(map(is_finite, tensor.flatten().split(CHUNK))):

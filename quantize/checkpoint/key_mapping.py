@@ -1,4 +1,4 @@
-"""Tensors in files that are older than the model's code: under other names, or in parts that are put together."""
+"""Files that are older than the model's code hold tensors under other names, or in parts that are put together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class StoredTensor:
     """Where a tensor of a model lies in its files.
 
     Attributes:
-        names: in the files, the parts in order.
-        patterns: for each part, which of the converter's patterns it fits.
-        converter: what transformers makes of the parts; None for a tensor that is stored as it is.
+        names: the names of its parts in the files, in order.
+        patterns: for each part the converter's pattern that it fits.
+        converter: what transformers makes the tensor with from its parts; None for a tensor that is stored as it is.
     """
 
     names: tuple[str, ...]
@@ -27,7 +27,7 @@ class StoredTensor:
     converter: WeightConverter | None = None
 
     def read(self, target: str, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor; `read` gives a part by its name in the files."""
+        """Read the tensor; `read` returns a part by its name in the files."""
         if self.converter is None:
             return read(self.names[0])
         converter = copy.deepcopy(self.converter)
@@ -39,11 +39,11 @@ class StoredTensor:
 
 
 def map_keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, StoredTensor]:
-    """Name in the model → where it lies, where transformers renames or merges tensors as it loads and saves them.
+    """Map names in the model to where they lie, as transformers renames and merges tensors when it loads them.
 
     Args:
-        model: without weights.
-        stored: names in the files; one that fits the model stays.
+        model: the model without weights.
+        stored: the names in the files; a name that the model has stays as it is.
     """
     steps, known = get_model_conversion_mapping(model), model.state_dict().keys()
     found: dict[str, StoredTensor] = {}
@@ -61,7 +61,7 @@ def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, T
 
 
 def converted(name: str, steps: Iterable[WeightRenaming | WeightConverter]) -> tuple[str, str, WeightConverter | None]:
-    """A name after all renamings, and which step merges it into which tensor."""
+    """Return a name after all renamings, and the step that merges it into a tensor."""
     merging = [step for step in steps if isinstance(step, WeightConverter) and len(step.target_patterns) == 1]
     for step in (step for step in steps if isinstance(step, WeightRenaming)):
         name, _ = step.rename_source_key(name)

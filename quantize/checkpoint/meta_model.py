@@ -1,4 +1,4 @@
-"""The architecture that a config names, without its weights, and tensors put into it."""
+"""Models are built from their config without weights, and tensors are put into them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.errors import QuantizeError, UsageError, reason
 
 
 def build_skeleton(config: dict[str, Any]) -> nn.Module:
-    """The model class that a config names, built without weights; never code from the model's directory.
+    """Build the model class that a config names without weights; code from the model's directory is never run.
 
     Raises:
         UsageError: transformers has no such class, or the config does not fit it.
@@ -26,7 +26,7 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
     try:
         with init_empty_weights(include_buffers=False):
             model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
-    except Exception as error:  # validators and constructors of many authors
+    except Exception as error:  # validators and constructors by many authors raise anything
         raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
     model.tie_weights()
     return model  # type: ignore[no-any-return]
@@ -36,7 +36,7 @@ def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     """Put tensors into a model in place of its own and tie what was tied, unless each has a tensor of its own.
 
     Returns:
-        Parameters without a tensor, and tensors without a place.
+        The parameters without a tensor, and the tensors without a place.
     """
     ties = ties_of(model)
     unexpected = load_tensors(model, tensors)
@@ -50,10 +50,10 @@ def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Put tensors into a model in place of its own; returns those without a place.
+    """Put tensors into a model in place of its own, and return those that have no place in it.
 
     Raises:
-        QuantizeError: one is of another shape, or a parameter would be of integers.
+        QuantizeError: a tensor has another shape, or a parameter would hold integers.
     """
     places = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
@@ -61,12 +61,12 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
             raise QuantizeError(f"{name} is of {tensor.dtype}, where the model has floating point")
     try:
         return list(model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys)
-    except RuntimeError as error:  # the first line says for which class, the next what
+    except RuntimeError as error:  # the first line names the class, the next one says what is wrong
         raise QuantizeError(f"the tensors do not fit the model: {reason(error)}") from None
 
 
 def ties_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """For each parameter name all the names of that parameter."""
+    """Map each parameter name to all the names of that parameter."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)

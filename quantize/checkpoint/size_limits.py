@@ -1,4 +1,4 @@
-"""A config may declare any size: a model is not built that is far larger than the files that are to fill it."""
+"""A config may declare any size, so no model is built that is far larger than the files that are to fill it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-# Files of packed integers hold two elements a byte, and tied or merged parameters count twice; the rest is room.
+# Files of packed integers hold two elements a byte, and tied or merged parameters count twice; the rest is a margin.
 ELEMENTS_PER_BYTE, PARAMETERS_PER_TENSOR, SLACK = 4, 8, 1 << 20
 
 
 @contextlib.contextmanager
 def limit_parameters(files: Mapping[str, Path]) -> Iterator[None]:
-    """Stop every constructor in the block that makes far more parameters than files hold.
+    """Stop every constructor in the `with` block that makes far more parameters than the files hold.
 
     Args:
         files: tensor name → file.
 
     Raises:
-        ValueError: within the constructor, by that it cannot go on.
+        ValueError: it is raised within the constructor, which so cannot go on.
     """
     size = sum(path.stat().st_size for path in set(files.values()))
     elements, parameters = ELEMENTS_PER_BYTE * size + SLACK, PARAMETERS_PER_TENSOR * (len(files) + 8)

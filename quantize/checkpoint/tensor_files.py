@@ -1,4 +1,4 @@
-"""Tensors in the safetensors files of a model, found by their headers and read one by one."""
+"""Tensors in the safetensors files of a model are found by the files' headers and read one by one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
 
 
 def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
-    """Tensor name → file, from the headers of all safetensors files of a model but one.
+    """Map tensor names to files, from the headers of all safetensors files of a model but `leave_out`.
 
     Raises:
-        UsageError: there are none.
-        QuantizeError: one is damaged, or a tensor stands in two.
+        UsageError: there are no such files.
+        QuantizeError: a file is damaged, or a tensor stands in two files.
     """
     files: dict[str, Path] = {}
     for path in weight_files(directory):
@@ -31,7 +31,7 @@ def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """One tensor, memory-mapped."""
+    """Read one tensor, memory-mapped."""
     try:
         with safe_open(path, framework="pt") as opened:
             return opened.get_tensor(name)  # type: ignore[no-any-return]
@@ -40,7 +40,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 
 
 def read_float(path: Path, name: str) -> Tensor:
-    """One tensor in float32, mapped a piece at a time so that the whole is not in memory twice."""
+    """Read one tensor in float32; the file is mapped a piece at a time, so that the tensor is not in memory twice."""
     stored = read_tensor(path, name)
     if stored.dtype == torch.float32 or not stored.dim():
         return stored.float()
@@ -51,5 +51,5 @@ def read_float(path: Path, name: str) -> Tensor:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no number in x is infinite or NaN, either of which is among its extremes."""
+    """Return whether no number in x is infinite or NaN; either would be among the extremes of x."""
     return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())

@@ -1,4 +1,4 @@
-"""Parameters that go by several names: stored once as long as they stay equal."""
+"""Parameters that go by several names are stored once as long as they stay equal."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass
 class TiedWeights:
-    """What was stored of tied parameters so far.
+    """The tied parameters that were stored so far.
 
     Attributes:
-        names: of each parameter all names that it goes by.
-        stored: hash of each tied parameter that was stored as it is.
-        untied: some parameter no longer equals the one it was tied to.
+        names: parameter → all names that it goes by.
+        stored: the hash of each tied parameter that was stored as it is.
+        untied: whether some parameter no longer equals the one it was tied to.
     """
 
     names: Mapping[str, Sequence[str]]
@@ -25,7 +25,7 @@ class TiedWeights:
     untied: bool = False
 
     def deduplicate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors to store as they are; one that still equals a tied one stored before is left out."""
+        """Return the tensors to store as they are; one that still equals a tied tensor stored before is left out."""
         kept = dict(tensors)
         for name in filter(self._is_tied, tensors):
             digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().data).hexdigest()
@@ -37,7 +37,7 @@ class TiedWeights:
         return kept
 
     def mark_replaced(self, name: str) -> None:
-        """A parameter is stored as something else."""
+        """Note that a parameter is stored as something else."""
         self.untied |= self._is_tied(name)
 
     def _is_tied(self, name: str) -> bool:

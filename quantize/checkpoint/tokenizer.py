@@ -16,10 +16,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a directory; code that lies there is never run.
+    """Load the tokenizer of a directory; code that lies there is never run.
 
     Raises:
-        QuantizeError: it cannot be read.
+        QuantizeError: the tokenizer cannot be read.
     """
     with readable(directory):
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -27,7 +27,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 @contextlib.contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """Turn whatever transformers' many formats raise, panics of Rust among them, into one sentence."""
+    """Turn whatever the tokenizer formats of transformers raise, panics of Rust among them, into one sentence."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -37,12 +37,12 @@ def readable(directory: Path) -> Iterator[None]:
 
 
 def has_tokenizer(directory: Path | None) -> bool:
-    """Whether a directory has a tokenizer."""
+    """Return whether a directory has a tokenizer."""
     return directory is not None and any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
 def bos_token(directory: Path | None) -> int | None:
-    """Id of the token that begins a text; None where the directory's tokenizer has none, or there is no tokenizer.
+    """Return the id of the token that begins a text; None if there is no such token or no tokenizer.
 
     Raises:
         QuantizeError: there is one and it cannot be read.
@@ -54,7 +54,7 @@ def bos_token(directory: Path | None) -> int | None:
 
 
 def load_tokenize(directory: Path | None) -> Tokenize | None:
-    """Text → token ids without special tokens; None where the directory has no tokenizer.
+    """Return a function from text to token ids without special tokens; None if the directory has no tokenizer.
 
     Raises:
         QuantizeError: there is one and it cannot be read.

@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: what may be opened, and how it is parsed, before anything is believed."""
+"""Files that somebody else wrote are checked before they are opened, and parsed before anything in them is believed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from quantize.errors import QuantizeError, UsageError, shown
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 CAN_RUN_CODE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".keras"}
-UNREADABLE = (SafetensorError, OSError, KeyError, AttributeError, TypeError)  # the latter of types that torch lacks
-LARGEST_JSON = 1 << 28  # bytes; the largest tokenizers take a tenth of it
+UNREADABLE = (SafetensorError, OSError, KeyError, AttributeError, TypeError)  # the last two for types that torch lacks
+LARGEST_JSON = 1 << 28  # in bytes; the largest tokenizers take a tenth of it
 
 
 def check_files(directory: Path) -> None:
-    """Whatever would be read lies in the directory: no links out of it, no pipes or devices.
+    """Check that all that would be read lies in the directory, and that nothing there is a link out of it or a device.
 
-    A snapshot in the cache of the hub may link to the blobs beside it.
+    A snapshot in the hub's cache may link to the blobs beside it.
 
     Raises:
-        UsageError: names the first that does not.
+        UsageError: something is not so; the message names the first such file.
     """
     root = directory.resolve()
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
@@ -41,15 +41,15 @@ def check_files(directory: Path) -> None:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a relative path, or a folder on it, begins with a dot."""
+    """Return whether a relative path, or a folder on it, begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object of JSON.
+    """Read a JSON object.
 
     Raises:
-        QuantizeError: too large, no JSON, no object, or a key twice; OSError is the caller's.
+        QuantizeError: the file is too large, is no JSON object, or has a key twice. OSError is left to the caller.
     """
     if path.stat().st_size > LARGEST_JSON:
         raise QuantizeError(f"{path} has {path.stat().st_size} bytes, more than JSON of a model ever has")
@@ -63,10 +63,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON in which no key stands twice.
+    """Parse JSON in which no key stands twice.
 
     Raises:
-        ValueError: it is none; also what `json` raises otherwise, for brackets in brackets a thousand times.
+        ValueError: the text is no such JSON, or is nested too deeply.
     """
     try:
         return json.loads(text, object_pairs_hook=without_duplicates)
@@ -75,7 +75,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What a JSON object holds."""
+    """Return the content of a JSON object; a key that stands twice is an error."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -84,26 +84,26 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file, whose header and size are sound.
+    """Return the names of the tensors in a safetensors file, after a check of its header and size.
 
     Raises:
-        QuantizeError: they are not.
+        QuantizeError: the header or the size is not sound.
     """
     try:
         with safe_open(path, framework="pt") as opened:
             names = list(opened.keys())
         with path.open("rb") as file:
-            parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))  # a length that was found sound
+            parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))  # safe_open has checked this length
     except (SafetensorError, OSError, ValueError) as error:
         raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
     return names
 
 
 def read_all(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
-        QuantizeError: it is damaged, or of types that torch does not have.
+        QuantizeError: the file is damaged, or holds types that torch does not have.
     """
     names = tensor_names(path)
     try:
@@ -114,11 +114,11 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: those of its index, or where it has none all.
+    """Return the safetensors files of a model: those that its index names, or all of them if it has no index.
 
     Raises:
-        UsageError: there are none.
-        QuantizeError: the index names what is not there, or not a file of the directory.
+        UsageError: there are no such files.
+        QuantizeError: the index names a file that is missing or does not lie in the directory.
     """
     index = directory / INDEX
     files = sorted(directory.glob("*.safetensors")) if not index.is_file() else indexed(index)
@@ -132,7 +132,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def indexed(index: Path) -> list[Path]:
-    """The files that an index of shards names."""
+    """Return the files that an index of shards names."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise QuantizeError(f"{index} holds no weight_map")
@@ -140,7 +140,7 @@ def indexed(index: Path) -> list[Path]:
 
 
 def shard(index: Path, name: Any) -> Path:
-    """A file beside the index."""
+    """Return the path of a file beside the index."""
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise QuantizeError(f"{index} names {shown(name)}; only .safetensors files of the same directory are read")
     if name not in os.listdir(index.parent):  # noqa: PTH208  `is_file` of a name that is too long is an error
@@ -149,5 +149,5 @@ def shard(index: Path, name: Any) -> Path:
 
 
 def unique(values: Iterable[Any]) -> list[Any]:
-    """Each of them once, in an order of their own, whatever they are."""
+    """Return each value once, sorted by its repr, so that values of any type have an order."""
     return [value for _, value in sorted({repr(value): value for value in values}.items())]

@@ -19,6 +19,7 @@ from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import QuantizeError, reason
 from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
+from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 
@@ -49,12 +50,12 @@ def shards(
 
 
 def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
-    """A quantized linear, its bias and integers' scales in the type that the float model's weight was stored in.
+    """A quantized linear, its bias and its scales in the type that the float model's weight was stored in.
 
-    Scales of integers have that type; those of FP4 do not, and the config tells it.
+    Scales have that type but for those of FP4, where the config tells it.
     """
-    is_integer = linear_scheme(outline.settings, path).weights.format == "int"
-    dtype = read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype if is_integer else outline.dtype
+    is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
+    dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
     return read_linear(path, outline.settings, files, dtype)
 
 

@@ -1,1 +1,1 @@
-"""A short fine-tune after which a model loses less when it is quantized."""
+"""After a short fine-tune a model loses less when it is quantized."""

@@ -1,4 +1,4 @@
-"""A short fine-tune of a causal language model, after which it loses less when it is quantized."""
+"""After a short fine-tune a causal language model loses less when it is quantized."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Finetuned:
     Attributes:
         directory: the new float model.
         losses: the task loss of each step, with quantized inputs, in nats per token.
-        kurtosis: linear → mean kurtosis of its output on one batch, in floating point, before and after.
+        kurtosis: linear → the mean kurtosis of its output on one batch, in floating point, before and after.
     """
 
     directory: Path
@@ -64,26 +64,31 @@ def finetune(
     of their outputs is penalized, so that outliers do not move into the weights (arXiv 2404.03605): the loss is
     task + λ Σ_linears mean_tokens Kurt(y). The clips serve the training alone and are not kept. Dropout stays off.
 
-    It is for plain rounding to few levels and costs elsewhere: 150 steps on stories260K take W4A4 by RTN from 1.866 to
+    It helps plain rounding to few levels and costs elsewhere: 150 steps on stories260K take W4A4 by RTN from 1.866 to
     1.827 nats per token, but the float model from 1.286 to 1.337, and W4A4 by the default recipe from 1.461 to 1.492.
-    Without `distill` RTN has 1.872 after 100 steps, with it 1.826. A larger λ lowers the kurtosis but raises that loss.
+    After 100 steps RTN has 1.872 without `distill` and 1.826 with it. A larger λ lowers the kurtosis but raises the
+    loss.
 
     Args:
-        model: a directory, a hub id, or a module; a causal language model of transformers. It stays as it is.
-        output_dir: the new directory: float32 weights, config and tokenizer; must not exist.
+        model: a directory, a hub id, or a module: a causal language model of transformers, which is not changed.
+        output_dir: the new directory with float32 weights, config and tokenizer; it must not exist.
         text: `.txt`, or `.jsonl` with rows of `text` or `input_ids`; None takes the bundled prose.
-        distill: the task is the float model's distribution, Σ p log(p/q); otherwise the text itself, cross-entropy.
-        steps, batch_size, seqlen: optimizer steps, windows in each, drawn at random, and tokens in a window.
-        num_bits: of the linears' inputs, 2 to 8.
-        kurtosis: λ; 0 for none.
-        learning_rate: Adam's first, which falls to 0 in a straight line; clips move by this part of their range.
-        quantized_backward: the linears' backward products in `int8` per tensor, or in `int8_hadamard` with a transform
-            of the token axis around the input's gradient (HALO, arXiv 2501.02625); `none` is floating point.
-        seed: of the windows.
+        distill: whether the task is to match the float model's distribution, Σ p log(p/q); otherwise it is to predict
+            the text, cross-entropy.
+        steps, batch_size, seqlen: the number of optimizer steps, of windows in each, drawn at random, and of tokens in
+            a window.
+        num_bits: the bits of the linears' inputs, 2 to 8.
+        kurtosis: λ; 0 adds no penalty.
+        learning_rate: Adam's first learning rate, which falls to 0 in a straight line; clips move by this part of their
+            range.
+        quantized_backward: how the linears' backward products are taken: in `int8` per tensor, in `int8_hadamard` with
+            a transform of the token axis around the input's gradient (HALO, arXiv 2501.02625), or with `none` in
+            floating point.
+        seed: the seed that draws the windows.
         console: where progress is shown; None is silent.
 
     Raises:
-        UsageError: wrong call or path, or no causal language model.
+        UsageError: the call or a path is wrong, or the model is no causal language model.
         QuantizeError: the run failed; nothing is left behind.
     """
     settings = validated(
@@ -105,7 +110,7 @@ def finetune(
 
 
 def find_parts(model: str | Path | nn.Module, settings: FinetuneSettings, text: Path | None) -> Prepared:
-    """The model with the linears that every scheme would quantize, and all of the text."""
+    """Prepare the model with the linears that every scheme would quantize, and all of the text."""
     check_kind(open_checkpoint(model).skeleton())
     no_passes = {"passes": (), "quantizer": {"name": "rtn"}}
     recipe = load_recipe("W4A4", no_passes, group_size=0, nsamples=sys.maxsize, seqlen=settings.seqlen)
@@ -113,7 +118,7 @@ def find_parts(model: str | Path | nn.Module, settings: FinetuneSettings, text: 
 
 
 def check_kind(model: nn.Module) -> None:
-    """A model predicts the next token of what it is given.
+    """Check that a model predicts the next token of the ids that it is given.
 
     Raises:
         UsageError: it does not.
@@ -132,7 +137,7 @@ def run_finetuning(
     """Fine-tune a copy of the model, and write it."""
     batches = Batches(token_stream(prepared, settings), settings)
     teacher = prepared.checkpoint.load().requires_grad_(False)
-    model = copy.deepcopy(teacher).requires_grad_()  # a module's weights are the caller's
+    model = copy.deepcopy(teacher).requires_grad_()  # the weights of a module belong to the caller
     parameters = dict(model.named_parameters())
     linears, probe = find_linears(prepared), batches.draw()
     before = mean_kurtosis(model, list(linears), probe)
@@ -147,7 +152,7 @@ def run_finetuning(
 
 
 def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
-    """All rows of the text, one behind the other, [tokens]."""
+    """Return all rows of the text, one behind the other, [tokens]."""
     stream = torch.cat([row["input_ids"] for row in prepared.samples.rows])
     if len(stream) < settings.seqlen:
         raise QuantizeError(
@@ -158,19 +163,19 @@ def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
 
 
 def find_linears(prepared: Prepared) -> dict[str, Linear]:
-    """The linears that would be quantized, by path."""
+    """Return the linears that would be quantized, by path."""
     found = [linear for segment in prepared.program.segments for linear in prepared.program.linears(segment)]
     return {linear.path: linear for linear in found if linear.path in prepared.plan.schemes}
 
 
 def stand_in(linear: Linear, parameters: dict[str, nn.Parameter], settings: FinetuneSettings) -> RegularizedLinear:
-    """What takes the place of a linear while it is trained, on the same parameters."""
+    """Return the module that takes the place of a linear while it is trained, with the same parameters."""
     bias = None if linear.bias is None else parameters[linear.bias]
     weight = parameters[linear.weight]
     return RegularizedLinear(weight, bias, linear.transposed, settings.num_bits, settings.quantized_backward)
 
 
 def replace(model: nn.Module, modules: dict[str, RegularizedLinear] | dict[str, nn.Module]) -> None:
-    """Put modules in their places."""
+    """Put modules at their paths in a model."""
     for path, module in modules.items():
         model.set_submodule(path, module)

@@ -1,4 +1,4 @@
-"""What a linear does while a model is fine-tuned to be quantized: it reads few levels and shuns heavy tails."""
+"""While a model is fine-tuned, its linears read few levels, and heavy tails of their outputs are penalized."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ RATIOS = torch.linspace(0.05, 1, 20)
 
 
 def learned_clip(x: Tensor, clip: Tensor, num_bits: int) -> Tensor:
-    """The nearest of 2^b levels spread evenly over [c-, c+] (arXiv 2404.03605, section 4; PACT, LSQ).
+    """Round x to the nearest of 2^b levels spread evenly over [c-, c+] (arXiv 2404.03605, section 4; PACT, LSQ).
 
-    With s = (c+ - c-) / (2^b - 1) and u = (x - c-) / s the gradients are straight-through: 1 to x inside and 0 outside;
-    to c+ it is 1 above and (round(u) - u) / (2^b - 1) inside, to c- it is 1 below and minus the same inside.
+    With s = (c+ - c-) / (2^b - 1) and u = (x - c-) / s the gradients are straight-through. That of x is 1 inside the
+    range and 0 outside. That of c+ is 1 above the range and (round(u) - u) / (2^b - 1) inside; that of c- is 1 below
+    the range and minus the same inside.
 
     Args:
         x: any shape.
@@ -34,18 +35,18 @@ def learned_clip(x: Tensor, clip: Tensor, num_bits: int) -> Tensor:
 
 
 def best_clip(x: Tensor, num_bits: int) -> Tensor:
-    """[c-, c+]: that part of the range of x, with zero, whose levels are nearest to x in mean square."""
+    """Return [c-, c+], the part of the range of x (with zero) whose levels are nearest to x in mean square."""
     clips = torch.stack([x.min().clamp(max=0), x.max().clamp(min=0)]) * RATIOS.to(x)[:, None]
     errors = [(learned_clip(x, clip, num_bits) - x).square().mean() for clip in clips]
     return clips[torch.stack(errors).argmin()]
 
 
 class RegularizedLinear(nn.Module):
-    """Stands in for a linear, with the same parameters, and notes the kurtosis of what it gives.
+    """A stand-in for a linear, with the same parameters, that notes the kurtosis of its outputs.
 
     Attributes:
-        clip: [c-, c+], learned; set by the first input.
-        output_kurtosis: mean kurtosis of each output since `output_kurtosis` was cleared, scalars.
+        clip: [c-, c+], which is learned and set by the first input.
+        output_kurtosis: the mean kurtosis of each output since the list was cleared, as scalars.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class RegularizedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.transposed = weight, bias, transposed
         self.num_bits, self.backward = num_bits, backward
-        self.clip = nn.Parameter(torch.tensor([-3.0, 4.0]))  # as the authors start it
+        self.clip = nn.Parameter(torch.tensor([-3.0, 4.0]))  # the authors start it so
         self.started = False
         self.output_kurtosis: list[Tensor] = []
 
@@ -68,7 +69,7 @@ class RegularizedLinear(nn.Module):
         return y
 
     def start(self, x: Tensor) -> None:
-        """Set the clip by an input, unless that is all zero."""
+        """Set the clip by an input, unless the input is all zero."""
         clip = best_clip(x, self.num_bits)
         if clip[0] < clip[1]:
             self.clip.data.copy_(clip)

@@ -1,4 +1,4 @@
-"""The loop of a fine-tune: task loss and kurtosis penalty, step by step, on windows drawn at random."""
+"""The training loop of a fine-tune takes the task loss and the kurtosis penalty on windows drawn at random."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from quantize.pipeline.progress import track
 from quantize.recipe.scheme import Data
 from quantize.transforms.kurtosis import kurtosis
 
-MAX_NORM = 1.0  # of the gradient: a rounded input can cross many levels at once
+MAX_NORM = 1.0  # the largest norm of the gradient, because a rounded input can cross many levels at once
 
 
 class FinetuneSettings(Data):
-    """How to fine-tune; see `quantize.finetune`."""
+    """The settings of a fine-tune; see `quantize.finetune`."""
 
     distill: bool
     steps: int = Field(ge=1)
@@ -38,14 +38,14 @@ class FinetuneSettings(Data):
 
 
 class Batches:
-    """Windows of a stream of tokens, [batch_size, seqlen] each, that start anywhere in it."""
+    """Batches of windows, [batch_size, seqlen] each, that start anywhere in a stream of tokens."""
 
     def __init__(self, stream: Tensor, settings: FinetuneSettings) -> None:
         self.stream, self.settings = stream, settings
         self.generator = torch.Generator().manual_seed(settings.seed)
 
     def draw(self) -> Tensor:
-        """The next batch."""
+        """Draw the next batch."""
         length = self.settings.seqlen
         starts = len(self.stream) - length + 1
         first = torch.randint(starts, (self.settings.batch_size, 1), generator=self.generator)
@@ -63,9 +63,9 @@ def train(
     """Train all parameters of a model and the clips of its linears, in place.
 
     Args:
-        model: gives `logits` [B, T, V].
-        teacher: whose distribution is learned; None learns the text.
-        linears: those in the model.
+        model: a model that returns `logits` [B, T, V].
+        teacher: the model whose distribution is learned; None learns the text.
+        linears: the regularized linears in the model.
         batches, settings, console: as in `quantize.finetune`.
 
     Returns:
@@ -77,7 +77,7 @@ def train(
     clips = {id(linear.clip) for linear in linears}
     parameters = [parameter for parameter in model.parameters() if id(parameter) not in clips]
     with torch.no_grad():
-        predicted(model, batches.draw())  # starts the clips
+        predicted(model, batches.draw())  # the first run sets the clips
     optimizer = make_optimizer(parameters, linears, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
     losses: list[float] = []
@@ -92,14 +92,14 @@ def train(
 
 
 def last(losses: Sequence[float]) -> str:
-    """The latest loss, in words."""
+    """Say the latest loss in words."""
     return f"{losses[-1]:.4f}" if losses else "not known yet"
 
 
 def make_optimizer(
     parameters: list[nn.Parameter], linears: Sequence[RegularizedLinear], settings: FinetuneSettings
 ) -> torch.optim.Adam:
-    """Adam moves every number by the learning rate whatever its gradient; a clip by that part of its range."""
+    """Make Adam, which moves a number by the learning rate whatever its gradient, and a clip by a part of its range."""
     clips: list[dict[str, Any]] = [
         {"params": [linear.clip], "lr": settings.learning_rate * float(linear.clip.detach().abs().max())}
         for linear in linears
@@ -110,7 +110,7 @@ def make_optimizer(
 def backward(
     model: nn.Module, teacher: nn.Module | None, linears: Sequence[RegularizedLinear], ids: Tensor, lambda_: float
 ) -> float:
-    """Leave the gradients of task + λ Σ Kurt in the parameters; returns the task loss."""
+    """Leave the gradients of task + λ Σ Kurt in the parameters, and return the task loss."""
     for linear in linears:
         linear.output_kurtosis.clear()
     task = task_loss(model, teacher, ids)
@@ -121,7 +121,7 @@ def backward(
 
 
 def task_loss(model: nn.Module, teacher: nn.Module | None, ids: Tensor) -> Tensor:
-    """Nats per predicted token: cross-entropy of the text, or KL(teacher ‖ model)."""
+    """Return the loss in nats per predicted token: the cross-entropy of the text, or KL(teacher ‖ model)."""
     logits = predicted(model, ids)
     if teacher is None:
         return cross_entropy(logits, ids[:, 1:].flatten())
@@ -131,14 +131,14 @@ def task_loss(model: nn.Module, teacher: nn.Module | None, ids: Tensor) -> Tenso
 
 
 def predicted(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits in front of each token but a window's first, [tokens, V]."""
+    """Return the logits that predict each token but a window's first, [tokens, V]."""
     logits: Tensor = model(input_ids=ids, **forward_switches(model)).logits
     return logits[:, :-1].flatten(0, 1)
 
 
 @torch.no_grad()
 def mean_kurtosis(model: nn.Module, paths: Sequence[str], ids: Tensor) -> dict[str, float]:
-    """For some modules the mean kurtosis of their outputs; NaN for one that does not run."""
+    """Return the mean kurtosis of the outputs of some modules; NaN for one that does not run."""
     noted: dict[str, list[Tensor]] = defaultdict(list)
     with contextlib.ExitStack() as hooks:
         for path in paths:

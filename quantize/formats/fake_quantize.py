@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantize.formats.base import get_format
 from quantize.kernels.ops import dequantize, quantize_dynamically, quantize_per_token, smooth_scales
 from quantize.recipe.scheme import ActivationArgs, KVCacheArgs
 
@@ -33,7 +34,8 @@ def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
 
 def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, int]:
     """What the kernels take: bits, symmetric, clip ratio, format, group size."""
-    return args.num_bits, args.symmetric, args.clip_ratio, args.format, args.group_size
+    group_size = get_format(args.format).group_size or 0
+    return args.num_bits, args.symmetric, args.clip_ratio, args.format, group_size
 
 
 def on_grid(x: Tensor, args: KVCacheArgs) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -11,15 +11,11 @@ import torch
 from torch import Tensor
 
 from quantize.errors import QuantizeError
-from quantize.kernels.ops import decode_scale, dequantize, pack_fp4, pack_int4, unpack_fp4, unpack_int4
+from quantize.formats.base import get_format
+from quantize.kernels.ops import dequantize
 from quantize.recipe.scheme import WeightArgs
 
 L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that all that is computed stays in a core's cache
-SCALE_TYPES = {
-    "int": {torch.float64, torch.float32, torch.float16, torch.bfloat16},
-    "mxfp4": {torch.uint8},
-    "nvfp4": {torch.float8_e4m3fn},
-}
 
 
 def cached_rows(columns: int) -> int:
@@ -29,12 +25,12 @@ def cached_rows(columns: int) -> int:
 
 @dataclass(frozen=True)
 class QTensor:
-    """Packed integers, or E2M1 codes, with their scales and zero points.
+    """Packed values of a number format, with their scales and zero points.
 
     Invariants, for a weight W of shape [N, K] in G = K / group_size groups (G = 1 if group_size is 0):
         W ≈ (unpack() - zero_point) · unpack_scale(), each group of columns with its own column of both
-        data: int8 [N, K] at 6 and 8 bits, uint8 [N, ⌈K/2⌉] at 4 bits (`kernels/packing.py`, `kernels/fp4.py`)
-        scale: [N, G], > 0: floating point for integers, uint8 exponents for MXFP4, float8_e4m3fn for NVFP4
+        data: int8 [N, K] at 6 and 8 bits, uint8 [N, ⌈K/2⌉] at 4 bits, as the format packs it
+        scale: [N, G], > 0 when decoded, in one of the format's `scale_dtypes`
         zero_point: int8 [N, G], None if symmetric;  global_scale: float32 [] of NVFP4, None for others
     """
 
@@ -51,14 +47,14 @@ class QTensor:
         Raises:
             QuantizeError: one does not hold; `name` says of which weight.
         """
-        group, args = self.args.group_size or self.columns, self.args
+        group, args, number_format = self.args.group_size or self.columns, self.args, get_format(self.args.format)
         stored = -(-self.columns // 2) if args.num_bits == 4 else self.columns
         scales = (len(self.data), self.columns // group) if self.data.dim() == 2 and len(self.data) else ()
-        wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, set[torch.dtype]]] = {
+        wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, Set[torch.dtype]]] = {
             "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
-            "scale": (self.scale, scales, SCALE_TYPES[args.format]),
+            "scale": (self.scale, scales, number_format.scale_dtypes),
             "zero point": (self.zero_point, None if args.symmetric else scales, {torch.int8}),
-            "global scale": (self.global_scale, () if args.format == "nvfp4" else None, {torch.float32}),
+            "global scale": (self.global_scale, () if number_format.has_global_scale else None, {torch.float32}),
         }
         for part, (tensor, shape, dtypes) in wanted.items():
             found = None if tensor is None else tuple(tensor.shape)
@@ -72,24 +68,25 @@ class QTensor:
 
     @classmethod
     def pack(
-        cls, q: Tensor, scale: Tensor, zero_point: Tensor | None, args: WeightArgs, global_scale: Tensor | None = None
+        cls,
+        values: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        args: WeightArgs,
+        global_scale: Tensor | None = None,
     ) -> QTensor:
-        """From integers [N, K] in any dtype, within the range of `args.num_bits`, and scales as they are stored."""
-        q = q.to(torch.int8)
-        pack = pack_int4 if args.format == "int" else pack_fp4
-        data = pack(q) if args.num_bits == 4 else q.contiguous()
-        return cls(
-            data, scale, None if zero_point is None else zero_point.to(torch.int8), q.shape[1], args, global_scale
-        )
+        """From values of the format [N, K] in any dtype that holds them, and scales as they are stored."""
+        zero_point = None if zero_point is None else zero_point.to(torch.int8)
+        data = get_format(args.format).pack(values, args)
+        return cls(data, scale, zero_point, values.shape[1], args, global_scale)
 
     def unpack(self) -> Tensor:
-        """int8 [N, K]."""
-        unpack = unpack_int4 if self.args.format == "int" else unpack_fp4
-        return unpack(self.data, self.columns) if self.args.num_bits == 4 else self.data
+        """Values of the format [N, K]: int8 where they are integers."""
+        return get_format(self.args.format).unpack(self.data, self.columns, self.args)
 
     def unpack_scale(self) -> Tensor:
-        """[N, G] floating point: what one integer stands for."""
-        return self.scale if self.args.format == "int" else decode_scale(self.scale, self.global_scale)
+        """[N, G] floating point: what the value 1 stands for."""
+        return get_format(self.args.format).decode_scale(self.scale, self.global_scale)
 
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
@@ -132,19 +129,19 @@ class CachedQTensor(QTensor):
         return cls(**vars(weight), dtype=dtype)
 
     def unpack(self) -> Tensor:
-        """int8 [N, K]."""
-        return self._integers
+        """Values of the format [N, K]."""
+        return self._unpacked
 
     def dequantize(self) -> Tensor:
         """[N, K]."""
-        return self._values
+        return self._weight
 
     @functools.cached_property
-    def _integers(self) -> Tensor:
+    def _unpacked(self) -> Tensor:
         return super().unpack()
 
     @functools.cached_property
-    def _values(self) -> Tensor:
+    def _weight(self) -> Tensor:
         """A few rows at a time, so that what lies between stays in a core's cache."""
         values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), cached_rows(self.columns)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):

@@ -1,1 +1,1 @@
-"""Where a transform is legal, read from the exported graph."""
+"""The exported graph of a model tells where a transform is legal."""

@@ -1,7 +1,7 @@
-"""Where a transform is legal: walk the exported graph, and sort its channels into bases.
+"""The analysis walks the exported graph and sorts its channels into bases, which tells where a transform is legal.
 
-Channels that are added are one channel; channels with the same writers, readers and restrictions form a basis. So a
-fused projection falls apart into the ranges that are used differently, with no special case.
+Channels that are added are one channel, and channels with the same writers, readers and restrictions form a basis. So
+a fused projection falls apart into the ranges that are used differently, without a special case.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from quantize.graph.views import disjoint
 
 
 def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
-    """ChannelTrace the graph once and sort its channels into bases.
+    """Walk the graph once and sort its channels into bases.
 
     Args:
         program: the exported model.
-        folded: gains to count as ones.
+        folded: the gains that count as ones.
     """
     walk = ChannelTrace(program.parameters, folded)
     for segment in program.segments:
@@ -38,7 +38,7 @@ def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
 
 
 def share(walk: ChannelTrace) -> None:
-    """Make what a parameter that is used several times touches one: it can absorb a transform only once."""
+    """Make the channels that a parameter touches in several uses one, because it can absorb a transform only once."""
     placeholders = {name: node for node, name in walk.parameters.items()}
     by_axis: dict[tuple[str, int, bool], list[int]] = {}
     for i, event in enumerate(walk.events):
@@ -74,7 +74,7 @@ def pin_uses(walk: ChannelTrace, name: str, why: str) -> None:
 
 
 def consumers(walk: ChannelTrace, node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that compute with a parameter, behind those that only take it apart or turn it around."""
+    """Return the nodes that compute with a parameter, behind those that only take it apart or turn it around."""
     for user in node.users:
         if user in walk.views:
             yield from consumers(walk, user)
@@ -83,7 +83,7 @@ def consumers(walk: ChannelTrace, node: fx.Node) -> Iterator[fx.Node]:
 
 
 def admissible_bases(program: Program) -> tuple[Basis, ...]:
-    """All bases, those behind norm gains with the group they have once the gains are folded into their readers."""
+    """Return all bases; those behind norm gains with the group that holds once the gains are folded into readers."""
     found = find_bases(program)
     gains = frozenset(b.gain.parameter for b in found.all if b.gain)
     folded = {origin_of(b): b for b in find_bases(program, gains).all if b.writers} if gains else {}
@@ -91,13 +91,13 @@ def admissible_bases(program: Program) -> tuple[Basis, ...]:
 
 
 def origin_of(basis: Basis) -> tuple[str, int, int]:
-    """What tells a basis with writers from others in another walk: where its first channel is written."""
+    """Return where the first channel of a basis with writers is written, by which another walk finds the same basis."""
     edge = basis.writers[0]
     return edge.parameter, edge.axis, int(edge.index[0, 0])
 
 
 def after_gain_folding(basis: Basis, folded: dict[tuple[str, int, int], Basis], gains: frozenset[str]) -> Basis:
-    """The basis as it is once its gains are folded, with their names."""
+    """Return the basis as it is once its gains are folded, with the gains' names."""
     needed = tuple(e.parameter for e in basis.readers if e.parameter in gains)
     found = folded.get(origin_of(basis)) if basis.writers and needed else None
     return replace(found, index=basis.index, gains=needed) if found else basis

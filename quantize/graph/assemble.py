@@ -1,4 +1,4 @@
-"""From a walk to bases: channels that are one, and classes of channels that are used alike."""
+"""A walk becomes bases: channels that are one are joined, and channels that are used alike form a class."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from quantize.graph.transform_group import AllowedTransforms
 
 @dataclass(frozen=True)
 class Channels:
-    """For each channel: its component, and how it belongs to it.
+    """The component of each channel, and how the channel belongs to it.
 
     Attributes:
-        component: int64 number; channels of one component are transformed as one.
-        dual: T⁻ᵀ acts on the channel where T acts on the component.
-        copy: a value may hold a component several times (grouped queries, halves that are rotated against each other):
-            which time this is.
-        value: number of the value that the channel was made for.
-        itself: whether plain and dual of the component meet, so that T must equal T⁻ᵀ.
+        component: int64, the number of the component; channels of one component are transformed as one.
+        dual: whether T⁻ᵀ acts on the channel where T acts on the component.
+        copy: which of several copies the channel is; a value may hold a component several times (grouped queries,
+            halves that are rotated against each other).
+        value: the number of the value that the channel was made for.
+        itself: whether plain and dual channels of the component meet, so that T must equal T⁻ᵀ.
     """
 
     component: np.ndarray
@@ -38,12 +38,12 @@ class Channels:
 
     @property
     def side(self) -> np.ndarray:
-        """Dual and copy as one number."""
+        """Return dual and copy as one number."""
         return np.asarray(self.copy * 2 + self.dual)
 
 
 def assemble(walk: ChannelTrace) -> Bases:
-    """Components of channels that are one, then classes of components that are used alike."""
+    """Find components of channels that are one, and then classes of components that are used alike."""
     channels = find_components(walk)
     itself = torch.from_numpy(np.flatnonzero(channels.itself))
     events = [*walk.events, ChannelUse(itself, AllowedTransforms.ORTHOGONAL, "it is multiplied with itself")]
@@ -61,8 +61,8 @@ def assemble(walk: ChannelTrace) -> Bases:
 def find_components(walk: ChannelTrace) -> Channels:
     """Sort channels into components.
 
-    Every channel is taken twice, plain and dual: a sum joins plain with plain and dual with dual, a product plain with
-    dual.
+    Every channel is taken twice, plain and dual. A sum joins plain with plain and dual with dual; a product joins plain
+    with dual.
     """
     count, (joined, paired) = walk.count, (pairs(found) for found in (walk.joined, walk.paired))
     a = np.concatenate([joined[0], joined[0] + count, paired[0], paired[0] + count])
@@ -79,7 +79,7 @@ def find_components(walk: ChannelTrace) -> Channels:
 
 
 def occurrence(keys: np.ndarray) -> np.ndarray:
-    """For each element how many equal ones stand before it."""
+    """Return for each element how many equal ones stand before it."""
     order = np.argsort(keys, kind="stable")
     starts = np.flatnonzero(np.diff(keys[order], prepend=-1))
     counted = np.empty_like(keys)
@@ -88,14 +88,14 @@ def occurrence(keys: np.ndarray) -> np.ndarray:
 
 
 def pairs(found: list[Tensor]) -> np.ndarray:
-    """Int64 [2, count] of a list of such."""
+    """Join a list of pairs, int64 [2, n] each, to one int64 [2, count]."""
     return torch.cat(found, dim=1).numpy() if found else np.empty((2, 0), dtype=np.int64)
 
 
 def signatures(channels: Channels, events: list[ChannelUse]) -> np.ndarray:
-    """A 64-bit hash for each component of the events that touch it, and on which side.
+    """Return a 64-bit hash for each component of the events that touch it, and on which side they do.
 
-    A parameter, and a sum over channels, counts as often as it touches the component, another restriction once.
+    A parameter and a sum over channels count as often as they touch the component; another restriction counts once.
     """
     rng, result = np.random.default_rng(0), np.zeros(channels.component.max(initial=-1) + 1, dtype=np.uint64)
     side = channels.side
@@ -109,7 +109,7 @@ def signatures(channels: Channels, events: list[ChannelUse]) -> np.ndarray:
 
 
 def meetings(channels: Channels, found: list[Tensor]) -> np.ndarray:
-    """A 64-bit hash for each component of where its copies meet: all of a class must do so alike, copy with copy."""
+    """Return a 64-bit hash for each component of where its copies meet, which must be alike within a class."""
     rng, result = np.random.default_rng(2), np.zeros(channels.component.max(initial=-1) + 1, dtype=np.uint64)
     for a, b in (pair.numpy() for pair in found):
         if channels.copy[a].any() or channels.copy[b].any():
@@ -122,7 +122,7 @@ def meetings(channels: Channels, found: list[Tensor]) -> np.ndarray:
 
 
 def block_signatures(component: np.ndarray, events: list[ChannelUse]) -> np.ndarray:
-    """A 64-bit hash for each component of the blocks that it lies in."""
+    """Return a 64-bit hash for each component of the blocks that it lies in."""
     rng, result = np.random.default_rng(1), np.zeros(component.max(initial=-1) + 1, dtype=np.uint64)
     for event in (e for e in events if e.blocks is not None):
         touched, salt = component[event.channels.reshape(-1).numpy()], rng.integers(1 << 63, dtype=np.uint64)
@@ -131,7 +131,7 @@ def block_signatures(component: np.ndarray, events: list[ChannelUse]) -> np.ndar
 
 
 def distinct(ids: np.ndarray) -> np.ndarray:
-    """The different ones of ids that lie close together, sorted."""
+    """Return the distinct values, sorted, of ids that lie close together."""
     if not len(ids):
         return ids
     low = int(ids.min())
@@ -139,7 +139,7 @@ def distinct(ids: np.ndarray) -> np.ndarray:
 
 
 def scrambled(x: np.ndarray, salt: np.uint64) -> np.ndarray:
-    """A 64-bit hash of each integer (the finalizer of SplitMix64, Steele et al. 2014)."""
+    """Return a 64-bit hash of each integer (the finalizer of SplitMix64, Steele et al. 2014)."""
     z = x.astype(np.uint64) + salt
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -147,7 +147,7 @@ def scrambled(x: np.ndarray, salt: np.uint64) -> np.ndarray:
 
 
 def first_of_class(hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """For each component the first channel of its class, so that classes sort in graph order."""
+    """Return for each component the first channel of its class, so that classes sort in graph order."""
     classes, inverse = np.unique(hashes, return_inverse=True)
     lowest = np.full(len(classes), first.max(initial=0))
     np.minimum.at(lowest, inverse, first)
@@ -162,7 +162,7 @@ def build(
     starts: np.ndarray,
     blocks: np.ndarray,
 ) -> Bases:
-    """Bases from sorted components: basis b holds the ranks from starts[b] to starts[b + 1]."""
+    """Build bases from sorted components; basis b holds the ranks from starts[b] to starts[b + 1]."""
     of_channel = np.searchsorted(starts, rank, side="right") - 1
     place = rank - starts[of_channel]
     touching: list[list[ChannelUse]] = [[] for _ in starts]
@@ -179,11 +179,11 @@ def build(
     return Bases(bases, at)
 
 
-Where = tuple[np.ndarray, np.ndarray, Channels]  # for each channel its basis, its place in it, and how it belongs to it
+Where = tuple[np.ndarray, np.ndarray, Channels]  # for each channel its basis, its place in it, and its component
 
 
 def make_basis(index: int, events: list[ChannelUse], where: Where, blocks: np.ndarray) -> Basis:
-    """One basis from the events that touch it."""
+    """Build one basis from the events that touch it."""
     dim, starts = len(blocks), np.flatnonzero(np.diff(blocks, prepend=~blocks[:1]))
     heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
     group = functools.reduce(operator.and_, (e.group for e in events), AllowedTransforms.LINEAR)
@@ -203,9 +203,9 @@ def make_basis(index: int, events: list[ChannelUse], where: Where, blocks: np.nd
 
 
 def make_edge(event: ChannelUse, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:
-    """Where along the parameter's axis the channels of one basis lie, copy by copy."""
+    """Build the edge that says where along the parameter's axis the channels of one basis lie, copy by copy."""
     ids = event.channels.numpy()[here]
     here = here[np.lexsort((here, where[2].copy[ids], where[1][ids]))]
-    assert event.positions is not None  # every event of a parameter has them
+    assert event.positions is not None  # every event of a parameter has positions
     index = event.positions[here].reshape(dim, -1).T.contiguous()
     return Edge(event.parameter, event.axis, index, event.vector, event.offset, event.region, dual and not event.reads)

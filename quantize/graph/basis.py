@@ -1,4 +1,4 @@
-"""Channel bases: what the analysis answers."""
+"""The analysis answers with channel bases."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ class Edge:
     """A parameter that writes or reads a basis.
 
     Attributes:
-        parameter: its name.
-        axis: the axis along which it holds channels.
+        parameter: the parameter's name.
+        axis: the axis along which the parameter holds channels.
         index: int64 [copies, dim]; `index[c, i]` is where along the axis channel i of the basis lies. Grouped queries
             read every value channel several times, hence the copies.
-        vector: a gain, which can only scale.
+        vector: whether the parameter is a gain, which can only scale.
         offset: the gain is the parameter plus this number.
         region: the part of the parameter that takes part, an index for each axis; empty for all of it.
-        dual: the parameter writes channels that others are multiplied with (keys), so it absorbs T⁻ᵀ as a reader does.
+        dual: whether the parameter writes channels that others are multiplied with (keys), so that it absorbs T⁻ᵀ as a
+            reader does.
     """
 
     parameter: str
@@ -40,9 +41,9 @@ class Basis:
     """An axis along which channels live.
 
     Attributes:
-        dim: number of channels, in `heads` equal runs that must not mix.
-        group: the transforms it admits.
-        writers, readers: parameters that absorb T and its inverse.
+        dim: the number of channels, which form `heads` equal runs that must not mix.
+        group: the transforms that the basis admits.
+        writers, readers: the parameters that absorb T and those that absorb its inverse.
         pins: what restricts the group, in words.
         gains: norm gains that must be folded into their readers before the group holds.
     """
@@ -64,7 +65,7 @@ class Basis:
         return scaled[0] if len(scaled) == 1 and linear and AllowedTransforms.DIAGONAL in self.group else None
 
     def as_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "dim": self.dim,
             "group": str(self.group),
@@ -82,9 +83,9 @@ class Placement:
     """Where the channels of a value lie.
 
     Attributes:
-        axes: of the value, along which the channel changes.
-        ids: int64 [size]; along these axes, counted through, element i carries channel ids[i].
-        basis, place: of all channels.
+        axes: the axes of the value along which the channel changes.
+        ids: int64 [size]; along these axes, taken as one flattened axis, element i carries channel ids[i].
+        basis, place: the basis of each channel, and its place in the basis.
     """
 
     axes: tuple[int, ...]
@@ -93,7 +94,7 @@ class Placement:
     place: Tensor
 
     def of(self, basis: Basis) -> Tensor | None:
-        """Int64 [copies, dim]: where the channels of one basis lie; None if they are not all there equally often."""
+        """Return where the channels of one basis lie, int64 [copies, dim]; None if not all are there equally often."""
         here = (self.basis[self.ids] == basis.index).nonzero()[:, 0]
         place = self.place[self.ids[here]]
         order, counts = here[place.argsort(stable=True)], torch.bincount(place, minlength=basis.dim)
@@ -102,7 +103,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Bases:
-    """What the analysis found.
+    """The bases that the analysis found.
 
     Attributes:
         all: the bases in the order in which the graph makes them.
@@ -113,6 +114,6 @@ class Bases:
     at: dict[fx.Node, Placement]
 
     def reading(self, parameter: str) -> Basis | None:
-        """The basis that a linear's weight reads, if it reads one and nothing else."""
+        """Return the basis that a linear's weight reads, if it reads one and nothing else."""
         found = [b for b in self.all if any(e.parameter == parameter and not e.dual for e in b.readers)]
         return found[0] if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""A `Program` from the exporter: one forward pass, cut into blocks."""
+"""The exporter gives one forward pass, which is cut into blocks and becomes a `Program`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from quantize.graph.usage_probe import read_past_forward
 
 
 def export_program(skeleton: nn.Module) -> Program:
-    """Export one forward pass; sizes of batch and sequence are dynamic.
+    """Export one forward pass with dynamic sizes of batch and sequence.
 
     Args:
-        skeleton: parameters on the meta device, buffers real; its parameters are untied in place.
+        skeleton: the model with parameters on the meta device and real buffers; its parameters are untied in place.
 
     Raises:
         ExportError: the exporter refuses the model; the message carries its reason.
@@ -42,7 +42,7 @@ def export_program(skeleton: nn.Module) -> Program:
         shapes = {**dynamic, **dict.fromkeys(switches)}
         with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # whatever the exporter meets in a stranger's code
+    except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
     program = from_exported(exported, buffers, switches, tuple(inputs))
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
@@ -51,7 +51,7 @@ def export_program(skeleton: nn.Module) -> Program:
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:
-    """`use_cache=False` where forward takes that switch: one pass over whole sequences needs no cache."""
+    """Return `use_cache=False` if `forward` takes that switch, because a pass over whole sequences needs no cache."""
     known = hasattr(getattr(model, "config", None), "use_cache")
     return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
 
@@ -65,7 +65,7 @@ def untie(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Others warn of deprecations and masks, and the exporter prints half a graph where it fails: nothing to act on."""
+    """Silence other libraries' warnings, and the graph that a failing exporter prints, since nobody can act on them."""
     before = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -101,7 +101,7 @@ def from_exported(
 
 
 def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:
-    """What the graph returns, each with its key where the model returns a dictionary."""
+    """Return the graph's outputs, each with its key if the model returns a dictionary."""
     spec, nodes = exported.call_spec.out_spec, output.all_input_nodes
     keys = spec.context if isinstance(getattr(spec, "context", None), list) else []
     names = [str(key) for key in keys] if len(keys) == len(nodes) else [""] * len(nodes)
@@ -152,7 +152,7 @@ def cut(module: fx.GraphModule, parameters: dict[fx.Node, str]) -> tuple[Segment
 
 
 def block_of(node: fx.Node) -> str | None:
-    """Path of the outermost list item that the node's module lies in; '' outside of all, None if not known."""
+    """Return the path of the outermost list item that the node's module lies in; '' outside of all, None if unknown."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
@@ -160,7 +160,7 @@ def block_of(node: fx.Node) -> str | None:
 
 
 def block_at(path: str) -> str:
-    """Path of the outermost list item that a module lies in; '' outside of all."""
+    """Return the path of the outermost list item that a module lies in; '' outside of all."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", path)
     return found.group() if found else ""
 
@@ -174,5 +174,5 @@ def split_tail(runs: list[tuple[str, list[fx.Node]]]) -> list[tuple[str, list[fx
 
 
 def read_by(nodes: list[fx.Node], parameters: dict[fx.Node, str]) -> tuple[str, ...]:
-    """Names of the parameters that some nodes read, in order, once each."""
+    """Return the names of the parameters that some nodes read, in order, each once."""
     return tuple(dict.fromkeys(parameters[n] for node in nodes for n in node.all_input_nodes if n in parameters))

@@ -1,4 +1,4 @@
-"""What a model's forward takes: an example of each input, from argument names and config, never a model's name."""
+"""Examples of what a model's `forward` takes are made from argument names and the config, never from a model's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
 
-BATCH, SEQUENCE = 2, 8  # large enough that no size is taken for a broadcast
+BATCH, SEQUENCE = 2, 8  # so large that no size is taken for a broadcast
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Input:
 
 
 def example_inputs(model: nn.Module) -> dict[str, Input]:
-    """Argument of forward → example. A module that declares nothing takes token ids as its first argument.
+    """Return an example of each input by argument of `forward`; a module that declares none takes token ids first.
 
     Raises:
-        QuantizeError: the model declares an input that nothing is known of.
+        QuantizeError: the model declares an input of which nothing is known.
     """
     config, arguments = getattr(model, "config", None), list(inspect.signature(model.forward).parameters)
     main = getattr(model, "main_input_name", None)
@@ -40,20 +40,20 @@ def example_inputs(model: nn.Module) -> dict[str, Input]:
 
 
 def make_input(name: str, model: nn.Module) -> Input:
-    """An example by the name of its argument."""
+    """Make an example of an input from the name of its argument."""
     if name not in KINDS:
         raise QuantizeError(f"the model takes `{name}`; known are {', '.join(KINDS)}")
     return KINDS[name](model)
 
 
 def token_ids(model: nn.Module) -> Input:
-    """Int64 [batch, sequence]."""
+    """Return example token ids, int64 [batch, sequence]."""
     del model
     return Input(torch.zeros(BATCH, SEQUENCE, dtype=torch.long, device="meta"), (0, 1))
 
 
 def pixels(model: nn.Module) -> Input:
-    """Float32 [batch, channels, height, width]."""
+    """Return an example image, float32 [batch, channels, height, width]."""
     config: Any = model.config
     config = getattr(config, "vision_config", config)
     size = config.image_size
@@ -62,7 +62,10 @@ def pixels(model: nn.Module) -> Input:
 
 
 def audio_features(model: nn.Module) -> Input:
-    """Float32 [batch, mel bins, frames]: the encoder's positions times what convolutions in front take together."""
+    """Return example features of sound, float32 [batch, mel bins, frames].
+
+    The frames are the encoder's positions times the strides of the convolutions in front.
+    """
     config: Any = model.config
     stride = math.prod(module.stride[0] for module in model.modules() if isinstance(module, nn.Conv1d))
     return Input(torch.zeros(BATCH, config.num_mel_bins, config.max_source_positions * stride, device="meta"), (0,))

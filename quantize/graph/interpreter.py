@@ -1,4 +1,4 @@
-"""Run nodes of a program on real values, with a weight or a whole linear replaced where asked."""
+"""Nodes of a program run on real values, and weights or whole linears may be replaced."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ Values = dict[fx.Node, Any]
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a stretch of the program runs with.
+    """The weights and operators that a stretch of the program runs with.
 
     Attributes:
         weights: parameter name → value.
         linears: linear node → what runs instead: input → output.
         operators: any other node → what runs instead on the node's own arguments.
+        product_dtype: what quantized linears round the operands of their products to, where they run on many batches.
     """
 
     weights: dict[str, Tensor]
     linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
+    product_dtype: torch.dtype = torch.float32
 
 
 def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
-    """Values before the first node: the inputs by name (a tensor is the only one), and the switches."""
+    """Return the values before the first node: the inputs by name (a tensor is the only input), and the switches."""
     if isinstance(given, Tensor):
         given = dict(zip(program.inputs, [given], strict=True))
     return {**{program.inputs[name]: value for name, value in given.items()}, **program.constants}
@@ -49,7 +51,7 @@ def run_nodes(program: Program, nodes: Iterable[fx.Node], values: Values, state:
 
 
 def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
-    """One node's value."""
+    """Compute one node's value."""
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
     if replaced := state.linears.get(node):

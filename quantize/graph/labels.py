@@ -1,4 +1,4 @@
-"""Which channel each element of a tensor carries: labels, moved by the graph's own data-movement operators."""
+"""Labels say which channel each element of a tensor carries; the graph's own data-movement operators move them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ChannelUse:
     """Something that happens to channels: a parameter writes or reads them, or an operator restricts their group.
 
     Attributes:
-        channels: int64 ids, one for each index of the parameter's axis that takes part, or the channels restricted.
-        group: what the event leaves of the admissible group.
-        reason: why, in words; empty where nothing is restricted.
-        parameter, axis: what writes or reads, along which axis; empty for a mere restriction.
-        reads: the parameter reads the channels (it writes them otherwise).
-        vector: the parameter is one-dimensional along its axis and can only scale (a gain).
+        channels: int64 ids, one for each index of the parameter's axis that takes part, or of the channels restricted.
+        group: the transforms that the event leaves admissible.
+        reason: why the group is restricted, in words; empty if nothing is restricted.
+        parameter, axis: the parameter that writes or reads, and along which axis; empty for a mere restriction.
+        reads: whether the parameter reads the channels; otherwise it writes them.
+        vector: whether the parameter is one-dimensional along its axis and can only scale (a gain).
         offset: the gain is the parameter plus this number.
         positions: where along the parameter's axis the channels lie.
         region: the part of the parameter that takes part.
-        blocks: for each channel the block (attention head) outside of which it must not mix, or None.
-        counted: a channel counts as often as it occurs (in a sum over channels); else once.
+        blocks: for each channel the block (attention head) outside of which it must not mix; None for no blocks.
+        counted: whether a channel counts as often as it occurs (in a sum over channels); otherwise it counts once.
     """
 
     channels: Tensor
@@ -52,15 +52,15 @@ class ChannelTrace:
     Attributes:
         parameters: placeholder → parameter name.
         folded: gains that count as ones, since a pass has folded them away.
-        labels: node → int64 ids in the shape of its value (example sizes); a node without channels has none.
-        squares, means: node → labels of the value it is the square, or the mean over channels, of.
-        views: node → the parameter it is, or a part of one; for several results a tuple.
-        joined: pairs of ids that are one channel, since their values are added.
-        paired: pairs of ids that are multiplied and summed up: what T does to one, T⁻ᵀ must do to the other.
-        sizes: for each value that channels were made for, how many; ids count on from one to the next.
-        uses: parameter → what uses it, each with the part that takes part.
-        accounted: (node, parameter): a rule has dealt with this node's use of the parameter.
-        at: node → axes along which its channels lie, and the ids along them.
+        labels: node → int64 ids in the shape of its value (at the example sizes); a node without channels has none.
+        squares, means: node → the labels of the value whose square, or whose mean over channels, the node is.
+        views: node → the parameter, or the part of one, that the node is; for several results a tuple.
+        joined: pairs of ids that are one channel, because their values are added.
+        paired: pairs of ids that are multiplied and summed up, so that T⁻ᵀ must do to one what T does to the other.
+        sizes: the number of channels of each value that channels were made for; ids count on from one to the next.
+        uses: parameter → the nodes that use it, each with the part that takes part.
+        accounted: pairs (node, parameter) where a rule has dealt with the node's use of the parameter.
+        at: node → the axes along which its channels lie, and the ids along them.
     """
 
     parameters: dict[fx.Node, str]
@@ -82,7 +82,7 @@ class ChannelTrace:
         self.views |= {node: View.whole(name, shape_of(node)) for node, name in self.parameters.items()}
 
     def fresh(self, node: fx.Node, axis: int = -1) -> Tensor:
-        """New channels along an axis of a node's value, written to `labels`; returns their ids."""
+        """Make new channels along an axis of a node's value, write them to `labels`, and return their ids."""
         shape = shape_of(node)
         ids = torch.arange(self.count, self.count + shape[axis])
         self.sizes.append(shape[axis])
@@ -100,7 +100,7 @@ class ChannelTrace:
         self.events.append(ChannelUse(labels.reshape(-1), group, reason, blocks=blocks, counted=counted))
 
     def pin(self, node: fx.Node, reason: str) -> None:
-        """Rule out every transform of the channels of a node's value; no channels, nothing to do."""
+        """Rule out every transform of the channels of a node's value, if it has any."""
         for labels in (self.labels.get(node), self.squares.get(node), self.means.get(node)):
             for one in labels if isinstance(labels, list | tuple) else [labels]:
                 if one is not None:
@@ -112,18 +112,18 @@ class ChannelTrace:
             self.pin(node, reason)
 
     def touches(self, node: fx.Node) -> bool:
-        """Whether a node's value has channels, or is made of ones that must not be forgotten."""
+        """Return whether a node's value has channels, or is the square or the mean of channels."""
         return node in self.labels or node in self.squares or node in self.means
 
     def use(self, node: fx.Node, view: View, axis: int, ids: Tensor, reads: bool = False, gain: str = "") -> None:
         """Note that an axis of a parameter (or of a part of it) reads or writes channels.
 
         Args:
-            node: what uses it.
+            node: the node that uses the parameter.
             view, axis: the parameter, and the axis of the view.
             ids: the channels, one for each index of that axis.
-            reads: it reads them; else it writes them.
-            gain: why it can only scale them; empty for what can mix them.
+            reads: whether the parameter reads the channels; otherwise it writes them.
+            gain: why the parameter can only scale the channels; empty if it can mix them.
         """
         region, along = view.region(), view.along(axis)
         if along is None or region is None or len(ids) != view.size[axis]:
@@ -141,7 +141,7 @@ class ChannelTrace:
         self.accounted.add((node, view.name))
 
     def merge_equal(self, labels: Tensor, axis: int = -1) -> Tensor:
-        """One id for each index of an axis: a parameter along it treats all that stands there alike, so it is one."""
+        """Return one id for each index of an axis; join the rest, as a parameter along the axis treats them alike."""
         rows = labels.movedim(axis, -1)
         for d in range(rows.dim() - 1):
             if d not in channel_axes(rows):
@@ -152,18 +152,18 @@ class ChannelTrace:
         return rows[0].clone()
 
     def view(self, node: Any) -> View | None:
-        """The parameter, or the part of one, that an argument is."""
+        """Return the parameter, or the part of one, that an argument is."""
         found = self.views.get(node) if isinstance(node, fx.Node) else None
         return found if isinstance(found, View) else None
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """Shape of a node's value at the example sizes."""
+    """Return the shape of a node's value at the example sizes."""
     return tuple(concrete(size) for size in node.meta["val"].shape)
 
 
 def concrete(value: Any) -> Any:
-    """A symbolic size at the example sizes; one that depends on data is taken as 2."""
+    """Return a symbolic size at the example sizes; one that depends on data is taken as 2."""
     if not isinstance(value, torch.SymInt):
         return value
     if value.node.has_hint():
@@ -179,7 +179,7 @@ def move(walk: ChannelTrace, node: fx.Node) -> Any:
         return walk.labels[n] if n in walk.labels else concrete(n.meta["val"])
 
     args, kwargs = map_arg(node.args, substitute), map_arg(node.kwargs, substitute)
-    target = torch.ops.aten.reshape.default if node.target in VIEWS else node.target  # labels may be laid out otherwise
+    target = torch.ops.aten.reshape.default if node.target in VIEWS else node.target  # labels have strides of their own
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
@@ -187,7 +187,7 @@ VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def varying(labels: Tensor) -> Tensor:
-    """The labels with every axis along which they do not change cut to one."""
+    """Return the labels with every axis along which they do not change cut to size one."""
     for axis in (d for d in range(labels.dim()) if labels.shape[d] > 1):
         if labels.stride(axis) == 0 or bool((labels.narrow(axis, 0, 1) == labels).all()):
             labels = labels.narrow(axis, 0, 1)
@@ -195,36 +195,36 @@ def varying(labels: Tensor) -> Tensor:
 
 
 def channel_axes(labels: Tensor) -> list[int]:
-    """Axes along which the channel changes."""
+    """Return the axes along which the channel changes."""
     return [d for d, size in enumerate(varying(labels).shape) if size > 1]
 
 
 def last_axis(labels: Tensor) -> Tensor | None:
-    """The ids along the last axis if no other axis changes them, else None."""
+    """Return the ids along the last axis if no other axis changes them, and None otherwise."""
     if not labels.numel() or any(d != labels.dim() - 1 for d in channel_axes(labels)):
         return None
     return labels[(0,) * (labels.dim() - 1)].clone()
 
 
 def trimmed(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two label tensors of one shape, with every axis along which neither changes cut to one."""
+    """Return two label tensors of one shape with every axis along which neither changes cut to size one."""
     for axis in set(range(a.dim())) - set(channel_axes(a)) - set(channel_axes(b)):
         a, b = a.narrow(axis, 0, 1), b.narrow(axis, 0, 1)
     return a, b
 
 
 def id_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Int64 [2, count]: which ids of two label tensors of one shape meet."""
+    """Return which ids of two label tensors of one shape meet, int64 [2, count]."""
     return torch.stack([a.reshape(-1), b.reshape(-1)])
 
 
 def along_axis(values: Tensor, axis: int, dims: int) -> Tensor:
-    """A vector as a tensor of `dims` axes that varies along one of them."""
+    """Return a vector as a tensor of `dims` axes that varies along one of them."""
     return values.reshape([-1 if d == axis else 1 for d in range(dims)])
 
 
 def axis_index(labels: Tensor, axes: list[int]) -> Tensor:
-    """For each element its index along some axes, counted through."""
+    """Return for each element its index along some axes, taken as one flattened axis."""
     index = torch.zeros((), dtype=torch.int64)
     for axis in axes:
         index = index * labels.shape[axis] + along_axis(torch.arange(labels.shape[axis]), axis, labels.dim())

@@ -1,4 +1,4 @@
-"""Linears: products with a parameter, and whether a quantized linear can stand in for the module that computes one."""
+"""Linears are products with a parameter; a quantized linear may stand in for the module that computes one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READ_ITSELF = "the model reads it itself, not through its module"
 
 
 class Form(NamedTuple):
-    """Places of a product's operands, and whether it takes the weight as [K, N]."""
+    """The places of a product's operands, and whether the product takes the weight as [K, N]."""
 
     source: int
     weight: int
@@ -49,11 +49,11 @@ class Linear:
     """A linear whose weight is a parameter.
 
     Attributes:
-        path: the module that owns the weight.
-        node, source: the product, and its input [..., K].
-        weight, bias: names of its parameters.
-        columns: K.
-        transposed: the weight is stored as [K, N].
+        path: the path of the module that owns the weight.
+        node, source: the node of the product, and the node of its input [..., K].
+        weight, bias: the names of its parameters.
+        columns: K, the number of input channels.
+        transposed: whether the weight is stored as [K, N].
     """
 
     path: str
@@ -65,12 +65,12 @@ class Linear:
     transposed: bool
 
     def as_out_in(self, weight: Tensor) -> Tensor:
-        """The weight as [N, K] from how it is stored, and back."""
+        """Turn the weight from how it is stored to [N, K], or back."""
         return weight.T if self.transposed else weight
 
 
 def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
-    """Linears in groups that share an input, in the order in which each group's first comes."""
+    """Return linears in groups that share an input, in the order of each group's first linear."""
     groups: dict[fx.Node, list[Linear]] = {}
     for linear in linears:
         groups.setdefault(linear.source, []).append(linear)
@@ -78,12 +78,12 @@ def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
 
 
 def input_of(node: fx.Node) -> fx.Node:
-    """The input of a product."""
+    """Return the input of a product."""
     return node.args[FORMS[node.target].source]  # type: ignore[return-value]
 
 
 def find_linear(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | None:
-    """The linear that a node computes: x Wᵀ + b or x W + b, W and b parameters, b [N] or none; None if it does not."""
+    """Return the linear x Wᵀ + b or x W + b that a node computes, W and b [N] (or no b) parameters; None for others."""
     form = FORMS.get(node.target)
     if form is None or any(factor != 1 for factor in node.kwargs.values()):  # alpha, beta
         return None
@@ -99,17 +99,17 @@ def find_linear(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | No
 
 
 def operand(node: fx.Node, place: int | None) -> Any:
-    """An operand of a product, None if it has none there."""
+    """Return an operand of a product; None if it has none there."""
     return node.args[place] if place is not None and place < len(node.args) else None
 
 
 def parameter_size(node: Any, parameters: Mapping[fx.Node, str]) -> tuple[int, ...]:
-    """Shape of a parameter; () for anything else."""
+    """Return the shape of a parameter; () for anything else."""
     return tuple(node.meta["val"].shape) if isinstance(node, fx.Node) and node in parameters else ()
 
 
 def not_replaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapping[fx.Node, str]) -> set[str]:
-    """Weights of linears whose module computes anything else, so that no other module can stand in for it."""
+    """Return weights of linears whose module computes something else, too, so that nothing can stand in for it."""
     by_name, inside = {name: node for node, name in parameters.items()}, nodes_inside(graph)
     groups: dict[str, list[Linear]] = defaultdict(list)  # a module may be called several times
     for linear in linears:
@@ -122,12 +122,12 @@ def not_replaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapp
 
 
 def stacks(parameters: Mapping[fx.Node, str]) -> dict[str, str]:
-    """Parameters of three and more axes, with the reason why they stay in floating point."""
+    """Return parameters of three and more axes, with the reason why they stay in floating point."""
     return {name: STACK for node, name in parameters.items() if sum(n > 1 for n in node.meta["val"].shape) > 2}
 
 
 def nodes_inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:
-    """Module path → the nodes that it or a module in it computes, but for sizes."""
+    """Map module paths to the nodes that the module or a module in it computes; sizes are left out."""
     inside: dict[str, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
         for path in () if isinstance(node.meta.get("val"), int | torch.SymInt) else modules_of(node):
@@ -136,12 +136,12 @@ def nodes_inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:
 
 
 def modules_of(node: fx.Node) -> list[str]:
-    """Paths of the modules that a node lies in, from the outermost to the innermost; [] where none is known."""
+    """Return the paths of the modules that a node lies in, from outermost to innermost; [] if none is known."""
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def stands_alone(calls: list[Linear], inside: Collection[fx.Node], by_name: Mapping[str, fx.Node]) -> bool:
-    """Whether a module computes one product a call, on rows that stay as they are, with parameters of its own."""
+    """Return whether a module computes one product a call, on rows as they come, with parameters of its own."""
     chains = [chain(linear, inside) for linear in calls]
     computed = {node for nodes in chains for node in nodes}
     owned = {by_name[name] for name in (calls[0].weight, calls[0].bias) if name is not None}
@@ -151,7 +151,7 @@ def stands_alone(calls: list[Linear], inside: Collection[fx.Node], by_name: Mapp
 
 
 def chain(linear: Linear, inside: Collection[fx.Node]) -> list[fx.Node]:
-    """A product with the views in front of it and behind it, as far as they lie inside and nothing else reads them."""
+    """Return a product with the views in front of and behind it that lie inside and that nothing else reads."""
     nodes = [linear.node]
     while (before := first_input(nodes[0])) in inside and before.target in VIEWS and len(before.users) == 1:
         nodes.insert(0, before)
@@ -161,10 +161,10 @@ def chain(linear: Linear, inside: Collection[fx.Node]) -> list[fx.Node]:
 
 
 def first_input(node: fx.Node) -> fx.Node:
-    """The input of a product or view."""
+    """Return the input of a product or view."""
     return input_of(node) if node.target in FORMS else node.args[0]  # type: ignore[return-value]
 
 
 def keeps_rows(nodes: list[fx.Node]) -> bool:
-    """Whether a chain turns [..., K] into [..., N]."""
+    """Return whether a chain turns [..., K] into [..., N]."""
     return shape_of(first_input(nodes[0]))[:-1] == shape_of(nodes[-1])[:-1]

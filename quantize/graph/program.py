@@ -1,4 +1,4 @@
-"""A model as its exported graph, cut into blocks, with the name of every parameter it reads and no weight in memory."""
+"""A program is a model's exported graph, cut into blocks, with names of parameters and no weight in memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of nodes that belongs to one repeated block, or to what stands before, between and after.
+    """A run of nodes that belongs to one repeated block, or to what stands before, between or after blocks.
 
     Attributes:
-        name: module path of the block (`model.layers.3`), or of what stands around it.
-        nodes: in execution order.
-        parameters: names of the parameters the nodes read, in that order.
+        name: the module path of the block (`model.layers.3`), or a name for what stands around blocks.
+        nodes: the nodes in execution order.
+        parameters: the names of the parameters that the nodes read, in that order.
     """
 
     name: str
@@ -40,9 +40,8 @@ class Program:
         inputs: argument of forward → its placeholder, the main input first.
         segments: all other nodes but the output, in order.
         output: the node that returns.
-        intermediate_outputs: outputs that are no result: an encoder's states beside a decoder's output, which the
-            decoder reads.
-        weights_read_directly: names of weights that the model reads itself beside their product.
+        intermediate_outputs: outputs that are no result, such as an encoder's states, which the decoder reads.
+        weights_read_directly: the names of weights that the model reads itself, apart from their product.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
@@ -59,16 +58,16 @@ class Program:
 
     @property
     def export_error_message(self) -> str:
-        """What it means that the model cannot be exported, as a line to show."""
+        """A line to show that says what it means that the model cannot be exported."""
         return f"the model cannot be exported ({self.export_error}): only online transforms are used"
 
     def export_record(self) -> dict[str, object]:
-        """Plain data for JSON: whether the model could be exported, and why not."""
+        """Return plain data for JSON: whether the model could be exported, and why not."""
         return {"exported": not self.export_error, "reason": self.export_error}
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the smallest table that the inputs index; token ids lie below it."""
+        """The rows of the smallest table that the inputs index, which token ids lie below."""
         ids, tables = set(self.inputs.values()), list[Any]()
         for node in self.module.graph.nodes:
             if node.target in VIEWS | MOVES and node.args[0] in ids:
@@ -78,13 +77,13 @@ class Program:
         return min([int(table.meta["val"].shape[0]) for table in tables] or [2**31])
 
     def linears(self, segment: Segment) -> list[Linear]:
-        """The linears of a segment that a quantized one can stand in for, in order."""
+        """Return the linears of a segment that a quantized linear can stand in for, in order."""
         found = (self._linears[node] for node in segment.nodes if node in self._linears)
         return [linear for linear in found if linear.weight not in self.not_replaceable]
 
     @functools.cached_property
     def not_replaceable(self) -> dict[str, str]:
-        """The weights of all other linears, and stacks of them, and why."""
+        """The weights of all other linears, and stacks of weights, with the reason why nothing stands in for them."""
         more = not_replaceable(self.module.graph, self._linears.values(), self.parameters)
         return (
             dict.fromkeys(self.weights_read_directly, READ_ITSELF)
@@ -93,7 +92,7 @@ class Program:
         )
 
     def never_executed(self, outputs: list[Tensor]) -> list[str]:
-        """Linears that none of some runs has reached; an exported graph runs all."""
+        """Return linears that none of some runs has reached; an exported graph runs all of them."""
         del outputs
         return []
 
@@ -104,5 +103,5 @@ class Program:
 
     @functools.cached_property
     def last_use(self) -> dict[fx.Node, fx.Node]:
-        """For each value the last node that reads it."""
+        """Return for each value the last node that reads it."""
         return {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}

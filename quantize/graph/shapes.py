@@ -71,35 +71,17 @@ class ShapeInfo:
             return {id(x): math.prod(map(self.number, x.shape)) * 4 for x in tensors}
         return {x.untyped_storage()._cdata: self.number(x.untyped_storage().nbytes()) for x in tensors}
 
-    def bytes_written(self, node: fx.Node) -> int:
-        """Bytes that a node writes: its value, unless that is a view."""
-        given = {key for source in node.all_input_nodes if "val" in source.meta for key in self.storages(source)}
-        return sum(size for key, size in self.storages(node).items() if key not in given)
-
-    def multiply_adds(self, node: fx.Node) -> int:
-        """Of a matrix product or of attention; 0 for all else."""
-        return multiply_adds(node, self.shape)
-
-    def scores(self, node: fx.Node) -> int:
-        """How many an attention computes, each of a query and a key; 0 of all else."""
-        return scores(node, self.shape)
-
 
 def multiply_adds(node: fx.Node, shape: Shape) -> int:
-    """`ShapeInfo.multiply_adds`, given the shape of each node's value."""
+    """Of a matrix product or of attention, given the shape of each node's value; 0 for all else."""
     name = name_of(node) if node.op == "call_function" else ""
     if name in PRODUCTS:
         inner = shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
         return math.prod(shape(node)) * inner
-    return 2 * scores(node, shape) * shape(node.args[0])[-1] if name == ATTENTION else 0  # type: ignore[arg-type]
-
-
-def scores(node: fx.Node, shape: Shape) -> int:
-    """`ShapeInfo.scores`, given the shape of each node's value."""
-    if node.op != "call_function" or name_of(node) != ATTENTION:
+    if name != ATTENTION:
         return 0
     query, key = (shape(n) for n in node.args[:2])  # type: ignore[arg-type]
-    return math.prod(query[:-1]) * key[-2]
+    return 2 * math.prod(query) * key[-2]
 
 
 @dataclass

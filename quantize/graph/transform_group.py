@@ -1,4 +1,4 @@
-"""The transforms a channel basis admits, as sets."""
+"""Sets of the transforms that a channel basis admits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Flag
 
 
 class AllowedTransforms(Flag):
-    """Which matrices T may act on a basis; `A in B`: B allows every A; `A & B`: what both allow.
+    """The matrices T that may act on a basis. `A in B` means that B allows every A; `A & B` is what both allow.
 
     `CENTRED_ORTHOGONAL` are the orthogonal matrices with T 1 = 1, which keep the mean of the channels as well as their
     mean square; so a LayerNorm lets them through as it is.
@@ -20,5 +20,5 @@ class AllowedTransforms(Flag):
     LINEAR = ORTHOGONAL | DIAGONAL
 
     def __str__(self) -> str:
-        """The group's name in reports, `orthogonal`."""
+        """Return the group's name as in reports, such as `orthogonal`."""
         return (self.name or "none").lower()

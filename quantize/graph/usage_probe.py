@@ -1,4 +1,4 @@
-"""A trial run with stand-ins for linears, which shows where the model around them asks for more than a product."""
+"""A trial run with stand-ins for linears shows where the model around them asks for more than a product."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantize.graph.linears import Linear
 
-KNOWN = ("in_features", "out_features", "bias")  # what a quantized linear has too
+KNOWN = ("in_features", "out_features", "bias")  # attributes that a quantized linear has, too
 
 
 class StandIn(nn.Module):
-    """Gives what a linear gives, without its values, and notes when anything else is asked of it."""
+    """A stand-in that returns a linear's output without values, and notes when anything else is asked of it."""
 
     def __init__(self, original: nn.Module, rows: int) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class StandIn(nn.Module):
 
 @torch.no_grad()
 def read_past_forward(model: nn.Module, linears: Iterable[Linear], given: Mapping[str, Any]) -> frozenset[str]:
-    """Weights of linears of which the model reads more than their product, as far as a run without values gets.
+    """Return weights of linears of which the model reads more than their product, as far as a run without values gets.
 
     Args:
-        model: on the meta device.
+        model: the model on the meta device.
         linears: modules that compute one product each.
-        given: arguments of forward, on the meta device.
+        given: arguments of `forward` on the meta device.
     """
     rows = {linear.path: (linear.weight, int(linear.node.meta["val"].shape[-1])) for linear in linears}
     stand_ins = {path: StandIn(model.get_submodule(path), size) for path, (_, size) in rows.items()}
@@ -47,6 +47,6 @@ def read_past_forward(model: nn.Module, linears: Iterable[Linear], given: Mappin
         for path, stand_in in stand_ins.items():
             put_back.callback(model.set_submodule, path, stand_in.original)
             model.set_submodule(path, stand_in)
-        mode = put_back.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # makes code do without values
+        mode = put_back.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # makes such code do without values
         model(**{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in given.items()})
     return frozenset(weight for path, (weight, _) in rows.items() if stand_ins[path].asked)

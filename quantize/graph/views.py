@@ -1,4 +1,4 @@
-"""Parameters as operands: as they are stored, or a part of them, or with their axes in another order."""
+"""A view is a parameter as an operand: as it is stored, a part of it, or with its axes in another order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Region = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class View:
-    """Elements of a contiguous parameter: element (i₀, i₁, …) lies at `first + Σ stride · i`.
+    """Elements of a contiguous parameter, of which element (i₀, i₁, …) lies at `first + Σ stride · i`.
 
     Attributes:
-        name, shape: the parameter.
-        size, stride, first: which of its elements, in which order.
-        offset: a number added to every element (a gain 1 + w).
+        name, shape: the name and the shape of the parameter.
+        size, stride, first: which of the parameter's elements the view has, and in which order.
+        offset: a number that is added to every element (as in a gain 1 + w).
     """
 
     name: str
@@ -31,11 +31,11 @@ class View:
 
     @classmethod
     def whole(cls, name: str, shape: Sequence[int]) -> View:
-        """A parameter as it is stored."""
+        """Return the view of a parameter as it is stored."""
         return cls(name, tuple(shape), tuple(shape), contiguous(shape))
 
     def moved(self, result: Tensor, base: Tensor) -> View | None:
-        """The view that an operator made of `base`, a stand-in for this one; None if it copied."""
+        """Return the view that an operator made of `base`, a stand-in for this view; None if the operator copied."""
         if result is not base and result._base is not base:
             return None
         return replace(
@@ -43,11 +43,11 @@ class View:
         )
 
     def stand_in(self) -> Tensor:
-        """A tensor without memory that is laid out alike."""
+        """Return a tensor without memory that has the view's sizes and strides."""
         return torch.empty_strided(self.size, self.stride, device="meta")
 
     def along(self, axis: int) -> tuple[int, slice] | None:
-        """The parameter's axis, and the part of it, that an axis of the view runs along; None if not just one."""
+        """Return the parameter's axis that an axis of the view runs along, and which part of it; None if not one."""
         size, step = self.size[axis], self.stride[axis]
         strides = contiguous(self.shape)
         axes = [a for a, s in enumerate(strides) if self.shape[a] > 1 and 0 < s <= step]
@@ -58,11 +58,11 @@ class View:
         return (axes[0], slice(start, stop, step)) if stop <= self.shape[axes[0]] else None
 
     def start(self, axis: int) -> int:
-        """Where along an axis of the parameter the first element lies."""
+        """Return where along an axis of the parameter the first element lies."""
         return self.first // contiguous(self.shape)[axis] % self.shape[axis]
 
     def region(self) -> Region | None:
-        """The part of the parameter that is covered, axis by axis; None if that is no block."""
+        """Return the part of the parameter that is covered, axis by axis; None if that part is no block."""
         covered: dict[int, slice] = {a: slice(self.start(a), self.start(a) + 1) for a in range(len(self.shape))}
         for axis in (d for d, size in enumerate(self.size) if size > 1 and self.stride[d]):
             found = self.along(axis)
@@ -73,22 +73,22 @@ class View:
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
+    """Return the strides of a contiguous tensor."""
     return torch.empty(tuple(shape), device="meta").stride()
 
 
 def disjoint(a: Region, b: Region, shape: Sequence[int]) -> bool:
-    """Whether two parts of a parameter have no element in common."""
+    """Return whether two parts of a parameter have no element in common."""
     return any(not set(range(n)[x]) & set(range(n)[y]) for x, y, n in zip(a, b, shape, strict=True))
 
 
 def indices(part: slice, size: int) -> Tensor:
-    """A slice as int64 indices."""
+    """Return a slice as int64 indices."""
     return torch.arange(size)[part]
 
 
 def as_view(result: Any, view: View, base: Tensor) -> Any:
-    """Views of what an operator returned, a tensor or several."""
+    """Return the views of what an operator returned, a tensor or several."""
     if isinstance(result, Tensor):
         return view.moved(result, base)
     return tuple(as_view(part, view, base) for part in result)

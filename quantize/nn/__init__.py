@@ -1,1 +1,1 @@
-"""Modules of a loaded quantized model."""
+"""The modules of a loaded quantized model."""

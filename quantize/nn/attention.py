@@ -1,4 +1,4 @@
-"""A quantized KV cache in a transformers model: attention functions, one for each setting, found by their names."""
+"""A quantized KV cache in a transformers model: each setting is an attention function of its own name."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def attend_with_quantized_cache(
     kv_cache: KVCacheArgs,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention: the float one on keys and values as a quantized cache holds them.
+    """Compute float attention on keys and values as a quantized cache holds them; transformers calls this function.
 
     The cache itself is in floating point and is rounded at each read.
 
     Args:
-        module: the attention.
+        module: the attention module.
         query: [batch, heads, tokens, head_dim].
         key, value: [batch, key/value heads, cached tokens, head_dim].
-        attention_mask: as for the float one.
-        kv_cache: how to round.
-        options: as for the float one.
+        attention_mask: as for float attention.
+        kv_cache: how keys and values are rounded.
+        options: as for float attention.
     """
     operands = quantize_heads(query, key, value, kv_cache)
     return ALL_ATTENTION_FUNCTIONS[FLOAT](module, *operands, attention_mask, **options)  # type: ignore[no-any-return]
 
 
 def register(args: KVCacheArgs) -> str:
-    """Make transformers know attention with these settings; returns its name, which says all of them."""
+    """Register attention with these settings in transformers and return its name, which says all of them."""
     name = PREFIX + "_".join(f"{key}={value}" for key, value in args.model_dump().items())
     AttentionInterface.register(name, functools.partial(attend_with_quantized_cache, kv_cache=args))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[FLOAT])
@@ -53,12 +53,13 @@ def register(args: KVCacheArgs) -> str:
 
 
 def set_kv_cache(model: nn.Module, args: KVCacheArgs | None) -> None:
-    """Let every attention of a model, changed in place, round keys and values; None lets none.
+    """Let every attention of a model round keys and values, in place; None lets none.
 
-    A config carries the name, so that copies of the model keep it and no two models share a setting.
+    The model's config carries the name of the attention function, so copies of the model keep the setting and no two
+    models share one.
 
     Raises:
-        QuantizeError: the model has no attention that could.
+        QuantizeError: no attention of the model can round keys and values.
     """
     chosen = [config for config in configs(model) if config._attn_implementation == FLOAT or is_quantized(config)]
     if args is not None and not chosen:
@@ -69,16 +70,16 @@ def set_kv_cache(model: nn.Module, args: KVCacheArgs | None) -> None:
 
 
 def has_kv_cache(model: nn.Module) -> bool:
-    """Whether some attention of a model rounds keys and values."""
+    """Return whether some attention of a model rounds keys and values."""
     return any(is_quantized(config) for config in configs(model))
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether a config names attention with a quantized cache."""
+    """Return whether a config names attention with a quantized cache."""
     return str(config._attn_implementation).startswith(PREFIX)
 
 
 def configs(model: nn.Module) -> list[PreTrainedConfig]:
-    """The configs of a model and its parts, once each."""
+    """Return the configs of a model and its parts, each once."""
     found = (getattr(module, "config", None) for module in model.modules())
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

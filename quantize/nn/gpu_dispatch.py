@@ -1,4 +1,4 @@
-"""The product of a quantized linear on GPU kernels: which there are, and the weight laid out for them."""
+"""A quantized linear on a GPU multiplies with kernels: which of them exist, and the weight laid out for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import (
     PackedWeight,
@@ -27,10 +28,11 @@ Operands = PackedWeight | list[Tensor | None]
 
 
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
-    """Whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
-    if args is None:
+    """Return whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
+    element = get_format(weight.args.format).element
+    if args is None or element == "level":
         return False
-    if args.format != "int":
+    if element == "e2m1":
         return on_kernels(x)
     if args.runtime_smooth:
         return has_smooth_kernel(x, args.runtime_smooth.group_size)
@@ -38,17 +40,18 @@ def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> b
 
 
 def prepack_weight(weight: QTensor, args: ActivationArgs) -> Operands:
-    """The weight as the kernel for `args` reads it."""
-    if args.format == "mxfp4":
-        return [weight.data, weight.scale, None]
-    if weight.global_scale is not None:  # a model of another dtype has cast the scales, which leaves their values
-        return [weight.data, weight.scale.to(torch.float8_e4m3fn).view(torch.uint8), weight.global_scale.float()]
+    """Lay out the weight as the kernel for `args` reads it."""
+    number_format = get_format(weight.args.format)
+    if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
+        (stored,) = number_format.scale_dtypes
+        global_scale = None if weight.global_scale is None else weight.global_scale.float()
+        return [weight.data, weight.scale.to(stored).view(torch.uint8), global_scale]
     layout = smooth_prepack if args.runtime_smooth else prepack
     return layout(weight.unpack(), weight.scale, weight.zero_point, weight.args.num_bits)
 
 
 def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
-    """The transforms in front of a kernel, and the order of the Hadamard transform inside it, 0 for none."""
+    """Return the transforms in front of a kernel, and the order of the Hadamard transform inside it, 0 for none."""
     last = online[-1] if online else None
     if isinstance(last, Hadamard) and last.stride == 1 and fuses(last.size):
         return online[:-1], last.size
@@ -58,15 +61,15 @@ def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], in
 def gpu_linear(
     x: Tensor, operands: Operands, bias: Tensor | None, weight_bits: int, args: ActivationArgs, hadamard: int
 ) -> Tensor:
-    """[..., K] → [..., N] in the dtype of x, as `quantized_linear`.
+    """Compute what `quantized_linear` computes, [..., K] → [..., N] in the dtype of x.
 
     Args:
         x: float16, bfloat16 or float32.
-        operands: of `prepack_weight`.
+        operands: the weight as `prepack_weight` returns it.
         bias: [N] or None.
-        weight_bits: of the weight.
+        weight_bits: the bits of the weight.
         args: how x is quantized.
-        hadamard: of `split_fused_hadamard`.
+        hadamard: the order that `split_fused_hadamard` returns.
     """
     grid, smooth = (args.num_bits, args.symmetric, args.clip_ratio), args.runtime_smooth
     rows = x.reshape(-1, x.shape[-1])

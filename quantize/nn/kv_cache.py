@@ -1,4 +1,4 @@
-"""Keys and values as a quantized cache holds them, at every attention of an exported graph."""
+"""Every attention of an exported graph gets keys and values as a quantized cache holds them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def rotate_heads(query: Tensor, key: Tensor, value: Tensor) -> Heads:
-    """Queries and keys [..., tokens, head_dim] times a Hadamard matrix H; scores stay, as q H (k H)ᵀ = q kᵀ.
+    """Multiply queries and keys [..., tokens, head_dim] by a Hadamard matrix H; scores stay, since q H (k H)ᵀ = q kᵀ.
 
-    Positions are applied already, so that H need not commute with them (QuaRot, arXiv 2404.00456, section 4; R3 of
-    SpinQuant, arXiv 2405.16406). Computed in float32 at least, given back in the dtype of the operands.
+    Positions are applied already, so H need not commute with them (QuaRot, arXiv 2404.00456, section 4; R3 of
+    SpinQuant, arXiv 2405.16406). The product is taken in float32 at least and returned in the dtype of the operands.
     """
     size = query.shape[-1]
     query, key = (hadamard_transform(x.float(), size).to(x.dtype) for x in (query, key))
@@ -34,10 +34,10 @@ def rotate_heads(query: Tensor, key: Tensor, value: Tensor) -> Heads:
 
 
 def quantize_heads(query: Tensor, key: Tensor, value: Tensor, args: KVCacheArgs) -> Heads:
-    """Operands of attention [..., tokens, head_dim] with keys and values quantized and dequantized, row by row.
+    """Quantize and dequantize the keys and values among attention's operands [..., tokens, head_dim], row by row.
 
-    A row, one head of one token, has a scale and a zero point of its own and sees no other, so it is rounded to the
-    same values whenever it is read from a cache.
+    A row is one head of one token. It has a scale and a zero point of its own and does not depend on other rows, so it
+    is rounded to the same values whenever it is read from a cache.
     """
     if args.hadamard:
         query, key, value = rotate_heads(query, key, value)
@@ -46,37 +46,37 @@ def quantize_heads(query: Tensor, key: Tensor, value: Tensor, args: KVCacheArgs)
 
 
 def read_kv_cache(settings: Mapping[str, Any]) -> KVCacheArgs | None:
-    """The entry of an artifact's quantization settings; None where the cache is in floating point."""
+    """Read the entry of an artifact's quantization settings; None if the cache is in floating point."""
     return KVCacheArgs(**settings["kv_cache"]) if "kv_cache" in settings else None
 
 
 def attention_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """Those that are attention, whatever their keys are: of the same tokens, or of an encoder."""
+    """Return the nodes that are attention, with keys of the same tokens or of an encoder."""
     return [node for node in nodes if node.op == "call_function" and name_of(node) == ATTENTION]
 
 
 def quantized_attention(segment: Segment, args: KVCacheArgs | None) -> dict[fx.Node, Callable[..., Any]]:
-    """What runs in place of each attention of a block, for `Overrides.operators`."""
+    """Return what runs in place of each attention of a block, for `Overrides.operators`."""
     return {} if args is None else changed_attention(segment, functools.partial(quantize_heads, args=args))
 
 
 def changed_attention(segment: Segment, change: Callable[..., Heads]) -> dict[fx.Node, Callable[..., Any]]:
-    """For each attention of a block the same operator behind `change(query, key, value)`."""
+    """Return for each attention of a block the same operator behind `change(query, key, value)`."""
     return {
         node: functools.partial(attend_on_changed_heads, node.target, change) for node in attention_nodes(segment.nodes)
     }
 
 
 def attend_on_changed_heads(target: Any, change: Callable[..., Heads], *args: Any, **options: Any) -> Any:
-    """An attention operator on changed queries, keys and values, its first three arguments."""
+    """Call an attention operator on changed queries, keys and values, which are its first three arguments."""
     return target(*change(*args[:3]), *args[3:], **options)
 
 
 def check_hadamard(program: Program, segment: Segment, state: Overrides, probes: Sequence[Values]) -> float:
-    """Largest relative difference that rotated queries and keys make to a block on two inputs, in floating point.
+    """Return the largest relative difference that rotated queries and keys make to a block on two inputs, in float32.
 
     Raises:
-        QuantizeError: it is above the gate's tolerance.
+        QuantizeError: the difference is above the gate's tolerance.
     """
     rotated = replace(state, operators=changed_attention(segment, rotate_heads))
     found = equivalence.max_relative_difference(program, segment, state, rotated, probes, Bases((), {}), {})

@@ -16,15 +16,15 @@ from quantize.errors import UsageError
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 
-CACHES = ("cache", "past_key_values")  # what transformers calls it, and called it before
-NOT_SCORED = -100  # a label
+CACHES = ("cache", "past_key_values")  # transformers' name for it, and its former name
+NOT_SCORED = -100  # a label that is not scored
 
 
 def attach(model: nn.Module, tokens: Sequence[int]) -> None:
     """Let a causal language model of transformers run with a prefix, its activations in floating point.
 
-    A call gives what it would give with the prefix in front, of the given tokens only; so does `generate`. Attentions
-    are returned as they are, and the parts of the model (its body without the head) run without prefix.
+    A call returns what it would return with the prefix in front, for the given tokens only; so does `generate`.
+    Attention weights are returned as they are, and parts of the model (its body without the head) run without prefix.
     """
     prefixed = PrefixHooks(PrefixTokens(tuple(tokens), absent=True))
     for module in model.modules():
@@ -35,7 +35,7 @@ def attach(model: nn.Module, tokens: Sequence[int]) -> None:
 
 
 def detach(model: nn.Module) -> int:
-    """Take the prefix off a model, in place: as one whose cache holds it already. Returns its length, 0 for none."""
+    """Take the prefix off a model in place, for callers whose cache holds it already; return its length, 0 for none."""
     found = 0
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key, hook in list(hooks.items()):
@@ -47,13 +47,13 @@ def detach(model: nn.Module) -> int:
 
 @dataclass
 class PrefixHooks:
-    """Hooks around forward; as such they go with copies of the model.
+    """Hooks around `forward`, which copies of the model take along.
 
-    Where a KV cache holds the prefix already, only mask and positions move.
+    If a KV cache holds the prefix already, only the mask and the positions are moved.
 
     Attributes:
-        leading: shared with all quantized linears of the model.
-        keep: logits asked for, where the head must see all rows.
+        leading: the prefix tokens, shared with all quantized linears of the model.
+        keep: the number of logits that the caller asked for, while the head must see all rows.
     """
 
     leading: PrefixTokens
@@ -86,7 +86,7 @@ class PrefixHooks:
         }
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Leave the prefix out of what comes back."""
+        """Leave the prefix out of what is returned."""
         del module, args
         if not self.leading.absent and self.leading.shape is not None:
             output = last(output, self.leading.shape[1] - len(self.leading.tokens))
@@ -97,7 +97,7 @@ class PrefixHooks:
 
 
 def check_mask(mask: Any, tokens: int, held: int) -> None:
-    """A mask covers the tokens of the cache and those given.
+    """Check that a mask covers the tokens of the cache and those given.
 
     Raises:
         UsageError: it does not.
@@ -123,12 +123,12 @@ def check_positions(positions: Any, held: int, p: int) -> None:
 
 
 def head_of(model: nn.Module) -> Any:
-    """What scores the vocabulary, if the model says so."""
+    """Return the module that scores the vocabulary, if the model names one."""
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def last(output: Any, tokens: int) -> Any:
-    """What a model returns, of the last so many tokens."""
+    """Return what a model returned, cut to the last so many tokens."""
     if isinstance(output, Tensor):
         return output[:, -tokens:] if output.dim() == 3 else output
     if isinstance(output, ModelOutput):
@@ -139,13 +139,13 @@ def last(output: Any, tokens: int) -> Any:
 
 
 def positions_in_front(positions: Tensor, p: int) -> Tensor:
-    """[..., T] → [..., p + T]."""
+    """Put the positions of the prefix in front: [..., T] → [..., p + T]."""
     first = torch.arange(p, device=positions.device).expand(*positions.shape[:-1], p)
     return torch.cat([first, positions + p], dim=-1)
 
 
 def labels_in_front(labels: Tensor, p: int) -> Tensor:
-    """[B, T] → [B, p + T]; the first token given is not scored, as without a prefix."""
+    """Put ignored labels in front: [B, T] → [B, p + T]; the first token given is not scored, as without a prefix."""
     return pad(labels[:, 1:], (p + 1, 0), value=NOT_SCORED)
 
 

@@ -1,4 +1,4 @@
-"""The linear layer of a quantized model: online transforms, activation quantizer, integer product."""
+"""The linear layer of a quantized model runs online transforms, the activation quantizer and the integer product."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.calibration.precision import product_dtype
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
@@ -20,7 +19,7 @@ from quantize.transforms.online import Online
 
 
 class QuantizedLinear(nn.Module):
-    """Drop-in for `nn.Linear` that holds packed integers.
+    """Drop-in for `nn.Linear` that holds packed values of a number format.
 
     Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
 
@@ -57,39 +56,45 @@ class QuantizedLinear(nn.Module):
         return self.qtensor().unpack()
 
     def qtensor(self) -> QTensor:
-        """The buffers as they are now, in one piece."""
+        """Return the buffers as they are now, in one piece."""
         args = self.scheme.weights
         return self._unpacked or QTensor(
             self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale
         )
 
     @contextlib.contextmanager
-    def unpacked(self) -> Iterator[None]:
-        """The weight is unpacked once, however often the module is called until the end of this."""
-        self._unpacked = CachedQTensor.of(self.qtensor(), product_dtype())
+    def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
+        """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
+
+        If activations stay in floating point, the product is taken in that dtype.
+        """
+        self._unpacked = CachedQTensor.of(self.qtensor(), dtype)
         try:
             yield
         finally:
             self._unpacked = None
 
     def packed(self) -> Operands:
-        """The weight as the GPU kernels read it; laid out once, held beside the buffers, and never saved."""
+        """Return the weight as the GPU kernels read it, laid out once, held beside the buffers, and never saved."""
         return self._packed or self._prepack()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _prepack(self) -> Operands:
-        """Eagerly, since the layout depends on the scales' values; so a compiled model wants one call beforehand."""
+        """Lay out the weight eagerly, because the layout depends on the scales' values.
+
+        A model must therefore run once before it is compiled.
+        """
         assert self.scheme.activations is not None
         self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """The buffers move or change their type."""
+        """Drop the laid-out weight, since the buffers move or change their type."""
         self._packed = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """The buffers get other values."""
+        """Drop the laid-out weight, since the buffers get other values."""
         self._packed = None
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -100,13 +105,13 @@ class QuantizedLinear(nn.Module):
         )
 
     def _forward_float_activations(self, x: Tensor) -> Tensor:
-        """The product with activations as they are."""
+        """Multiply with activations as they are."""
         W = self.qtensor().dequantize()
         W = W if self._unpacked else W.to(x)
         return torch.nn.functional.linear(x.to(W), W, None if self.bias is None else self.bias.to(W)).to(x)
 
     def _forward_reference(self, x: Tensor) -> Tensor:
-        """The product with activations transformed, and quantized as the scheme says."""
+        """Multiply with activations that are transformed, and quantized as the scheme says."""
         weight, args = self.qtensor(), self.scheme.activations
         if args is None:
             return self._forward_float_activations(self.transform(x))
@@ -119,17 +124,17 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(*operands, *quantizer_arguments(args))
 
     def _forward_gpu(self, x: Tensor, args: ActivationArgs) -> Tensor:
-        """The same on a GPU, with a small Hadamard transform inside the quantizer."""
+        """Compute the same on a GPU, where the quantizer takes a small Hadamard transform along."""
         online, hadamard = split_fused_hadamard(self.online)
         for transform in online:
             x = transform(x)
         return gpu_linear(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
-        """The same function in floating point: quantized and dequantized operands, a float product."""
+        """Compute the same function in floating point, with a float product of quantized and dequantized operands."""
         return self._forward_float_activations(self.fake_input(x))
 
     def fake_input(self, x: Tensor) -> Tensor:
-        """What of x reaches the product: behind the online transforms, quantized and dequantized."""
+        """Return x as it reaches the product: behind the online transforms, quantized and dequantized."""
         args = self.scheme.activations
         return self.leading.apart(self.transform(x), lambda first: first, lambda rest: fake_quantize(rest, args))

@@ -1,4 +1,4 @@
-"""Outlier handlers, one file each: *what* a transform is. *Where* it is legal and *how* it is folded others know."""
+"""Outlier handlers, one file each. A pass says what a transform is, not where it is legal or how it is folded."""
 
 from quantize.passes.base import PASSES
 from quantize.passes.base import Pass as Pass

@@ -16,18 +16,18 @@ RATIOS = tuple(1 - i / 20 for i in range(13))
 
 @PASSES.register("activation_clip")
 class ActivationClip(Pass):
-    """clip_ratio = argmin ‖(Q(X) - X) Wᵀ‖² for each linear, over 1, 0.95, …, 0.4; equal errors clip less."""
+    """clip_ratio = argmin ‖(Q(X) - X) Wᵀ‖² for each linear, over 1, 0.95, …, 0.4; of equal ones the largest."""
 
     needs: ClassVar[type[Statistic] | None] = Rows
     never_after: ClassVar[Mapping[str, str]] = {"noisy_bias": "the bias was searched for the grid before clipping"}
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
-        """In front of every linear."""
+        """Return True, since the pass may clip the input of every linear."""
         del basis, columns
         return True
 
     def input_transform(self, context: LinearContext) -> InputTransform:
-        """The same, with the grid clipped."""
+        """Return the input transform with the clip ratio of least error."""
         if context.input_transform.activations is None or context.rows is None:
             return context.input_transform
         rows = context.rows

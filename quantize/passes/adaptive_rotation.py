@@ -17,14 +17,14 @@ from quantize.transforms.online import Dual, InputTransform
 
 @PASSES.register("adaptive_rotation")
 class AdaptiveRotation(Rotate):
-    """As `rotate`, choosing between a random Hadamard matrix and DuQuant's dual rotation (LRQ-DiT, arXiv 2508.03485).
+    """Like `rotate`, but chooses between random Hadamard matrices and dual rotations (LRQ-DiT, arXiv 2508.03485).
 
-    The dual rotation may take the place of the Hadamard matrix on whole bases and online. Within heads, and where a
-    norm takes the mean, which a dual rotation does not keep, it is the Hadamard matrix.
+    The dual rotation may take the place of the Hadamard matrix on whole bases and online. The Hadamard matrix is always
+    taken within heads, and where a norm takes the mean, which a dual rotation does not keep.
 
     Attributes:
-        threshold: the paper's criterion: dual from this root mean square of the inputs on (the paper: 1); None
-            compares the errors of 4-bit rounding on rows kept back.
+        threshold: the root mean square of the inputs from which the dual rotation is taken, which is 1 in the paper;
+            None compares the errors of 4-bit rounding on rows kept back.
     """
 
     needs: ClassVar[type[Statistic] | None] = Rows
@@ -32,13 +32,13 @@ class AdaptiveRotation(Rotate):
     threshold: float | None = Field(None, gt=0)
 
     def transform(self, context: BasisContext) -> Transform:
-        """The rotation that suits the inputs of all linears that read the basis."""
+        """Return the rotation that suits the inputs of all linears that read the basis."""
         if context.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in context.basis.group:
             return super().transform(context)
         return adaptive_rotation(context.inputs(), self.threshold, context.generator)
 
     def input_transform(self, context: LinearContext) -> InputTransform:
-        """The rotation that suits the input, or the part of one that no weight absorbed."""
+        """Return the input transform with the rotation that suits the input, or the part that no weight absorbed."""
         if not self.unreached(context.basis) or context.rows is None:
             return super().input_transform(context)
         found = adaptive_rotation(context.rows, self.threshold, context.generator)

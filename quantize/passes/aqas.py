@@ -13,12 +13,12 @@ EXPONENTS = tuple(i / 10 for i in range(11))
 class AQAS(Scaling):
     """s = argmin ‖Q(W · s) Q(X / s) - W X‖² (Lee et al. 2023, arXiv 2311.05161, equation 1).
 
-    Searched are s_j = max|X_j|^a / max|W_j|^b for a and b in 0, 0.1, …, 1. That family holds SmoothQuant (b = 1 - a),
-    AWQ (b = 0, by magnitude) and the identity, so on the calibration data the error is at most theirs.
+    The search runs over s_j = max|X_j|^a / max|W_j|^b for a and b in 0, 0.1, …, 1. This family contains SmoothQuant
+    (b = 1 - a), AWQ (b = 0, by magnitude) and the identity, so the error on the calibration data is at most theirs.
     """
 
     def transform(self, context: BasisContext) -> Transform:
-        """T = diag(1/s)."""
+        """Return T = diag(1/s)."""
         X, W = reach(context)
         candidates = (live(X**a / W**b, X, W) for a in EXPONENTS for b in EXPONENTS)
         return Diagonal(1 / best_scale(context, candidates))

@@ -1,4 +1,4 @@
-"""What a pass is, and what it is given."""
+"""The base class of passes, and the contexts that they are given."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ PASSES = Registry("pass")
 
 @dataclass(frozen=True)
 class BasisContext:
-    """A basis to transform.
+    """A basis that a pass is to transform.
 
     Attributes:
-        basis: what T acts on.
-        statistics: of the inputs of linears, by the name of the weight; other readers have none.
-        weights: the block's parameters by name, after the passes before.
-        schemes: what the linears are quantized to, by the name of the weight; others stay in floating point.
-        generator: private, the same for the same recipe and basis.
+        basis: the basis that T acts on.
+        statistics: statistics of the inputs of linears, by the name of the weight; other readers have none.
+        weights: the block's parameters by name, as the passes before have left them.
+        schemes: the schemes of the linears by the name of the weight; those without one stay in floating point.
+        generator: a generator for this pass and basis alone, which is the same for the same recipe.
     """
 
     basis: Basis
@@ -40,13 +40,14 @@ class BasisContext:
 
     @property
     def reader_schemes(self) -> dict[str, Scheme]:
-        """The schemes of those that read the basis, in this block or another."""
+        """The schemes of the linears that read the basis, in this block or another."""
         return {e.parameter: self.schemes[e.parameter] for e in self.basis.readers if e.parameter in self.schemes}
 
     def readers(self) -> Iterator[tuple[Any, Tensor, Tensor, Scheme | None]]:
-        """For each parameter of the block that reads the basis: statistic, weight [N, K], index [copies, dim], scheme.
+        """Yield statistic, weight [N, K], index [copies, dim] and scheme of each of the block's readers of the basis.
 
-        The index says which of the K columns are channels of the basis, as often as the parameter reads them.
+        The index says which of the K columns are channels of the basis; a parameter that reads a channel several times
+        has several copies.
         """
         for edge in self.basis.readers:
             if edge.parameter in self.weights:
@@ -54,7 +55,7 @@ class BasisContext:
                 yield self.statistics.get(edge.parameter), W, edge.index, self.schemes.get(edge.parameter)
 
     def inputs(self) -> Tensor:
-        """Rows of the channels of the basis [rows, dim], from `Rows` of the inputs of all linears that read it."""
+        """Return rows of the basis' channels [rows, dim], from `Rows` of the inputs of all linears that read it."""
         return torch.cat(
             [
                 self.statistics[edge.parameter].value[:, index]
@@ -70,13 +71,13 @@ class LinearContext:
     """A linear that is quantized, and what is in front of it.
 
     Attributes:
-        path: its module.
-        basis: what it reads, if that is one basis.
-        statistic: of its input behind `input_transform`; None without `Pass.needs`.
-        weight: [N, K] behind `input_transform`.
-        input_transform: what the passes before have put there.
-        scheme: what it is quantized to.
-        generator: private, the same for all linears that share an input.
+        path: the path of its module.
+        basis: the basis that it reads; None if its input is not one basis.
+        statistic: the statistic of its input behind `input_transform`; None if the pass has no `needs`.
+        weight: its weight [N, K], after it has absorbed the transforms of `input_transform`.
+        input_transform: the input transform that the passes before have made.
+        scheme: the scheme that it is quantized to.
+        generator: a generator for this pass alone, which is the same for all linears that share an input.
     """
 
     path: str
@@ -89,20 +90,20 @@ class LinearContext:
 
     @property
     def rows(self) -> Tensor | None:
-        """The sample of a statistic `Rows`; None where none was asked for, or nothing reached the linear."""
+        """The sample of a statistic `Rows`; None if none was asked for or nothing reached the linear."""
         return None if self.statistic is None else self.statistic.value
 
 
 class Pass(Data):
-    """One outlier handler; its fields are the recipe's parameters, nothing else.
+    """One outlier handler. Its fields are the recipe's parameters and nothing else.
 
     Attributes:
-        name: what recipes call it.
-        legal: a basis must admit this group.
+        name: the name that recipes use.
+        legal: the group of transforms that a basis must admit.
         needs: the statistic of linear inputs that `transform` and `input_transform` are given; None for none.
-        cross_block: with `needs`, act on bases that run through several blocks as well; the float model is run once
-            more.
-        folds_gains: after the pass the gains that write its sites are ones.
+        cross_block: whether a pass with `needs` also acts on bases that run through several blocks, for which the float
+            model is run once more.
+        folds_gains: whether the gains that write its sites are ones after the pass.
         never_after: names of passes that must not come before this one, and why.
     """
 
@@ -117,38 +118,38 @@ class Pass(Data):
         """Refuse a scheme that the pass is not for.
 
         Raises:
-            UsageError: why, and what to do.
+            UsageError: the pass is not for this scheme; the message says why and what to do.
         """
         del scheme
 
     def selects(self, basis: Basis) -> bool:
-        """Whether to transform a basis that is legal, written and read."""
+        """Return whether to transform a basis that is legal, written and read."""
         del basis
         return False
 
     def transform(self, context: BasisContext) -> Transform:
-        """T for one basis on which the pass acts."""
+        """Return T for one basis on which the pass acts."""
         return Diagonal(torch.ones(context.basis.dim))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
-        """Whether `input_transform` may change what is in front of a linear of `columns` inputs that reads `basis`."""
+        """Return whether `input_transform` may change anything for a linear of `columns` inputs that reads `basis`."""
         del basis, columns
         return False
 
     def input_transform(self, context: LinearContext) -> InputTransform:
-        """What shall be in front of a linear: `context.input_transform`, or more."""
+        """Return the new input transform of a linear: `context.input_transform`, or one that does more."""
         return context.input_transform
 
     def sites(self, bases: tuple[Basis, ...]) -> tuple[Basis, ...]:
-        """The bases to transform."""
+        """Return the bases to transform."""
         return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.selects(b))
 
 
 def input_error(context: LinearContext, X: Tensor, input_transform: InputTransform) -> float:
-    """‖(X̂ - X) Wᵀ‖²: what rounding a linear's input X [rows, K] behind `context.input_transform` costs its output.
+    """Return ‖(X̂ - X) Wᵀ‖², the error that rounding a linear's input X [rows, K] makes in its output.
 
-    `input_transform` is `context.input_transform` with other activation arguments, or one more transform that no weight
-    absorbs.
+    X is the input behind `context.input_transform`. `input_transform` is that one with other activation arguments, or
+    with one more transform that no weight absorbs.
     """
     behind = InputTransform(input_transform.online[len(context.input_transform.online) :], input_transform.activations)
     return float(((behind.quantized(X) - X) @ context.weight.T).square().sum())

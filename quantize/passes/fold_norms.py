@@ -13,20 +13,20 @@ from quantize.transforms.fold import Diagonal, Transform
 
 @PASSES.register("fold_norms")
 class FoldNorms(Pass):
-    """Make each norm's gain g ones: T = diag(1/g) (SliceGPT, arXiv 2401.15024, section 3).
+    """T = diag(1/g), which makes each norm's gain g ones (SliceGPT, arXiv 2401.15024, section 3).
 
-    Only then does the residual stream admit rotations.
+    The residual stream admits rotations only after this.
     """
 
     legal: ClassVar[AllowedTransforms] = AllowedTransforms.DIAGONAL
     folds_gains: ClassVar[bool] = True
 
     def selects(self, basis: Basis) -> bool:
-        """Bases that one gain writes."""
+        """Return whether one gain writes the basis."""
         return basis.gain is not None
 
     def transform(self, context: BasisContext) -> Transform:
-        """T = diag(1/g).
+        """Return T = diag(1/g).
 
         Raises:
             QuantizeError: a gain is zero.

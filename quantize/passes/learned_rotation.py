@@ -17,14 +17,14 @@ from quantize.transforms.learned_rotation import Objective, learn_rotation
 
 @PASSES.register("learned_rotation")
 class LearnedRotation(Rotate):
-    """As `rotate`, whole bases by a rotation that is learned from the inputs of all linears that read them.
+    """Like `rotate`, but whole bases get a rotation that is learned from the inputs of all linears that read them.
 
-    Within heads it is a Hadamard matrix, to which the one that runs across heads online belongs: learned there, it was
-    flat before that mixing, not behind it (on MiniLM a loss of 1 % of Spearman).
+    Values within heads get a Hadamard matrix, because another one mixes the heads online afterwards. A rotation learned
+    there made values flat before that mixing and not behind it, which cost MiniLM 1 % of its Spearman correlation.
 
     Attributes:
         objective: `whip` (DartQuant, arXiv 2511.04063) or `kurtosis` (KurTail, arXiv 2503.01483).
-        steps: of Adam, from a random Hadamard matrix on.
+        steps: the number of steps of Adam, which starts from a random Hadamard matrix.
     """
 
     needs: ClassVar[type[Statistic] | None] = Rows
@@ -33,7 +33,7 @@ class LearnedRotation(Rotate):
     steps: int = Field(200, ge=0)
 
     def transform(self, context: BasisContext) -> Transform:
-        """T = R, with R 1 = 1 where a norm takes the mean; within heads a random Hadamard matrix."""
+        """Return T = R, with R 1 = 1 where a norm takes the mean; within heads R is a random Hadamard matrix."""
         if context.basis.heads > 1:
             return super().transform(context)
         centred = AllowedTransforms.ORTHOGONAL not in context.basis.group

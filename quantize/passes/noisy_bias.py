@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -14,21 +13,19 @@ from quantize.graph.basis import Basis
 from quantize.passes.base import PASSES, LinearContext, Pass, input_error
 from quantize.transforms.online import InputTransform, Shift
 
-AFTER_BIAS = "the bias was searched for inputs that are not rotated"
-
 
 @PASSES.register("noisy_bias")
 class NoisyBias(Pass):
     """fq(X) = Q(W) Q(X + N) + B - Q(W) N, N fixed (NoisyQuant, Liu et al. 2022, arXiv 2211.16056, equations 7, 8).
 
-    N = m + n U(-1, 1) for each linear, in units of the inputs' mean quantization step. Mean shift m and amplitude n
-    are searched on one half of a sample of inputs, 0 among them, and kept where they lower the output error on the
-    other half; where they do not, nothing is put in front of the linear.
+    N = m + n U(-1, 1) for each linear, in units of the inputs' mean quantization step. The mean shift m and the
+    amplitude n are searched on one half of a sample of inputs, with 0 among the candidates. They are kept if they lower
+    the output error on the other half; otherwise nothing is put in front of the linear.
 
     Attributes:
-        amplitude: largest n searched, in steps; 0 adds no noise.
-        steps: how many amplitudes and shifts are tried beside 0.
-        mean_shift: search m, too.
+        amplitude: the largest n that is searched, in quantization steps; 0 adds no noise.
+        steps: the number of amplitudes and shifts that are tried beside 0.
+        mean_shift: whether m is searched, too.
     """
 
     needs: ClassVar[type[Statistic] | None] = Rows
@@ -37,12 +34,12 @@ class NoisyBias(Pass):
     mean_shift: bool = False
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
-        """In front of every linear."""
+        """Return True, since the pass may shift the input of every linear."""
         del basis, columns
         return True
 
     def input_transform(self, context: LinearContext) -> InputTransform:
-        """With a shift, if one helps."""
+        """Return the input transform with a shift, if one helps."""
         if context.input_transform.activations is None or context.rows is None or context.input_transform.has_shift:
             return context.input_transform
         search, held_out = context.rows[::2], context.rows[1::2]
@@ -61,21 +58,10 @@ class NoisyBias(Pass):
         return input_transform if helps else context.input_transform
 
     def _best(self, context: LinearContext, X: Tensor, shifts: list[Tensor]) -> Tensor:
-        """The shift of least output error, the first of equals."""
+        """Return the shift of least output error, and the first of equals."""
         return min(shifts, key=lambda shift: input_error(context, X, context.input_transform.append(Shift(shift))))
 
 
 def mean_step(X: Tensor, num_bits: int) -> float:
-    """Mean distance of two levels of a symmetric grid for each row of X."""
+    """Return the distance of two levels of a symmetric grid, averaged over the grids of the rows of X."""
     return float(X.abs().amax(-1).mean()) / ((1 << (num_bits - 1)) - 1)
-
-
-def theorem_difference(x: float, n: float, b: float) -> float:
-    """E[(Q(X+N) - X - N)²] - (Q(X) - X)² = n²/3 - (b/n)(n - x)² (Theorem 1).
-
-    Args:
-        x: distance of X to the midpoint between two levels, 0 ≤ x ≤ n.
-        n: N ~ U(-n, n), n ≤ 2b - x.
-        b: half the distance between two levels. Negative, a gain, for x < n - n √(n / 3b).
-    """
-    return math.fsum((n * n / 3, -(b / n) * (n - x) ** 2))

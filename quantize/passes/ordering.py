@@ -1,4 +1,4 @@
-"""The order of passes is legal, or refused with a legal one."""
+"""An order of passes that is not legal is refused with a legal one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from quantize.passes import Pass
 
 
 def check_order(handlers: Sequence[Pass]) -> None:
-    """No pass comes after one that must not come before it.
+    """Check that no pass comes after one that must not come before it.
 
     Raises:
-        UsageError: names the two, why, and a legal order.
+        UsageError: one does; the message names the two, the reason and a legal order.
     """
     for i, handler in enumerate(handlers):
         for earlier in handlers[:i]:
@@ -24,7 +24,7 @@ def check_order(handlers: Sequence[Pass]) -> None:
 
 
 def legal_order(handlers: Sequence[Pass]) -> list[Pass]:
-    """The passes in an order that none of them forbids, otherwise as they were."""
+    """Return the passes in an order that none of them forbids, which is otherwise the given one."""
     left, ordered = list(handlers), []
     while left:
         first = next(h for h in left if not any(h.name in other.never_after for other in left))

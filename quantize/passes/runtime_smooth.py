@@ -17,16 +17,16 @@ from quantize.transforms.online import InputTransform
 
 @PASSES.register("runtime_smooth")
 class RuntimeSmooth(Pass):
-    """Runtime Smooth, behind `rotate` Rotated Runtime Smooth (Yi et al. 2024, arXiv 2409.20361).
+    """Runtime Smooth, or Rotated Runtime Smooth behind the pass `rotate` (Yi et al. 2024, arXiv 2409.20361).
 
-    Nothing is folded: in front of each linear channels are sorted by their maximum over the tokens that run together,
-    and groups of them share a scale that comes back as one scalar for each K tile. So the result of a token depends on
-    the tokens it runs with.
+    Nothing is folded. In front of each linear, channels are sorted by their maximum over the tokens that run together,
+    and groups of channels share a scale that comes back as one scalar for each K tile. The result of a token therefore
+    depends on the tokens it runs with.
 
     Attributes:
-        group_size: channels that share a scale, the K tile of a kernel.
-        normalize_tokens: take maxima of tokens of the same root mean square, so that one token with several spikes
-            does not set the scale of all others; False is the paper's rule.
+        group_size: the number of channels that share a scale, which is the K tile of a kernel.
+        normalize_tokens: whether maxima are taken of tokens scaled to the same root mean square, so that one token with
+            several spikes does not set the scale of all others; False is the paper's rule.
     """
 
     never_after: ClassVar[Mapping[str, str]] = {
@@ -37,7 +37,7 @@ class RuntimeSmooth(Pass):
     normalize_tokens: bool = True
 
     def check(self, scheme: Scheme) -> None:
-        """Activations must be quantized, and weights have one scale a row, as sorting mixes their groups."""
+        """Refuse float activations, and weights with more than one scale a row, whose groups the sorting would mix."""
         if scheme.activations is None:
             raise UsageError(
                 "the pass `runtime_smooth` smooths activations that are quantized, and those of this scheme are not; "
@@ -50,12 +50,12 @@ class RuntimeSmooth(Pass):
             )
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
-        """Everywhere that there is more than one group."""
+        """Return whether the linear's inputs make more than one group."""
         del basis
         return columns > self.group_size
 
     def input_transform(self, context: LinearContext) -> InputTransform:
-        """The same, with activations smoothed before they are quantized."""
+        """Return the input transform with activations that are smoothed before they are quantized."""
         assert context.input_transform.activations is not None
         args = RuntimeSmoothArgs(group_size=self.group_size, normalize_tokens=self.normalize_tokens)
         return replace(

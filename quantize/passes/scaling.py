@@ -1,4 +1,4 @@
-"""What passes that scale channels have in common, and how well a scale suits the linears that read it."""
+"""The base class of passes that scale channels, and the error by which they compare scales."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AFTER_ROTATION = "the rotation has spread the outliers over all channels, and sc
 
 
 class Scaling(Pass):
-    """T = diag(1/s), s > 0, on every basis that linears read."""
+    """A pass with T = diag(1/s), s > 0, on every basis that linears read."""
 
     legal: ClassVar[AllowedTransforms] = AllowedTransforms.POSITIVE_DIAGONAL
     needs: ClassVar[type[Statistic] | None] = Rows
@@ -28,12 +28,12 @@ class Scaling(Pass):
     )
 
     def selects(self, basis: Basis) -> bool:
-        """Bases that linears read."""
+        """Return whether linears read the basis."""
         return not any(edge.vector or edge.dual for edge in basis.readers)
 
 
 def reach(context: BasisContext) -> tuple[Tensor, Tensor]:
-    """max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads it."""
+    """Return max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads the channel."""
     X, W = torch.zeros(context.basis.dim, dtype=torch.float64), torch.zeros(context.basis.dim, dtype=torch.float64)
     for seen, weight, indices, _ in context.readers():
         largest = weight.abs().amax(dim=0).double()
@@ -44,18 +44,18 @@ def reach(context: BasisContext) -> tuple[Tensor, Tensor]:
 
 
 def live(s: Tensor, X: Tensor, W: Tensor) -> Tensor:
-    """`s` where a channel is ever used, 1 elsewhere."""
+    """Return `s` for channels that are ever used and 1 for the others."""
     return torch.where((X > 0) & (W > 0), s, torch.ones_like(s))
 
 
 def joint_error(context: BasisContext, s: Tensor) -> float:
-    """Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the quantized linears that read a basis.
+    """Return Σ ‖Q(X / s) Q(W · s)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the quantized linears that read a basis.
 
     Source: AQAS, arXiv 2311.05161, equation 1.
 
     Args:
-        context: with `Rows` of the linears' inputs.
-        s: [dim] > 0, what channels are divided by.
+        context: the basis, with `Rows` of the linears' inputs.
+        s: what channels are divided by, [dim] > 0.
     """
     total = 0.0
     for seen, W, indices, scheme in context.readers():
@@ -72,5 +72,5 @@ def joint_error(context: BasisContext, s: Tensor) -> float:
 
 
 def best_scale(context: BasisContext, candidates: Iterable[Tensor]) -> Tensor:
-    """The candidate of least `joint_error`, the first of equals."""
+    """Return the candidate of least `joint_error`, and the first of equals."""
     return min(candidates, key=lambda s: joint_error(context, s))

@@ -19,14 +19,14 @@ class SmoothQuant(Scaling):
     """s_j = max|X_j|^α / max|W_j|^(1-α), X ← X / s, W ← W · s (Xiao et al. 2022, arXiv 2211.10438, equation 4).
 
     Attributes:
-        alpha: migration strength in [0, 1], 0 leaves the difficulty in the activations; `search` takes for each basis
-            the one of 21 that gives its linears the least error with rounded weights and activations.
+        alpha: the migration strength in [0, 1]; 0 leaves the difficulty in the activations. `search` takes, for each
+            basis, the one of 21 values that gives its linears the least error with rounded weights and activations.
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
 
     def transform(self, context: BasisContext) -> Transform:
-        """T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
+        """Return T = diag(1/s); a channel that is always zero, or that no weight reads, keeps s = 1."""
         X, W = reach(context)
         if self.alpha == "search":
             return Diagonal(1 / best_scale(context, (scale(X, W, alpha) for alpha in GRID)))
@@ -34,5 +34,5 @@ class SmoothQuant(Scaling):
 
 
 def scale(X: Tensor, W: Tensor, alpha: float) -> Tensor:
-    """Equation 4 for max|X_j| and max|W_j|, [dim]."""
+    """Return s of equation 4 for max|X_j| and max|W_j|, [dim] each."""
     return live(X**alpha / W ** (1 - alpha), X, W)

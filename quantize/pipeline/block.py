@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from quantize.calibration.precision import calibration_dtype
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
@@ -75,6 +76,11 @@ class Block:
     def replaced(self) -> set[str]:
         """Names of the parameters whose place the quantized linears' own tensors take."""
         return {name for linear in self.schemes for name in (linear.weight, linear.bias) if name}
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What operands of large products are rounded to while the block is calibrated and rounded."""
+        return calibration_dtype(self.dtypes.values())
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight of a linear, float32 [N, K]."""

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from quantize.errors import UsageError
+from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme, validated
+from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
 from quantize.recipe.scheme import Scheme
 
 
@@ -66,9 +67,11 @@ def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
     base = recipe.linear_scheme if entry.scheme in (None, recipe.scheme) else default_scheme(entry.scheme)
     if entry.group_size is None:
         return base
-    weights = {**base.weights.model_dump(), "group_size": entry.group_size}
-    changed = {**base.model_dump(), "weights": weights}
-    return validated(lambda: Scheme(**changed), f"recipe: layers: {entry.match!r}")
+    weights = base.weights.model_copy(update={"group_size": entry.group_size})
+    try:
+        return check_scheme(base.model_copy(update={"weights": weights}))
+    except ValueError as error:
+        raise UsageError(f"recipe: layers: {entry.match!r}: {error}") from None
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -98,7 +101,7 @@ def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequenc
         first, scheme = odd[0], schemes[odd[0].path]
         more = f" and of {len(odd) - 1} more" if len(odd) > 1 else ""
         advice = "give a --group-size that does, 0 for per-channel weights, or --ignore it"
-        if scheme.weights.format != "int":
+        if get_format(scheme.weights.format).group_size is not None:
             advice = f"leave out with --ignore what {scheme.label} does not fit"
         elif entry_for(recipe, first.path) is not None:
             advice = "give its entry of layers a group_size that does, or 0 for per-channel weights"

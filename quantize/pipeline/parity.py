@@ -31,9 +31,9 @@ class Compared:
     def __init__(self, module: QuantizedLinear) -> None:
         self.module, self.worst = module, 0.0
 
-    def unpacked(self) -> AbstractContextManager[None]:
+    def unpacked(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """As of a `QuantizedLinear`."""
-        return self.module.unpacked()
+        return self.module.unpacked(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

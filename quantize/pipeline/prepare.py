@@ -49,7 +49,7 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
     start, checkpoint = time.perf_counter(), open_checkpoint(model)
     skeleton = checkpoint.skeleton()
     if read:
-        check_weights(checkpoint, skeleton)
+        check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from quantize.artifact.quantization_config import linear_settings
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import bfloat16_products, calibrates_in_bfloat16
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.tied_weights import TiedWeights
@@ -21,6 +20,7 @@ from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
+from quantize.pipeline.serialization import contiguous
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys
@@ -77,10 +77,10 @@ class SequentialPipeline:
         reference = block.overrides() if self.float_reference.values else Overrides({})
         block = self._with_kv_cache(block.with_stored(changed))
         tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
-        with bfloat16_products(calibrates_in_bfloat16(block.dtypes.values())):
-            block = self._round(block, reference)
+        block = self._round(block, reference)
         del reference
         self.probes.run(segment.nodes, block.overrides())
+        self._make_contiguous()
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
             self.ties.mark_replaced(linear.weight)
@@ -98,8 +98,19 @@ class SequentialPipeline:
         block = BlockTuner(self.program, self.context, tune).apply(block, starts, targets)
         for number, values in enumerate(starts):
             self.calibration.values[number] = values
-        self.calibration.run(block.segment.nodes if finish else (), block.overrides())
+        state = replace(block.overrides(), product_dtype=block.product_dtype)
+        self.calibration.run(block.segment.nodes if finish else (), state)
         return block
+
+    def _make_contiguous(self) -> None:
+        """Lay out all that lives on behind a block as a run that is resumed there finds it."""
+        for _, runner, _ in self.runners():
+            for number, values in enumerate(runner.values):
+                laid_out = {node: contiguous(value) for node, value in values.items()}
+                if any(laid_out[node] is not value for node, value in values.items()):
+                    runner.values[number] = laid_out
+        sites = self.pass_runner.sites
+        self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 
     def _with_kv_cache(self, block: Block) -> Block:
         """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""

@@ -1,4 +1,4 @@
-"""Ways to round weights to integers: one file each."""
+"""Ways to round weights to a number format: one file each."""
 
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.base import Quantizer as Quantizer

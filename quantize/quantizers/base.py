@@ -11,20 +11,12 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
-from quantize.kernels.fp4 import encode_scale, fp4_scale, nvfp4_global_scale, round_to_e2m1
-from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.recipe.registry import Registry
 from quantize.recipe.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
-# What a range may shrink or grow to. An E8M0 scale only doubles or halves; an E4M3 scale 1.5 times as large puts 4, not
-# 6, on the largest weight, which suits groups with many large ones, as the step from 4 to 6 is coarse.
-SCALE_SEARCH = {
-    "int": [percent / 100 for percent in range(99, 19, -1)],
-    "mxfp4": [2.0, 0.5, 0.25],
-    "nvfp4": [percent / 100 for percent in range(160, 39, -5)],
-}
 
 
 class Quantizer(Data):
@@ -44,7 +36,12 @@ class Quantizer(Data):
 
     @abstractmethod
     def quantize_group(
-        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
         """Round weights that multiply the same input.
 
@@ -53,11 +50,19 @@ class Quantizer(Data):
             args: bits, symmetry, group size.
             gram: of the input, if `needs_gram`; used up.
             scale_dtype: scales are rounded to it before anything is rounded with them.
+            product_dtype: operands of large products are rounded to it.
         """
 
-    def quantize(self, W: Tensor, args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype) -> QTensor:
+    def quantize(
+        self,
+        W: Tensor,
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
+    ) -> QTensor:
         """Round one W [N, K]; `gram` stays as it is."""
-        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype)[0]
+        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:
@@ -70,14 +75,11 @@ def compute_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point [N, G] of each group of W [N, K].
 
-    With `mse`, each range is scaled by the one of `SCALE_SEARCH` that gives the least Σ importance · error², importance
-    [K] ≥ 0 or ones.
+    With `mse`, each range is scaled by the one of the format's `scale_search` that gives the least
+    Σ importance · error², importance [K] ≥ 0 or ones.
     """
-    global_scale, weighting = (
-        find_global_scale(W, args),
-        grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args),
-    )
-    rows = cached_rows(W.shape[1])
+    weighting = grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args)
+    global_scale, rows = get_format(args.format).global_scale(W), cached_rows(W.shape[1])
     found = [
         search_qparams(grouped(part, args), args, scale_dtype, global_scale, weighting if mse else None)
         for part in W.split(rows)
@@ -93,21 +95,22 @@ def search_qparams(
 
     A group is left once what lies outside its range makes a larger error already: smaller ranges only add to that.
     """
-    low, high = groups.aminmax(dim=-1, keepdim=True)
-    scale, zero_point = qparams_from_range(low, high, args, dtype, global_scale)
+    number_format, (low, high) = get_format(args.format), groups.aminmax(dim=-1, keepdim=True)
+    scale, zero_point = number_format.compute_qparams(low, high, args, dtype, global_scale)
     if weighting is None:
         return scale[..., 0], zero_point[..., 0]
     x, low, high, s, z, weighting = (
         t.flatten(0, 1) for t in (groups, low, high, scale, zero_point, weighting.expand_as(groups))
     )
     best, live, found = quantization_error(x, s, z, args, weighting), torch.arange(len(x)), torch.stack([s, z])
-    for number, factor in enumerate(SCALE_SEARCH[args.format]):
-        tried = qparams_from_range(low * factor, high * factor, args, dtype, global_scale)
+    ends = number_format.clipping_range(args)
+    for number, factor in enumerate(number_format.scale_search):
+        tried = number_format.compute_qparams(low * factor, high * factor, args, dtype, global_scale)
         error = quantization_error(x, *tried, args, weighting)
         better = error < best
         best, s, z = (torch.where(better, *pair) for pair in ((error, best), (tried[0], s), (tried[1], z)))
-        if number % 8 == 7 and args.format == "int":
-            open_ = (clipping_error_bound(x, *tried, args, weighting) < best)[:, 0]
+        if number % 8 == 7 and ends is not None:
+            open_ = (clipping_error_bound(x, *tried, ends, weighting) < best)[:, 0]
             found[:, live] = torch.stack([s, z])
             live, x, low, high, s, z, best, weighting = (t[open_] for t in (live, x, low, high, s, z, best, weighting))
     found[:, live] = torch.stack([s, z])
@@ -115,59 +118,35 @@ def search_qparams(
     return found_scale, found_zero
 
 
-def clipping_error_bound(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor) -> Tensor:
-    """Σ weighting · (distance from a grid's ends)² [n, 1], which no smaller range reaches beyond.
-
-    The ends of a smaller range lie further out by what rounding shifts them at most: its scale, and its zero point.
-    """
-    qmin, qmax = integer_range(args.num_bits)
-    slack, t = 0.1 if args.symmetric else 1.1, x / scale + zero_point
-    beyond = t - t.clamp(qmin - slack, qmax + slack)
+def clipping_error_bound(
+    x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[float, float], weighting: Tensor
+) -> Tensor:
+    """Σ weighting · (distance from a format's `clipping_range`)² [n, 1], which no smaller range reaches beyond."""
+    t = x / scale + zero_point
+    beyond = t - t.clamp(*ends)
     return beyond.square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
-def find_global_scale(W: Tensor, args: WeightArgs) -> Tensor | None:
-    """float32 []: NVFP4's scale of a whole tensor; None for other formats."""
-    return nvfp4_global_scale(W.abs().max()) if args.format == "nvfp4" else None
-
-
-def qparams_from_range(
-    low: Tensor, high: Tensor, args: WeightArgs, dtype: torch.dtype, global_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The grid of a range, its scale representable in `dtype`, or in the byte that FP4 stores."""
-    if args.format != "int":
-        scale = fp4_scale(torch.maximum(-low, high), global_scale)
-        return scale, torch.zeros_like(scale)
-    scale, zero_point = scale_and_zero_point(low, high, args.num_bits, args.symmetric)
-    return scale.to(dtype).float(), zero_point
-
-
 def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor) -> Tensor:
-    """Σ weighting · (x - round(x))² [n, 1] of groups x [n, K / G], counted in steps of the grid."""
+    """Σ weighting · (x - round(x))² [n, 1] of groups x [n, K / G], counted in units of the scale."""
     t = (x / scale).add_(zero_point)
-    return round_to_grid(t, args).sub_(t).square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
+    error = get_format(args.format).round(t, args).sub_(t)
+    return error.square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> Tensor:
-    """The nearest integers of the grid, in the dtype of `x`; of FP4 twice the nearest E2M1 values."""
-    return round_to_grid(x / scale + zero_point, args)
-
-
-def round_to_grid(t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
-    """The nearest integers of the grid to t = x / scale + zero point; written to `out`, if that is given."""
-    if args.format == "int":
-        return torch.round(t, out=out).clamp_(*integer_range(args.num_bits))
-    return round_to_e2m1(t) if out is None else out.copy_(round_to_e2m1(t))
+    """The nearest values of the format, in the dtype of `x`."""
+    return get_format(args.format).round(x / scale + zero_point, args)
 
 
 def pack(
-    W: Tensor, q: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, scale_dtype: torch.dtype
+    W: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, scale_dtype: torch.dtype
 ) -> QTensor:
-    """Integers q [N, K] of W, on the grid that `compute_qparams` found for W, as they are stored."""
-    if args.format == "int":
-        return QTensor.pack(q, scale.to(scale_dtype), None if args.symmetric else zero_point, args)
-    global_scale = find_global_scale(W, args)
-    return QTensor.pack(q, encode_scale(scale, global_scale), None, args, global_scale)
+    """Values [N, K] of W, on the grid that `compute_qparams` found for W, as they are stored."""
+    number_format = get_format(args.format)
+    global_scale = number_format.global_scale(W)
+    stored = number_format.encode_scale(scale, global_scale, scale_dtype)
+    return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, global_scale)
 
 
 def fake_quantize_weight(W: Tensor, args: WeightArgs) -> Tensor:

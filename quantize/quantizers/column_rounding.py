@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import bfloat16_products, plus_product, product_dtype
-from quantize.quantizers.base import round_to_grid
+from quantize.calibration.precision import plus_product
+from quantize.formats import get_format
 from quantize.quantizers.hessian import panels
 from quantize.recipe.scheme import WeightArgs
 
@@ -24,7 +24,7 @@ class QParams:
     args: WeightArgs
 
     def value(self, q: Tensor) -> Tensor:
-        """The weights [b, N] that integers stand for."""
+        """The weights [b, N] that values of the format stand for."""
         return (q if self.zero_point is None else q - self.zero_point) * self.scale
 
 
@@ -48,14 +48,15 @@ class OrderedColumns:
         return QParams(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
 
 
-def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -> Tensor:
-    """GPTQ: integers int8 [K, N] of weights, whose errors W - Ŵ take the place of the weights in R [K, N].
+def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype) -> Tensor:
+    """GPTQ: values of the format [K, N] for weights, whose errors W - Ŵ take the place of the weights in R [K, N].
 
     Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ: the same as GPTQ's updates
     by the inverse of H (theorem 6 of QuIP, arXiv 2307.13304), without the inverse. A [K, K]: only what stands above
     the diagonal is read.
     """
-    Q, errors = torch.empty_like(R, dtype=torch.int8), R.to(product_dtype())
+    value_dtype = get_format(columns.args.format).value_dtype
+    Q, errors = torch.empty_like(R, dtype=value_dtype), R.to(product_dtype)
     for block in panels(len(R), block_size):
         target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
         round_columns(target, R[block], A[block, block], columns.grid(block))
@@ -63,17 +64,20 @@ def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int) -
     return Q
 
 
-def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int) -> None:
+def sweep(
+    Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype
+) -> None:
     """One round of coordinate descent on tr(R H Rᵀ): each column again, given all others; Q and R change in place.
 
     Args:
-        Q: integers [K, N].
+        Q: values of the format [K, N].
         R: W - Ŵ [K, N].
         H: symmetric [K, K].
         columns: their grids.
         block_size: columns between two products with all of H.
+        product_dtype: what the operands of these are rounded to.
     """
-    errors = R.to(product_dtype())
+    errors = R.to(product_dtype)
     for block in panels(len(R), block_size):
         grid, diagonal = columns.grid(block), H.diagonal()[block]
         change = grid.value(Q[block])
@@ -85,7 +89,7 @@ def sweep(Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: 
 
 
 def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QParams) -> None:
-    """Integers q in place of the target [b, N], errors e = reference - value(q) in that of the reference, in turn.
+    """Values q of the format in place of the target [b, N], errors e = reference - value(q) in the reference.
 
     Args:
         target: column k is rounded from targetₖ + Σ eⱼ feedbackⱼₖ over j < k.
@@ -93,8 +97,7 @@ def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QPa
         feedback: [b, b], only what stands above the diagonal is read.
         grid: of these columns.
     """
-    with bfloat16_products(False):  # of few columns: rounding the operands would take longer than the product
-        RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
+    RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,10 @@ class RecursiveUpdate:
     def round_leaf(self, part: slice) -> None:
         """Few columns, each moved by the errors of all before it."""
         feedback, errors, args = self.feedback[part, part].T.contiguous(), self.reference[part].T, self.grid.args
+        number_format = get_format(args.format)
         zeros = [None] * len(feedback) if self.grid.zero_point is None else self.grid.zero_point[part].unbind()
         rows = (x[part].unbind() for x in (self.target, self.reference, self.grid.scale))
         for k, (w, e, scale, zero) in enumerate(zip(*rows, zeros, strict=True)):
             w.addmv_(errors[:, :k], feedback[k, :k]).div_(scale)
-            q = round_to_grid(w if zero is None else w.add_(zero), args, out=w)
+            q = number_format.round(w if zero is None else w.add_(zero), args, out=w)
             e.addcmul_(q if zero is None else q - zero, scale, value=-1)

@@ -39,7 +39,12 @@ class GPTQ(Quantizer):
     sweeps: int = Field(2, ge=0)
 
     def quantize_group(
-        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
         """Round each W [N, K] to the least error of W X, X the inputs that `gram` saw; its matrices are overwritten."""
         gram, H = require_gram(gram)
@@ -57,7 +62,7 @@ class GPTQ(Quantizer):
             for rows in panels(len(W), cached_rows(len(H))):
                 part[:, rows] = W[rows].T[order]
         R[dead[order]] = 0
-        Q = self.round_and_sweep(R, H, columns)
+        Q = self.round_and_sweep(R, H, columns, product_dtype)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
         return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
 
@@ -68,13 +73,13 @@ class GPTQ(Quantizer):
         del gram, H, d, order
         return weights
 
-    def round_and_sweep(self, R: Tensor, H: Tensor, columns: OrderedColumns) -> Tensor:
-        """Integers [K, N] of R [K, N], which is overwritten, and so is H, factored."""
-        Q = gptq_round(R, H, columns, self.block_size)
+    def round_and_sweep(self, R: Tensor, H: Tensor, columns: OrderedColumns, product_dtype: torch.dtype) -> Tensor:
+        """Values of the format [K, N] for R [K, N], which is overwritten, and so is H, factored."""
+        Q = gptq_round(R, H, columns, self.block_size, product_dtype)
         if self.sweeps:
             fill_upper(H)
         for _ in range(self.sweeps):
-            sweep(Q, R, H, columns, self.block_size)
+            sweep(Q, R, H, columns, self.block_size, product_dtype)
         return Q
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from quantize.calibration.precision import unrounded_products
 from quantize.errors import QuantizeError
 
 PANEL = 256  # columns that go through BLAS together
@@ -47,8 +46,7 @@ def factor(H: Tensor, damp: float) -> Tensor:
     diagonal = H.diagonal().clone()
     while damp <= 100:
         H.diagonal().copy_(diagonal + damp * diagonal.mean())
-        with unrounded_products():  # rounding can change H by more than the damping
-            d = factor_damped(H)
+        d = factor_damped(H)
         if d is not None:
             return d
         fill_upper(H)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Gram
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
 from quantize.recipe.scheme import WeightArgs
@@ -18,16 +19,21 @@ class RoundToNearest(Quantizer):
     """Each weight to the nearest point of its group's grid; needs no data."""
 
     def quantize_group(
-        self, weights: Sequence[Tensor], args: WeightArgs, gram: Gram | None, scale_dtype: torch.dtype
+        self,
+        weights: Sequence[Tensor],
+        args: WeightArgs,
+        gram: Gram | None,
+        scale_dtype: torch.dtype,
+        product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
         """Round each W [N, K]."""
-        del gram
+        del gram, product_dtype
         return [self._rounded(W, args, scale_dtype) for W in weights]
 
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
         """A few rows at a time, so that what lies between is small, and stays in a core's cache."""
         scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
-        q, rows = torch.empty_like(W, dtype=torch.int8), cached_rows(W.shape[1])
+        q, rows = torch.empty_like(W, dtype=get_format(args.format).value_dtype), cached_rows(W.shape[1])
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)

@@ -1,4 +1,4 @@
-"""The declarative input: what to do to a model, as data, never code."""
+"""A recipe says what to do to a model. It is data and never code."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, shown
+from quantize.formats import FORMATS, check_args, check_scheme, get_format
 from quantize.recipe.scheme import (
-    FP4_GROUP_SIZES,
     SCHEME_NAMES,
     ActivationArgs,
     Data,
@@ -29,11 +29,11 @@ FOLDER = resources.files("quantize.recipes")
 
 
 class PrefixArgs(Data):
-    """Tokens that run in front of every sequence (PrefixQuant, arXiv 2410.05265): ids, or `search` for them.
+    """Tokens that run in front of every sequence (PrefixQuant, arXiv 2410.05265), given as ids or searched for.
 
     Attributes:
         tokens: ids ≥ 0, in order.
-        search: take those that carry massive activations on the calibration data.
+        search: whether to take the tokens that carry massive activations on the calibration data.
     """
 
     tokens: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -41,20 +41,20 @@ class PrefixArgs(Data):
 
     @model_validator(mode="after")
     def one_of_both(self) -> Self:
-        """Either is given, not both."""
+        """Check that exactly one of the two is given."""
         if bool(self.tokens) == self.search:
             raise ValueError("give either tokens, a list of ids, or search = true")
         return self
 
 
 class LayerArgs(Data):
-    """What some linears are quantized to in place of the recipe's scheme.
+    """A scheme for some linears, in place of the recipe's.
 
     Attributes:
-        match: the linears: a module path, the end of one, or `re:` and a regular expression.
-        scheme: another scheme's name, whose default tables hold; None keeps the recipe's.
-        group_size: columns that share a scale; None keeps the scheme's.
-        ignore: leave them in floating point.
+        match: which linears: a module path, the end of one, or `re:` and a regular expression.
+        scheme: the name of another scheme, whose default tables then hold; None keeps the recipe's scheme.
+        group_size: the number of columns that share a scale; None keeps the scheme's.
+        ignore: whether to leave the linears in floating point.
     """
 
     match: str
@@ -64,7 +64,7 @@ class LayerArgs(Data):
 
     @model_validator(mode="after")
     def says_something(self) -> Self:
-        """It changes something, and does not ignore what it changes."""
+        """Check that the entry either changes something or ignores the linears."""
         changes = self.scheme is not None or self.group_size is not None
         if changes == self.ignore:
             raise ValueError("give either ignore = true, or scheme or group_size or both")
@@ -72,27 +72,27 @@ class LayerArgs(Data):
 
 
 class Recipe(Data):
-    """Everything that determines an artifact, beside model and data.
+    """Everything that determines an artifact apart from the model and the data.
 
     Attributes:
-        scheme: the field's name; it fixes the bits and the format of `weights` and `activations`.
-        weights, activations: how they are quantized.
-        kv_cache: how keys and values are; None leaves them in floating point.
+        scheme: the scheme's name, which fixes the bits and the format of `weights` and `activations`.
+        weights, activations: how weights and activations are quantized.
+        kv_cache: how keys and values are quantized; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
-        ignore: linears to leave alone; None ignores the one that scores the vocabulary, where there is one.
-        ignore_also: more of them.
-        layers: linears with schemes of their own; of several entries that match a linear the last one counts.
-        nsamples, seqlen: calibration windows, and tokens in each.
-        seed: of every random choice.
+        ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one.
+        ignore_also: further linears to leave in floating point.
+        layers: linears with schemes of their own; if several entries match a linear, the last one counts.
+        nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
+        seed: the seed of every random choice the run makes.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
-        tune: tune the rounding of each block afterwards; None does not.
+        tune: how the rounding of each block is tuned afterwards; None does not tune.
     """
 
     scheme: SchemeName
-    weights: WeightArgs
-    activations: ActivationArgs | None = None
+    weights: Annotated[WeightArgs, AfterValidator(check_args)]
+    activations: Annotated[ActivationArgs, AfterValidator(check_args)] | None = None
     kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
@@ -108,16 +108,16 @@ class Recipe(Data):
 
     @property
     def linear_scheme(self) -> Scheme:
-        """What a quantized linear is made with."""
+        """The scheme of the quantized linears."""
         return Scheme(weights=self.weights, activations=self.activations)
 
     @property
     def prefix_tokens(self) -> tuple[int, ...]:
-        """Ids of the prefix; () for none, or before they are found."""
+        """The ids of the prefix; () if there is none, or if they have not been searched for yet."""
         return self.prefix.tokens if self.prefix else ()
 
     def to_toml(self) -> str:
-        """The recipe as TOML text."""
+        """Return the recipe as TOML text."""
         return tomli_w.dumps(self.model_dump(exclude={"ignore_also"}, exclude_none=True, mode="json"))
 
 
@@ -129,18 +129,18 @@ def load_recipe(
     group_size: int | None = None,
     **settings: int | None,
 ) -> Recipe:
-    """The default recipe of a scheme, changed by a recipe, changed by single settings.
+    """Load the default recipe of a scheme and change it by a recipe and then by single settings.
 
     Args:
-        scheme: scheme name; None takes the recipe's.
-        changes: a TOML file, the name of a recipe of the package, or what stands in one: tables are merged into the
-            default, lists replace those of the default.
-        ignore: further linears to leave alone.
-        group_size: columns that share a scale.
-        settings: `nsamples`, `seqlen`, `seed`; None leaves the recipe's.
+        scheme: the scheme's name; None takes the recipe's.
+        changes: a TOML file, the name of a shipped recipe, or the content of a recipe. Its tables are merged into the
+            default; its lists replace those of the default.
+        ignore: further linears to leave in floating point.
+        group_size: the number of columns that share a scale; None leaves the recipe's.
+        settings: `nsamples`, `seqlen` and `seed`; None leaves the recipe's.
 
     Raises:
-        UsageError: unknown scheme, unreadable or invalid recipe.
+        UsageError: the scheme is unknown, or the recipe cannot be read or is not valid.
     """
     given = read_toml(changes) if isinstance(changes, Path) else dict(changes or {})
     name = scheme or given.get("scheme")
@@ -148,7 +148,7 @@ def load_recipe(
         raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
-    default = tomllib.loads(shipped(name.lower()))
+    default = merge(tomllib.loads(shipped(name.lower())), format_defaults(given))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
     merged = merge(merge(merge(default, given), single), table)
@@ -158,32 +158,42 @@ def load_recipe(
 
 
 def default_scheme(name: str) -> Scheme:
-    """The tables `weights` and `activations` of a scheme's default recipe."""
+    """Return the tables `weights` and `activations` of a scheme's default recipe as a scheme."""
     default = tomllib.loads(shipped(name.lower()))
-    return Scheme(weights=default["weights"], activations=default.get("activations"))
+    return check_scheme(Scheme(weights=default["weights"], activations=default.get("activations")))
+
+
+def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the weights' format, if a recipe names one, says of their other settings."""
+    weights = given.get("weights")
+    name = weights.get("format") if isinstance(weights, Mapping) else None
+    if not isinstance(name, str) or name not in FORMATS:
+        return {}
+    number_format = get_format(name)
+    return {"weights": {**number_format.defaults, **number_format.fixed()}}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a recipe file, or of the one that comes with the package and has this name."""
+    """Read the settings of a recipe file, or of the shipped recipe of this name."""
     try:
         text = path.read_text() if path.suffix or path.exists() else shipped(str(path))
         return tomllib.loads(text)
     except (OSError, KeyError):
         raise UsageError(f"no such recipe: {path}; give a .toml file or one of {', '.join(names())}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, of UTF-8, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, or a number with thousands of digits
         raise UsageError(f"recipe {path} is no TOML: {error}") from None
 
 
 def names() -> list[str]:
-    """The recipes of the package."""
+    """Return the names of the shipped recipes."""
     return sorted(file.name.removesuffix(".toml") for file in FOLDER.iterdir() if file.name.endswith(".toml"))
 
 
 def shipped(name: str) -> str:
-    """Text of a recipe of the package.
+    """Return the text of a shipped recipe.
 
     Raises:
-        KeyError: there is none of that name.
+        KeyError: there is no recipe of that name.
     """
     if name not in names():
         raise KeyError(name)
@@ -191,7 +201,7 @@ def shipped(name: str) -> str:
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`; tables merge key by key, but one that names its method replaces the whole table."""
+    """Merge `changes` into `base` key by key; a table that names its method replaces the whole table."""
     result = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping) and "name" not in value
@@ -200,41 +210,45 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def validated(make: Callable[[], T], what: str) -> T:
-    """Call `make`, turning pydantic's report into one sentence.
+    """Call `make` and turn pydantic's report into one sentence.
 
     Raises:
-        UsageError: names the first wrong key.
+        UsageError: a key is wrong; the message names the first one.
     """
     try:
         return make()
     except ValidationError as error:
         first = error.errors()[0]
         keys = (str(part) for part in first["loc"])
-        where = ".".join(key for key in keys if key.isidentifier() or key.isdigit())  # without the members of a union
+        where = ".".join(key for key in keys if key.isidentifier() or key.isdigit())  # without a union's members
         where = where if len(where) < LONGEST else f"{where[:LONGEST]}…"
-        if first["type"] == "value_error":  # a sentence of our own
+        if first["type"] == "value_error":  # one of this package's validators, which writes a sentence
             raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
         raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {shown(first['input'])})") from None
 
 
 def check_bits(recipe: Recipe) -> None:
-    """The tables agree with the scheme's name.
+    """Check that the tables agree with the scheme's name and with one another.
 
     Raises:
-        UsageError: says what the name stands for.
+        UsageError: they do not; the message says what the name stands for.
     """
-    fp4 = recipe.scheme.lower() in FP4_GROUP_SIZES
-    expected = recipe.scheme.lower() if fp4 else "int"
-    formats = [args.format for args in (recipe.weights, recipe.activations) if args]
-    if set(formats) != {expected}:
+    schemes = FORMATS.keys() & {name.lower() for name in SCHEME_NAMES}  # formats that have a scheme of their own
+    own, formats = recipe.scheme.lower() in schemes, [x.format for x in (recipe.weights, recipe.activations) if x]
+    expected = recipe.scheme.lower() if own else "int"
+    if set(formats) & schemes - {expected} or (own and set(formats) != {expected}):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for the format {expected}, the tables say {' and '.join(formats)}; "
             "leave the format out"
         )
-    weights, _, activations = ("4", "", "4") if fp4 else recipe.scheme[1:].partition("A")
+    weights, _, activations = ("4", "", "4") if own else recipe.scheme[1:].partition("A")
     found = 16 if recipe.activations is None else recipe.activations.num_bits
     if (recipe.weights.num_bits, found) != (int(weights), int(activations)):
         raise UsageError(
             f"recipe: {recipe.scheme} stands for {weights}-bit weights and {activations}-bit activations, "
             f"the tables say {recipe.weights.num_bits} and {found}"
         )
+    try:
+        check_scheme(recipe.linear_scheme)
+    except ValueError as error:
+        raise UsageError(f"recipe: {error}") from None

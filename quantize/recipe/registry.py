@@ -1,4 +1,4 @@
-"""Names in recipes → classes. A class is found because its file lies in the folder."""
+"""The registry turns names in recipes into classes. A class is found because its file lies in the folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from quantize.errors import UsageError
-from quantize.recipe.scheme import Data
 
-T = TypeVar("T", bound=type[Data])
+T = TypeVar("T", bound=type)
 
 
 class Registry(dict[str, type[Any]]):
-    """The classes of one kind (`pass`, `quantizer`) by name."""
+    """The classes of one kind (`pass`, `quantizer`, `number format`) by name."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -31,10 +30,10 @@ class Registry(dict[str, type[Any]]):
         return enter
 
     def make(self, settings: Any) -> Any:
-        """`{"name": …, parameters…}` → instance; an instance passes through.
+        """Make an instance from `{"name": …, parameters…}`; an instance is returned as it is.
 
         Raises:
-            UsageError: unknown name.
+            UsageError: no class has that name.
         """
         if not isinstance(settings, dict):
             return settings

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Format = Literal["int", "mxfp4", "nvfp4"]
-FP4_GROUP_SIZES = {"mxfp4": 32, "nvfp4": 16}
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Data(BaseModel):
@@ -17,29 +14,19 @@ class Data(BaseModel):
 
 
 class WeightArgs(Data):
-    """Weights: w ≈ (q - zero_point) · scale, q an integer or twice an E2M1 value (`kernels/fp4.py`).
+    """Weights: w ≈ (v - zero_point) · scale, v a value of the format.
 
     Attributes:
         num_bits: 4, 6 or 8. 6-bit integers are stored in whole bytes, so they save no more memory than 8-bit ones.
-        format: `mxfp4` and `nvfp4` have 4 bits, no zero point, and fixed groups.
+        format: a file of `formats/`, whose `check_args` says which of the other settings it allows.
         symmetric: no zero point.
         group_size: input channels that share a scale; 0 means one scale for each output channel.
     """
 
     num_bits: Literal[4, 6, 8]
-    format: Format = "int"
+    format: str = "int"
     symmetric: bool = True
     group_size: int = Field(default=0, ge=0)
-
-    @model_validator(mode="after")
-    def _check_fp4(self) -> Self:
-        size = FP4_GROUP_SIZES.get(self.format)
-        if size and (self.num_bits, self.symmetric, self.group_size) != (4, True, size):
-            raise ValueError(
-                f"{self.format} weights need num_bits = 4, symmetric = true and group_size = {size}, as in the default "
-                f"recipe, not {self.num_bits}, {str(self.symmetric).lower()} and {self.group_size}"
-            )
-        return self
 
 
 class RuntimeSmoothArgs(Data):
@@ -59,31 +46,17 @@ class ActivationArgs(Data):
 
     Attributes:
         num_bits: 4, 6 or 8. 6-bit integers are held in whole bytes.
-        format: `mxfp4` and `nvfp4` have 4 bits, no zero point, and fixed groups of channels.
+        format: `int`, or one with fixed groups of channels; that of the weights decides.
         symmetric: no zero point.
         clip_ratio: part of the token's or group's range that the grid spans.
         runtime_smooth: divide channels by their current maximum first; None does not.
     """
 
     num_bits: Literal[4, 6, 8]
-    format: Format = "int"
+    format: str = "int"
     symmetric: bool = True
     clip_ratio: float = Field(default=1.0, gt=0, le=1)
     runtime_smooth: RuntimeSmoothArgs | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Channels of a token that share a scale; 0 means all."""
-        return FP4_GROUP_SIZES.get(self.format, 0)
-
-    @model_validator(mode="after")
-    def _check_fp4(self) -> Self:
-        if self.format != "int" and (self.num_bits, self.symmetric) != (4, True):
-            raise ValueError(
-                f"{self.format} activations need num_bits = 4 and symmetric = true, as in the default recipe, "
-                f"not {self.num_bits} and {str(self.symmetric).lower()}"
-            )
-        return self
 
 
 class TuneArgs(Data):
@@ -115,7 +88,10 @@ class KVCacheArgs(Data):
 
 
 class Scheme(Data):
-    """Weights and input activations of a linear; no `activations` leaves them in floating point."""
+    """Weights and input activations of a linear; no `activations` leaves them in floating point.
+
+    `formats.check_scheme` says which go together.
+    """
 
     weights: WeightArgs
     activations: ActivationArgs | None = None
@@ -123,18 +99,10 @@ class Scheme(Data):
     @property
     def label(self) -> str:
         """The field's name for it: `W4A16`, `MXFP4`."""
-        if self.weights.format in FP4_GROUP_SIZES:
-            return self.weights.format.upper()
-        return f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"
-
-    @model_validator(mode="after")
-    def _check_formats(self) -> Self:
-        if self.activations is not None and self.activations.format != self.weights.format:
-            raise ValueError(
-                f"{self.weights.format} weights and {self.activations.format} activations have no product; "
-                "give both the same format"
-            )
-        return self
+        bits = f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"
+        if self.weights.format == "int":
+            return bits
+        return self.weights.format.upper() if self.activations else f"{bits} {self.weights.format}"
 
 
 SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]

@@ -1,1 +1,1 @@
-"""Invertible transforms of channels, how they are folded into weights, and the proof that the function stayed."""
+"""Invertible transforms of channels, how they are folded into weights, and the proof that the function is unchanged."""

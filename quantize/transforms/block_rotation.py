@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class BlockRotation:
-    """T = diag(blocks), a `Transform`: each run of `b` channels is multiplied by an orthogonal matrix.
+    """T = diag(blocks), a `Transform` that multiplies each run of `b` channels by an orthogonal matrix.
 
-    `blocks` is [K/b, b, b], a matrix for each run (head), or [b, b], the same one for all; [K, K] is a whole rotation.
+    `blocks` is [K/b, b, b] with a matrix for each run (head), or [b, b] with one matrix for all runs. [K, K] is a
+    rotation of all channels.
     """
 
     blocks: Tensor
@@ -29,14 +30,14 @@ class BlockRotation:
 
 
 def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
-    """`x @ diag(blocks)`.
+    """Return `x @ diag(blocks)`.
 
     Args:
         x: [..., K]; the result keeps its dtype and device.
         blocks: [K/b, b, b], or [b, b] for all runs.
 
     Raises:
-        RuntimeError: K is not what the blocks cover.
+        RuntimeError: the blocks do not cover K channels.
     """
     runs = x.unflatten(-1, (-1, blocks.shape[-1]))
     product = runs @ blocks.to(x) if blocks.ndim == 2 else torch.einsum("...nb,nbc->...nc", runs, blocks.to(x))
@@ -44,7 +45,7 @@ def multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
 
 
 def reflect(x: Tensor) -> Tensor:
-    """`x @ H`, [..., K], H the reflection that swaps the first axis and 1/√K: its first row and column are uniform."""
+    """Return `x @ H` [..., K]; H is the reflection that swaps the first axis and 1/√K, so its first row is uniform."""
     size = x.shape[-1]
     u = torch.full((size,), -(size**-0.5), dtype=x.dtype, device=x.device)
     u[0] += 1

@@ -10,12 +10,12 @@ from torch import Tensor
 from quantize.transforms.block_rotation import multiply_blocks, reflect
 
 BLOCK = 128  # DuQuant's and LRQ-DiT's block of channels
-STEPS = 256  # their limit of greedy steps
+STEPS = 256  # DuQuant's limit of greedy steps
 
 
 @dataclass(frozen=True, eq=False)
 class DualRotation:
-    """T = R1 P R2, a `Transform`: two block-diagonal rotations with channels dealt out anew between them.
+    """T = R1 P R2, a `Transform` of two block-diagonal rotations and a permutation of channels between them.
 
     Attributes:
         first: R1, float64 [K/b, b, b], each orthogonal.
@@ -38,43 +38,42 @@ class DualRotation:
         return multiply_blocks(multiply_blocks(x, self.second.mT)[..., self.permutation.argsort()], self.first.mT)
 
 
-def dual_rotation(X: Tensor, generator: torch.Generator, steps: int = STEPS) -> DualRotation:
-    """R1, P and R2 for activations: spread what each block holds, deal it out to all blocks, spread again.
+def dual_rotation(X: Tensor, generator: torch.Generator) -> DualRotation:
+    """Find R1, P and R2 for activations: R1 spreads outliers within blocks, P deals them out, R2 spreads them again.
 
     Args:
-        X: activations [..., K] in the memory of the CPU, at least one row; the search runs in float32.
-        generator: where the random part of the rotations comes from.
-        steps: most greedy steps of each rotation; 0 leaves only the permutation.
+        X: activations [..., K] on the CPU, at least one row; the search runs in float32.
+        generator: what draws the random part of the rotations.
     """
     size = block_size(X.shape[-1])
     rows = X.detach().reshape(-1, X.shape[-1]).float()
-    first = greedy_rotation(in_blocks(rows, size), generator, steps)
+    first = greedy_rotation(in_blocks(rows, size), generator, STEPS)
     rows = multiply_blocks(rows, first)
     permutation = zigzag(rows.abs().amax(dim=0), size)
-    return DualRotation(first, permutation, greedy_rotation(in_blocks(rows[:, permutation], size), generator, steps))
+    return DualRotation(first, permutation, greedy_rotation(in_blocks(rows[:, permutation], size), generator, STEPS))
 
 
 def block_size(columns: int) -> int:
-    """128 where it divides, else the largest divisor from 2 to 128, else (few channels, or a prime) all columns."""
+    """Return 128 if it divides the columns, else their largest divisor from 2 to 128, else all of them."""
     return next((d for d in range(min(BLOCK, columns), 1, -1) if columns % d == 0), columns)
 
 
 def in_blocks(rows: Tensor, size: int) -> Tensor:
-    """[rows, K] → contiguous [K/size, rows, size]."""
+    """Reshape [rows, K] into contiguous [K/size, rows, size]."""
     blocks: Tensor = rows.unflatten(-1, (-1, size))
     return blocks.transpose(0, 1).contiguous()
 
 
 def greedy_rotation(X: Tensor, generator: torch.Generator, steps: int) -> Tensor:
-    """R of each block, float64 [n, b, b]: the channel that holds the peak is spread over the block, again and again.
+    """Find R of each block, float64 [n, b, b], by spreading the channel with the peak over the block again and again.
 
-    Of R⁰ = I, R¹, ..., R^steps each block keeps the one with the lowest max|X R|, hence the peak never grows
-    (DuQuant). The steps of all blocks run together, each on its own channel.
+    Of R⁰ = I, R¹, ..., R^steps each block keeps the one with the lowest max|X R|, so the peak never grows (DuQuant).
+    The steps of all blocks run together, each on a channel of its own.
 
     Args:
         X: float32 [n, rows, b].
-        generator: draws one matrix S, which all steps and blocks use.
-        steps: how many to try.
+        generator: what draws the one matrix S that all steps and blocks use.
+        steps: the number of steps to try.
     """
     S = spreading_matrix(X.shape[-1], generator)
     R = torch.eye(X.shape[-1], dtype=torch.float64).expand(len(X), -1, -1)
@@ -91,17 +90,17 @@ def greedy_rotation(X: Tensor, generator: torch.Generator, steps: int) -> Tensor
 
 
 def spreading_matrix(size: int, generator: torch.Generator) -> Tensor:
-    """S = diag(1, Q) H, float64 [size, size]: the first row is uniform, 1/√size, the others are a random rest.
+    """Return S = diag(1, Q) H, float64 [size, size], whose first row is 1/√size throughout and whose others are random.
 
-    H is the reflection with uniform first row and column, Q is random orthogonal. The authors' code multiplies by Q
-    from the right, which takes the first row's evenness away again; from the left, S is just as random and keeps it.
+    H is the reflection with uniform first row and column, and Q is random orthogonal. The authors' code multiplies by Q
+    from the right, after which the first row is no longer uniform; from the left S is just as random and keeps it.
     """
     Q, _ = torch.linalg.qr(torch.randn(size - 1, size - 1, dtype=torch.float64, generator=generator))
     return reflect(torch.block_diag(torch.ones(1, 1, dtype=torch.float64), Q))
 
 
 def swapped(S: Tensor, channel: Tensor) -> Tensor:
-    """E S E, [n, b, b]: for each of `channel` [n] the matrix whose row `channel` is S's first; E swaps the two."""
+    """Return E S E [n, b, b]; E swaps the first channel and each of `channel` [n], so row `channel` is S's first."""
     index = torch.arange(len(S)).repeat(len(channel), 1)
     index.scatter_(1, channel[:, None], 0)
     index[:, 0] = channel
@@ -109,14 +108,14 @@ def swapped(S: Tensor, channel: Tensor) -> Tensor:
 
 
 def zigzag(peaks: Tensor, size: int) -> Tensor:
-    """Permutation [K] that deals channels out to blocks forth and back, largest first: their sums become even.
+    """Return a permutation [K] that deals channels out to blocks forth and back, largest first, which evens their sums.
 
     With n blocks, ranks 0 … n-1 go to blocks 0 … n-1, ranks n … 2n-1 to blocks n-1 … 0, and so on (DuQuant).
     Equal peaks keep their order.
 
     Args:
-        peaks: [K], largest magnitude of each channel.
-        size: channels of a block; divides K.
+        peaks: [K], the largest magnitude of each channel.
+        size: the number of channels in a block, which divides K.
     """
     dealt = peaks.argsort(descending=True, stable=True).reshape(size, -1)
     dealt[1::2] = dealt[1::2].flip(-1)

@@ -1,4 +1,4 @@
-"""The proof that a pass left the function as it was: the block before and after it, on two different inputs."""
+"""A pass must leave the function as it was: the block is run before and after it on two different inputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quantize.graph.interpreter import Overrides, Values, run_nodes
 from quantize.graph.program import Program, Segment
 from quantize.transforms.fold import Transform
 
-TOLERANCE = 1e-5  # of the largest output, in float32: rounding makes about 1e-6
+TOLERANCE = 1e-5  # relative to the largest output; rounding of float32 makes about 1e-6
 Sites = Mapping[Basis, Transform]
 
 
@@ -27,13 +27,13 @@ def max_relative_difference(
     bases: Bases,
     sites: Sites,
 ) -> float:
-    """Largest relative difference of a segment's outputs, max |a - b| / max |b| over outputs and inputs.
+    """Return the largest relative difference max |a - b| / max |b| of a segment's outputs, over outputs and inputs.
 
     Args:
-        before, after: what the segment runs with on either side of the pass.
-        probes: two different inputs, as values alive in front of the segment, in the coordinates before the pass.
-        bases: the analysis the pass acted on.
-        sites: the transforms of the pass; values they act on are transformed before they are compared.
+        before, after: the parameters and linears that the segment runs with before and after the pass.
+        probes: two different inputs, as the values in front of the segment in the coordinates before the pass.
+        bases: the analysis that the pass acted on.
+        sites: the transforms of the pass; the values that they act on are transformed before they are compared.
     """
     worst = 0.0
     for probe in probes:
@@ -48,12 +48,12 @@ def max_relative_difference(
 
 
 def floating(value: Any) -> bool:
-    """Whether a value is a tensor of floating point."""
+    """Return whether a value is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Max |a - b| / max |b|; infinite where either is not finite, 0 where there is nothing to compare."""
+    """Return max |a - b| / max |b|; it is infinite if either is not finite, and 0 if there is nothing to compare."""
     if not b.numel():
         return 0.0
     ratio = float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
@@ -61,7 +61,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def in_coordinates(values: Values, bases: Bases, sites: Sites, invert: bool = False) -> Values:
-    """Values with each transform applied (or undone) to those that live on its basis."""
+    """Apply each transform to the values that live on its basis, or undo it."""
     result = dict(values)
     for node in (n for n in values if n in bases.at):
         for basis, transform in sites.items():
@@ -73,7 +73,7 @@ def in_coordinates(values: Values, bases: Bases, sites: Sites, invert: bool = Fa
 
 
 def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `side` to the channels at index [copies, dim] along some axes of a value, counted through."""
+    """Apply `side` to the channels at index [copies, dim] along some axes of a value, taken as one flattened axis."""
     last = tuple(range(-len(axes), 0))
     moved = x.movedim(axes, last)
     rows = moved.flatten(-len(axes)).double()
@@ -83,10 +83,10 @@ def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[
 
 
 def require_equivalent(name: str, found: float, blame: Mapping[str, float], segment: Segment) -> None:
-    """Stop the run where a pass changed the function.
+    """Stop the run if a pass changed the function.
 
     Raises:
-        QuantizeError: names the pass, the block, the basis that alone differs most, and the difference.
+        QuantizeError: it did; the message names the pass, the block, the basis that differs most and the difference.
     """
     if found <= TOLERANCE:
         return
@@ -98,6 +98,6 @@ def require_equivalent(name: str, found: float, blame: Mapping[str, float], segm
 
 
 def describe_basis(basis: Basis) -> str:
-    """A basis by its first writer and reader."""
+    """Return a name for a basis, made of its first writer and reader."""
     ends = [edges[0].parameter for edges in (basis.writers, basis.readers) if edges]
     return f"basis {basis.index} ({' → '.join(ends)})"

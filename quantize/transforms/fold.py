@@ -1,4 +1,4 @@
-"""How a transform enters the weights: writers absorb T, readers absorb its inverse, in float64."""
+"""A transform enters the weights: writers absorb T and readers absorb its inverse, in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHUNK = 1 << 20  # numbers that are transformed together
 
 
 class Transform(Protocol):
-    """An invertible matrix T [dim, dim] on a basis: the channels x become x T. Tensors are [..., dim]."""
+    """An invertible matrix T [dim, dim] on a basis, whose channels x become x T. Tensors are [..., dim]."""
 
     def apply(self, rows: Tensor) -> Tensor:
         """`rows @ T`: what a writer's channels become, and the channels themselves."""
@@ -30,7 +30,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """T = diag(d); d [dim], not zero."""
+    """T = diag(d), with d [dim] nowhere zero."""
 
     d: Tensor
 
@@ -70,10 +70,10 @@ class Rotation:
 
 @dataclass(frozen=True, eq=False)
 class CentredRotation(Rotation):
-    """A rotation with T 1 = 1 on each run, so that it keeps the mean: a random Hadamard matrix, then a reflection.
+    """A rotation that keeps the mean, because T 1 = 1 on each run: a random Hadamard matrix, then a reflection.
 
-    H takes the ones to v = Hᵀ 1; the reflection that swaps v and 1 takes them back. Its entries differ from those of
-    H by about 1/size.
+    H takes the ones to v = Hᵀ 1, and the reflection that swaps v and 1 takes them back. The entries of T differ from
+    those of H by about 1/size.
     """
 
     def apply(self, rows: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ class CentredRotation(Rotation):
 
 
 def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parameters that absorb a transform of one basis, changed; those not in `weights` are left out.
+    """Return the changed parameters after a transform of one basis; parameters that are not in `weights` are left out.
 
     Args:
         basis: the basis that T acts on.
         transform: T, of dimension `basis.dim`.
-        weights: parameters by name, any floating dtype, which the results keep.
+        weights: parameters by name, of any floating-point dtype, which the results keep.
     """
     folded: dict[str, Tensor] = {}
     for edges, side in ((basis.writers, transform.apply), (basis.readers, transform.apply_inverse_transpose)):
@@ -111,7 +111,7 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
 
 
 def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply one side of a transform along a parameter's axis, copy by copy, and piece by piece, in float64."""
+    """Apply one side of a transform along a parameter's axis in float64, copy by copy and a piece at a time."""
     result = weight.clone(memory_format=torch.contiguous_format)
     part = result[tuple(slice(None) if a == edge.axis else s for a, s in enumerate(edge.region))]
     channels_last = part.movedim(edge.axis, -1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import bench, engines
-from benchmarks.gpu.bench import MARKS, distance, measure, measure_all, measured, with_table, write
+from benchmarks.gpu.bench import MARKS, PAGE, distance, measure, measure_all, measured, with_table, write
 from benchmarks.gpu.engines import Case, Contender, Native, contenders
 from benchmarks.gpu.machine import ceilings, poisoned
 from benchmarks.gpu.roofline import Product, Roof
@@ -19,7 +19,7 @@ from benchmarks.gpu.rows import NOT_YET
 from quantize.kernels.config import Config
 
 CPU, ROOF = torch.device("cpu"), Roof(1e10, 1e11, 2e11)
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 
 def wall_clock(calls):
@@ -61,25 +61,26 @@ def test_speed_is_told_against_bf16(result):
     assert ours["over_bf16"] == bf16["median"] / ours["median"]
 
 
-def test_what_is_written_is_what_the_readme_shows(result, tmp_path):
+def test_what_is_written_is_what_the_page_shows(result, tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "README.md").write_text(f"above\n{MARKS[0]}\n{NOT_YET}\n{MARKS[1]}\nbelow\n")
+    (tmp_path / PAGE).parent.mkdir()
+    (tmp_path / PAGE).write_text(f"above\n{MARKS[0]}\n{NOT_YET}\n{MARKS[1]}\nbelow\n")
     write(tmp_path, result)
     assert (
         json.loads((tmp_path / "benchmarks" / "results" / "gpu-a-cpu.json").read_text())
         == result
         == measured(tmp_path)[0]
     )
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / PAGE).read_text()
     assert text.startswith(f"above\n{MARKS[0]}\nA CPU, which copies 0.01 TB/s") and text.endswith(
         f"{MARKS[1]}\nbelow\n"
     )
     assert "| 48 × 256 | 40 |" in text and NOT_YET not in text
 
 
-def test_the_readme_shows_what_is_committed():
-    text = README.read_text()
-    assert with_table(text, measured(README.parent)) == text
+def test_the_page_shows_what_is_committed():
+    text = (ROOT / PAGE).read_text()
+    assert with_table(text, measured(ROOT)) == text
 
 
 def test_int4_products_are_a_contender_where_there_are_int4_tensor_cores(monkeypatch):
@@ -129,15 +130,16 @@ def test_ceilings_are_operations_over_time():
     assert roof == Roof(2 * 4096 / 2e-6, 2 * 64**3 / 2e-6, 2 * 64**3 / 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_stops():
-    before = sorted(path.name for path in (README.parent / "benchmarks" / "results").iterdir())
+    before = sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir())
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu.bench"], capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("nothing was measured: torch finds no GPU here") and done.stderr.count("\n") == 1
-    assert sorted(path.name for path in (README.parent / "benchmarks" / "results").iterdir()) == before
+    assert sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir()) == before
 
 
 def test_the_exit_code_tells_of_failures(monkeypatch, capsys):

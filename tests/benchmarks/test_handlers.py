@@ -24,12 +24,12 @@ X = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 0.0, 4.0, 1.0], [1.0, 0.0, 0.0, 1.
 
 
 def test_peaked_channels_are_scaled():
-    assert spike_factors(X, "token_sparse", 30.0).tolist() == [1, 30, 30, 1]
-    assert sorted(spike_factors(X, "channel", 30.0).tolist()) == [1, 1, 30, 30]
+    assert spike_factors(X, "token_sparse").tolist() == [1, 30, 30, 1]
+    assert sorted(spike_factors(X, "channel").tolist()) == [1, 1, 30, 30]
 
 
 def test_two_spikes_of_one_token_reach_the_same_height():
-    d = spike_factors(X, "two_spike", 30.0)  # the token with the highest peak is the first; its largest are 5 and a 1
+    d = spike_factors(X, "two_spike")  # the token with the highest peak is the first; its largest are 5 and a 1
     spiked = X[0] * d
     height = HEIGHT * float(X.square().mean().sqrt())
     assert sorted(spiked.tolist())[2:] == pytest.approx([height, height])

@@ -5,10 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantize.calibration import precision
-from quantize.calibration.precision import bfloat16_products, bfloat16_unit, plus_product, product_dtype
+from quantize.calibration.precision import plus_product
 from quantize.calibration.statistics import Gram
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.pipeline import sequential
 from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.base import QUANTIZERS
 from quantize.recipe.scheme import Scheme, WeightArgs
@@ -24,21 +23,11 @@ def correlated(rows=2048, columns=128):
     return normal(rows, columns) @ (torch.eye(columns) + 0.2 * normal(columns, columns, seed=1))
 
 
-def gram_of(X):
+def gram_of(X, dtype=torch.float32):
     gram = Gram()
     for part in X.split(512):
-        gram.update(part)
+        gram.update(part, dtype=dtype)
     return gram
-
-
-def test_the_precision_lasts_as_long_as_it_was_asked_for():
-    assert product_dtype() == torch.float32
-    with pytest.raises(ValueError, match="within"), bfloat16_products(True):
-        with bfloat16_products(False):
-            assert product_dtype() == torch.float32
-        assert product_dtype() == torch.bfloat16
-        raise ValueError("within")
-    assert product_dtype() == torch.float32
 
 
 def test_a_product_with_bfloat16_adds_in_float32():
@@ -49,23 +38,11 @@ def test_a_product_with_bfloat16_adds_in_float32():
     assert 1e-4 < (rounded - exact).abs().max() < 0.2  # of a product of about 8; the base itself would lose up to 4
 
 
-def test_only_matrix_units_round_operands_of_float32():
-    A, B = normal(256, 256), normal(256, 256, seed=1)
-    with bfloat16_products(True):
-        found = A @ B
-    rounded = A.bfloat16().float() @ B.bfloat16().float()
-    expected, other = (rounded, A @ B) if bfloat16_unit() == "amx" else (A @ B, rounded)
-    assert (found - expected).norm() < 1e-5 * expected.norm() < 0.01 * (found - other).norm()
-
-
 @pytest.mark.parametrize("sweeps", [0, 2])
-@pytest.mark.parametrize("unit", ["amx", "avx512_bf16"])
-def test_gptq_loses_nothing_by_products_in_bfloat16(sweeps, unit, monkeypatch):
-    monkeypatch.setattr(precision, "bfloat16_unit", lambda: unit)
+def test_gptq_loses_nothing_by_products_in_bfloat16(sweeps):
     X, W, quantizer = correlated(), normal(64, 128, seed=3), QUANTIZERS["gptq"](sweeps=sweeps, block_size=32)
     exact = quantizer.quantize(W, GROUPED, gram_of(X), torch.float32)
-    with bfloat16_products(True):
-        rounded = quantizer.quantize(W, GROUPED, gram_of(X), torch.float32)
+    rounded = quantizer.quantize(W, GROUPED, gram_of(X, torch.bfloat16), torch.float32, torch.bfloat16)
     errors = [float(((W - q.dequantize()) @ X.T).square().sum()) for q in (exact, rounded)]
     assert not torch.equal(exact.data, rounded.data)
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
@@ -80,7 +57,7 @@ def test_an_unpacked_linear_computes_the_same(monkeypatch):
     module, x, unpack = quantized_linear(), normal(5, 64, seed=2), QuantizedLinear.qtensor
     monkeypatch.setattr("quantize.formats.qtensor.L2_ELEMENTS", 64 * 7)  # rows in pieces of 7
     apart = module(x)
-    with module.unpacked():
+    with module.unpacked(torch.float32):
         assert torch.equal(module(x), apart)
         assert unpack(module).dequantize() is unpack(module).dequantize()
         assert torch.equal(unpack(module).unpack(), module.weight_integers())
@@ -90,7 +67,7 @@ def test_an_unpacked_linear_computes_the_same(monkeypatch):
 def test_an_unpacked_linear_multiplies_in_bfloat16():
     module, x = quantized_linear(), normal(5, 64, seed=2)
     exact = module(x)
-    with bfloat16_products(True), module.unpacked():
+    with module.unpacked(torch.bfloat16):
         found = module(x)
     assert found.dtype == torch.float32
     assert 1e-4 < (found - exact).norm() / exact.norm() < 1e-2
@@ -98,13 +75,14 @@ def test_an_unpacked_linear_multiplies_in_bfloat16():
 
 @pytest.mark.parametrize(("stored", "units"), [("bfloat16", True), ("bfloat16", False), ("float32", True)])
 def test_only_a_model_stored_in_bfloat16_is_calibrated_in_it(stored, units, one_layer, small_run, monkeypatch):
-    asked = []
+    asked = set()
 
-    def watched(wanted):
-        asked.append(wanted)
-        return bfloat16_products(wanted)
+    def watched(*args, **kwargs):
+        asked.add(kwargs["product_dtype"] if "product_dtype" in kwargs else args[-1])
+        return quantize_group(*args, **kwargs)
 
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: units)
-    monkeypatch.setattr(sequential, "bfloat16_products", watched)
+    quantize_group = QUANTIZERS["gptq"].quantize_group
+    monkeypatch.setattr(precision, "bfloat16_unit", lambda: "amx" if units else "none")
+    monkeypatch.setattr(QUANTIZERS["gptq"], "quantize_group", watched)
     small_run(AutoModelForCausalLM.from_pretrained(one_layer, dtype=getattr(torch, stored)))
-    assert set(asked) == {stored == "bfloat16" and units}
+    assert asked == {torch.bfloat16 if stored == "bfloat16" and units else torch.float32}

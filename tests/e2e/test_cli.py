@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_wrong_use_ends_with_2_and_a_hint(cli, arguments, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_console_script_writes_the_same_bytes_as_the_function(
     artifact_one_layer, one_layer, stories_calibration, tmp_path, tree
 ):
@@ -112,13 +114,17 @@ def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path)
     assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
 
 
-def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path):
+@pytest.mark.slow
+def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path, monkeypatch):
     options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--ignore", "up_proj"]
-    output = ["--output-dir", tmp_path / "out"]
-    shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run", *output)
+    monkeypatch.chdir(tmp_path)
+    shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run")
     assert shown.code == 0
+    assert shown.err == (
+        "measuring the time: running model.layers.0 on part of the calibration data, for about half a minute\n"
+    )
     for line in [
-        "W4A4: 6 linears in 3 blocks, rounded by gptaq",
+        "6 linears to W4A4, in 3 blocks, rounded by gptaq",
         "pass learned_rotation: 2 bases offline, 2 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
@@ -129,9 +135,13 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     ]:
         assert line in shown.out.splitlines()
     assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
+    assert re.fullmatch(
+        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[2]
+    )
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
     bases = json.loads(cli("inspect", one_layer, "--json").out)["bases"]
     assert all({"dim", "group", "writers", "readers", "pins", "heads"} <= basis.keys() for basis in bases)
@@ -145,6 +155,7 @@ def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
     assert "orthogonal" in table.out
 
 
+@pytest.mark.slow
 def test_eval_prints_one_flat_object(cli, artifact_w4a4, stories, float_stories, stories_dev):
     arguments = ["--text", stories_dev, "--nsamples", 4, "--seqlen", 64]
     shown = cli("eval", artifact_w4a4.directory, "--against", stories, *arguments, "--json")
@@ -174,6 +185,7 @@ def test_eval_ranks_sentences_with_an_encoder(cli, minilm, sts, tmp_path):
     assert 0 < scores["pairs"] < 60
 
 
+@pytest.mark.slow
 def test_verify_and_export_read_an_artifact_and_leave_it_as_it_is(cli, artifact_rtn, tmp_path, tree):
     before = tree(artifact_rtn)
     shown = cli("verify", artifact_rtn.directory)

@@ -4,10 +4,11 @@ import pytest
 import torch
 from helpers.operands import rng
 
+from quantize.formats import get_format
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
-from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -54,9 +55,9 @@ def assert_near(y, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", FP4_GROUP_SIZES)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
 def test_fp4(name, dtype, kernels):
-    weights = WeightArgs(num_bits=4, format=name, group_size=FP4_GROUP_SIZES[name])
+    weights = WeightArgs(num_bits=4, format=name, group_size=get_format(name).group_size)
     layer, x = layer_of(weights, ActivationArgs(num_bits=4, format=name)).to(dtype), tokens(dtype)
     expected, calls = layer(x), kernels()
     step = {torch.float32: 1e-6, torch.float16: 1e-3}[dtype]

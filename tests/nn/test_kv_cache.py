@@ -152,9 +152,10 @@ def test_the_same_run_gives_the_same_bytes(one_layer, small_run, tree):
     assert tree(first) == tree(second)
 
 
-def test_rotation_saves_what_key_outliers_cost(books, books_heldout, tmp_path):
+def test_rotation_saves_what_key_outliers_cost(books, books_heldout, tmp_path, monkeypatch):
     """On a twin that computes the same function with a few channels of the keys × 10."""
-    plant_keys(books, tmp_path / "twin", factor=10)
+    monkeypatch.setattr("quantize.eval.planted_outliers.FACTOR", 10.0)
+    plant_keys(books, tmp_path / "twin")
     samples = read_samples(books_heldout, 128, 8, load_tokenize(books), 4096)
     batches = [batch["input_ids"] for batch in samples.batches(8)]
     twin, easy = open_checkpoint(tmp_path / "twin").load(), open_checkpoint(books).load()

@@ -15,7 +15,6 @@ from quantize.graph.transform_group import AllowedTransforms
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
 from quantize.passes import PASSES
 from quantize.passes.base import input_error
-from quantize.passes.noisy_bias import theorem_difference
 from quantize.passes.scaling import joint_error
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
@@ -184,17 +183,6 @@ def test_runtime_smooth_refuses(scheme, message):
 
 
 # --- noisy bias ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("x", "n", "b"), [(0.1, 0.5, 1.0), (0.45, 0.5, 1.0), (0.0, 1.0, 0.8), (0.3, 0.4, 0.5)])
-def test_theorem_one_is_what_monte_carlo_finds(x, n, b):
-    """Levels 2b apart, X at distance x of the midpoint of two: the closed form, to 1e-3 of b²."""
-    X = b - x  # levels at 0 and 2b
-    N = (torch.rand(2_000_000, generator=rng(), dtype=torch.float64) * 2 - 1) * n
-    rounded = ((X + N) / (2 * b)).round() * 2 * b
-    found = float((rounded - X - N).square().mean()) - X**2
-    assert found == pytest.approx(theorem_difference(x, n, b), abs=1e-3 * b * b)
-    assert (theorem_difference(x, n, b) < 0) is (x < n - n * math.sqrt(n / (3 * b)))
 
 
 def test_a_shift_is_taken_back_exactly_and_makes_a_bias_where_there_is_none():

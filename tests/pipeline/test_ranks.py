@@ -51,13 +51,10 @@ def test_a_rank_forecasts_from_what_those_before_it_have_summed(together):
     """Sums in bfloat16, of which each batch but the first ones is forecast."""
     body = """
         from quantize.calibration import gram_sums
-        from quantize.calibration import precision
-        precision.bfloat16_unit = lambda: "avx512_bf16"
         x = torch.randn(9, 200, 40, generator=torch.Generator().manual_seed(0)) + 1
-        with precision.bfloat16_products(True):
-            given = [gram_sums.gram_factors(part, None) for part in ranks.shard(x)]
-            totals = [torch.zeros(40, 40)]
-            ranks.sum_products(totals, given)
+        given = [gram_sums.gram_factors(part, None, torch.bfloat16) for part in ranks.shard(x)]
+        totals = [torch.zeros(40, 40)]
+        ranks.sum_products(totals, given)
         sys.stdout.write(f"{totals[0].flatten().tolist()}\\n")
         """
     done, alone = together(body, count=3), together(body, count=1)

@@ -17,6 +17,7 @@ MXFP4 = Scheme(
     activations=ActivationArgs(num_bits=4, format="mxfp4"),
 )
 INT4 = Scheme(weights=WeightArgs(num_bits=4, symmetric=False, group_size=16), activations=ActivationArgs(num_bits=8))
+NF4 = Scheme(weights=WeightArgs(num_bits=4, format="nf4", group_size=32))
 
 
 def rounded(scheme, W):
@@ -24,7 +25,7 @@ def rounded(scheme, W):
     return QuantizedLinear(weight, torch.ones(len(W)), scheme, [Hadamard(W.shape[1])])
 
 
-@pytest.mark.parametrize("scheme", [INT4, MXFP4], ids=["int", "mxfp4"])
+@pytest.mark.parametrize("scheme", [INT4, MXFP4, NF4], ids=["int", "mxfp4", "nf4"])
 def test_tuning_starts_at_what_was_rounded(scheme):
     rng = torch.Generator().manual_seed(0)
     W, x = torch.randn(6, 64, generator=rng), torch.randn(5, 64, generator=rng)

@@ -22,6 +22,7 @@ from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import quantization_config, stored
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
+from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.scheme import Scheme
 
@@ -45,26 +46,26 @@ def export_compressed_tensors(
         QuantizeError: damaged files, or transformers computes something else.
     """
     outline = Outline.read(directory)
-    modules = outline.settings["modules"]
-    scheme = next(iter(outline.schemes().values()))  # of all
-    if scheme.weights.format != "nvfp4" and calibration is not None:
+    schemes = outline.schemes()
+    scaled = {path for path, scheme in schemes.items() if get_format(scheme.weights.format).has_global_scale}
+    if not scaled and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
-    divisors = input_divisors(directory, calibration) if scheme.weights.format == "nvfp4" else {}
+    divisors = input_divisors(directory, calibration) if scaled else {}
 
     def compressed(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         bias = {} if linear.bias is None else {"bias": linear.bias}
-        divisor = {"input_global_scale": divisors[path]} if path in divisors else {}
+        divisor = {"input_global_scale": divisors[path]} if path in scaled else {}
         return stored(linear.qtensor(), linear.scheme.activations is None) | bias | divisor
 
     for shard, tensors in shards(directory, outline, compressed):
         writer.add(shard, tensors)
     writer.write_index()
-    own = {} if scheme.weights.format == "int" else {"dtype": "bfloat16"}
-    entry = quantization_config(scheme, ignored(outline.skeleton, modules))
+    own = {"dtype": "bfloat16"} if running_type(schemes) == torch.bfloat16 else {}
+    entry = quantization_config(schemes, ignored(outline.skeleton, schemes))
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
-    return {"parity": compressed_tensors_parity(directory, writer.directory, scheme)}
+    return {"parity": compressed_tensors_parity(directory, writer.directory, schemes)}
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
@@ -74,7 +75,7 @@ def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(p for p in others if not isinstance(skeleton.get_submodule(p), nn.Embedding)))
 
 
-def compressed_tensors_parity(directory: Path, written: Path, scheme: Scheme) -> dict[str, float]:
+def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[str, Scheme]) -> dict[str, float]:
     """How far transformers with the package is from the artifact, on the artifact's two probes.
 
     The package's steps of symmetric activations are max/7.5 or max/127.5, not max/7 or max/127, so where activations
@@ -85,7 +86,7 @@ def compressed_tensors_parity(directory: Path, written: Path, scheme: Scheme) ->
     Args:
         directory: the artifact.
         written: the checkpoint.
-        scheme: of both.
+        schemes: what each linear of both is quantized to, by path.
 
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger of the two.
@@ -95,19 +96,20 @@ def compressed_tensors_parity(directory: Path, written: Path, scheme: Scheme) ->
         QuantizeError: it cannot be loaded, or rounding does not explain the difference.
     """
     inputs, model, options = probe_inputs(directory), load(directory), dict[str, Any]()
-    if scheme.activations is None:
+    if all(scheme.activations is None for scheme in schemes.values()):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     expected = first_outputs(model, inputs)
     found = {
-        "reference": relative_error(outputs_of(written, inputs, running_type(scheme), **options), expected),
+        "reference": relative_error(outputs_of(written, inputs, running_type(schemes), **options), expected),
         "activations": relative_error(
             first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), expected
         ),
     }
-    check_difference(found["reference"], ROUNDING * torch.finfo(running_type(scheme)).eps + 2 * found["activations"])
+    check_difference(found["reference"], ROUNDING * torch.finfo(running_type(schemes)).eps + 2 * found["activations"])
     return found
 
 
-def running_type(scheme: Scheme) -> torch.dtype:
+def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:
     """What a checkpoint runs in: float32, or bfloat16, which is all that the package unpacks FP4 to."""
-    return torch.float32 if scheme.weights.format == "int" else torch.bfloat16
+    elements = {get_format(scheme.weights.format).element for scheme in schemes.values()}
+    return torch.bfloat16 if "e2m1" in elements else torch.float32

@@ -5,19 +5,21 @@ Source: the package compressed-tensors 0.20, `compressors/` for the tensors, `qu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import pack_int4
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
+MIXED = "mixed-precision"  # groups whose weights lie in different ways
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD = 8  # 4-bit integers in an int32
-SCALE_TYPES = {"mxfp4": "torch.uint8", "nvfp4": "torch.float8_e4m3fn"}
 
 
 def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
@@ -33,7 +35,7 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
         Others: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
-    if weight.args.format != "int":
+    if get_format(weight.args.format).element == "e2m1":
         global_scale = (
             {} if weight.global_scale is None else {"weight_global_scale": weight.global_scale.reciprocal().reshape(1)}
         )
@@ -52,29 +54,44 @@ def words(q: Tensor) -> Tensor:
     return packed.reshape(len(q), -1)
 
 
-def quantization_config(scheme: Scheme, ignore: list[str]) -> dict[str, Any]:
-    """What the package writes into `config.json` for a scheme of all linears but those in `ignore`."""
-    group = {
-        "targets": ["Linear"],
-        "weights": arguments(scheme.weights, "channel", dynamic=False),
-        "input_activations": scheme.activations and arguments(scheme.activations, "token", dynamic=True),
-        "output_activations": None,
-        "format": storage(scheme),
-    }
+def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+    """What the package writes into `config.json`.
+
+    Args:
+        schemes: of each quantized linear by path. A scheme that all share is of the class `Linear`; several are a group
+            each, which names its linears.
+        ignore: modules that stay in floating point.
+    """
+    paths: dict[Scheme, list[str]] = {}
+    for path, scheme in schemes.items():
+        paths.setdefault(scheme, []).append(path)
+    groups = [group(scheme, targets if len(paths) > 1 else ["Linear"]) for scheme, targets in paths.items()]
+    formats = {storage(scheme) for scheme in paths}
     return {
         "quant_method": NAME,
-        "format": storage(scheme),
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
+        "config_groups": {f"group_{number}": found for number, found in enumerate(groups)},
         "ignore": ignore,
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
+def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """The entry of `config_groups` for some linears."""
+    return {
+        "targets": targets,
+        "weights": arguments(scheme.weights, "channel", dynamic=False),
+        "input_activations": scheme.activations and arguments(scheme.activations, "token", dynamic=True),
+        "output_activations": None,
+        "format": storage(scheme),
+    }
+
+
 def storage(scheme: Scheme) -> str:
     """The format's name for how weights lie in the file."""
-    if scheme.weights.format != "int":
+    if get_format(scheme.weights.format).element == "e2m1":
         return f"{scheme.weights.format}-pack-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
@@ -87,14 +104,16 @@ def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> d
         whole: what the format calls one scale for a row.
         dynamic: scales are found as the inputs come; of NVFP4 those of groups alone, not that of the tensor.
     """
-    has_global_scale = args.format == "nvfp4"
-    strategy = "tensor_group" if has_global_scale else "group" if args.group_size else whole
+    number_format = get_format(args.format)
+    group_size = args.group_size if isinstance(args, WeightArgs) else number_format.group_size
+    strategy = "tensor_group" if number_format.has_global_scale else "group" if group_size else whole
+    scale_dtype = {"scale_dtype": str(*number_format.scale_dtypes)} if number_format.element == "e2m1" else {}
     return {
         "num_bits": args.num_bits,
-        "type": "int" if args.format == "int" else "float",
+        "type": "float" if number_format.element == "e2m1" else "int",
         "symmetric": args.symmetric,
         "strategy": strategy,
-        "group_size": args.group_size or None,
-        "dynamic": "local" if dynamic and has_global_scale else dynamic,
-        **({"scale_dtype": SCALE_TYPES[args.format]} if args.format in SCALE_TYPES else {}),
+        "group_size": group_size or None,
+        "dynamic": "local" if dynamic and number_format.has_global_scale else dynamic,
+        **scale_dtype,
     }

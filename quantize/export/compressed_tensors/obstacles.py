@@ -9,7 +9,7 @@ from torch import nn
 from quantize.export.base import Obstacle
 from quantize.export.compressed_tensors.format import NAME
 from quantize.export.outline import Outline
-from quantize.recipe.scheme import Scheme
+from quantize.formats import get_format
 
 ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
 ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
@@ -25,12 +25,13 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     """What the format has no place for, and what to quantize with instead."""
     settings, schemes = outline.settings, outline.schemes()
+    for name in sorted({scheme.weights.format for scheme in schemes.values()}):
+        if get_format(name).element == "level":
+            yield f"{name} weights", '`format = "int"` in [weights]'
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):
         yield "keys and values with a scale for each token", "no table `kv_cache`"
-    if len({unclipped(scheme) for scheme in schemes.values()}) > 1:
-        yield "linears of several schemes", "one scheme for all, without [[layers]]"
     for path, entry in settings["modules"].items():
         if not isinstance(module := outline.skeleton.get_submodule(path), nn.Linear):
             yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
@@ -40,9 +41,3 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
             yield "runtime smooth", "no pass `runtime_smooth`"
         if args is not None and args.clip_ratio != 1:
             yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"
-
-
-def unclipped(scheme: Scheme) -> Scheme:
-    """A scheme without what is refused by itself."""
-    args = scheme.activations and scheme.activations.model_copy(update={"clip_ratio": 1.0, "runtime_smooth": None})
-    return Scheme(weights=scheme.weights, activations=args)

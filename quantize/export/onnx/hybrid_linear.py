@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quantize.export.onnx.lowering import lower, lower_for_prefill
 from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.matmul_nbits import BlockLinear
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.scheme import Scheme, WeightArgs
@@ -42,7 +43,8 @@ def is_prompt(tokens: Tensor) -> bool:
 def gains(layer: QuantizedLinear) -> bool:
     """Whether the two lowerings of a linear differ: W4A8."""
     weights, activations = layer.scheme.weights, layer.scheme.activations
-    return (weights.format, weights.num_bits, activations and activations.num_bits) == ("int", 4, 8)
+    integers = get_format(weights.format).element == "int"
+    return integers and (weights.num_bits, activations and activations.num_bits) == (4, 8)
 
 
 def lower_for_prompt(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:

@@ -13,6 +13,7 @@ from quantize.export.base import Obstacle
 from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.matmul_nbits import BlockLinear, odd_groups
 from quantize.export.outline import Outline
+from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.scheme import Scheme
 
@@ -40,8 +41,8 @@ def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
     """Why ONNX Runtime has no kernel for a linear, if so."""
     weights, activations = scheme.weights, scheme.activations
     instead = f"quantize with one of {RUNNABLE}"
-    if weights.format != "int":
-        return Obstacle(f"ONNX Runtime's CPU kernels multiply no {weights.format} values", instead)
+    if get_format(weights.format).element != "int":
+        return Obstacle(f"ONNX Runtime's CPU kernels multiply no {weights.format} values", f"{instead} in integers")
     if activations is not None and activations.runtime_smooth is not None:
         return SMOOTH
     if is_block(scheme):

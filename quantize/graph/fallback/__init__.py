@@ -1,1 +1,1 @@
-"""Models that cannot be exported: each linear on what reaches it when the modules run."""
+"""A model that cannot be exported is a program of its linears, each on what reaches it when the modules run."""

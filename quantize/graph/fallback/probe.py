@@ -1,4 +1,4 @@
-"""What a trial run tells of a model without a graph."""
+"""A trial run tells what no graph tells of a model that cannot be exported."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from quantize.graph.fallback.float_model import FloatModel, plain_linears
 
-UNKNOWN = 2**31  # no smaller bound of token ids is known
+UNKNOWN = 2**31  # taken if no smaller bound of token ids is known
 
 
 def vocabulary(model: FloatModel) -> int:
-    """The config's, or the rows of the smallest table that the inputs index as they are."""
+    """Return the config's vocabulary, or the rows of the smallest table that the inputs index as they are."""
     tables = {path: m.num_embeddings for path, m in model.module.named_modules() if isinstance(m, nn.Embedding)}
     sizes, given = [int(getattr(getattr(model.module, "config", None), "vocab_size", UNKNOWN))], zeros(model)
     storages = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
@@ -29,7 +29,7 @@ def vocabulary(model: FloatModel) -> int:
 
 
 def weights_read(model: FloatModel) -> list[str]:
-    """Linears whose weight the model reads past their forward, so that nothing can stand in for them."""
+    """Return linears whose weight the model reads outside of their `forward`, so that nothing can stand in for them."""
     linears = plain_linears(model.module)
     with contextlib.ExitStack() as watch:
         for linear in linears.values():
@@ -40,12 +40,12 @@ def weights_read(model: FloatModel) -> list[str]:
 
 
 def zeros(model: FloatModel) -> dict[str, Tensor]:
-    """The examples of a model's inputs, in memory."""
+    """Return examples of a model's inputs in memory, all zeros."""
     return {name: torch.zeros_like(example, device="cpu") for name, example in model.examples.items()}
 
 
 class Watched(nn.Linear):
-    """A linear that notes when anything but its forward reads its weight."""
+    """A linear that notes when anything but its `forward` reads its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

@@ -1,7 +1,7 @@
-"""The program of a model that the exporter refuses: its linears alone, on the inputs that the float model gives them.
+"""A model that the exporter refuses becomes a program of its linears, on the inputs that the float model gives them.
 
 The graph shows no weight that writes those inputs, so the analysis pins them all and only online transforms are legal.
-Each linear is rounded on inputs in which no earlier linear is rounded yet, as the float model runs as a whole.
+The float model runs as a whole, so each linear is rounded on inputs in which no earlier linear is rounded yet.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from quantize.graph.inputs import BATCH, example_inputs
 from quantize.graph.linears import LINEAR, READ_ITSELF
 from quantize.graph.program import Program, Segment
 
-KEPT_ROWS = 32  # of each linear's output, to compare; all rows of all linears would not fit into memory
+KEPT_ROWS = 32  # rows of each linear's output to compare; all rows of all linears would not fit into memory
 Linears = list[tuple[str, nn.Linear]]
 
 
@@ -34,8 +34,8 @@ class LinearsOnlyProgram(Program):
     """A program of linears alone.
 
     Attributes:
-        model: what gives them their inputs.
-        paths: of all linears, in the order of the outputs.
+        model: the float model that gives the linears their inputs.
+        paths: the paths of all linears, in the order of the outputs.
     """
 
     model: FloatModel
@@ -43,7 +43,7 @@ class LinearsOnlyProgram(Program):
 
     @functools.cached_property
     def vocabulary(self) -> int:
-        """Token ids lie below it."""
+        """The size of the vocabulary, which token ids lie below."""
         return vocabulary(self.model)
 
     @functools.cached_property
@@ -52,16 +52,16 @@ class LinearsOnlyProgram(Program):
         return {f"{path}.weight": READ_ITSELF for path in weights_read(self.model)}
 
     def never_executed(self, outputs: list[Tensor]) -> list[str]:
-        """Linears without a row in any of the outputs, which are those of one run after the other."""
+        """Return linears without a row in any of the outputs, which are those of one run after the other."""
         return [path for i, path in enumerate(self.paths) if not any(map(len, outputs[i :: len(self.paths)]))]
 
 
 def make_program(checkpoint: Checkpoint, skeleton: nn.Module) -> Program:
-    """The exported graph of a model, or its linears alone where the exporter refuses it.
+    """Return the exported graph of a model, or its linears alone if the exporter refuses it.
 
     Args:
         checkpoint: the model.
-        skeleton: what `checkpoint.skeleton()` gave; changed in place.
+        skeleton: what `checkpoint.skeleton()` returned; it is changed in place.
 
     Raises:
         ExportError: the exporter refuses the model, and it has no linear.
@@ -76,11 +76,11 @@ def make_program(checkpoint: Checkpoint, skeleton: nn.Module) -> Program:
 
 
 def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnlyProgram:
-    """A graph of a model's linears, block by block, each on what `linear_inputs` gives.
+    """Return a graph of a model's linears, block by block, each on what `linear_inputs` returns.
 
     Args:
         checkpoint: the model.
-        export_error: why it cannot be export.
+        export_error: why the model cannot be exported.
     """
     skeleton = checkpoint.skeleton()
     export.untie(skeleton)
@@ -107,18 +107,18 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
 
 
 def segment(name: str, nodes: list[fx.Node], weights: dict[str, fx.Node]) -> Segment:
-    """Some nodes with the parameters they read."""
+    """Return a segment of some nodes, with the parameters that they read."""
     return Segment(name, tuple(nodes), export.read_by(nodes, {node: name for name, node in weights.items()}))
 
 
 def blocks_of(linears: dict[str, nn.Linear]) -> list[tuple[str, Linears]]:
-    """Linears by the block they lie in."""
+    """Return the linears by the block in which they lie."""
     runs = itertools.groupby(linears.items(), lambda item: export.block_at(item[0]))
     return [(name, list(run)) for name, run in runs]
 
 
 def parameter_node(graph: fx.Graph, parameter: nn.Parameter) -> fx.Node:
-    """The placeholder of a parameter, which has the shape of it."""
+    """Add the placeholder of a parameter, with the parameter's shape."""
     node = graph.placeholder(f"parameter_{len(graph.nodes)}")
     node.meta["val"] = parameter
     return node
@@ -127,7 +127,7 @@ def parameter_node(graph: fx.Graph, parameter: nn.Parameter) -> fx.Node:
 def add_block(
     graph: fx.Graph, source: fx.Node, inputs: dict[str, fx.Node], weights: dict[str, fx.Node], linears: Linears
 ) -> list[fx.Node]:
-    """The nodes of one block: all inputs in one run of the model, then each linear and the last rows of its output."""
+    """Add the nodes of one block: all inputs in one run of the model, then each linear and its output's last rows."""
     given = graph.call_function(linear_inputs, (source, tuple(path for path, _ in linears)), dict(inputs))
     given.meta["nn_module_stack"] = {"": ("what could not be exported", nn.Module)}
     nodes = [given]
@@ -141,7 +141,7 @@ def add_block(
 
 
 def shaped(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], columns: int) -> fx.Node:
-    """A node whose value is [rows, columns]."""
+    """Give a node a value of the shape [rows, columns]."""
     node = graph.call_function(target, args)
     node.meta["val"] = torch.empty(BATCH, columns, device="meta")
     return node

@@ -1,7 +1,8 @@
-"""What each operator does to the channels of its inputs. An operator without a rule pins them; it is never guessed.
+"""Rules say what each operator does to the channels of its inputs. An operator without a rule pins them.
 
-Three kinds of statement: channels stay the same, channels meet (are added, or scale one another), a parameter writes or
-reads them. Everything is about example-sized label tensors (`labels.py`); no rule knows a module or a model.
+A rule says one of three things: channels stay the same, channels meet (they are added, or scale one another), or a
+parameter writes or reads them. Rules work on label tensors of the example sizes (`labels.py`), and no rule knows a
+module or a model.
 """
 
 from quantize.graph.rules.table import visit

@@ -1,4 +1,4 @@
-"""Sums and products: channels meet, or scale one another."""
+"""In sums and products channels meet or scale one another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantize.graph.views import View
 
 @rule("add", "add_", "sub", "sub_", operands=2, kind=SOURCES)
 def added(walk: ChannelTrace, node: fx.Node) -> None:
-    """Residual sums make two channels one; a parameter added writes; anything else that is added pins."""
+    """A residual sum makes two channels one, a parameter that is added writes them, and anything else pins them."""
     x, y = arguments(node)[:2]
     if offset_gain(walk, node, x, y) or not any(isinstance(n, fx.Node) and walk.touches(n) for n in (x, y)):
         return
@@ -37,7 +37,7 @@ def added(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def offset_gain(walk: ChannelTrace, node: fx.Node, x: Any, y: Any) -> bool:
-    """Whether the sum is a parameter plus a number, such as the gain 1 + w."""
+    """Return whether the sum is a parameter plus a number, such as the gain 1 + w."""
     view, number = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
     if view is None or not isinstance(number, int | float) or name_of(node) != "add" or node.kwargs:
         return False
@@ -81,21 +81,21 @@ def scaled(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def scale_unknown(walk: ChannelTrace, node: fx.Node, x: Any, y: Any) -> None:
-    """A gain that scales what has no channels writes some; other products without channels are no concern."""
+    """A gain that scales a value without channels writes new ones; other products without channels have no effect."""
     view, other = (walk.view(x), y) if walk.view(x) else (walk.view(y), x)
     if isinstance(other, fx.Node) and walk.view(other) is None and is_gain(view, node):
         gain(walk, node, None, view)
 
 
 def is_gain(view: View | None, node: fx.Node) -> TypeGuard[View]:
-    """Whether a parameter holds one factor for each index of the last axis of a product."""
+    """Return whether a parameter holds one factor for each index of the last axis of a product."""
     if view is None or not view.size or name_of(node) != "mul":
         return False
     return max(view.size) == view.size[-1] == shape_of(node)[-1] > 1
 
 
 def scale(walk: ChannelTrace, node: fx.Node, known: fx.Node, other: Any) -> None:
-    """`known` has channels and `other` multiplies it."""
+    """Treat a product of `known`, which has channels, and `other`."""
     labels, view = walk.labels[known], walk.view(other)
     if not isinstance(other, fx.Node) or not hasattr(other.meta["val"], "shape"):
         walk.labels[node] = labels
@@ -106,7 +106,7 @@ def scale(walk: ChannelTrace, node: fx.Node, known: fx.Node, other: Any) -> None
 
 
 def factor(walk: ChannelTrace, node: fx.Node, labels: Tensor, other: fx.Node) -> None:
-    """A computed factor: harmless where it is one number for all channels of a block."""
+    """Treat a computed factor, which restricts nothing if it is one number for all channels of a block."""
     labels = labels.expand(shape_of(node))
     size = (1,) * (labels.dim() - len(shape_of(other))) + shape_of(other)
     axes = channel_axes(labels)

@@ -1,4 +1,4 @@
-"""Attention: scores pair queries with keys, values mix over tokens within each head."""
+"""In attention, scores pair queries with keys, and values mix over tokens within each head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quantize.graph.transform_group import AllowedTransforms
 
 @rule("scaled_dot_product_attention", operands=3)
 def attention(walk: ChannelTrace, node: fx.Node) -> None:
-    """softmax(q kᵀ) v: each head averages its value channels over the tokens."""
+    """In softmax(q kᵀ) v each head averages its value channels over the tokens."""
     q, k, v = arguments(node)[:3]
     pair(walk, q, k, -2)
     if v in walk.labels:
@@ -24,7 +24,7 @@ def attention(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("matmul", "bmm", "mm", operands=2, kind=SOURCES)
 def product(walk: ChannelTrace, node: fx.Node) -> None:
-    """A product with a parameter, of queries with keys, or of scores with values."""
+    """A product is one with a parameter, of queries with keys, or of scores with values."""
     a, b = arguments(node)
     if (view := walk.view(b)) is not None and len(view.size) > 1:
         return multiply(walk, node, a, view, (-2, -1))
@@ -38,14 +38,14 @@ def product(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("baddbmm", operands=3)
 def added_product(walk: ChannelTrace, node: fx.Node) -> None:
-    """Queries with keys, and a bias of the scores."""
+    """The operator multiplies queries with keys and adds a bias to the scores."""
     bias, q, k = arguments(node)[:3]
     walk.pin(bias, "it is added to attention scores")
     pair(walk, q, k, -1)
 
 
 def pair(walk: ChannelTrace, q: fx.Node, k: fx.Node, token_axis: int) -> None:
-    """Scores Σ q_i k_i: what T does to the queries, T⁻ᵀ must do to the keys; `token_axis` is that of the keys."""
+    """Pair the channels of scores Σ q_i k_i: T⁻ᵀ must do to keys what T does to queries. `token_axis` is the keys'."""
     reason = "attention scores multiply it with something that no weight writes"
     rows = [token_row(walk, n, axis) for n, axis in ((q, -2), (k, token_axis))]
     if rows[0] is None or rows[1] is None or rows[0].shape[-1] != rows[1].shape[-1]:
@@ -62,7 +62,7 @@ def pair(walk: ChannelTrace, q: fx.Node, k: fx.Node, token_axis: int) -> None:
 
 
 def token_row(walk: ChannelTrace, node: fx.Node, token_axis: int) -> Tensor | None:
-    """Labels of one token, channels last, if all tokens have the same."""
+    """Return the labels of one token, channels last, if all tokens have the same labels."""
     labels = walk.labels.get(node)
     if labels is None or token_axis % labels.dim() in channel_axes(labels):
         return None
@@ -71,7 +71,7 @@ def token_row(walk: ChannelTrace, node: fx.Node, token_axis: int) -> Tensor | No
 
 
 def mix_tokens(walk: ChannelTrace, node: fx.Node, source: fx.Node, labels: Tensor) -> None:
-    """Sums over axis -2 with weights of their own for each index of the axes before: heads must not mix."""
+    """Treat sums over axis -2 whose weights differ for each index of the axes before, so that heads must not mix."""
     axes, shape = channel_axes(labels), shape_of(node)
     if labels.dim() - 2 in axes or len(shape) != labels.dim():
         return walk.pin(source, f"`{name_of(node)}` sums over its channels")

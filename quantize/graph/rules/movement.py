@@ -1,4 +1,4 @@
-"""Operators that move elements and change none: channels go where their elements go."""
+"""Where operators move elements and change none, channels go where their elements go."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from quantize.graph.views import as_view
     kind=TRANSPARENT,
 )
 def moved(walk: ChannelTrace, node: fx.Node) -> None:
-    """Data movement: channels go where their elements go."""
+    """Channels go where the operator moves their elements."""
     first = node.all_input_nodes[0]
     if first in walk.squares or first in walk.means:
         return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
@@ -52,7 +52,7 @@ def moved(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def move_view(walk: ChannelTrace, node: fx.Node) -> None:
-    """A parameter, taken apart or turned around, stays that parameter."""
+    """A parameter that is taken apart or turned around is still seen as that parameter."""
     source = node.all_input_nodes[0]
     view = walk.views[source]
     if name_of(node) == "getitem":
@@ -68,7 +68,7 @@ def move_view(walk: ChannelTrace, node: fx.Node) -> None:
 @rule("dropout", "to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias", "detach", "neg", "dropout_",
       "lift_fresh_copy", operands=2, kind=TRANSPARENT)  # fmt: skip
 def same(walk: ChannelTrace, node: fx.Node) -> None:
-    """Casts (to the type of another value, too), signs and inactive dropout: the same channels, up to one factor."""
+    """Casts (to the type of another value, too), signs and inactive dropout keep the channels, up to one factor."""
     source = node.all_input_nodes[0]
     for table in (walk.labels, walk.squares, walk.means):
         if source in table:
@@ -77,18 +77,18 @@ def same(walk: ChannelTrace, node: fx.Node) -> None:
         walk.views[node] = walk.views[source]
 
 
-SOURCES |= {moved, same}  # they carry parameters, too
+SOURCES |= {moved, same}  # these rules carry parameters, too
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full",
       "sym_size", "sym_numel", "sym_stride")  # fmt: skip
 def measured(walk: ChannelTrace, node: fx.Node) -> None:
-    """Only the shape and the type of a value are used."""
+    """These operators use only the shape and the type of a value."""
 
 
 @rule("view_as", "reshape_as", "expand_as", operands=2)
 def shaped_like(walk: ChannelTrace, node: fx.Node) -> None:
-    """Data movement to the shape of another value."""
+    """Channels go where their elements go in the shape of another value."""
     if (labels := walk.labels.get(arguments(node)[0])) is None:
         return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
     shape = shape_of(node)
@@ -97,7 +97,7 @@ def shaped_like(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("cat", "stack")
 def concatenated(walk: ChannelTrace, node: fx.Node) -> None:
-    """Data movement if every part has channels; parts that no weight writes cannot absorb anything."""
+    """Channels go where their elements go if every part has channels; parts that no weight writes absorb nothing."""
     parts = [as_value(walk, n) for n in arguments(node)[0]]
     if any(labels is None for labels in parts):
         return pin_all(walk, node, f"it is joined (`{name_of(node)}`) with values that no weight writes")
@@ -107,7 +107,7 @@ def concatenated(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("index", "index_select", "cumsum", "constant_pad_nd", "pad", kind=SOURCES)
 def tokenwise(walk: ChannelTrace, node: fx.Node) -> None:
-    """Operators that pick or sum tokens do the same to each channel, if they leave the axis of the channels alone."""
+    """Operators that pick or sum tokens do the same to each channel, unless they act along the axis of the channels."""
     x, size = arguments(node)[0], shape_of(node)
     labels = as_value(walk, x)
     if labels is None and not any(walk.touches(n) for n in node.all_input_nodes):
@@ -119,7 +119,7 @@ def tokenwise(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def touches_last_axis(node: fx.Node, dims: int) -> bool:
-    """Whether such an operator acts along the last axis, or changes more than where tokens stand."""
+    """Return whether such an operator acts along the last axis, or changes more than where tokens stand."""
     _, where, *rest = arguments(node)
     if name_of(node) == "index":
         found = [None if i is None else i.meta["val"] for i in where]
@@ -131,7 +131,7 @@ def touches_last_axis(node: fx.Node, dims: int) -> bool:
 
 @rule("masked_fill")
 def masked(walk: ChannelTrace, node: fx.Node) -> None:
-    """Tokens masked out by zeros: a factor of zero for all channels of a token."""
+    """A mask that puts zeros in place of tokens is a factor of zero for all channels of a token."""
     x, mask, value = arguments(node)[:3]
     if x not in walk.labels or value != 0 or (shape_of(mask) or (1,))[-1] != 1 or last_axis(walk.labels[x]) is None:
         return pin_all(walk, node, "`masked_fill` puts numbers in its place")
@@ -139,7 +139,7 @@ def masked(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def as_value(walk: ChannelTrace, node: Any) -> Tensor | None:
-    """Labels of an operand; a parameter that is an operand itself writes channels along its last axis."""
+    """Return the labels of an operand; a parameter that is an operand itself writes channels along its last axis."""
     if not isinstance(node, fx.Node) or node in walk.labels:
         return walk.labels.get(node)
     view = walk.view(node)
@@ -150,14 +150,14 @@ def as_value(walk: ChannelTrace, node: Any) -> Tensor | None:
 
 
 def source_of(node: fx.Node) -> fx.Node:
-    """The operator that computed a value, behind any data movement."""
+    """Return the operator that computed a value, before any data movement."""
     while RULES.get(name_of(node)) in TRANSPARENT and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def origin(node: fx.Node) -> str:
-    """A value in words, by the operator and the module that computed it."""
+    """Describe a value by the operator and the module that computed it."""
     source = source_of(node)
     stack = source.meta.get("nn_module_stack") or {"": ("the model",)}
     module = f"`{list(stack.values())[-1][0]}`"

@@ -1,4 +1,4 @@
-"""Functions of each channel by itself."""
+"""These operators are functions of each channel by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantize.graph.transform_group import AllowedTransforms
 
 @rule("relu", "relu_", "leaky_relu", "abs")
 def positive(walk: ChannelTrace, node: fx.Node) -> None:
-    """Functions with f(d x) = d f(x) for d > 0."""
+    """Functions with f(d x) = d f(x) for d > 0 admit positive factors."""
     labels = walk.labels.get(arguments(node)[0])
     if labels is None:
         return pin_all(walk, node, f"`{name_of(node)}` acts on its square or mean")
@@ -39,5 +39,5 @@ def positive(walk: ChannelTrace, node: fx.Node) -> None:
     "sqrt",
 )
 def nonlinear(walk: ChannelTrace, node: fx.Node) -> None:
-    """A nonlinear function of each channel ends every symmetry."""
+    """Other nonlinear functions of each channel admit no transform."""
     pin_all(walk, node, f"the nonlinearity `{name_of(node)}` acts on each channel")

@@ -1,4 +1,4 @@
-"""Norms: the mean square keeps rotations, subtracting the mean keeps those that keep it; gains scale."""
+"""Norms: the mean square admits rotations, subtracting the mean admits those that keep the mean, and gains scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.graph.transform_group import AllowedTransforms
 
 @rule("pow", "square")
 def squared(walk: ChannelTrace, node: fx.Node) -> None:
-    """The square: only its mean over the channels keeps a symmetry, the orthogonal group."""
+    """A square is noted, since its mean over the channels admits rotations; any other use of it admits nothing."""
     if arguments(node)[0] not in walk.labels or (name_of(node) == "pow" and arguments(node)[1] != 2):
         return pin_all(walk, node, f"`{name_of(node)}` acts on each channel")
     walk.squares[node] = walk.labels[arguments(node)[0]]
@@ -20,7 +20,7 @@ def squared(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("mean", "sum")
 def averaged(walk: ChannelTrace, node: fx.Node) -> None:
-    """Over tokens it is the same for each channel; the mean square over channels is invariant under rotations."""
+    """A mean over tokens treats each channel alike; a mean square over channels is invariant under rotations."""
     x, labels = arguments(node)[0], walk.labels.get(arguments(node)[0])
     reduced = reduced_axes(node, walk)
     if labels is not None and not set(reduced) & set(channel_axes(labels)):
@@ -34,7 +34,7 @@ def averaged(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def reduced_axes(node: fx.Node, walk: ChannelTrace) -> list[int]:
-    """The axes that a reduction sums over."""
+    """Return the axes that a reduction sums over."""
     x = arguments(node)[0]
     dims = next(t[x] for t in (walk.labels, walk.squares, walk.means) if x in t).dim()
     axes = arguments(node)[1] if len(arguments(node)) > 1 else None
@@ -42,12 +42,12 @@ def reduced_axes(node: fx.Node, walk: ChannelTrace) -> list[int]:
 
 
 def keepdim(node: fx.Node) -> bool:
-    """Whether a reduction leaves axes of size one."""
+    """Return whether a reduction leaves axes of size one."""
     return bool(arguments(node)[2]) if len(arguments(node)) > 2 else bool(node.kwargs.get("keepdim"))
 
 
 def without(labels: Tensor, axes: list[int], keep: bool) -> Tensor:
-    """Labels with some axes, along which they do not change, reduced."""
+    """Return labels without some axes, along which they do not change."""
     for axis in sorted(axes, reverse=True):
         labels = labels.narrow(axis, 0, 1) if keep else labels.select(axis, 0)
     return labels
@@ -55,7 +55,7 @@ def without(labels: Tensor, axes: list[int], keep: bool) -> Tensor:
 
 @rule("var", "std", "linalg_vector_norm", "norm")
 def deviation(walk: ChannelTrace, node: fx.Node) -> None:
-    """Variance and length over the channels: the one keeps rotations that keep the mean, the other all."""
+    """The variance over the channels admits rotations that keep the mean, and their length admits all rotations."""
     x, second, *rest = arguments(node)
     labels, is_norm = walk.labels.get(x), "norm" in name_of(node)
     axes = rest[0] if is_norm and rest else second
@@ -67,13 +67,13 @@ def deviation(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("rms_norm", kind=SOURCES)
 def rms_norm(walk: ChannelTrace, node: fx.Node) -> None:
-    """RMSNorm as one operator: the mean square and the gain."""
+    """RMSNorm as one operator takes the mean square and multiplies by the gain."""
     normalize(walk, node, AllowedTransforms.ORTHOGONAL)
 
 
 @rule("layer_norm", kind=SOURCES)
 def layer_norm(walk: ChannelTrace, node: fx.Node) -> None:
-    """LayerNorm keeps rotations that keep the mean over the channels; its bias writes what its gain has scaled."""
+    """LayerNorm admits rotations that keep the mean over the channels; its bias writes the channels behind its gain."""
     normalize(walk, node, AllowedTransforms.CENTRED_ORTHOGONAL)
     bias = arguments(node)[3] if len(arguments(node)) > 3 else None
     if bias is None or node not in walk.labels:
@@ -85,7 +85,7 @@ def layer_norm(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def normalize(walk: ChannelTrace, node: fx.Node, group: AllowedTransforms) -> None:
-    """A norm over the last axis, and its gain."""
+    """Treat a norm over the last axis and its gain."""
     x, size, *rest = arguments(node)
     labels, parameter = walk.labels.get(x), rest[0] if rest else None
     view = walk.view(parameter)
@@ -102,7 +102,7 @@ def normalize(walk: ChannelTrace, node: fx.Node, group: AllowedTransforms) -> No
 def mean_square(
     walk: ChannelTrace, labels: Tensor, reduced: list[int], group: AllowedTransforms = AllowedTransforms.ORTHOGONAL
 ) -> None:
-    """The channels along the reduced axes are averaged together, apart for each index of the others."""
+    """Restrict channels that are averaged together along the reduced axes, separately for each index of the others."""
     apart = [d for d in channel_axes(labels) if d not in reduced]
     walk.restrict(labels, group, REASONS[group], axis_index(labels, apart) if apart else None, counted=True)
 

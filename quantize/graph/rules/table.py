@@ -1,4 +1,4 @@
-"""How rules are found: one table from operator name to rule. An operator without a rule pins what it touches."""
+"""One table maps operator names to rules. An operator without a rule pins what it touches."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Rule = Callable[[ChannelTrace, fx.Node], None]
 RULES: dict[str, Rule] = {}
 SOURCES: set[Rule] = set()  # rules that make channels even where no input has any
 TRANSPARENT: set[Rule] = set()  # rules of operators that compute nothing
-OPERANDS: dict[Rule, int] = {}  # how many arguments a rule looks at; channels in any other are pinned
+OPERANDS: dict[Rule, int] = {}  # how many arguments a rule looks at; channels in other arguments are pinned
 
 
 def rule(*names: str, operands: int = 1, kind: set[Rule] | None = None) -> Callable[[Rule], Rule]:
     """Register a rule for operators by name, all overloads.
 
     Args:
-        names: operators.
-        operands: how many leading arguments the rule looks at.
-        kind: one of the sets above.
+        names: the names of the operators.
+        operands: the number of leading arguments that the rule looks at.
+        kind: one of the sets above, to which the rule is added.
     """
 
     def register(function: Rule) -> Rule:
@@ -38,13 +38,13 @@ def rule(*names: str, operands: int = 1, kind: set[Rule] | None = None) -> Calla
 
 
 def name_of(node: fx.Node) -> str:
-    """`linear` for `aten.linear.default`."""
+    """Return an operator's name, such as `linear` for `aten.linear.default`."""
     target: Any = node.target
     return str(getattr(target, "overloadpacket", getattr(target, "__name__", target))).rsplit(".", 1)[-1]
 
 
 def arguments(node: fx.Node) -> Any:
-    """Positional arguments of an operator, whose types its schema knows and the type checker does not."""
+    """Return an operator's positional arguments, whose types its schema knows and the type checker does not."""
     return node.args
 
 
@@ -74,7 +74,7 @@ def try_rule(walk: ChannelTrace, node: fx.Node, apply: Rule) -> None:
 def finish(walk: ChannelTrace, node: fx.Node) -> None:
     """Note which parameters the node took as values, and where the channels of its own value lie.
 
-    The labels are kept without the axes along which they do not change: a large model has many.
+    The labels are kept without the axes along which they do not change, because a large model has many labels.
     """
     values = (walk.view(n) for n in node.all_input_nodes if n in walk.labels)
     walk.accounted |= {(node, view.name) for view in values if view}

@@ -1,4 +1,4 @@
-"""Products with parameters, and tables: parameters read channels and write new ones."""
+"""In products with parameters and in tables, parameters read channels and write new ones."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quantize.graph.views import View
 
 @rule("linear", kind=SOURCES)
 def linear(walk: ChannelTrace, node: fx.Node) -> None:
-    """A linear y = x Wᵀ + b: W reads the channels of x with its columns and writes new ones with its rows."""
+    """In a linear y = x Wᵀ + b, W reads the channels of x with its columns and writes new ones with its rows."""
     x, weight, *bias = arguments(node)
     multiply(walk, node, x, walk.view(weight), (-1, 0), *bias)
 
 
 @rule("addmm", operands=2, kind=SOURCES)
 def addmm(walk: ChannelTrace, node: fx.Node) -> None:
-    """A linear y = b + x W whose weight is stored [in, out]."""
+    """The operator is a linear y = b + x W whose weight is stored as [in, out]."""
     bias, x, weight = arguments(node)
     scaled = set(node.kwargs) & {"alpha", "beta"}
     multiply(walk, node, x, None if scaled else walk.view(weight), (0, 1), bias)
@@ -28,7 +28,7 @@ def addmm(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("_grouped_mm", "grouped_mm", "grouped_mm_fallback", kind=SOURCES)
 def grouped(walk: ChannelTrace, node: fx.Node) -> None:
-    """Experts as a batch of linears: rows of x, sorted by expert, times W [experts, in, out]."""
+    """Experts are a batch of linears: rows of x, sorted by expert, times W [experts, in, out]."""
     x, weight, *_ = arguments(node)
     multiply(walk, node, x, walk.view(weight), (-2, -1))
 
@@ -41,7 +41,7 @@ def multiply(
     axes: tuple[int, int],
     bias: fx.Node | None = None,
 ) -> None:
-    """A product over the channels of x with `axes` (in, out) of a weight, and a bias that is added."""
+    """Treat a product over the channels of x with `axes` (in, out) of a weight, and a bias that is added."""
     region = weight.region() if weight else None
     if weight is None or region is None or weight.offset:
         return pin_all(walk, node, "it is multiplied with a matrix that is no parameter")
@@ -56,7 +56,7 @@ def multiply(
 
 
 def read_channels(walk: ChannelTrace, x: fx.Node) -> Tensor:
-    """The channels in front of a linear; an input that no weight writes is given channels pinned from birth."""
+    """Return the channels in front of a linear; an input that no weight writes gets new channels that are pinned."""
     walk.pin_derived(x, "its square or mean is read by a weight")
     if as_value(walk, x) is None:
         walk.restrict(walk.fresh(x), AllowedTransforms.NONE, f"no weight writes it: it is {origin(x)}")
@@ -86,7 +86,7 @@ def convolution(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def gain(walk: ChannelTrace, node: fx.Node, labels: Tensor | None, view: View) -> None:
-    """A parameter vector scales channels, or what has none: it reads them and writes new ones, unless it is folded."""
+    """Treat a parameter vector that scales a value: it reads the channels, if any, and writes others unless folded."""
     if labels is not None and view.name in walk.folded:
         walk.labels[node] = labels.expand(shape_of(node))
         return

@@ -1,6 +1,6 @@
-"""What a run will take, before it reads a weight: memory, disk and time; and what will be done.
+"""What a run will take, before it reads a weight: memory and disk; and what will be done.
 
-Memory and disk follow from the shapes of all values in the graph, on inputs as long as the calibration data.
+Both follow from the shapes of all values in the graph, on inputs as long as the calibration data.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import fx
-
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.precision import calibrates_in_bfloat16
 from quantize.calibration.spill import IN_MEMORY
 from quantize.calibration.statistics import Rows
 from quantize.graph.linears import Linear, by_input
@@ -52,25 +49,9 @@ class MemoryEstimate(ArtifactEstimate):
         return [(count, sizes, walk(sizes)) for count, sizes in found]
 
     @property
-    def in_bfloat16(self) -> bool:
-        """Whether most of what is multiplied is rounded to bfloat16."""
-        return calibrates_in_bfloat16(self.dtypes.values())
-
-    @property
     def runners(self) -> int:
         """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
         return 1 + (self.plan.quantizer.needs_float_reference or self.plan.recipe.tune is not None)
-
-    @functools.cached_property
-    def calibrated(self) -> list[fx.Node]:
-        """What runs on the calibration data: all nodes up to the last linears that are rounded."""
-        found = list[fx.Node]()
-        for segment in self.program.segments:
-            if self.plan.calibrates_after(segment, self.program):
-                found += segment.nodes
-            elif groups := self.together(segment):
-                found += segment.nodes[: segment.nodes.index(groups[-1][0].node)]
-        return found
 
     def journal_bytes(self) -> int:
         """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""

@@ -23,7 +23,7 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.resume.block_state import Resumable, plain_values, restore_files, values_of
-from quantize.pipeline.serialization import load_state, save_state
+from quantize.pipeline.serialization import contiguous, load_state, save_state
 
 T = TypeVar("T")
 DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
@@ -60,7 +60,7 @@ class Journal:
         """What `make` gave in this run or the one that it continues; see `stored` for what can be kept."""
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
-            made = make()
+            made: T = contiguous(make())
             if self.ranks.is_rank_zero:
                 self._write_atomically(path, lambda temporary: save_state(temporary, made))
             return made

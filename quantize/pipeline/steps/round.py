@@ -11,6 +11,7 @@ from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
@@ -47,7 +48,8 @@ class WeightRounder:
             finish: advance behind the last linear as well; the float model's activations also if weights are kept.
             keep: leave the float weights in the block.
         """
-        state, quantized, targets = block.overrides(), dict[Linear, QuantizedLinear](), list(block.schemes)
+        state = replace(block.overrides(), product_dtype=block.product_dtype)
+        quantized, targets = dict[Linear, QuantizedLinear](), list(block.schemes)
         for group, _ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
@@ -82,11 +84,13 @@ class WeightRounder:
         """What a Gram matrix depends on."""
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
-    def _gram(self, source: fx.Node, columns: int, input_transform: InputTransform) -> Gram:
-        """Gram matrix of one input; beside the float model's, if the quantizer asks for it, of the rounded input."""
+    def _gram(self, linear: Linear, block: Block) -> Gram:
+        """Gram matrix of a linear's input; of the rounded one, if the quantizer compares it with the float model's."""
+        source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
         totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
-        ranks.sum_products(totals, (gram_factors(*seen) for seen in self._inputs(source, input_transform)))
+        pairs = self._inputs(source, input_transform)
+        ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
         fill_lower(totals[0])
         seen = sum(rest(values[source]).numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
@@ -112,16 +116,14 @@ class WeightRounder:
         quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
         args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
         trim_heap()
-        gram = None
-        if quantizer.needs_gram:
-            gram = self._gram(first.source, first.columns, block.input_transforms[first])
+        gram = self._gram(first, block) if quantizer.needs_gram else None
         trim_heap()
         weights = [block.weight(linear) for linear in part]
-        # each rank rounds some rows, which are rounded apart, but for NVFP4's global scale
-        splits = 1 < ranks.count <= min(map(len, weights)) and args.format != "nvfp4"
+        # each rank rounds some rows, which are rounded apart unless they share a global scale
+        splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
         try:
-            found = quantizer.quantize_group(mine, args, gram, dtype)
+            found = quantizer.quantize_group(mine, args, gram, dtype, block.product_dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
         if not splits:

@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor, fx, nn
 
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, Values, run_node
 from quantize.graph.program import Program, Segment
@@ -17,15 +18,14 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.rng import derived_generator
-from quantize.quantizers.base import quantize
 from quantize.recipe.scheme import TuneArgs
 from quantize.transforms.equivalence import floating
 
-CELL = 0.49  # of a step: how far from its integer a weight may start, so that tuning starts at what was rounded
+CELL = 0.49  # of a step: how far from its value a weight may start, so that tuning starts at what was rounded
 
 
 class STELinear(nn.Module):
-    """A quantized linear whose integers are rounded from real numbers u, which are learned.
+    """A quantized linear whose values are rounded from real numbers u, in steps of the format, which are learned.
 
     Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432); scales, zero
     points and the bias stay.
@@ -38,17 +38,19 @@ class STELinear(nn.Module):
         self.scale = scale.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
         wide = torch.zeros_like(scale) if z is None else z.float()
         self.zero_point = wide.repeat_interleave(W.shape[1] // scale.shape[1], dim=1)
-        q = weight.unpack().float()
-        self.u = nn.Parameter(q + (W / self.scale + self.zero_point - q).clamp(-CELL, CELL))
+        self.number_format = get_format(weight.args.format)
+        values, cell = weight.unpack().float(), CELL * self.number_format.step
+        start = values + (W / self.scale + self.zero_point - values).clamp(-cell, cell)
+        self.u = nn.Parameter(start / self.number_format.step)
 
-    def integers(self) -> Tensor:
-        """[N, K], with a gradient to u."""
-        one = torch.ones(1)
-        return straight_through(self.u, quantize(self.u, one, torch.zeros(1), self.done.scheme.weights))
+    def values(self) -> Tensor:
+        """Of the format [N, K], with a gradient to u."""
+        t = self.u * self.number_format.step
+        return straight_through(t, self.number_format.round(t, self.done.scheme.weights))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N], fake-quantized."""
-        W = (self.integers() - self.zero_point) * self.scale
+        W = (self.values() - self.zero_point) * self.scale
         return nn.functional.linear(
             straight_through(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias
         )
@@ -123,6 +125,6 @@ def block_outputs(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
 
 @torch.no_grad()
 def to_qtensor(linear: STELinear) -> QTensor:
-    """The tuned integers on the grid they had."""
+    """The tuned values with the scales they had."""
     weight = linear.done.qtensor()
-    return QTensor.pack(linear.integers(), weight.scale, weight.zero_point, weight.args, weight.global_scale)
+    return QTensor.pack(linear.values(), weight.scale, weight.zero_point, weight.args, weight.global_scale)

@@ -1,4 +1,4 @@
-"""What runs in front of a linear where no weight can absorb a transform: one file a kind."""
+"""Online transforms run in front of a linear where no weight can absorb a transform; each kind is one file."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["KINDS", "Dual", "Hadamard", "InputTransform", "Online", "Shift", "ha
 
 
 def restore(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], columns: int) -> Online:
-    """The transform of [..., columns] that `settings` (with its `kind`) and the tensors saved with it describe.
+    """Restore the transform of [..., columns] that `settings` (with its `kind`) and the saved tensors describe.
 
     Raises:
-        ValueError: it would be larger than what it transforms.
+        ValueError: the transform would be larger than what it transforms.
     """
     sizes = [value for value in settings.values() if isinstance(value, int)]
     if any(size < 1 for size in sizes) or columns % math.prod(sizes):

@@ -1,4 +1,4 @@
-"""What an online transform is."""
+"""The base class of online transforms."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class Online(nn.Module):
-    """x → x T + n on activations [..., K], T invertible; the weight behind it absorbs T⁻¹, the bias n.
+    """x → x T + n on activations [..., K], with T invertible. The weight behind it absorbs T⁻¹ and the bias absorbs n.
 
-    Buffers that are saved are what `restore` is given back.
+    `restore` is given the buffers that were saved.
 
     Attributes:
-        kind: what artifacts call it.
-        has_shift: n is not zero.
+        kind: the name that artifacts use.
+        has_shift: whether n is not zero.
     """
 
     kind: ClassVar[str]
@@ -28,17 +28,17 @@ class Online(nn.Module):
 
     @abstractmethod
     def weight(self, W: Tensor) -> Tensor:
-        """`W @ T⁻ᵀ`, [N, K] → [N, K]."""
+        """Return `W @ T⁻ᵀ`, [N, K] → [N, K]."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Plain data for JSON, with `kind`."""
+        """Return plain data for JSON, with `kind`."""
 
     @abstractmethod
     def cost(self, columns: int) -> int:
-        """Multiply-adds for each token of `columns` = K channels."""
+        """Return the multiply-adds for each token of `columns` = K channels."""
 
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """From what `settings` gave, less `kind`, and the saved buffers."""
+        """Make the transform again from what `settings` returned, without `kind`, and the saved buffers."""
         return cls(**settings, **tensors)

@@ -11,7 +11,7 @@ from quantize.transforms.online.base import Online
 
 
 class Dual(Online):
-    """x R1 P R2, block-diagonal, permutation, block-diagonal (DuQuant, arXiv 2406.01721); see `rotations/dual.py`.
+    """x → x R1 P R2, with R1 and R2 block-diagonal and P a permutation (DuQuant, arXiv 2406.01721).
 
     Shapes: first, second [K/b, b, b]; permutation int64 [K].
     """
@@ -36,9 +36,9 @@ class Dual(Online):
         return self(W)  # type: ignore[no-any-return]
 
     def settings(self) -> dict[str, Any]:
-        """All of it is saved as tensors."""
+        """Return the kind alone; all else is saved as tensors."""
         return {"kind": self.kind}
 
     def cost(self, columns: int) -> int:
-        """Two products with blocks."""
+        """Return the multiply-adds of two products with blocks."""
         return 2 * columns * self.first.shape[-1]

@@ -14,7 +14,7 @@ from quantize.transforms.online.base import Online
 class Hadamard(Online):
     """`x @ (I ⊗ H ⊗ I_stride)`, H orthogonal of order `size` (QuaRot, arXiv 2404.00456); see `kernels/hadamard.py`.
 
-    Its Kronecker factors are buffers that are never saved.
+    The Kronecker factors of H are buffers that are never saved.
     """
 
     kind: ClassVar[str] = "hadamard"
@@ -33,19 +33,19 @@ class Hadamard(Online):
         return kronecker_transform(x, self.a.to(x), self.b.to(x), self.stride)
 
     def weight(self, W: Tensor) -> Tensor:
-        """H is orthogonal, so T⁻ᵀ = T; in the dtype of W."""
+        """Return `W @ T`, since H is orthogonal and T⁻ᵀ = T, in the dtype of W."""
         return hadamard_transform(W, self.size, self.stride)
 
     def settings(self) -> dict[str, Any]:
-        """Its orders."""
+        """Return the kind, the size and the stride."""
         return {"kind": self.kind, "size": self.size, "stride": self.stride}
 
     def cost(self, columns: int) -> int:
-        """K (|a| + |b|), less what a factor of order one would cost."""
+        """Return K (|a| + |b|), |a| and |b| being the orders of the factors; a factor of order one costs nothing."""
         return columns * sum(len(factor) for factor in (self.a, self.b) if len(factor) > 1)
 
 
 @functools.cache
 def hadamard(size: int, stride: int = 1) -> Hadamard:
-    """The transform of these orders, the same object for all linears."""
+    """Return the transform of this size and stride, which is the same object for all linears."""
     return Hadamard(size, stride)

@@ -1,4 +1,4 @@
-"""A fixed bias on the input of a linear, taken back in its output bias."""
+"""A shift adds a fixed bias to the input of a linear, which the output bias takes back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantize.transforms.online.base import Online
 
 
 class Shift(Online):
-    """x → x + n, n [K]; the bias becomes b - n Wᵀ (NoisyQuant, arXiv 2211.16056, equation 8)."""
+    """x → x + n with n [K]; the output bias becomes b - n Wᵀ (NoisyQuant, arXiv 2211.16056, equation 8)."""
 
     kind: ClassVar[str] = "shift"
     has_shift: ClassVar[bool] = True
@@ -25,13 +25,13 @@ class Shift(Online):
         return x + self.n.to(x)
 
     def weight(self, W: Tensor) -> Tensor:
-        """T is the identity."""
+        """Return W, since T is the identity."""
         return W
 
     def settings(self) -> dict[str, Any]:
-        """The bias itself is saved as a tensor."""
+        """Return the kind alone; n is saved as a tensor."""
         return {"kind": self.kind}
 
     def cost(self, columns: int) -> int:
-        """An addition each, counted as one."""
+        """Return one operation for each channel, an addition."""
         return columns

@@ -29,11 +29,12 @@ from quantize.export.compressed_tensors.format import quantization_config, stora
 from quantize.export.compressed_tensors.obstacles import obstacles
 from quantize.export.directory import export_artifact
 from quantize.export.outline import Outline
+from quantize.formats import get_format
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.recipe.scheme import FP4_GROUP_SIZES, ActivationArgs, Scheme, WeightArgs
+from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}
 FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output
@@ -47,7 +48,7 @@ def integers(bits, activation_bits=None, group_size=0, symmetric=True, symmetric
 
 
 def fp4(name):
-    weights = WeightArgs(num_bits=4, format=name, group_size=FP4_GROUP_SIZES[name])
+    weights = WeightArgs(num_bits=4, format=name, group_size=get_format(name).group_size)
     return Scheme(weights=weights, activations=ActivationArgs(num_bits=4, format=name))
 
 
@@ -288,7 +289,6 @@ REFUSED = {
         {"scheme": {"weights": {"num_bits": 4}, "activations": {"num_bits": 8, "runtime_smooth": {}}}},
         "no pass `runtime_smooth`",
     ),
-    "mixture": ({"scheme": {"weights": {"num_bits": 8}}}, "one scheme for all, without [[layers]]"),
 }
 
 

@@ -148,7 +148,7 @@ def random_linear(columns, scheme, online=()):
 def dual_and_shift():
     """What stands in front of a linear goes along: rotations that are no Hadamard matrices, the bias of noise."""
     rng = torch.Generator().manual_seed(0)
-    found = dual_rotation(torch.randn(64, 48, generator=rng), rng, steps=8)
+    found = dual_rotation(torch.randn(64, 48, generator=rng), rng)
     return Dual(found.first, found.permutation, found.second), Shift(torch.linspace(-1, 1, 48))
 
 

@@ -1,0 +1,104 @@
+"""The first blocks of a run, really run on some of the data, without writing anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
+
+from quantize.calibration.probes import verification_inputs
+from quantize.calibration.runner import SequentialRunner
+from quantize.graph.interpreter import Overrides
+from quantize.graph.program import Segment
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.estimate.memory import MemoryEstimate
+from quantize.pipeline.plan import Plan
+from quantize.pipeline.prepare import Prepared
+from quantize.pipeline.quantize import running
+from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.steps.global_statistics import collect_global_statistics
+from quantize.pipeline.steps.prefix_search import resolve_prefix
+from quantize.pipeline.steps.transform import Surveys
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of the first blocks on some calibration rows.
+
+    Attributes:
+        rows: how many; 0 in a run that looks at no data.
+        passes: of what a run does on the whole float model before its first block, here on these blocks alone.
+        before: of all these blocks but the last.
+        block: of the last one.
+    """
+
+    rows: int
+    passes: float
+    before: float
+    block: float
+
+    def seconds(self, blocks: float) -> float:
+        """Of a model of so many blocks like the last one, on these rows."""
+        return self.before + (self.passes + self.block) * blocks
+
+
+@dataclass(frozen=True)
+class TrialContext(RunContext):
+    """Where a trial works: what is collected of the whole model is at hand, collected of its first blocks alone."""
+
+    surveys: Surveys = field(default_factory=dict)
+
+    def cached(self, name: str, make: Callable[[], T]) -> T:
+        """What was collected."""
+        del name, make
+        return cast(T, self.surveys)
+
+
+def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -> Trial:
+    """Run the first blocks as a run does, on the first rows and with the same part of the steps of what is learned."""
+    total, samples = len(found.samples.rows), replace(found.samples, rows=found.samples.rows[: rows or 1])
+    plan = shortened(found.plan, (rows or total) / total)
+    # An empty segment behind the last: statistics of the whole model are collected up to the end of all but the last.
+    program = replace(found.program, segments=(*segments, Segment("", (), ())))
+    prepared, context = Prepared(found.checkpoint, program, plan, samples, 0.0), TrialContext(plan.recipe.seed)
+    start = time.perf_counter()
+    with running("the model"):
+        plan, _ = resolve_prefix(prepared, RunContext(plan.recipe.seed))
+        context = replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
+        batches = context.prefix.batches(samples.batches(found.batch))
+        surveys = collect_global_statistics(found.checkpoint, program, plan, batches, context)
+        surveyed, seconds = time.perf_counter(), list[float]()
+        prepared = replace(prepared, program=found.program, plan=plan)
+        blocks = SequentialPipeline(prepared, replace(context, surveys=surveys))
+    for segment in segments:
+        seconds.append(time.perf_counter())
+        with running(segment.name):
+            blocks.process(segment)
+    return Trial(rows, surveyed - start, seconds[-1] - surveyed, time.perf_counter() - seconds[-1])
+
+
+def shortened(plan: Plan, part: float) -> Plan:
+    """A plan in which what is learned, searched or tuned in steps takes part of them, at least one."""
+
+    def fewer(steps: int) -> dict[str, int]:
+        return {"steps": max(min(1, steps), round(steps * part))}
+
+    steps = tuple(
+        replace(step, handler=step.handler.model_copy(update=fewer(fields["steps"]))) if "steps" in fields else step
+        for step, fields in ((step, step.handler.model_dump()) for step in plan.steps)
+    )
+    tune = plan.recipe.tune and plan.recipe.tune.model_copy(update=fewer(plan.recipe.tune.steps))
+    return replace(plan, steps=steps, recipe=plan.recipe.model_copy(update={"tune": tune}))
+
+
+def run_probes(found: MemoryEstimate, segments: tuple[Segment, ...]) -> None:
+    """Read the first blocks and run them on the probes, as verification does."""
+    given = verification_inputs(found.samples.rows[-1], found.program.vocabulary, found.plan.recipe.seed)
+    runner = SequentialRunner(found.program, PrefixTokens(found.plan.recipe.prefix_tokens).batches(given))
+    for segment in segments:
+        with running(segment.name):
+            runner.run(segment.nodes, Overrides({n: found.checkpoint.float_tensor(n) for n in segment.parameters}))
