@@ -17,6 +17,7 @@ from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of
 from quantize.export.outline import Outline
 from quantize.export.safetensors_float.card import model_card
 from quantize.export.safetensors_float.dequantize import float_linear, is_transposed, with_noise
+from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
@@ -39,7 +40,8 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
 
     def dequantized(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         place = outline.skeleton.get_submodule(path)
-        dtype = linear.scale.dtype if linear.scheme.weights.format == "int" else outline.dtype
+        is_fp4 = get_format(linear.scheme.weights.format).element == "e2m1"  # scales of others have the model's type
+        dtype = outline.dtype if is_fp4 else linear.scale.dtype
         dtypes.add(dtype)
         weight, bias = float_linear(linear)
         found = {"weight": (weight.T if is_transposed(place, linear.in_features) else weight).to(dtype)}

@@ -282,10 +282,13 @@ REFUSED = {
     "dual rotation": ({"online": [{"kind": "dual"}]}, ONLINE),
     "noise": ({"online": [{"kind": "shift"}]}, "no pass `noisy_bias`"),
     "clipping": (
-        {"activations": {"num_bits": 8, "clip_ratio": 0.9}},
+        {"scheme": {"weights": {"num_bits": 4}, "activations": {"num_bits": 8, "clip_ratio": 0.9}}},
         "`clip_ratio = 1.0` in [activations] and no pass",
     ),
-    "smoothing": ({"activations": {"num_bits": 8, "runtime_smooth": {}}}, "no pass `runtime_smooth`"),
+    "smoothing": (
+        {"scheme": {"weights": {"num_bits": 4}, "activations": {"num_bits": 8, "runtime_smooth": {}}}},
+        "no pass `runtime_smooth`",
+    ),
 }
 
 

@@ -114,12 +114,22 @@ def test_a_model_in_half_precision(dtype, one_layer, small_run, tmp_path):
     assert f"plain {str(dtype).removeprefix('torch.')} values" in (tmp_path / "checkpoint" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("scheme", ["W8A8", "W6A6", "MXFP4", "NVFP4"])
+@pytest.mark.parametrize("scheme", ["W8A8", "W6A6", "MXFP4", "NVFP4", "NF4"])
 def test_other_formats(scheme, small_run, one_layer, tmp_path):
     groups = {"group_size": None, "ignore": ["down_proj"]} if "FP4" in scheme else {}
-    artifact = small_run(one_layer, scheme, recipe=RTN, **groups)
+    weights = {"weights": {"format": "nf4"}} if scheme == "NF4" else {}
+    artifact = small_run(one_layer, "W4A16" if weights else scheme, recipe=RTN | weights, **groups)
     _, model, _ = exported(artifact, tmp_path / "checkpoint")
     assert relative_error([logits(model)], [logits(with_float(artifact))]) < FLOAT32
+
+
+def test_linears_with_schemes_of_their_own(small_run, one_layer, tmp_path):
+    layers = [{"match": "o_proj", "scheme": "W8A8"}, {"match": "up_proj", "scheme": "NVFP4"}]
+    artifact = small_run(one_layer, "W4A16", recipe=RTN | {"layers": layers})
+    _, model, _ = exported(artifact, tmp_path / "checkpoint")
+    assert relative_error([logits(model)], [logits(with_float(artifact))]) < FLOAT32
+    card = (tmp_path / "checkpoint" / "README.md").read_text().splitlines()
+    assert "- activations of the artifact: 5 × floating point; 1 × 8 bits; 1 × NVFP4" in card
 
 
 @pytest.mark.parametrize(
@@ -332,7 +342,7 @@ def test_a_checkpoint_that_computes_something_else_is_noticed(dtype, one_layer, 
     with pytest.raises(QuantizeError, match=r"transformers differs from the artifact by .* where rounding explains"):
         export_artifact(artifact.directory, TARGET, tmp_path / "no")
     monkeypatch.undo()
-    monkeypatch.setattr(export, "as_json", lambda config: json.dumps({"architectures": config["architectures"]}))
+    monkeypatch.setattr(export, "as_json", lambda config: json.dumps(config | {"hidden_act": "no_such"}))
     with pytest.raises(QuantizeError, match="transformers cannot load the checkpoint"):
         export_artifact(artifact.directory, TARGET, tmp_path / "no")
     assert not (tmp_path / "no").exists()
