@@ -47,13 +47,19 @@ bench-scale: $(VENV)/installed
 bench-cpu: $(VENV)/installed
 	$(PYTHON) -m benchmarks.cpu.bench $(ARGS)
 
-# Lint, types and tests
-test: $(VENV)/installed
+# Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
+test: lint
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+# The same with every test: at most twenty minutes on two cores
+test-all: lint
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+
+lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	PYTHONPATH=. $(VENV)/bin/lint-imports
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 # Reformat
 format: $(VENV)/installed
@@ -68,4 +74,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets test format
+.PHONY: bench-cpu demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format

@@ -39,7 +39,7 @@ CLAIMS = """
 ## What papers say, and what holds here
 
 Synthetic data from seeded generators (`python -m benchmarks.claims.claims`); a claim is *left ≤ factor · right*, and
-`tests/test_claims.py` holds each to what stands here.
+`tests/benchmarks/test_claims.py` holds each to what stands here.
 
 | claim | paper | left | right | factor | holds |
 |---|---|---|---|---|---|"""

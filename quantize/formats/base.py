@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from quantize.errors import shown
 from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.recipe.scheme import ActivationArgs, WeightArgs
 
 FORMATS = Registry("number format")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-Args = TypeVar("Args", WeightArgs, ActivationArgs)
 
 
 class NumberFormat(ABC):
@@ -48,7 +46,7 @@ class NumberFormat(ABC):
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = FLOATS
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(99, 19, -1))
     value_dtype: ClassVar[torch.dtype] = torch.int8
-    step: float = 1.0
+    step: ClassVar[float] = 1.0
     rotation_block: ClassVar[int | None] = 0
 
     def fixed(self) -> dict[str, object]:
@@ -123,32 +121,6 @@ def listed(parts: Iterable[str]) -> str:
 
 
 def get_format(name: str) -> NumberFormat:
-    """The format that recipes call so; `check_args` has seen that there is one."""
+    """The format that recipes call so; a recipe or manifest that came through `check_args` names one."""
     found: NumberFormat = FORMATS[name]()
     return found
-
-
-def check_args(args: Args) -> Args:
-    """The settings themselves, if there is such a format and it allows them.
-
-    Raises:
-        ValueError: one sentence that says what it allows.
-    """
-    if args.format not in FORMATS:
-        raise ValueError(f"there is no number format {shown(args.format)}; known are {', '.join(sorted(FORMATS))}")
-    get_format(args.format).check(args)
-    return args
-
-
-def check_scheme(scheme: Scheme) -> Scheme:
-    """The scheme itself, if its weights and activations are what their formats allow and have a product.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    weights, activations = scheme.weights, scheme.activations
-    wanted = get_format(check_args(weights).format).activation_format
-    if activations is None or check_args(activations).format == wanted:
-        return scheme
-    remedy = f"give activations the format {wanted}" if wanted else "leave activations in floating point (W4A16)"
-    raise ValueError(f"{weights.format} weights and {activations.format} activations have no product; {remedy}")

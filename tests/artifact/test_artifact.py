@@ -125,6 +125,7 @@ def test_rotation_unties_weights_and_says_so(artifact_w4a4):
     assert float((stored["lm_head.weight"] - stored["model.embed_tokens.weight"]).abs().max()) > 0.1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(artifact_one_layer, variant, small_run, tree):
     moved = variant()
     first, again = tree(artifact_one_layer), tree(small_run(moved, output="again", seed=0))
@@ -251,6 +252,7 @@ def stopped(one_layer, stories_calibration, tmp_path_factory):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(stopped, number):
     run = stopped[number]
@@ -261,6 +263,7 @@ def test_an_interrupted_run_leaves_nothing(stopped, number):
     assert not list(run.directory.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_under_the_final_name_and_goes_on_with_resume(stopped, small_run, one_layer, tree):
     run = stopped[signal.SIGKILL]
     assert run.inside, run.text

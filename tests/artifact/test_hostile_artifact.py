@@ -112,6 +112,7 @@ def test_a_manifest_that_lists_files_elsewhere(damaged, tmp_path):
         verify_artifact(tmp_path / "artifact")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["onnx", "compressed-tensors", "safetensors-float"])
 def test_an_export_writes_in_its_directory_alone(target, artifact_rtn, tmp_path, tree, monkeypatch):
     """Whatever the name of the output says, and whatever is linked where."""

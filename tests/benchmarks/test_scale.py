@@ -16,6 +16,7 @@ from quantize.calibration.spill import ActivationCache, SpilledTensor
 from quantize.errors import QuantizeError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [{"quantizer": {"name": "gptaq"}}, {"tune": {"steps": 2}}], ids=["gptaq", "tune"])
 def test_activations_in_files_give_the_same_bytes(recipe, one_layer, small_run, tree, monkeypatch):
     in_memory = small_run(one_layer, "W4A16", "memory", recipe=recipe, nsamples=5, seqlen=512)
@@ -58,6 +59,7 @@ def test_a_model_is_the_same_each_time(tmp_path, tree):
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_bench_scale_on_a_tiny_model(tmp_path):
     """Each run is a process of its own; the layers' memory and time are in the table, and nothing else is left."""
     arguments = ["--size", "tiny", "--layers", "1", "--method", "gptq", "--samples", "2", "--seqlen", "32"]

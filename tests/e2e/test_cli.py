@@ -76,6 +76,7 @@ def test_wrong_use_ends_with_2_and_a_hint(cli, arguments, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_console_script_writes_the_same_bytes_as_the_function(
     artifact_one_layer, one_layer, stories_calibration, tmp_path, tree
 ):
@@ -113,6 +114,7 @@ def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path)
     assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path, monkeypatch):
     options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--ignore", "up_proj"]
     monkeypatch.chdir(tmp_path)
@@ -139,6 +141,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
     bases = json.loads(cli("inspect", one_layer, "--json").out)["bases"]
     assert all({"dim", "group", "writers", "readers", "pins", "heads"} <= basis.keys() for basis in bases)
@@ -152,6 +155,7 @@ def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
     assert "orthogonal" in table.out
 
 
+@pytest.mark.slow
 def test_eval_prints_one_flat_object(cli, artifact_w4a4, stories, float_stories, stories_dev):
     arguments = ["--text", stories_dev, "--nsamples", 4, "--seqlen", 64]
     shown = cli("eval", artifact_w4a4.directory, "--against", stories, *arguments, "--json")
@@ -181,6 +185,7 @@ def test_eval_ranks_sentences_with_an_encoder(cli, minilm, sts, tmp_path):
     assert 0 < scores["pairs"] < 60
 
 
+@pytest.mark.slow
 def test_verify_and_export_read_an_artifact_and_leave_it_as_it_is(cli, artifact_rtn, tmp_path, tree):
     before = tree(artifact_rtn)
     shown = cli("verify", artifact_rtn.directory)

@@ -182,6 +182,7 @@ def largest_file():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1_000, 131_300])
 def test_a_disk_that_is_full(refused, one_layer, largest_file, tmp_path, size):
     largest_file(size)  # the first file fails; only the last one fails
@@ -248,6 +249,7 @@ def asked(monkeypatch):
     return hosts
 
 
+@pytest.mark.slow
 def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_layer, minilm, tmp_path):
     small_run(one_layer, "W8A8", calibration=None)
     few = tmp_path / "few.tsv"

@@ -11,6 +11,8 @@ from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant
 from quantize.eval.report import evaluate
 
+pytestmark = pytest.mark.slow
+
 GOALS = {
     "w8a8": 0.001, "w4a16": 0.060, "w4a8": 0.065, "w4a4": 0.145,
     "w4a16-tuned": 0.050, "w4a8-tuned": 0.050,

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 import transformers
 from helpers.soundness import CONFIGS
@@ -12,6 +13,7 @@ from quantize.graph.linears import STACK
 from quantize.pipeline.quantize import quantize_model
 
 
+@pytest.mark.slow
 def test_experts_stay_in_float_and_follow_the_rotation(tmp_path):
     config = json.loads(CONFIGS["mixtral"].read_text()) | {"num_hidden_layers": 1}
     torch.manual_seed(0)

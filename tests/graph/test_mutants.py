@@ -18,6 +18,8 @@ from helpers.soundness import CONFIGS, describe, family
 from quantize.graph import rules as package
 from quantize.graph.analysis import admissible_bases, find_bases
 
+pytestmark = pytest.mark.slow
+
 DROPPED = {"pin", "pin_all", "pin_derived", "restrict", "use", "append", "mean_square", "pair", "gain", "join"}
 NAMES = [found.name for found in pkgutil.iter_modules(package.__path__) if found.name != "table"]  # which has no rule
 MODULES = [importlib.import_module(f"{package.__name__}.{name}") for name in NAMES]

@@ -289,6 +289,7 @@ def test_what_stays_impossible_is_one_sentence(small_run, tmp_path, kind, senten
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_directory_through_the_command(cli, longformer, stories_calibration, tmp_path):
     options = ["--scheme", "W4A4", "--group-size", 0, "--nsamples", 2, "--seqlen", 16, "--ignore", "re:.*_global"]
     options += ["--calibration", stories_calibration]
@@ -312,6 +313,7 @@ def test_a_directory_through_the_command(cli, longformer, stories_calibration, t
     assert not (tmp_path / "onnx").exists()
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_reason(cli, longformer):
     found = json.loads(cli("inspect", longformer, "--json").out)
     assert not found["export"]["exported"]

@@ -152,6 +152,7 @@ def test_the_output_head_is_left_alone_by_default_and_ignore_adds_to_that(progra
     assert up.skipped["model.layers.0.mlp.down_proj.weight"] == "not in targets"
 
 
+@pytest.mark.slow
 def test_a_resolved_recipe_gives_the_same_artifact(one_layer, small_run, tree, tmp_path):
     changes = {"passes": [{"name": "smoothquant", "alpha": 0.3}, {"name": "rotate", "residual": False}]}
     first = small_run(one_layer, "W4A8", recipe=changes, ignore=["re:.*k_proj"], seed=3)

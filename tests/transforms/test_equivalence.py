@@ -9,6 +9,8 @@ from quantize.passes import PASSES
 from quantize.transforms import equivalence
 from quantize.transforms.fold import Diagonal, Rotation
 
+pytestmark = pytest.mark.slow
+
 
 class WrongDiagonal(Diagonal):
     """A reader that divides by the square root only: half a fold."""

@@ -156,6 +156,7 @@ def test_dual_rotation_is_orthogonal_and_repeats(columns, size):
     assert torch.equal(T, again.apply(identity(columns)))
 
 
+@pytest.mark.slow
 def test_dual_rotation_against_a_hadamard_matrix():
     """One channel at 200: far better than nothing, better than Hadamard matrices of its blocks, not than one of all."""
     X = with_outliers(1024, 768, 1, 200)
