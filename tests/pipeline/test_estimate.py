@@ -47,6 +47,7 @@ def foreseen(stories_calibration):
     return make
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_within_a_quarter_of_what_then_happens(stories):
     """Of the whole peak, of which most is what the process held before. Time is left to the bench."""
     command = [sys.executable, "-m", "benchmarks.estimate", stories, "W4A4", 8, 128]
@@ -120,6 +121,7 @@ def test_a_dry_run_reads_no_weight(foreseen, one_layer, monkeypatch):
     assert foreseen(one_layer, "W4A4").memory_bytes() > 0
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth_but_with_data(foreseen, one_layer, stories):
     shallow, deep = (foreseen(model, "W4A16").memory_bytes() for model in (one_layer, stories))
     assert deep == pytest.approx(shallow, rel=0.02)
@@ -127,6 +129,7 @@ def test_memory_does_not_grow_with_depth_but_with_data(foreseen, one_layer, stor
     assert foreseen(one_layer, "W4A16", {"quantizer": {"name": "rtn"}}).memory_bytes() < shallow
 
 
+@pytest.mark.slow
 def test_time_follows_from_counts_and_rates(foreseen, one_layer, stories):
     """By hand: the products of one pass over the calibration data, which ends in front of the last linear rounded."""
     found = foreseen(one_layer, "W4A16", {"quantizer": {"name": "gptq"}})
@@ -142,6 +145,7 @@ def test_time_follows_from_counts_and_rates(foreseen, one_layer, stories):
     assert all(0 < value < float("inf") for value in vars(measure()).values())
 
 
+@pytest.mark.slow
 def test_activations_that_find_no_room_take_time(foreseen, stories, monkeypatch):
     """By hand: five stops in each block, at all of which the stream is kept, and at four what a linear takes."""
     found = foreseen(stories, "W4A16", {"quantizer": {"name": "gptq"}})
