@@ -59,6 +59,7 @@ def injected(variant):
     return model
 
 
+@pytest.mark.slow
 def test_exactly_what_was_injected_is_listed(cli, injected, stories_calibration):
     shown = cli("inspect", injected, "--activations", "--calibration", stories_calibration, "--json")
     found = json.loads(shown.out)
@@ -76,6 +77,7 @@ def test_exactly_what_was_injected_is_listed(cli, injected, stories_calibration)
             assert a["ratio"] == pytest.approx(a["value"] / block["median"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_table_and_nothing_flagged_in_a_plain_model(cli, injected, one_layer, stories_calibration, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     arguments = ["--activations", "--calibration", stories_calibration]
@@ -84,6 +86,7 @@ def test_a_table_and_nothing_flagged_in_a_plain_model(cli, injected, one_layer, 
     assert not any(block[rule] for block in plain for rule in ("massive", "large", "tokens"))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown(cli, one_layer, stories_calibration, tmp_path):
     shown = cli("inspect", one_layer, "--calibration", stories_calibration)
     assert (shown.code, shown.err) == (2, "error: --calibration is text for --activations; give both or neither\n")

@@ -73,6 +73,7 @@ def test_an_unpacked_linear_multiplies_in_bfloat16():
     assert 1e-4 < (found - exact).norm() / exact.norm() < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "units"), [("bfloat16", True), ("bfloat16", False), ("float32", True)])
 def test_only_a_model_stored_in_bfloat16_is_calibrated_in_it(stored, units, one_layer, small_run, monkeypatch):
     asked = set()

@@ -87,6 +87,7 @@ def output(model, tensors):
     return model.eval()(**tensors)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_from_tensors_to_a_verified_artifact(given, tmp_path, name):
     directory, (cls, _, shapes, linears), distance = given(name), MODELS[name], {}
@@ -115,6 +116,7 @@ def test_from_tensors_to_a_verified_artifact(given, tmp_path, name):
     assert distance["W8A8"] < distance["W4A4"] < four
 
 
+@pytest.mark.slow
 def test_the_probes_are_recorded_by_name(given, tmp_path):
     directory = given("speech")
     calibration = directory / "calibration.safetensors"
@@ -251,6 +253,7 @@ def test_text_is_not_enough_for_other_inputs(tmp_path, name):
         read(path, inputs={"a": IDS, "b": IDS})
 
 
+@pytest.mark.slow
 def test_the_command_says_what_to_give(given, cli, tmp_path):
     directory = given("vision")
     arguments = [directory / "model", "--scheme", "W8A8", "--output-dir", tmp_path / "out"]

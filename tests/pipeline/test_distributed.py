@@ -31,6 +31,7 @@ def command(model, output, scheme):
     return ["-m", "quantize", str(model), "--scheme", scheme, "--output-dir", str(output), "--group-size", "0", *rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scheme", "count"), [("W4A16", 4), ("W4A4", 2)])
 def test_any_number_of_ranks_makes_the_same_artifact(variant, torchrun, tmp_path, scheme, count):
     """GPTQ on four ranks, of which one has no data; learned rotations, GPTAQ and drift on two."""
@@ -43,6 +44,7 @@ def test_any_number_of_ranks_makes_the_same_artifact(variant, torchrun, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"one", "many", "two"}
 
 
+@pytest.mark.slow
 def test_two_killed_ranks_are_resumed_by_one(variant, tmp_path):
     model = variant("two", num_hidden_layers=2)
     quantize_model(model, output_dir=tmp_path / "one", scheme="W4A4", group_size=0, **ROWS)

@@ -53,6 +53,7 @@ def foreseen(stories_calibration):
     return make
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_within_a_quarter_of_what_then_happens(stories):
     """Of the whole peak, of which most is what the process held before. Time is left to the bench."""
     command = [sys.executable, "-m", "benchmarks.estimate", stories, "W4A4", 8, 128]
@@ -159,6 +160,7 @@ def test_a_dry_run_names_a_number_that_is_none(cli, variant, recipe, tmp_path, s
     assert "error: model.layers.0.mlp.up_proj.weight holds nan at [3, 5]; repair the checkpoint" in shown.err
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth_but_with_data(foreseen, one_layer, stories):
     shallow, deep = (foreseen(model, "W4A16").memory_bytes() for model in (one_layer, stories))
     assert deep == pytest.approx(shallow, rel=0.02)

@@ -55,6 +55,7 @@ def drive(stories_calibration, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_killed_whenever_something_has_reached_the_disk(drive, one_layer):
     """The first and last moments, every border, and all that lies between two files of a border."""
     found = drive(one_layer, "GPTQ", "flushes")
@@ -64,6 +65,7 @@ def test_killed_whenever_something_has_reached_the_disk(drive, one_layer):
     assert found["flushes"] == len(found["kills"]) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_killed_at_ten_random_moments(drive, variant, recipe):
     kills = drive(variant("two", num_hidden_layers=2), recipe, "10")["kills"]
