@@ -1,1 +1,1 @@
-"""One run: load, calibrate, transform, round, verify, write."""
+"""One run loads a model, calibrates, transforms and rounds it, verifies the result, and writes it."""

@@ -1,4 +1,4 @@
-"""One block on its way through the steps of a run: each step takes a block and returns the block that it made of it."""
+"""A block goes through the steps of a run: each step takes a block and returns the block that it made of it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from quantize.transforms.online import InputTransform
 
 @dataclass(frozen=True)
 class Block:
-    """What is known of a block; a linear is looked up by itself, never by its path, weight or node.
+    """What the steps know of a block. A linear is looked up by itself, never by its path, weight or node.
 
     Attributes:
-        segment: its nodes and the names of its parameters.
-        linears: those that a quantized linear can stand in for, in order.
-        weights: its parameters in float32, by name, as the steps so far have made them. A step that returns a new
+        segment: the nodes of the block and the names of its parameters.
+        linears: the linears that a quantized linear can replace, in order.
+        weights: the parameters in float32, by name, as the steps so far have made them. A step that returns a new
             block may drop weights of the old one that nothing reads any more, so that memory is freed early.
-        dtypes: what each parameter is stored in.
-        schemes: what linears are quantized to; a linear that stays in floating point has none.
-        input_transforms: what stands in front of each linear.
+        dtypes: the dtype in which each parameter is stored.
+        schemes: the schemes of the linears to quantize; a linear that stays in floating point has none.
+        input_transforms: the input transform in front of each linear.
         quantized: the quantized linear that runs in place of a linear, once it is rounded.
-        operators: what runs in place of other nodes.
+        operators: functions that run in place of other nodes.
     """
 
     segment: Segment
@@ -55,7 +55,7 @@ class Block:
         schemes: Mapping[str, Scheme],
         device: torch.device,
     ) -> Block:
-        """The block as the float model has it; `schemes` is the plan's, by path.
+        """Read a block as the float model has it; `schemes` are those of the plan, by path.
 
         Raises:
             QuantizeError: a parameter is missing or unreadable.
@@ -74,25 +74,25 @@ class Block:
 
     @property
     def replaced(self) -> set[str]:
-        """Names of the parameters whose place the quantized linears' own tensors take."""
+        """Names of the parameters that the tensors of quantized linears replace."""
         return {name for linear in self.schemes for name in (linear.weight, linear.bias) if name}
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What operands of large products are rounded to while the block is calibrated and rounded."""
+        """The dtype to which the operands of large products are rounded while the block is calibrated and rounded."""
         return calibration_dtype(self.dtypes.values())
 
     def weight(self, linear: Linear) -> Tensor:
-        """The weight of a linear, float32 [N, K]."""
+        """Return the weight of a linear, float32 [N, K]."""
         return linear.as_out_in(self.weights[linear.weight])
 
     def with_stored(self, names: Iterable[str]) -> Block:
-        """The block with some parameters as they come back once they are stored."""
+        """Return the block with some parameters rounded to the dtypes in which they are stored."""
         rounded = {name: self.weights[name].to(self.dtypes[name]).float() for name in names}
         return replace(self, weights=self.weights | rounded)
 
     def with_input_transforms(self, changed: Mapping[Linear, InputTransform]) -> Block:
-        """The block with more in front of some linears; the weights absorb the online transforms that are new."""
+        """Return the block with new input transforms for some linears; the weights absorb new online transforms."""
         folded = {}
         for linear, found in changed.items():
             done = len(self.input_transforms[linear].online)
@@ -101,7 +101,7 @@ class Block:
         return replace(self, weights=self.weights | folded, input_transforms=transforms)
 
     def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> QuantizedLinear:
-        """The linear with a rounded weight, behind its input transform; its bias takes a shift of the input back."""
+        """Make a quantized linear of a rounded weight and the input transform; the bias undoes a shift of the input."""
         found = self.input_transforms[linear]
         bias = self.weights[linear.bias].to(self.dtypes[linear.bias]) if linear.bias else None
         bias = found.bias(weight.dequantize(), bias) if found.has_shift else bias
@@ -111,7 +111,7 @@ class Block:
         return module
 
     def overrides(self) -> Overrides:
-        """What the block runs with: quantized linears as far as there are, others behind their online transforms."""
+        """Return what the block runs with: its quantized linears, and online transforms before its other linears."""
         runs: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
         for linear in self.linears:
             found = self.input_transforms[linear]
@@ -123,7 +123,7 @@ class Block:
         return Overrides(self.weights, runs, self.operators)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of the quantized linears."""
+        """Return the tensors of the quantized linears, as they are stored."""
         return {
             f"{linear.path}.{name}": tensor
             for linear, module in self.quantized.items()
@@ -133,12 +133,12 @@ class Block:
 
 @dataclass(frozen=True)
 class FloatLinear:
-    """A linear in floating point behind its online transforms."""
+    """A linear in floating point with its online transforms in front."""
 
     input_transform: InputTransform
     weight: Tensor
     bias: Tensor | None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Map [..., K] to [..., N]."""
         return torch.nn.functional.linear(self.input_transform.transform(x), self.weight, self.bias)

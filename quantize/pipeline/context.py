@@ -1,4 +1,4 @@
-"""What is the same for all steps of a run; made once and handed down."""
+"""A context holds what is the same for all steps of a run; it is made once and handed down."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunContext:
-    """Where and with whom a run works.
+    """The settings and the surroundings of a run.
 
     Attributes:
-        seed: seed of every random choice; each draws from a generator of its own.
-        device: where weights and calibration activations are.
+        seed: the seed of every random choice; each choice draws from its own generator.
+        device: the device of weights and calibration activations.
         ranks: the processes that share the calibration data.
         prefix: the tokens in front of every sequence, whose activations are neither quantized nor counted.
-        scratch: directory for calibration activations that do not fit into memory; None keeps all in memory.
-        console: where progress is shown; None is silent.
-        journal: what outlives the process, so that a killed run goes on; None keeps nothing.
+        scratch: a directory for calibration activations that do not fit into memory; None keeps all in memory.
+        console: the console that shows progress; None shows nothing.
+        journal: the journal that outlives the process, so that a killed run can go on; None keeps nothing.
     """
 
     seed: int = 0
@@ -40,5 +40,5 @@ class RunContext:
     journal: Journal | None = None
 
     def cached(self, name: str, make: Callable[[], T]) -> T:
-        """What `make` gives; a run that goes on takes what it gave before the run was killed."""
+        """Return what `make` returns, or what it returned before the run was killed, if this run resumes one."""
         return make() if self.journal is None else self.journal.cached(name, make)

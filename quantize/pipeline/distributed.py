@@ -1,12 +1,12 @@
-"""The processes that quantize one model together, each on its share of the calibration data.
+"""Several processes quantize one model together, each on its share of the calibration data.
 
-All of them take the same steps and differ only in the batches they hold. Sums run through the ranks in order, each
-adding its batches to what the one before it has summed, so that the result is that of one process to the last bit. What
-they tell each other are tensors, never pickled objects, and each exchange starts with a flag that says whether somebody
-failed, so that nobody waits for a process that is gone.
+All ranks take the same steps and differ only in the batches they hold. A sum runs through the ranks in order: each adds
+its batches to the sum of the rank before it, so that the result is that of one process to the last bit. The ranks
+exchange tensors, never pickled objects. Each exchange starts with a flag that says whether a rank failed, so that no
+rank waits for a process that is gone.
 
-Where each has a GPU of its own, the products are taken there and passed on by nccl (not yet measured); all else goes
-through gloo. A GPU sums in another order than a processor: then the last bits are those of other machines of its kind.
+If each rank has its own GPU, the products are taken there and passed on by nccl (not yet measured), and everything else
+goes through gloo. A GPU sums in another order than a CPU, so the last bits then agree only between GPUs of one kind.
 """
 
 from __future__ import annotations
@@ -33,38 +33,38 @@ Factors = tuple[Sequence[Tensor], Tensor]
 
 
 class SingleProcess:
-    """One process by itself.
+    """A process that works alone.
 
     Attributes:
-        rank: which of them this process is, in [0, count).
-        count: how many there are.
+        rank: the number of this process, in [0, count).
+        count: the number of processes.
     """
 
     rank, count = 0, 1
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this is the one that writes."""
+        """Whether this is the process that writes."""
         return self.rank == 0
 
     def shard(self, batches: Sequence[T]) -> Sequence[T]:
-        """Neighbouring batches for this rank; none is left over."""
+        """Return this rank's share of the batches, which are neighbours; every batch is in exactly one share."""
         return batches[self.shard_slice(len(batches))]
 
     def shard_slice(self, count: int) -> slice:
-        """Which of so many things are this rank's."""
+        """Return the slice of `count` items that is this rank's share."""
         return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def gather(self, value: T) -> list[T]:
-        """What every rank gave, plain data and tensors (`stored`), in order of ranks."""
+        """Return the values of all ranks, plain data and tensors (`serialization.py`), in order of ranks."""
         return [value]
 
     def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
         """Add Σ leftᵀ right over the batches of all ranks to each total, in the order of one process.
 
         Args:
-            totals: [K, K] each, the same on all ranks.
-            parts: this rank's batches in order: a left factor [n, K] for each total, and the right one.
+            totals: matrices [K, K], the same on all ranks.
+            parts: this rank's batches in order: a left factor [n, K] for each total, and one right factor [n, K].
         """
         seen = 0
         for lefts, right in parts:
@@ -73,17 +73,17 @@ class SingleProcess:
 
 
 class ProcessGroup(SingleProcess):
-    """Those that `torchrun` started.
+    """The processes that `torchrun` started.
 
     Attributes:
-        device: where this one takes products.
+        device: the device on which this process takes products.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.count, self.device = dist.get_rank(), dist.get_world_size(), device
 
     def gather(self, value: T) -> list[T]:
-        """By way of safetensors, whose bytes say what they are."""
+        """Return the values of all ranks, sent as safetensors, which runs no code when it is read."""
         mine = torch.frombuffer(bytearray(to_bytes(value)), dtype=torch.uint8)
         self.check_failure()
         with dist_errors():
@@ -96,7 +96,7 @@ class ProcessGroup(SingleProcess):
         return [from_bytes(bytes(x[: int(n)].numpy())) for x, n in zip(found, sizes, strict=True)]
 
     def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
-        """Each rank adds to the rows that the one before it has summed, while that goes on to the next rows."""
+        """Add this rank's batches to the rows that the rank before has summed, while that rank sums the next rows."""
         held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
         before = sum(self.gather(sum(len(right) for _, right in held))[: self.rank])
         for number, total in enumerate(sums):
@@ -108,7 +108,7 @@ class ProcessGroup(SingleProcess):
                 total.copy_(here)
 
     def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]], seen: int) -> None:
-        """One stripe: from the rank before, a sum over so many rows, with what this rank adds, to the one after."""
+        """Receive the sum of some rows over `seen` tokens, add this rank's batches, and send it to the next rank."""
         if self.rank:
             with dist_errors():
                 dist.recv(total[rows], self.rank - 1)
@@ -120,10 +120,10 @@ class ProcessGroup(SingleProcess):
                 dist.send(total[rows], self.rank + 1)
 
     def check_failure(self, failed: bool = False) -> None:
-        """Hear from all whether one failed; who failed itself does not wait long for those still at work.
+        """Ask all ranks whether one failed; a rank that failed itself does not wait long for ranks still at work.
 
         Raises:
-            RankError: one did, or is gone.
+            RankError: a rank failed, or is gone.
         """
         flag = torch.tensor([self.rank + 1 if failed else 0])
         with dist_errors():
@@ -134,14 +134,14 @@ class ProcessGroup(SingleProcess):
 
 
 def moved(lefts: Sequence[Tensor], right: Tensor, device: torch.device) -> Factors:
-    """Factors on a device; one that stands on both sides is moved once and stays one, as `add_product` asks."""
+    """Move factors to a device; a tensor on both sides is moved once and stays one tensor, as `add_product` needs."""
     here = right.to(device)
     return [here if left is right else left.to(device) for left in lefts], here
 
 
 @contextlib.contextmanager
 def dist_errors() -> Iterator[None]:
-    """An exchange, which fails where a process is gone."""
+    """Turn the error of an exchange with a process that is gone into a `RankError`."""
     try:
         yield
     except RuntimeError as error:
@@ -149,16 +149,16 @@ def dist_errors() -> Iterator[None]:
 
 
 class RankError(QuantizeError):
-    """Another rank failed, and knows why."""
+    """Another rank failed, and its message says why."""
 
 
 def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks: SingleProcess) -> dict[str, Statistic]:
-    """Statistics of what all ranks have seen, by name; a rank that has seen nothing need not name any.
+    """Return the statistics over what all ranks have seen, by name; a rank that has seen nothing may leave names out.
 
     Args:
-        found: this rank's.
-        make: their class.
-        ranks: who takes part.
+        found: the statistics of this rank.
+        make: makes an empty statistic.
+        ranks: the ranks that take part.
     """
     if ranks.count == 1:
         return dict(found)
@@ -170,12 +170,12 @@ def merged(found: Mapping[str, Statistic], make: Callable[[], Statistic], ranks:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for all that `torchrun` started with it."""
+    """Return whether this process reports for all that `torchrun` started with it."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def select_backend(rank: int, count: int) -> tuple[str, torch.device]:
-    """How one of `count` ranks on a machine talks to the others, and where it multiplies: on a GPU, if each has one."""
+    """Return the backend and the device of products for one of `count` ranks on a machine: GPUs, if each has one."""
     if torch.cuda.device_count() < count:
         return "gloo", torch.device("cpu")
     return "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
@@ -183,7 +183,7 @@ def select_backend(rank: int, count: int) -> tuple[str, torch.device]:
 
 @contextlib.contextmanager
 def init_distributed() -> Iterator[SingleProcess]:
-    """The ranks that `torchrun` started with this one, or this process alone; the others hear of a failure in here."""
+    """Yield the ranks that `torchrun` started, or this process alone; an error in the body is told to the others."""
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         yield SingleProcess()
         return

@@ -1,4 +1,4 @@
-"""Behind the last block: write what belongs to no block, verify what was written, and commit with the manifest."""
+"""After the last block, all other tensors and files are written, verified, and committed with the manifest."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def finish(
     data: Mapping[str, Any],
     console: Console | None,
 ) -> dict[str, Any]:
-    """Add all that is no block, verify what was written, and commit; returns the manifest, with what is in `data`."""
+    """Write what is in no block, verify the files, and commit; return the manifest, which includes `data`."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
     writer.add(shard_name(program, len(program.segments) + 1), blocks.unquantized_tensors())
     settings = quantization_settings(plan.recipe, plan.default_scheme, blocks.modules)
@@ -56,14 +56,14 @@ def finish(
 
 
 def shard_name(program: Program, number: int) -> str:
-    """Of the file of a block, counted from 1, or of all that is left."""
+    """Return the name of the file of a block, counted from 1; the last number is that of the remaining tensors."""
     return f"model-{number:05}-of-{len(program.segments) + 1:05}.safetensors"
 
 
 def write_side_files(
     prepared: Prepared, writer: ArtifactWriter, blocks: SequentialPipeline, settings: dict[str, Any]
 ) -> None:
-    """Config, resolved recipe, tensor index, tokenizer and other side files, and the probes with their outputs."""
+    """Write config, resolved recipe, tensor index, tokenizer and other files, and the probes with their outputs."""
     checkpoint = prepared.checkpoint
     if checkpoint.config:
         untied = {"tie_word_embeddings": False} if blocks.ties.untied else {}
@@ -86,19 +86,19 @@ def write_side_files(
 
 
 def not_compared(blocks: SequentialPipeline) -> list[str]:
-    """Quantized linears that ran on no probe, so that neither gate nor parity saw them."""
+    """Return the quantized linears that ran on no probe, which neither the gate nor the parity check compared."""
     return [path for path in blocks.program.never_executed(blocks.probes.outputs()) if path in blocks.modules]
 
 
 def coverage(plan: Plan, blocks: SequentialPipeline) -> dict[str, str]:
-    """Every parameter: quantized, or the reason why not."""
+    """Return for each parameter `quantized`, or the reason why it is not."""
     linears = (linear for segment in blocks.program.segments for linear in blocks.program.linears(segment))
     done = {linear.weight: "quantized" for linear in linears if linear.path in blocks.modules}
     return dict(sorted((plan.skipped | done).items()))
 
 
 def calibration_record(prepared: Prepared) -> dict[str, Any]:
-    """Which data was used, and how much of it."""
+    """Return the hash and the size of the calibration data, for the manifest."""
     samples = prepared.samples
     rows, tokens = (len(samples.rows), samples.tokens) if prepared.plan.calibrates else (0, 0)
     return {"sha256": samples.sha256, "rows": rows, "tokens": tokens}

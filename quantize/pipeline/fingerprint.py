@@ -1,4 +1,4 @@
-"""What an artifact depends on, as hashes by name: the model, the recipe, the data and the code."""
+"""A fingerprint names what an artifact depends on, as hashes: the model, the recipe, the data and the code."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint.checkpoint import Checkpoint, side_files
 from quantize.recipe.recipe import Recipe
 
-Fingerprint = dict[str, dict[str, str]]  # part → name in it → hash, or the value itself
+Fingerprint = dict[str, dict[str, str]]  # part → name in that part → hash, or the value itself
 PACKAGE = Path(__file__).parents[1]
 SOURCES = {".py", ".toml"}
 
 
 def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples) -> Fingerprint:
-    """Everything that the bytes of an artifact depend on; every file of the model is read once.
+    """Return the fingerprint of all that an artifact's bytes depend on; every file of the model is read once.
 
     Args:
         checkpoint: the model.
-        graph: of the program, as text; of a module in memory nothing else tells what it computes.
-        recipe: resolved.
+        graph: the graph of the program as text, the only record of what a module in memory computes.
+        recipe: the resolved recipe.
         samples: the calibration data.
     """
     in_memory = checkpoint.module is not None
@@ -43,7 +43,7 @@ def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Sample
 
 
 def diff_fingerprints(before: Fingerprint, after: Fingerprint) -> list[str]:
-    """What differs, in words: `the recipe (seed, passes)`."""
+    """Return what differs, in words such as `the recipe (seed, passes)`."""
     found = []
     for part in after:
         old, new = before.get(part, {}), after[part]
@@ -53,7 +53,7 @@ def diff_fingerprints(before: Fingerprint, after: Fingerprint) -> list[str]:
 
 
 def file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of the weights, the config and all that is taken along."""
+    """Return the SHA-256 of the weights, the config and the other files that the artifact copies."""
     assert checkpoint.directory is not None
     small = [checkpoint.directory / path for path in (Path("config.json"), *side_files(checkpoint.directory))]
     paths = sorted({*small, *checkpoint.files.values()})
@@ -61,7 +61,7 @@ def file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def module_hashes(checkpoint: Checkpoint, graph: str) -> dict[str, str]:
-    """SHA-256 of each tensor of a module in memory, of its config and of its graph."""
+    """Return the SHA-256 of each tensor of a module in memory, of its config and of its graph."""
     assert isinstance(checkpoint.module, nn.Module)
     texts = {"config": json.dumps(checkpoint.config, sort_keys=True, default=str), "graph": graph}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
@@ -69,12 +69,12 @@ def module_hashes(checkpoint: Checkpoint, graph: str) -> dict[str, str]:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Hex digest of a tensor's bytes."""
+    """Return the SHA-256 of a tensor's bytes, in hex."""
     return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def sources_hash() -> str:
-    """Hex digest of this package's sources, without the benches."""
+    """Return the SHA-256 of this package's sources, in hex, without the folder `eval`."""
     digest = hashlib.sha256()
     for path in sorted(sources()):
         digest.update(f"{path.relative_to(PACKAGE)}\0{sha256(path)}\n".encode())
@@ -82,14 +82,14 @@ def sources_hash() -> str:
 
 
 def sources() -> Iterator[Path]:
-    """Files of the package; some of its folders are links."""
+    """Yield the source files of the package; some of its folders are links."""
     for folder, folders, names in os.walk(PACKAGE, followlinks=True):
         folders[:] = [name for name in folders if name != "eval"]
         yield from (Path(folder, name) for name in names if Path(name).suffix in SOURCES)
 
 
 def versions() -> dict[str, str]:
-    """What the bytes may depend on, with the unit that the processor multiplies bfloat16 in."""
+    """Return the versions that the bytes may depend on, and the CPU's unit for bfloat16 products."""
     packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
     unit = {"bfloat16 products": bfloat16_unit()}
     return {"python": platform.python_version(), **{name: version(name) for name in packages}, **unit}

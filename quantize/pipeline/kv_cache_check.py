@@ -1,4 +1,4 @@
-"""Before a run: the loaded model must quantize keys and values wherever the graph does."""
+"""Before a run with a quantized cache, the model must quantize keys and values wherever the graph does."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ LEAVE_OUT = "leave the table kv_cache out of the recipe"
 
 
 def attention_count(program: Program) -> int:
-    """How many attentions a graph has."""
+    """Return the number of attentions in a graph."""
     return sum(len(attention_nodes(segment.nodes)) for segment in program.segments)
 
 
 def check_kv_cache(program: Program, skeleton: nn.Module) -> None:
-    """What is rounded in the graph is rounded by the loaded model as well.
+    """Check that the loaded model quantizes keys and values wherever the graph does.
 
     Args:
-        program: of the model.
-        skeleton: what it was exported from.
+        program: the program of the model.
+        skeleton: the module that was exported.
 
     Raises:
-        UsageError: there is no graph, no attention in it, or attention of which transformers knows nothing.
+        UsageError: there is no graph, or no attention in it, or attention that does not go through transformers.
     """
     if program.export_error:
         raise UsageError(
@@ -56,12 +56,12 @@ def check_kv_cache(program: Program, skeleton: nn.Module) -> None:
 
 
 def owner(node: fx.Node, skeleton: nn.Module) -> type[nn.Module]:
-    """The class of the module whose forward made a node."""
+    """Return the class of the module whose forward made a node."""
     return type(skeleton.get_submodule(next(reversed(node.meta["nn_module_stack"].values()))[0]))
 
 
 def users_of_interface(skeleton: nn.Module) -> set[type[nn.Module]]:
-    """Classes of modules that call the attention that `set_kv_cache` replaces, as far as a run without values gets."""
+    """Return the classes of modules that call the attention that `set_kv_cache` replaces, found in a run on fakes."""
     found: set[type[nn.Module]] = set()
 
     def noted(module: nn.Module, *args: Any, **options: Any) -> Any:
@@ -79,7 +79,7 @@ def users_of_interface(skeleton: nn.Module) -> set[type[nn.Module]]:
 
 @contextlib.contextmanager
 def overridden(function: Any) -> Iterator[None]:
-    """While it lasts, transformers' float attention is `function`."""
+    """Make `function` transformers' float attention within the context."""
     ALL_ATTENTION_FUNCTIONS[FLOAT] = function
     try:
         yield

@@ -1,4 +1,4 @@
-"""Which linears are quantized, and to what scheme each: the recipe's patterns, applied to the paths of modules."""
+"""The recipe's patterns say which linears are quantized, and to which scheme; they match the paths of modules."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from quantize.recipe.scheme import Scheme
 
 
 def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) -> Recipe:
-    """The recipe with its patterns and the caller's in `ignore`.
+    """Return the recipe with one list `ignore`, which has its own patterns and the caller's.
 
-    By default the linear that scores the vocabulary, where there is one, stays in floating point, unless an entry of
+    By default the linear that scores the vocabulary, if there is one, stays in floating point, unless an entry of
     `layers` gives it a scheme.
 
     Raises:
@@ -34,10 +34,10 @@ def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) 
 
 
 def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme], dict[str, str]]:
-    """Scheme of each linear to quantize, by path in order; and weights left out with the reason.
+    """Return the scheme of each linear to quantize, by path in order, and the reason for each weight left out.
 
     Raises:
-        UsageError: a pattern matches nothing; nothing is left; a group size does not divide.
+        UsageError: a pattern matches nothing, nothing is left, or a group size does not divide the columns.
     """
     paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
@@ -60,12 +60,12 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
 
 
 def entry_for(recipe: Recipe, path: str) -> LayerArgs | None:
-    """The last entry of `layers` that matches a module; None where none does."""
+    """Return the last entry of `layers` that matches a module, or None."""
     return next((entry for entry in reversed(recipe.layers) if matches(entry.match, path)), None)
 
 
 def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
-    """What the linears of an entry are quantized to; those of none to the recipe's scheme."""
+    """Return the scheme of the linears of an entry; without an entry that is the recipe's scheme."""
     if entry is None:
         return recipe.linear_scheme
     base = recipe.linear_scheme if entry.scheme in (None, recipe.scheme) else default_scheme(entry.scheme)
@@ -79,14 +79,14 @@ def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a pattern names a module: its path, the end of its path, or `re:` and a full-match expression."""
+    """Return whether a pattern matches a path: the path, its end, or `re:` and an expression for all of it."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     return path == pattern or path.endswith(f".{pattern}")
 
 
 def require_match(kind: str, pattern: str, paths: list[str]) -> None:
-    """A pattern that matches nothing is an error that lists near matches."""
+    """Check that a pattern matches a linear; the error lists the nearest paths."""
     try:
         if any(matches(pattern, path) for path in paths):
             return
@@ -98,7 +98,7 @@ def require_match(kind: str, pattern: str, paths: list[str]) -> None:
 
 
 def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[Linear]) -> None:
-    """The group size of each linear divides its columns."""
+    """Check that the group size of each linear divides its columns."""
     sizes = {path: scheme.weights.group_size for path, scheme in schemes.items()}
     odd = [x for x in linears if (size := sizes.get(x.path)) and x.columns % size]
     if odd:

@@ -1,4 +1,4 @@
-"""Memory that the process no longer needs."""
+"""The process returns memory that it no longer needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 
 
 def trim_heap() -> None:
-    """Return to the system what was freed: glibc keeps the holes between blocks that are still in use."""
+    """Return freed memory to the system, because glibc keeps the holes between blocks that are still in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

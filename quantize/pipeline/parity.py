@@ -1,4 +1,4 @@
-"""The parity certificate: what was written is read back block by block and run on two different inputs."""
+"""The parity check reads the written files back block by block and runs them on two different inputs."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from quantize.transforms import equivalence
 
 
 class Compared:
-    """A quantized linear that notes how far it is from the same linear in fake quantization."""
+    """A quantized linear that records its largest difference from the same linear in fake quantization."""
 
     def __init__(self, module: QuantizedLinear) -> None:
         self.module, self.worst = module, 0.0
 
     def unpacked(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """As of a `QuantizedLinear`."""
+        """Unpack the weight within the context, as `QuantizedLinear.unpacked` does."""
         return self.module.unpacked(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Map [..., K] to [..., N]."""
         y: Tensor = self.module(x)
-        if self.module.scheme.activations:  # else both are the same product
+        if self.module.scheme.activations:  # otherwise both are the same product
             self.worst = max(self.worst, equivalence.relative(self.module.fake_quantized(x), y))
         return y
 
@@ -52,26 +52,26 @@ def artifact_parity(
     expected: list[Tensor],
     console: Console | None,
 ) -> dict[str, Any]:
-    """Run written files block by block and compare.
+    """Run the written files block by block and compare with the outputs that quantization had.
 
     Args:
-        program: of the float model.
-        directory: the files, complete but for the manifest.
+        program: the program of the float model.
+        directory: the folder of the files, which are complete except for the manifest.
         settings: the artifact's quantization settings.
-        ties: names of the same parameter, of which one is stored.
+        ties: names of the same parameter, one of which is stored.
         probes: two different inputs by name.
         expected: the outputs on them while quantizing.
-        console: where progress is shown.
+        console: the console that shows progress.
 
     Raises:
-        QuantizeError: the files do not give what was quantized.
+        QuantizeError: the files give other outputs than the quantized model.
     """
     runner, files, fake_quant = SequentialRunner(program, probes), index_tensors(directory, PROBE), 0.0
     for segment in track(program.segments, "verifying", lambda s: s.name, console):
         state = stored_state(program, segment, files, dict(settings), ties)
         runner.run(segment.nodes, state)
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
-        del state  # before the next is read
+        del state  # freed before the next is read
         trim_heap()
     reloaded = max(equivalence.relative(*pair) for pair in zip(runner.outputs(), expected, strict=True))
     if reloaded > equivalence.TOLERANCE or fake_quant > equivalence.TOLERANCE * 100:
@@ -88,7 +88,7 @@ def stored_state(
     settings: dict[str, Any],
     ties: Mapping[str, tuple[str, ...]],
 ) -> Overrides:
-    """One block as it was written."""
+    """Read one block from the written files."""
     linears = [linear for linear in program.linears(segment) if linear.path in settings["modules"]]
     replaced = {name for linear in linears for name in (linear.weight, linear.bias)}
     names = {

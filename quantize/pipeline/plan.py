@@ -1,4 +1,4 @@
-"""Recipe and bases → what happens where, before a weight is read."""
+"""A plan is made from the recipe and the bases before a weight is read: it says what happens where."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NO_LINEAR = "no weight of a linear"
 
 @dataclass(frozen=True)
 class Step:
-    """One pass: its sites on the analysis it acts on, and the paths of the linears it may put something in front of.
+    """One pass with its sites, the analysis it acts on, and the linears in front of which it may put something.
 
     Attributes:
-        surveyed: weights of linears whose inputs must be seen in the whole float model before the first block.
+        surveyed: the weights of linears whose inputs must be seen in the whole float model before the first block.
     """
 
     handler: Pass
@@ -37,15 +37,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens where.
+    """The decisions of a run.
 
     Attributes:
-        recipe: resolved: every default filled in.
+        recipe: the resolved recipe, with every default filled in.
         steps: the passes in order.
-        quantizer: how weights are rounded.
-        schemes: what each linear is quantized to, by path, in order; others stay in floating point.
-        reader_schemes: the same by the name of the weight, as bases know their readers.
-        skipped: parameter → why it is not quantized.
+        quantizer: the quantizer that rounds weights.
+        schemes: the scheme of each linear to quantize, by path, in order; other linears stay in floating point.
+        reader_schemes: the same schemes by the name of the weight, which is how a basis names its readers.
+        skipped: the parameters that are not quantized, each with the reason.
     """
 
     recipe: Recipe
@@ -62,12 +62,12 @@ class Plan:
 
     @property
     def calibrates(self) -> bool:
-        """Whether any part of it looks at data."""
+        """Whether any part of the plan uses data."""
         tunes = self.recipe.tune is not None
         return self.quantizer.needs_gram or tunes or any(step.handler.needs for step in self.steps)
 
     def calibrates_after(self, segment: Segment, program: Program) -> bool:
-        """Whether anything behind a block looks at the calibration activations."""
+        """Return whether anything after a block uses the calibration activations."""
         later = program.segments[program.segments.index(segment) + 1 :]
         return bool(later) and (
             bool(self.steps) or any(x.path in self.schemes for s in later for x in program.linears(s))
@@ -75,10 +75,10 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, program: Program) -> Plan:
-    """Decide what happens where.
+    """Make the plan.
 
     Raises:
-        UsageError: a pattern matches nothing, a group size does not divide, a pass is unknown or mis-set.
+        UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
     """
     linears = [linear for segment in program.segments for linear in program.linears(segment)]
     recipe = resolve_ignore(recipe, program, linears)
@@ -100,12 +100,12 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
-    """A pass or quantizer with all its parameters, as a recipe writes it."""
+    """Return a pass or quantizer with all its parameters, as a recipe writes it."""
     return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
 
 
 def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:
-    """The passes with their sites; a pass that folds gains changes the analysis of those after it."""
+    """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it."""
     steps, folded = [], frozenset[str]()
     for handler in handlers:
         step = make_step(handler, find_bases(program, folded), program, linears)
@@ -116,7 +116,7 @@ def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) ->
 
 
 def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear]) -> Step:
-    """One pass with its sites: where it needs statistics, those that quantized linears read."""
+    """Return one pass with its sites; if it needs statistics, only sites that quantized linears read."""
     quantized, sites = {linear.weight for linear in linears}, handler.sites(bases.all)
     spanning: tuple[Basis, ...] = ()
     if handler.needs is not None:
@@ -129,11 +129,11 @@ def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linea
 
 
 def reading(basis: Basis) -> frozenset[str]:
-    """Names of the parameters that read a basis."""
+    """Return the names of the parameters that read a basis."""
     return frozenset(edge.parameter for edge in basis.readers)
 
 
 def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:
-    """Whether one block holds all parameters of a basis, so that its statistics are at hand when it is transformed."""
+    """Return whether one block holds all parameters of a basis, so that its statistics are known in time."""
     names = {edge.parameter for edge in (*basis.writers, *basis.readers)}
     return any(names <= set(segment.parameters) for segment in segments)

@@ -1,4 +1,4 @@
-"""Whether a prefix of tokens can stand in front of what a model is given."""
+"""Before a run with a prefix, the model must accept tokens in front of its inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quantize.pipeline.plan import Plan
 
 
 def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn.Module) -> None:
-    """A prefix can stand in front of what the model is given.
+    """Check that a prefix can stand in front of the model's inputs.
 
     Raises:
         UsageError: the model is no causal language model of transformers, its linears do not run token by token, or
@@ -34,7 +34,7 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
 
 
 def unsupported_reason(program: Program, checkpoint: Checkpoint, model: nn.Module) -> str | None:
-    """Why a model is no causal language model, as part of a sentence; None if it is one."""
+    """Return why a model is no causal language model, as a part of a sentence, or None if it is one."""
     if not checkpoint.config:
         return "the model is a module of its own"
     if program.export_error:

@@ -1,4 +1,4 @@
-"""Everything that is decided before a run changes anything: the model, what happens where, and the data."""
+"""A run is prepared before it changes anything: the model is opened, the plan is made, and the data is read."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from quantize.recipe.recipe import Recipe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before it changes anything: the model, what happens where, and the data.
+    """A prepared run, which has changed nothing yet: the model, the plan and the data.
 
     Attributes:
-        seconds: what it took to find that out, of which most is the export of the graph.
+        seconds: the time it took to prepare the run, most of which is the export of the graph.
     """
 
     checkpoint: Checkpoint
@@ -42,9 +42,9 @@ class Prepared:
 
 
 def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True) -> Prepared:
-    """Everything that can be decided, and everything that can be wrong, before the first block.
+    """Decide and check all that can be decided and checked before the first block.
 
-    Without `read` no weight is read, and so none that is wrong found.
+    Without `read` no weight is read, so wrong weights are not found.
     """
     start, checkpoint = time.perf_counter(), open_checkpoint(model)
     skeleton = checkpoint.skeleton()
@@ -63,7 +63,7 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
-    """The windows fit the model's positions."""
+    """Check that the windows fit the model's positions."""
     longest = config.get("max_position_embeddings")
     p = len(recipe.prefix_tokens)
     if isinstance(longest, int) and recipe.seqlen + p > longest:
@@ -72,13 +72,13 @@ def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
 
 
 def identity_of(prepared: Prepared) -> Fingerprint:
-    """What the artifact of a run depends on."""
+    """Return the fingerprint of what the artifact of a run depends on."""
     graph = str(prepared.program.module.graph)
     return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
 
 
 def describe_run(prepared: Prepared) -> str:
-    """What a run would do, in lines."""
+    """Return what a run would do, in lines."""
     plan, program = prepared.plan, prepared.program
     counts = Counter(scheme.label for scheme in plan.schemes.values())
     what = " and ".join(f"{count} linears to {label}" for label, count in counts.items())

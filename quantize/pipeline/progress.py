@@ -1,4 +1,4 @@
-"""Tell a person what is being done, how far it is, and how long it will take."""
+"""Progress tells a person what is being done, how far it is, and how long it will take."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def track(items: Sequence[T], what: str, name: Callable[[T], str], console: Cons
 
 
 def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
-    """A bar with the item at hand, how many are done, and the time left."""
+    """Yield items under a bar that shows the current item, the number done, and the time left."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=len(items))
@@ -34,7 +34,7 @@ def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Consol
 
 
 def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
-    """One line an item, with the time left at the pace so far."""
+    """Print a line for each item, with the time left at the pace so far, and yield it."""
     start = time.monotonic()
     for done, item in enumerate(items):
         left = (time.monotonic() - start) / done * (len(items) - done) if done else None

@@ -1,4 +1,4 @@
-"""load → calibrate → transform → quantize → verify → write, block by block."""
+"""A run loads, calibrates, transforms, quantizes, verifies and writes a model, block by block."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from quantize.recipe.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished run: where it lies, and its manifest."""
+    """A finished run: the directory and its manifest."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -40,11 +40,11 @@ class Artifact:
         return str(self.directory)
 
     def load(self) -> nn.Module:
-        """The quantized model."""
+        """Load the quantized model."""
         return load(self.directory)
 
     def summary(self) -> str:
-        """One sentence: what was made of how much."""
+        """Describe in one sentence what was quantized, and how."""
         done = sum(how == "quantized" for how in self.manifest["coverage"].values())
         counts = self.manifest["schemes"]
         mixed = ", ".join(f"{label} in {count} linears" for label, count in counts.items())
@@ -78,27 +78,28 @@ def quantize_model(
     """Quantize a model into a new directory.
 
     The run works in `.NAME.partial` beside it. If the process is killed, that directory stays; the same call with
-    `resume` goes on behind the last finished block and gives the same bytes, on the same machine with as many threads.
+    `resume` goes on after the last finished block and gives the same bytes, on the same machine with as many threads.
 
     Args:
-        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; one of transformers
-            also with other inputs.
-        output_dir: the artifact; must not exist.
+        model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; a module of
+            transformers may take other inputs as well.
+        output_dir: the directory of the artifact, which must not exist.
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
             for each input; None takes the bundled prose.
-        recipe: TOML file, name of a recipe of the package, or content of one, that changes the scheme's default recipe.
-        nsamples, seqlen: calibration windows, and tokens in each.
-        group_size: columns that share a scale; 0 is per-channel.
-        ignore: further linears to leave alone: names, or `re:` and an expression.
-        seed: of every random choice.
-        resume: go on with a run that was killed or failed, if there is one; keep what is done if this one fails.
+        recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
+            default recipe.
+        nsamples, seqlen: the number of calibration windows, and of tokens in each.
+        group_size: the number of columns that share a scale; 0 is per-channel.
+        ignore: further linears that stay in floating point: names, or `re:` and an expression.
+        seed: the seed of every random choice.
+        resume: go on with a run that was killed or failed, if there is one; keep what is finished if this run fails.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
-        console: where progress is shown; None is silent.
+        console: the console that shows progress; None shows nothing.
 
     Raises:
-        UsageError: wrong call, recipe or path; or what the run to be resumed depends on has changed.
-        QuantizeError: the run failed; nothing is left behind, unless with `resume`.
+        UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
+        QuantizeError: the run failed; nothing is left behind, unless `resume` is given.
     """
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     resolved = load_recipe(
@@ -131,15 +132,15 @@ def collect_stats(
     calibration: str | Path | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
-    """Write statistics of some calibration data, to be merged with those of other data by `merge_stats`.
+    """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
 
     Args:
         model, calibration, console: as in `quantize_model`.
-        output: new file.
-        recipe: resolved (`load_recipe`); it rounds without data, and one of its passes asks for statistics.
+        output: a new file.
+        recipe: a resolved recipe (`load_recipe`), which rounds without data and has one pass that asks for statistics.
 
     Raises:
-        UsageError: wrong call, recipe or path.
+        UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
     given = prepare(model, recipe, Path(calibration) if calibration else None)
@@ -151,10 +152,10 @@ def collect_stats(
 
 
 def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> None:
-    """Several ranks can do what the recipe asks for, and see the same model, data and code.
+    """Check that several ranks can do what the recipe asks for, and have the same model, data and code.
 
     Raises:
-        UsageError: they cannot, or do not.
+        UsageError: they cannot, or have not.
     """
     if ranks.count > 1 and recipe.tune is not None:
         raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
@@ -166,10 +167,10 @@ def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> Non
 def run_pipeline(
     prepared: Prepared, writer: ArtifactWriter | None, context: RunContext, collected: StatisticsFile | None = None
 ) -> dict[str, Any]:
-    """Quantize block by block, verify what was written, and commit; returns the manifest.
+    """Quantize block by block, verify the written files, and commit; return the manifest.
 
     Args:
-        writer: open; None on ranks that leave writing to rank 0, which get no manifest.
+        writer: an open writer; None on ranks other than rank 0, which write nothing and return no manifest.
         collected: statistics in place of running the calibration data.
 
     Raises:
@@ -200,7 +201,7 @@ def run_pipeline(
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
-    """Say what the exporter refused, and what is calibrated on, above all if it is not the user's own text."""
+    """Print what the exporter refused, and which data is used, above all if it is not the user's own text."""
     if console is not None and prepared.program.export_error:
         console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
     if console is None or not prepared.plan.calibrates:
@@ -214,7 +215,7 @@ def announce(prepared: Prepared, console: Console | None) -> None:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[None]:
-    """Turn an operator's refusal of its operands into the reason why a part of the model does not run."""
+    """Turn an operator's error about its operands into the reason why a part of the model does not run."""
     try:
         yield
     except (IndexError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A run on its way through the blocks: each is transformed, rounded, tuned, and handed out to be written."""
+"""A run goes through the blocks in order: each is transformed, rounded, tuned, and handed out to be written."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
 
-TUNE_TOKENS = 1024  # in a step of tuning
+TUNE_TOKENS = 1024  # tokens in a batch of tuning
 
 
 class SequentialPipeline:
-    """The steps of a run, and what they carry from block to block.
+    """The steps of a run, and the state that they carry from block to block.
 
     Attributes:
         modules: path → entry of the artifact's quantization settings.
-        verification_inputs: two different inputs that prove what is made.
-        ties: what was stored of parameters that go by several names.
-        calibration, float_reference, probes: activations of the quantized model, of the float model where a step asks
-            for it, and of the quantized model on the verification inputs.
-        first_batch: number of this rank's first batch among those of all ranks.
+        verification_inputs: two different inputs on which the result is verified.
+        ties: the tied parameters that were stored, by all their names.
+        calibration, float_reference, probes: the activations of the quantized model, of the float model if a step needs
+            them, and of the quantized model on the verification inputs.
+        first_batch: the number of this rank's first batch among those of all ranks.
     """
 
     def __init__(self, prepared: Prepared, context: RunContext, surveys: Surveys | None = None) -> None:
@@ -66,7 +66,7 @@ class SequentialPipeline:
         self.ties = TiedWeights(self.checkpoint.ties)
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
-        """Transform and quantize one block; returns what is stored of it."""
+        """Transform and quantize one block; return the tensors to store."""
         trim_heap()
         given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
         block = self.pass_runner.apply(given)
@@ -84,11 +84,11 @@ class SequentialPipeline:
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
             self.ties.mark_replaced(linear.weight)
-        tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that it is not held twice
+        tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         return block.tensors() | self.ties.deduplicate(tensors)
 
     def _round(self, block: Block, reference: Overrides) -> Block:
-        """The block rounded, and tuned if the recipe asks for it, the calibration activations behind it."""
+        """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""
         finish, tune = self.calibrates_after(block.segment), self.plan.recipe.tune
         if tune is None or not block.schemes:
             return self.rounder.apply(block, reference, finish, keep=False)
@@ -103,7 +103,7 @@ class SequentialPipeline:
         return block
 
     def _make_contiguous(self) -> None:
-        """Lay out all that lives on behind a block as a run that is resumed there finds it."""
+        """Lay out the carried state as a run that is resumed after this block has it."""
         for _, runner, _ in self.runners():
             for number, values in enumerate(runner.values):
                 laid_out = {node: contiguous(value) for node, value in values.items()}
@@ -113,7 +113,7 @@ class SequentialPipeline:
         self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 
     def _with_kv_cache(self, block: Block) -> Block:
-        """The block with keys and values as a quantized cache holds them, if the recipe asks for it."""
+        """Return the block with keys and values rounded as in a quantized cache, if the recipe has one."""
         args = self.plan.recipe.kv_cache
         operators = quantized_attention(block.segment, args)
         if args is not None and args.hadamard and operators:
@@ -122,27 +122,27 @@ class SequentialPipeline:
         return replace(block, operators=operators)
 
     def calibrates_after(self, segment: Segment) -> bool:
-        """Whether anything behind a block looks at the calibration activations."""
+        """Return whether anything after a block uses the calibration activations."""
         return self.plan.calibrates_after(segment, self.program)
 
     def unquantized_tensors(self) -> dict[str, Tensor]:
-        """Parameters that the forward pass never reads, and buffers, as they are stored."""
+        """Return the buffers, and the parameters that the forward pass never reads, as they are stored."""
         read = {name for segment in self.program.segments for name in segment.parameters}
         unread = {name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read}
         return self.ties.deduplicate(unread) | self.checkpoint.buffers()
 
     def prefixed_probes(self) -> list[dict[str, Tensor]]:
-        """The verification inputs as they run, with the prefix in front."""
+        """Return the verification inputs with the prefix in front, as they run."""
         return self.context.prefix.batches(self.verification_inputs)
 
     def runners(self) -> Iterator[tuple[str, SequentialRunner, int]]:
-        """All that is on its way through the blocks, and the number of its first batch among those of all ranks."""
+        """Yield each runner with its name and the number of its first batch among those of all ranks."""
         yield "calibration", self.calibration, self.first_batch
         yield "float_reference", self.float_reference, self.first_batch
         yield "probes", self.probes, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run carries from block to block beside activations, as plain data and tensors."""
+        """Return what a run carries from block to block besides activations, as plain data and tensors."""
         passes = self.pass_runner
         return {
             "modules": self.modules,
@@ -154,7 +154,7 @@ class SequentialPipeline:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         passes.differences, passes.changed = state["differences"], state["changed"]

@@ -1,4 +1,4 @@
-"""Plain data with tensors in it as one safetensors file, which gives the same bits back."""
+"""Plain data with tensors in it is stored as one safetensors file, from which the same bits are read."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ ALIGNMENT = 64  # bytes; torch allocates at multiples of them
 
 
 def contiguous(value: Any) -> Any:
-    """A value that is laid out as `load_state` gives it back, so that a resumed run computes what it would have.
+    """Lay out a value as `load_state` returns it, so that a resumed run computes the same bits as one without a break.
 
-    A product may be summed in another order where strides, or the place in memory, differ. So each tensor in lists,
-    tuples, mappings and `SERIALIZABLE` becomes contiguous and aligned, a copy if it is not; all else stays as it is.
+    The order in which a product is summed can depend on strides and on the place in memory. So each tensor in lists,
+    tuples, mappings and `SERIALIZABLE` becomes contiguous and aligned, by a copy if need be; other values stay as is.
     """
     if isinstance(value, Tensor):
         plain = value.stride() == torch.empty(value.shape, device="meta").stride()
@@ -42,7 +42,7 @@ def contiguous(value: Any) -> Any:
 
 
 def fresh(x: Tensor) -> Tensor:
-    """A contiguous copy in memory of its own."""
+    """Return a contiguous copy in new memory."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -50,7 +50,7 @@ def save_state(path: Path, value: Any) -> None:
     """Write numbers, text, None, lists, tuples, mappings with keys of text or numbers, tensors and `SERIALIZABLE`.
 
     Raises:
-        TypeError: something else is in it.
+        TypeError: the value holds anything else.
     """
     tensors: list[Tensor] = []
     plain = flatten(value, tensors)
@@ -58,10 +58,10 @@ def save_state(path: Path, value: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` was given; each tensor contiguous, in aligned memory of its own.
+    """Read what `save_state` wrote; each tensor is contiguous, in its own aligned memory.
 
     Raises:
-        SafetensorError, ValueError, KeyError, RuntimeError: the file is damaged, or was written by something else.
+        SafetensorError, ValueError, KeyError, RuntimeError: the file is damaged, or another program wrote it.
     """
     with safe_open(path, framework="pt") as file:
         plain = json.loads((file.metadata() or {})["stored"])
@@ -70,7 +70,7 @@ def load_state(path: Path) -> Any:
 
 
 def to_bytes(value: Any) -> bytes:
-    """As `save_state`, for another process, which needs no more than the values of tensors."""
+    """Serialize like `save_state`, for another process, which needs only the values of tensors, not their layout."""
     tensors: list[Tensor] = []
     plain = flatten(value, tensors)
     content: bytes = save({str(i): fresh(x) for i, x in enumerate(tensors)}, {"stored": json.dumps(plain)})
@@ -78,14 +78,14 @@ def to_bytes(value: Any) -> bytes:
 
 
 def from_bytes(content: bytes) -> Any:
-    """What `to_bytes` was given."""
+    """Return the value that `to_bytes` was given."""
     tensors = load(content)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return unflatten(json.loads(header["__metadata__"]["stored"]), [tensors[str(i)] for i in range(len(tensors))])
 
 
 def flatten(value: Any, tensors: list[Tensor]) -> Any:
-    """JSON for a value; its tensors are appended to a list, and their numbers stand in for them."""
+    """Return JSON for a value, in which numbers stand for its tensors; these are appended to `tensors`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -102,7 +102,7 @@ def flatten(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def kinds() -> dict[str, type]:
-    """Classes whose instances can be stored, by name: `SERIALIZABLE` and what is derived from them."""
+    """Return the classes whose instances can be stored, by name: `SERIALIZABLE` and their subclasses."""
     found: list[type] = list(SERIALIZABLE)
     for kind in found:
         derived: list[type] = type.__subclasses__(kind)
@@ -111,7 +111,7 @@ def kinds() -> dict[str, type]:
 
 
 def unflatten(plain: Any, tensors: list[Tensor]) -> Any:
-    """What `flatten` was given."""
+    """Return the value that `flatten` was given."""
     match plain:
         case {"tensor": number}:
             return tensors[number]

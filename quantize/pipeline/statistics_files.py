@@ -1,7 +1,8 @@
-"""Statistics of a part of the calibration data in a file, made where that part lies, and merged without a rendezvous.
+"""Statistics of a part of the calibration data are kept in a file, and the files of all parts can be merged.
 
-They are those of the float model, so a recipe may have one pass that asks for statistics, and its quantizer none: what
-further passes and GPTQ see depends on what was made of all the data before.
+Each part can be collected where it lies, by a process on its own. The statistics are those of the float model, so a
+recipe may have only one pass that asks for statistics, and its quantizer must ask for none: what later passes and
+GPTQ see depends on the choices that all of the data led to before.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from quantize.pipeline.steps.global_statistics import statistics_before
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """What one or several parts of the data have shown.
+    """Statistics of one or several parts of the data.
 
     Attributes:
-        identity: the model, the recipe and the code.
-        data: hash of each part → its rows and tokens.
-        step: number of the pass in the recipe.
-        statistics: of the inputs of all linears, by weight.
+        identity: the fingerprint of the model, the recipe and the code.
+        data: the hash of each part → its rows and tokens.
+        step: the number of the pass in the recipe.
+        statistics: the statistics of the inputs of all linears, by weight.
     """
 
     identity: Fingerprint
@@ -40,16 +41,16 @@ class StatisticsFile:
     statistics: Mapping[str, Statistic]
 
     def record(self) -> dict[str, Any]:
-        """What a manifest says of the data."""
+        """Return the manifest's entry for the data."""
         rows, tokens = map(sum, zip(*self.data.values(), strict=True))
         return {"sha256": list(self.data), "rows": rows, "tokens": tokens}
 
 
 def only_calibrated_step(plan: Plan) -> int:
-    """Number of the one step whose pass asks for statistics.
+    """Return the number of the only step whose pass asks for statistics.
 
     Raises:
-        UsageError: not exactly one pass does, or something else looks at the data.
+        UsageError: there is not exactly one such pass, or something else uses the data.
     """
     recipe, asking = plan.recipe, [(n, step) for n, step in enumerate(plan.steps) if step.handler.needs]
     if plan.quantizer.needs_gram or recipe.tune or (recipe.prefix and recipe.prefix.search):
@@ -62,7 +63,12 @@ def only_calibrated_step(plan: Plan) -> int:
 
 
 def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> StatisticsFile:
-    """Statistics of the inputs of all linears, in front of the pass that asks for them; `found` is the run's identity.
+    """Collect statistics of the inputs of all linears, in front of the pass that asks for them.
+
+    Args:
+        prepared: the run.
+        found: the run's fingerprint.
+        context: the context of the run.
 
     Raises:
         UsageError: the recipe needs more than statistics that can be merged.
@@ -77,7 +83,7 @@ def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> Stat
 
 
 def without_data(found: Fingerprint) -> Fingerprint:
-    """What all parts of the data share."""
+    """Return the part of a fingerprint that all parts of the data share."""
     return {part: hashes for part, hashes in found.items() if part != "data"}
 
 
@@ -85,7 +91,7 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
     """Write a new file.
 
     Raises:
-        UsageError: it exists.
+        UsageError: the file exists.
         QuantizeError: the disk is full or not writable.
     """
     if path.exists():
@@ -97,10 +103,10 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
 
 
 def read_collected(path: Path) -> StatisticsFile:
-    """What `write_collected` wrote.
+    """Read what `write_collected` wrote.
 
     Raises:
-        UsageError: no such file, or another one.
+        UsageError: there is no such file, or it holds no statistics.
     """
     try:
         return StatisticsFile(**load_state(path))
@@ -109,10 +115,10 @@ def read_collected(path: Path) -> StatisticsFile:
 
 
 def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
-    """Statistics for a run of the same model, recipe and code.
+    """Read statistics and check that they belong to the same model, recipe and code.
 
     Raises:
-        UsageError: no such file, or for another run.
+        UsageError: there is no such file, or it belongs to another run.
     """
     collected = read_collected(path)
     if changed := diff_fingerprints(collected.identity, without_data(found)):
@@ -121,10 +127,10 @@ def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
 
 
 def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
-    """Statistics of all data from those of its parts.
+    """Merge the statistics of parts of the data, write them, and return them.
 
     Raises:
-        UsageError: they are of different models or recipes, or two of the same part.
+        UsageError: two files are of different models or recipes, or of the same part of the data.
     """
     first, *rest = [read_collected(path) for path in paths]
     data, statistics = dict(first.data), dict(first.statistics)

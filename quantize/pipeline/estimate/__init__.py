@@ -1,1 +1,1 @@
-"""What a run would take, before it starts."""
+"""Before a run starts, it is estimated what the run will take."""

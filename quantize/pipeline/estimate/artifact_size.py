@@ -1,4 +1,4 @@
-"""The artifact that a run will write, on the meta device: every tensor and every byte, before a weight is read."""
+"""The artifact that a run will write is made on the meta device: every tensor and every byte, without any weight."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 @dataclass(frozen=True)
 class ArtifactEstimate:
-    """What a run that has not begun will write, as far as no data decides it.
+    """What a run will write, as far as it does not depend on data.
 
     Attributes:
-        checkpoint, program, plan, samples: what it is of.
-        dtypes: of each parameter, as it is stored.
+        checkpoint, program, plan, samples: the parts of the prepared run.
+        dtypes: the dtype in which each parameter is stored.
     """
 
     checkpoint: Checkpoint
@@ -50,13 +50,13 @@ class ArtifactEstimate:
 
     @functools.cached_property
     def parameters(self) -> dict[str, Tensor]:
-        """Each parameter on the meta device, in the dtype that it is stored in."""
+        """Each parameter on the meta device, in the dtype in which it is stored."""
         shapes = {name: node.meta["val"].shape for node, name in self.program.parameters.items()}
         return {name: torch.empty(shape, dtype=self.dtypes[name], device="meta") for name, shape in shapes.items()}
 
     @functools.cached_property
     def modules(self) -> dict[str, QuantizedLinear]:
-        """The quantized linears on the meta device, by path, as far as no data decides what they are."""
+        """The quantized linears on the meta device, by path, as far as they do not depend on data."""
         linears = [x for segment in self.program.segments for x in self.program.linears(segment)]
         return {x.path: self._module(x) for x in linears if x.path in self.plan.schemes}
 
@@ -78,7 +78,7 @@ class ArtifactEstimate:
 
     @functools.cached_property
     def tensors(self) -> list[dict[str, Tensor]]:
-        """What each file of weights will hold."""
+        """The tensors that each file of weights will hold."""
         kept, found = set(self.parameters) - self._replaced - self._left_out, list[dict[str, Tensor]]()
         for segment in self.program.segments:
             new = {name: self.parameters[name] for name in segment.parameters if name in kept}
@@ -96,7 +96,7 @@ class ArtifactEstimate:
 
     @property
     def _left_out(self) -> set[str]:
-        """Of tied parameters that stay equal all but one: those that no pass touches and that stay what they are."""
+        """The names that will not be stored: all but one of tied parameters that no pass touches and that stay tied."""
         touched = {e.parameter for step in self.plan.steps for b in step.sites for e in (*b.writers, *b.readers)}
         groups = {names for names in self.checkpoint.ties.values() if not {*names} & (touched | self._replaced)}
         order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
@@ -111,14 +111,14 @@ class ArtifactEstimate:
         return quantization_settings(recipe, default, modules)
 
     def artifact_bytes(self) -> int:
-        """All files of the artifact."""
+        """Return the size of all files of the artifact, in bytes."""
         weights = sum(file_bytes(tensors) for tensors in self.tensors)
         directory = self.checkpoint.directory
         side = sum((directory / path).stat().st_size for path in side_files(directory)) if directory else 0
         return weights + side + self._text_bytes() + self._probe_bytes()
 
     def _text_bytes(self) -> int:
-        """Config, recipe, index and manifest: what they list, and what they say beside that."""
+        """Return the bytes of config, recipe, index and manifest: their lists, and a constant for the rest."""
         index = {name: f"model-{0:05}-of-{0:05}.safetensors" for tensors in self.tensors for name in tensors}
         listed = len(as_json(self.settings)) * 2 + len(as_json({"weight_map": index}))
         gates = {
@@ -132,11 +132,11 @@ class ArtifactEstimate:
 
     @property
     def steps(self) -> list[Step]:
-        """The passes that go through the gate."""
+        """The passes that the equivalence check will see."""
         return [step for step in self.plan.steps if step.sites or step.online]
 
     def _probe_bytes(self) -> int:
-        """Two inputs of a few tokens, and the last token's output."""
+        """Return the bytes of the probes: two inputs of a few tokens, and the output at the last token."""
         node = self.program.output.all_input_nodes[0]
         row = ShapeInfo(self.program, {name: (1, *x.shape) for name, x in self.samples.rows[0].items()})
         shape = row.shape(node)
@@ -146,19 +146,19 @@ class ArtifactEstimate:
 
 @functools.lru_cache
 def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
-    """A weight on the meta device; blocks are alike, so each shape is rounded once."""
+    """Quantize a weight on the meta device; blocks are alike, so each shape is quantized once."""
     return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
 
 
 def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.dtype]:
-    """Dtype of each parameter, from the headers of the files."""
+    """Return the dtype of each parameter, from the headers of the files."""
     if checkpoint.module is not None:
         return {name: checkpoint.module.get_parameter(name).dtype for name in names}
     return {name: header_dtype(checkpoint, name) for name in names}
 
 
 def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Of one parameter; one that is missing or of no floating point is an error where weights are read."""
+    """Return the dtype of a parameter; if it is missing or not floating point, reading it will raise the error."""
     stored = next((alias for alias in checkpoint.ties.get(name, (name,)) if alias in checkpoint.sources), None)
     if stored is None:
         return torch.float32
@@ -168,7 +168,7 @@ def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Of a safetensors file: length of the header, header padded to 8, data; 0 for no tensors."""
+    """Return the size of a safetensors file: length, header padded to 8 bytes, and data; 0 without tensors."""
     if not tensors:
         return 0
     data, header = sum(x.nbytes for x in tensors.values()), {"__metadata__": {"format": "pt"}}

@@ -1,6 +1,6 @@
-"""What a run will take, before it reads a weight: memory and disk; and what will be done.
+"""The memory and the disk space that a run will take are estimated before it reads a weight.
 
-Both follow from the shapes of all values in the graph, on inputs as long as the calibration data.
+Both follow from the shapes of all values in the graph, for inputs as long as the calibration data.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from quantize.transforms.online import Hadamard
 
 @dataclass(frozen=True)
 class MemoryEstimate(ArtifactEstimate):
-    """A run that has not begun."""
+    """The memory and the disk space that a run will take."""
 
     @property
     def batch(self) -> int:
-        """Calibration rows that run together."""
+        """The number of calibration rows that run together."""
         tokens = TUNE_TOKENS if self.plan.recipe.tune else BATCH_TOKENS
         return max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1
 
     @functools.cached_property
     def batches(self) -> Counter[tuple[tuple[str, tuple[int, ...]], ...]]:
-        """Shapes of the inputs of a batch → how many batches have them."""
+        """The shapes of the inputs of a batch → the number of batches that have them."""
         given = self.samples.batches(self.batch) if self.plan.calibrates else []
         p = len(self.plan.recipe.prefix_tokens)
         return Counter(
@@ -44,27 +44,27 @@ class MemoryEstimate(ArtifactEstimate):
 
     @functools.cached_property
     def alive(self) -> list[tuple[int, ShapeInfo, LiveBytes]]:
-        """How many batches there are of each shape, and what is alive on their way."""
+        """For each shape of batch the number of such batches, the shapes of all values, and the bytes alive."""
         found = [(count, ShapeInfo(self.program, dict(shapes))) for shapes, count in self.batches.items()]
         return [(count, sizes, walk(sizes)) for count, sizes in found]
 
     @property
     def runners(self) -> int:
-        """How many runs of the calibration data are on their way: the quantized model's, and the float one's."""
+        """The number of passes over the calibration data: the quantized model's, and the float model's if needed."""
         return 1 + (self.plan.quantizer.needs_float_reference or self.plan.recipe.tune is not None)
 
     def journal_bytes(self) -> int:
-        """What lies beside the artifact while the run goes on: two borders at once, and what was surveyed."""
+        """Return the bytes of the journal: the activations at two borders at once, and the global statistics."""
         borders = [self.border_bytes(segment) for segment in self.carrying]
         return 2 * self.runners * max([0, *borders]) + self._surveyed_bytes()
 
     def border_bytes(self, segment: Segment) -> int:
-        """What of all batches is alive behind a block."""
+        """Return the bytes of the activations of all batches that are alive after a block."""
         return sum(count * alive.borders[segment.name] for count, _, alive in self.alive)
 
     @property
     def carrying(self) -> tuple[Segment, ...]:
-        """The blocks behind which calibration goes on."""
+        """The blocks after which calibration goes on."""
         return self.program.segments[:-1]
 
     def _surveyed_bytes(self) -> int:
@@ -73,11 +73,11 @@ class MemoryEstimate(ArtifactEstimate):
         return 4 * rows * sum(columns)
 
     def memory_bytes(self) -> int:
-        """The most that a run holds beside what this process held before: one block, and calibration activations.
+        """Return the most bytes that a run adds to what this process holds already.
 
-        At the stop where most is alive: activations of all batches, as far as they stay in memory; the block in
-        float32, before and after a pass, but for weights that are rounded already; and what one batch adds in between,
-        or the quantizer.
+        The peak is in one of the blocks. It holds the activations of all batches, as far as they stay in memory, the
+        block in float32 before and after a pass, without the weights that are rounded already, and what one batch or
+        the quantizer needs in between.
         """
         return max(self._segment_bytes(segment) for segment in self.program.segments) + self._surveyed_bytes()
 
@@ -95,15 +95,15 @@ class MemoryEstimate(ArtifactEstimate):
 
     @property
     def _gives_up(self) -> bool:
-        """Whether float weights go as soon as they are rounded."""
+        """Whether float weights are freed as soon as they are rounded."""
         return self.plan.recipe.tune is None
 
     def together(self, segment: Segment) -> list[list[Linear]]:
-        """The linears of a block that are rounded, with those that share their input."""
+        """Return the linears of a block that are quantized, grouped by their input."""
         return by_input(x for x in self.program.linears(segment) if x.path in self.modules)
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:
-        """Of the quantizer: copies of the weights that share an input, H in float32, its drift, and its input."""
+        """Return the quantizer's bytes: copies of the weights that share an input, H in float32, drift and input."""
         N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
         if not self.plan.quantizer.needs_gram:
             return 2 * max(N) * K
@@ -115,7 +115,7 @@ class MemoryEstimate(ArtifactEstimate):
         return 4 * (1 + float_reference) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:
-        """The sizes of the Hadamard matrices of each pass, in lines."""
+        """Yield the sizes of the Hadamard matrices of each pass, in lines."""
         schemes = self.plan.reader_schemes
         for handler, sites in ((step.handler, step.sites) for step in self.plan.steps):
             if isinstance(handler, Rotate):
@@ -131,7 +131,7 @@ class MemoryEstimate(ArtifactEstimate):
 
 
 def kronecker_factors(n: int) -> str:
-    """`768 = 24 ⊗ 32`, and whether it is a Hadamard matrix."""
+    """Return a text such as `768 = 24 ⊗ 32`, which says if this is no Hadamard matrix."""
     a, b = hadamard_factors(n)
     flat = all(float((x.abs() - x.abs().max()).abs().max()) < 1e-9 for x in (a, b))
     why = "" if flat else " (orthogonal, with entries of unequal size: no Hadamard matrix of this order is known here)"

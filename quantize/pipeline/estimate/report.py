@@ -1,4 +1,4 @@
-"""What a dry run tells: what would be done, and what it would take."""
+"""A dry run reports what would be done, and what it would take."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from quantize.pipeline.prepare import Prepared
 
 
 def preflight(prepared: Prepared) -> MemoryEstimate:
-    """A run that has not begun, from headers alone."""
+    """Estimate a prepared run from the headers of the files alone."""
     dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
     return MemoryEstimate(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
 
 
 def estimates(found: MemoryEstimate, opened: float, console: Console | None = None) -> Iterator[str]:
-    """Memory, disk and time, as lines; `opened` are the seconds that it has taken to open and export the model."""
+    """Yield memory, disk and time as lines; `opened` is the time in s that opening and exporting the model took."""
     held, more = peak_memory(), found.memory_bytes()
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
@@ -28,7 +28,7 @@ def estimates(found: MemoryEstimate, opened: float, console: Console | None = No
 
 
 def human(size: float) -> str:
-    """Bytes in the unit that suits them: `12.3 MB`."""
+    """Return a number of bytes in the unit that suits it, such as `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,7 +1,8 @@
-"""How long a run will take: its first block is really run, on part of the data, and the seconds are multiplied.
+"""The time of a run is estimated from its first block, which runs on a part of the data.
 
-What a run does grows with its calibration rows, with the steps of what it learns, or with neither. So the block runs on
-a part of both, then on twice that part, and so on; the line through the last two is followed to the whole.
+The time grows with the calibration rows, with the steps of what is learned, or with neither. So the block runs on a
+part of the rows and steps, then on twice that part, and so on; the line through the last two times is followed to the
+whole.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from quantize.graph.program import Segment
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.trial import Trial, run_probes, run_trial
 
-BUDGET = 30.0  # seconds to measure in; two parts of the data are run even where they take longer
+BUDGET = 30.0  # s to measure in; two parts of the data run even if they take longer
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """What was measured of a run that has not begun.
+    """The measured times from which the time of a run follows.
 
     Attributes:
-        name: of the block that ran.
-        rows: calibration rows that a run has; 0 if it looks at none.
-        blocks: of how many such blocks the model is, by their quantized weights.
-        once: seconds of what does not depend on the rows: to open, export and check the model, and to verify it.
-        trials: each on more rows than the one before.
+        name: the name of the block that ran.
+        rows: the calibration rows of the run; 0 if it uses none.
+        blocks: the size of the model in such blocks, by their quantized weights.
+        once: s for what does not depend on the rows: to open, export, check and verify the model.
+        trials: the trials, each on more rows than the one before.
     """
 
     name: str
@@ -40,7 +41,7 @@ class TimeEstimate:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """The time of the whole run, in s."""
         before, last = (trial.seconds(self.blocks) for trial in (self.trials[-2:] * 2)[-2:])
         more = self.rows - self.trials[-1].rows
         slope = max(0.0, last - before) / (self.trials[-1].rows - self.trials[-2].rows) if more else 0.0
@@ -56,9 +57,9 @@ def measure_time(found: MemoryEstimate, opened: float, console: Console | None =
     """Run the first block of a run for about `BUDGET` seconds.
 
     Args:
-        found: the run.
-        opened: seconds that it took to open and export the model.
-        console: where it is said that this takes a while.
+        found: the estimate of the run.
+        opened: the time that opening and exporting the model took, in s.
+        console: the console that says that this takes a while.
 
     Raises:
         QuantizeError: a weight of these blocks is missing, of the wrong shape or not finite, or they do not run.
@@ -85,7 +86,7 @@ def measure_time(found: MemoryEstimate, opened: float, console: Console | None =
 
 
 def first_block(found: MemoryEstimate) -> int:
-    """Number of the first of those blocks, alike in their linears, that most of the quantized weights lie in."""
+    """Return the number of the first block of the kind, by its linears, that holds most of the quantized weights."""
     kinds, weights = list[tuple[object, ...]](), Counter[tuple[object, ...]]()
     for segment in found.program.segments:
         linears = [linear for group in found.together(segment) for linear in group]
@@ -95,12 +96,12 @@ def first_block(found: MemoryEstimate) -> int:
 
 
 def quantized(found: MemoryEstimate, segment: Segment) -> int:
-    """Weights of a block that are quantized."""
+    """Return the number of weights of a block that are quantized."""
     return sum(found.parameters[linear.weight].numel() for group in found.together(segment) for linear in group)
 
 
 def rounded(seconds: float) -> str:
-    """A time as one tells it of a run to come: `8 s`, `40 s`, `6 minutes`, `2.5 hours`."""
+    """Return a time as one tells it: `8 s`, `40 s`, `6 minutes`, `2.5 hours`."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds < 10 else f"{5 * round(seconds / 5)} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -1,4 +1,4 @@
-"""The first blocks of a run, really run on some of the data, without writing anything."""
+"""A trial runs the first blocks of a run on some of the data, without writing anything."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds of the first blocks on some calibration rows.
+    """The times, in s, of the first blocks on some calibration rows.
 
     Attributes:
-        rows: how many; 0 in a run that looks at no data.
-        passes: of what a run does on the whole float model before its first block, here on these blocks alone.
-        before: of all these blocks but the last.
-        block: of the last one.
+        rows: the number of rows; 0 in a run that uses no data.
+        passes: the time of the global statistics, which a run collects before its first block, here on these blocks
+            alone.
+        before: the time of all these blocks but the last.
+        block: the time of the last block.
     """
 
     rows: int
@@ -42,18 +43,18 @@ class Trial:
     block: float
 
     def seconds(self, blocks: float) -> float:
-        """Of a model of so many blocks like the last one, on these rows."""
+        """Return the time of a model of so many blocks like the last one, on these rows."""
         return self.before + (self.passes + self.block) * blocks
 
 
 @dataclass(frozen=True)
 class TrialContext(RunContext):
-    """Where a trial works: what is collected of the whole model is at hand, collected of its first blocks alone."""
+    """The context of a trial, which has the global statistics already, collected on its first blocks alone."""
 
     surveys: Surveys = field(default_factory=dict)
 
     def cached(self, name: str, make: Callable[[], T]) -> T:
-        """What was collected."""
+        """Return the global statistics."""
         del name, make
         return cast(T, self.surveys)
 
@@ -62,7 +63,7 @@ def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -
     """Run the first blocks as a run does, on the first rows and with the same part of the steps of what is learned."""
     total, samples = len(found.samples.rows), replace(found.samples, rows=found.samples.rows[: rows or 1])
     plan = shortened(found.plan, (rows or total) / total)
-    # An empty segment behind the last: statistics of the whole model are collected up to the end of all but the last.
+    # The segments end with an empty one, because global statistics are collected on all segments but the last.
     program = replace(found.program, segments=(*segments, Segment("", (), ())))
     prepared, context = Prepared(found.checkpoint, program, plan, samples, 0.0), TrialContext(plan.recipe.seed)
     start = time.perf_counter()
@@ -82,7 +83,7 @@ def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -
 
 
 def shortened(plan: Plan, part: float) -> Plan:
-    """A plan in which what is learned, searched or tuned in steps takes part of them, at least one."""
+    """Return a plan in which passes, searches and tuning take this part of their steps, and at least one."""
 
     def fewer(steps: int) -> dict[str, int]:
         return {"steps": max(min(1, steps), round(steps * part))}
@@ -96,7 +97,7 @@ def shortened(plan: Plan, part: float) -> Plan:
 
 
 def run_probes(found: MemoryEstimate, segments: tuple[Segment, ...]) -> None:
-    """Read the first blocks and run them on the probes, as verification does."""
+    """Read the first blocks and run them on the probes, as the verification does."""
     given = verification_inputs(found.samples.rows[-1], found.program.vocabulary, found.plan.recipe.seed)
     runner = SequentialRunner(found.program, PrefixTokens(found.plan.recipe.prefix_tokens).batches(given))
     for segment in segments:

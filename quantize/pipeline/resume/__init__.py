@@ -1,1 +1,1 @@
-"""What outlives a killed run, so that it can go on."""
+"""A killed run can go on from what it has written."""

@@ -1,9 +1,10 @@
-"""What a run has done, block by block, so that a killed one goes on where it was.
+"""A journal records what a run has finished, block by block, so that a killed run can go on.
 
 A run works in `.OUT.partial` beside its output OUT: the artifact grows in one folder of it, the journal in another.
-The journal holds what the run depends on (`identity`) and what is alive at the border behind the last finished block:
-calibration activations, probes, transforms. It is written beside, flushed and renamed, so there is always a whole one.
-What is stored does not depend on how many processes share the work: activations lie in one file for each batch.
+The journal holds the run's fingerprint (`identity`) and the state at the border after the last finished block:
+calibration activations, probes and transforms. A new state is written beside the old one, flushed and renamed, so that
+there is always a complete one. The files do not depend on how many processes share the work: there is one file of
+activations for each batch.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError,
 
 @dataclass(frozen=True)
 class Journal:
-    """A journal in a directory; `output` is what the run makes, for messages."""
+    """A journal in a directory; messages name `output`, which is what the run makes."""
 
     directory: Path
     output: Path
     ranks: SingleProcess = field(default_factory=SingleProcess)
 
     def begin(self, found: Fingerprint) -> None:
-        """Start with what the run depends on, or compare it with what the run was started with.
+        """Record the run's fingerprint, or compare it with the one that the run was started with.
 
         Raises:
-            UsageError: names what has changed since.
+            UsageError: something has changed since; the message names it.
         """
         path = self.directory / "identity.json"
         if not path.exists():
@@ -57,7 +58,7 @@ class Journal:
         return None
 
     def cached(self, name: str, make: Callable[[], T], /) -> T:
-        """What `make` gave in this run or the one that it continues; see `stored` for what can be kept."""
+        """Return what `make` returned in this run or in the one that it resumes; `save_state` must know its type."""
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             made: T = contiguous(make())
@@ -68,9 +69,9 @@ class Journal:
             return load_state(path)  # type: ignore[no-any-return]
 
     def save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
-        """Store what is alive behind block number `done`, then forget the border before it.
+        """Store the state after block number `done`, then remove the border before it.
 
-        Only the rank with the writer stores what all ranks share.
+        Only the rank with the writer stores the state that all ranks share.
         """
         before, path = self._borders(), self.directory / f"border-{done:05}"
         with translate_disk_errors(self.output):
@@ -79,17 +80,17 @@ class Journal:
                 temporary_name(path).mkdir()
                 state = blocks.state_dict() | {"files": [writer.weight_map, writer.hashes]}
                 save_state(temporary_name(path) / "state.safetensors", state)
-            self.ranks.gather(None)  # the folder is there
+            self.ranks.gather(None)  # now the folder is there for all ranks
             self._write_values(temporary_name(path), done, blocks)
-            self.ranks.gather(None)  # all have written
+            self.ranks.gather(None)  # now all ranks have written
             if writer:
                 self._rename(path)
         for old in before if writer else []:
             shutil.rmtree(old)
 
     def _write_values(self, folder: Path, done: int, blocks: Resumable) -> None:
-        """What this rank has alive; of the probes, which all have, the first rank's."""
-        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # behind it only probes run
+        """Write this rank's activations; only the first rank writes those of the probes, which all ranks have."""
+        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # after the last one only probes run
         for name, runner, first in blocks.runners():
             for number, values in enumerate(
                 runner.values if name != "probes" or self.ranks.is_rank_zero else [], first
@@ -98,10 +99,10 @@ class Journal:
                 save_state(folder / f"{name}-{number:05}.safetensors", kept)
 
     def load_last_block(self, blocks: Resumable, writer: ArtifactWriter | None) -> int:
-        """Bring a run behind the last finished block; what was written but not recorded is removed.
+        """Restore a run as it was after the last finished block; remove files that were written but not recorded.
 
         Returns:
-            How many blocks are finished.
+            The number of finished blocks.
 
         Raises:
             QuantizeError: a file is missing or damaged.
@@ -125,13 +126,13 @@ class Journal:
         return sorted(path for path in self.directory.glob("border-*") if not path.suffix)
 
     def _write_atomically(self, path: Path, write: Callable[[Path], object]) -> None:
-        """Write a file beside its place, flush it, and rename it."""
+        """Write a file under a temporary name, flush it, and rename it."""
         with translate_disk_errors(self.output):
             write(temporary_name(path))
             self._rename(path)
 
     def _rename(self, path: Path) -> None:
-        """Flush what lies beside its place, and rename it."""
+        """Flush what was written under the temporary name, and rename it."""
         for written in [*temporary_name(path).rglob("*"), temporary_name(path)]:
             flush(written)
         temporary_name(path).rename(path)
@@ -140,7 +141,7 @@ class Journal:
 
 @contextlib.contextmanager
 def translate_damage(partial: Path) -> Iterator[None]:
-    """Turn what is wrong with a stored file into one sentence."""
+    """Turn an error in a stored file into one sentence."""
     try:
         yield
     except DAMAGE as error:
@@ -150,5 +151,5 @@ def translate_damage(partial: Path) -> Iterator[None]:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where something is written before it is whole."""
+    """Return the name under which a file is written until it is complete."""
     return path.with_name(f"{path.name}.part")

@@ -1,4 +1,4 @@
-"""The directory in which a run works: it outlives a process that is killed, so that `--resume` finds it."""
+"""A run works in a directory that outlives a killed process, so that `--resume` finds it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from quantize.pipeline.resume.journal import Journal
 
 
 class ResumableWriter(ArtifactWriter):
-    """Writes in `.OUT.partial` beside the output OUT.
+    """A writer that works in `.OUT.partial` beside the output OUT.
 
-    A process that is killed leaves it. Leaving the `with` block by an error removes it, but with `resume` keeps what is
-    finished and says so in a note on the error.
+    A killed process leaves the directory behind. An error in the `with` block removes it; with `resume` what is
+    finished stays, and a note on the error says so.
 
     Attributes:
-        finished: the run that is resumed was killed when nothing but its journal was left to remove.
+        finished: whether the resumed run was killed when only its journal was left to remove.
 
     Raises:
-        UsageError: the output exists already; a killed run is there and `resume` is not asked for; another runs there.
+        UsageError: the output exists already; or a killed run is there and `resume` is not given; or another run works
+            there.
         QuantizeError: the disk is full or not writable.
     """
 
@@ -56,13 +57,13 @@ class ResumableWriter(ArtifactWriter):
         return self
 
     def begin(self, found: Fingerprint, ranks: SingleProcess) -> Journal:
-        """The journal of this run, which depends on what was found.
+        """Begin or continue the journal of this run.
 
         Raises:
-            UsageError: the run to be resumed depended on something else.
+            UsageError: the run to be resumed has another fingerprint.
         """
         self.journal.begin(found)
-        ranks.gather(None)  # from here on `join_journal` of the others finds it
+        ranks.gather(None)  # from here on other ranks find it by `join_journal`
         return replace(self.journal, ranks=ranks)
 
     def __exit__(
@@ -78,7 +79,7 @@ class ResumableWriter(ArtifactWriter):
         return (self.journal.directory / "identity.json").exists()
 
     def _lock(self) -> None:
-        """Let no other process work here; the lock ends with the process, however it ends."""
+        """Let no other process work here; the lock ends with the process, however that ends."""
         self.locked = os.open(self.partial, os.O_RDONLY)
         try:
             fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,10 +91,10 @@ class ResumableWriter(ArtifactWriter):
 
 
 def join_journal(output: Path, ranks: SingleProcess) -> Journal:
-    """The journal that rank 0 has begun, for another rank, which writes nothing but its own activations.
+    """Open the journal that rank 0 has begun, for another rank, which writes only its own activations.
 
     Raises:
-        UsageError: it lies on a disk of another machine.
+        UsageError: the journal is on a disk that this rank does not see.
     """
     partial = partial_directory(output)
     ranks.gather(None)
@@ -103,7 +104,7 @@ def join_journal(output: Path, ranks: SingleProcess) -> Journal:
 
 
 def partial_directory(output: Path) -> Path:
-    """Where a run works: beside the output, or beside the first of its parents that does not exist yet."""
+    """Return the directory in which a run works, beside the output or its first parent that does not exist yet."""
     path = output.absolute()
     beside = next(parent for parent in path.parents if parent.exists())
     return beside / f".{'-'.join(path.relative_to(beside).parts)}.partial"

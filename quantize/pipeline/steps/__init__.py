@@ -1,1 +1,1 @@
-"""What happens to one block, one step a file."""
+"""Each file here is one step of what happens to a block."""

@@ -1,4 +1,4 @@
-"""Statistics of a whole model before its first block is quantized, for bases that run through all of it."""
+"""Some bases run through the whole model; their statistics are collected before the first block is quantized."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quantize.pipeline.steps.transform import PassRunner, Surveys, input_hooks
 def collect_global_statistics(
     checkpoint: Checkpoint, program: Program, plan: Plan, batches: Sequence[Row], context: RunContext
 ) -> dict[int, dict[str, Statistic]]:
-    """For each step that asks for it: statistics of linear inputs by weight, as they are in front of that step.
+    """Return, for each step that asks for it, statistics of linear inputs by weight, as they are in front of that step.
 
     The float model runs once more for each such step, block by block, with the steps before it applied.
     """
@@ -42,10 +42,10 @@ def statistics_before(
     context: RunContext,
     surveys: Surveys,
 ) -> dict[str, Statistic]:
-    """Statistics of the inputs of some weights' linears, in front of step `number`, in one run of the float model.
+    """Collect statistics of the inputs of some weights' linears, in front of step `number`, on the float model.
 
     Args:
-        surveys: what was collected for the steps before.
+        surveys: the statistics that were collected for the steps before.
     """
     make = plan.steps[number].handler.needs
     assert make is not None

@@ -1,4 +1,4 @@
-"""Which tokens stand in front of every sequence: those of the recipe, or those found to carry massive activations."""
+"""The tokens of the prefix are those of the recipe, or those that carry massive activations in the float model."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from quantize.recipe.recipe import PrefixArgs
 
 @dataclass(frozen=True)
 class OutlierTokens:
-    """What the token rule flags in a float model.
+    """The tokens that the rule of outliers flags in a float model.
 
     Attributes:
-        counts: token id → how often, at any block output or input of a linear; the first of a sequence counts as BOS.
-        sequences: how many were looked at.
+        counts: token id → how often it was flagged, at any block output or input of a linear; the first token of a
+            sequence counts as BOS.
+        sequences: the number of sequences.
     """
 
     counts: Counter[int]
@@ -40,18 +41,18 @@ class OutlierTokens:
 
     @property
     def per_sequence(self) -> float:
-        """Flagged tokens of a sequence, in the mean."""
+        """The mean number of flagged tokens in a sequence."""
         return self.counts.total() / self.sequences
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """The most frequent ids, as many as tokens are flagged in a sequence, rounded up."""
+        """The most frequent ids; their number is the mean number of flagged tokens in a sequence, rounded up."""
         ranked = sorted(self.counts, key=lambda token: (-self.counts[token], token))
         return tuple(ranked[: math.ceil(self.per_sequence)])
 
 
 def resolve_prefix(prepared: Prepared, context: RunContext) -> tuple[Plan, dict[str, Any]]:
-    """The plan with the ids of its prefix, and what the manifest says of them; {} where none is asked for."""
+    """Return the plan with the ids of its prefix, and the manifest's entry for it, which is {} without a prefix."""
     plan, samples = prepared.plan, prepared.samples
     prefix = plan.recipe.prefix
     if prefix is None or not prefix.search:
@@ -75,10 +76,10 @@ def resolve_prefix(prepared: Prepared, context: RunContext) -> tuple[Plan, dict[
 def find_prefix(
     checkpoint: Checkpoint, program: Program, batches: Sequence[Tensor], console: Console | None
 ) -> OutlierTokens:
-    """Run the float model on token ids [B, T], block by block, and note the tokens of R > 64 (arXiv 2410.05265, eq. 4).
+    """Run the float model on token ids [B, T], block by block, and count the tokens of R > 64.
 
-    Tokens far below the rest (1 / R > 8) are left out: each token has a grid of its own, so they harm nothing, and at
-    gated inputs there are some in any text.
+    The rule is equation 4 of arXiv 2410.05265. Tokens far below the rest (1 / R > 8) are not counted: each token has
+    its own grid, so they do no harm, and at gated inputs any text has some.
     """
     runner, masks = SequentialRunner(program, batches), [torch.zeros_like(ids, dtype=torch.bool) for ids in batches]
     for segment in track(program.segments, "looking for massive activations in", lambda s: s.name, console):
@@ -97,6 +98,6 @@ def find_prefix(
 
 
 def flag_tokens(runner: SequentialRunner, node: fx.Node, masks: Sequence[Tensor]) -> None:
-    """Add to the masks [B, T] the tokens that are flagged in a value."""
+    """Add the tokens that are flagged in a value to the masks [B, T]."""
     for values, mask in zip(runner.values, masks, strict=True):
         mask |= outlier_ratios(values[node].reshape(*mask.shape, -1)) > UPPER

@@ -1,4 +1,4 @@
-"""Round the linears of a block, those that share an input together, by the Gram matrix of what all ranks saw of it."""
+"""The linears of a block are rounded by Gram matrices of all ranks' inputs, and those that share an input together."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from quantize.transforms.online import InputTransform
 
 @dataclass(frozen=True)
 class WeightRounder:
-    """Rounds weights on the calibration activations as they are when it is asked.
+    """Rounds weights on the calibration activations, which it advances.
 
     Attributes:
-        program, plan, context: of the run.
-        calibration, float_reference: activations of the quantized and of the float model.
+        program, plan, context: the program, the plan and the context of the run.
+        calibration, float_reference: the activations of the quantized and of the float model.
     """
 
     program: Program
@@ -43,10 +43,11 @@ class WeightRounder:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
 
         Args:
-            block: its float weights are dropped as they are replaced, unless they are to be kept.
+            block: the block; its float weights are dropped as they are replaced, unless `keep` is given.
             reference: what the float model's block runs with.
-            finish: advance behind the last linear as well; the float model's activations also if weights are kept.
-            keep: leave the float weights in the block.
+            finish: whether to advance past the last linear as well; the float model's activations also if `keep` is
+                given.
+            keep: whether the float weights stay in the block.
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized, targets = dict[Linear, QuantizedLinear](), list(block.schemes)
@@ -65,14 +66,14 @@ class WeightRounder:
         return replace(block, quantized=quantized)
 
     def _free_weights(self, state: Overrides, linears: Sequence[Linear]) -> None:
-        """Drop float weights that nothing but the linears that were replaced has read."""
+        """Drop float weights that only replaced linears have read."""
         for name in {linear.weight for linear in linears}:
             readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
             if all(reader in state.linears for reader in readers):
                 state.weights.pop(name, None)
 
     def same_input_groups(self, group: Sequence[Linear], block: Block) -> list[list[Linear]]:
-        """Of linears that share an input, those that see the same of it and are rounded alike: they go together."""
+        """Split linears that share an input into groups that see the same of it and are rounded alike."""
         parts: dict[object, list[Linear]] = {}
         for linear in group:
             seen = self._seen(block.input_transforms[linear])
@@ -81,11 +82,11 @@ class WeightRounder:
         return list(parts.values())
 
     def _seen(self, input_transform: InputTransform) -> object:
-        """What a Gram matrix depends on."""
+        """Return what a Gram matrix depends on."""
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
     def _gram(self, linear: Linear, block: Block) -> Gram:
-        """Gram matrix of a linear's input; of the rounded one, if the quantizer compares it with the float model's."""
+        """Return the Gram matrix of a linear's input, rounded if the quantizer compares it with the float model's."""
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
         totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
@@ -97,7 +98,7 @@ class WeightRounder:
         return gram
 
     def _inputs(self, source: fx.Node, input_transform: InputTransform) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What `Gram.update` takes, batch by batch."""
+        """Yield the arguments of `Gram.update`, batch by batch."""
         rest = self.context.prefix.rest
         if not self.plan.quantizer.needs_float_reference:
             return ((input_transform.rotate(rest(values[source])), None) for values in self.calibration.values)
@@ -111,7 +112,7 @@ class WeightRounder:
         """Round the weights of linears that see the same input and have the same scheme for weights.
 
         Raises:
-            QuantizeError: the quantizer cannot; names the linears.
+            QuantizeError: the quantizer cannot round them; the message names the linears.
         """
         quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
         args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
@@ -119,7 +120,7 @@ class WeightRounder:
         gram = self._gram(first, block) if quantizer.needs_gram else None
         trim_heap()
         weights = [block.weight(linear) for linear in part]
-        # each rank rounds some rows, which are rounded apart unless they share a global scale
+        # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
         try:

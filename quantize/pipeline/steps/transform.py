@@ -1,4 +1,4 @@
-"""Apply the passes of a plan to one block, each through the equivalence check."""
+"""The passes of a plan are applied to one block, and each goes through the equivalence check."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ Surveys = Mapping[int, Mapping[str, Statistic]]
 
 @dataclass
 class PassRunner:
-    """The passes of a plan on their way through the blocks.
+    """Applies the passes of a plan to block after block.
 
     Attributes:
-        program, plan: what to transform, and how.
-        context: of the run.
-        calibration: batches to collect statistics on.
-        probes: two other inputs that the equivalence check compares on.
-        surveys: for steps that need it, statistics of the whole float model (`collect_global_statistics`).
-        sites: for each step the transforms made so far; one that spans blocks is made on the first and kept.
-        differences: for each pass the largest difference that the check saw in each block.
-        changed: for each pass the linears that it put something in front of.
+        program, plan: the program and the plan of the run.
+        context: the context of the run.
+        calibration: the batches on which statistics are collected.
+        probes: two other inputs, on which the equivalence check compares.
+        surveys: for steps that need them, statistics of the whole float model (`collect_global_statistics`).
+        sites: for each step the transforms made so far; one that spans blocks is made on the first block and kept.
+        differences: for each pass the largest difference that the check found in each block.
+        changed: for each pass the linears in front of which it put something.
     """
 
     program: Program
@@ -58,7 +58,7 @@ class PassRunner:
         self.sites = [{} for _ in self.plan.steps]
 
     def apply(self, block: Block) -> Block:
-        """All passes on one block."""
+        """Apply all passes to one block."""
         for number in range(len(self.plan.steps)):
             block = self._apply_one(number, block)
         return block
@@ -81,7 +81,7 @@ class PassRunner:
     def _fold(
         self, number: int, block: Block, touched: Sequence[Basis], statistics: Mapping[str, Any]
     ) -> dict[str, Tensor]:
-        """The weights that absorb the transforms of the bases of a block."""
+        """Return the weights of a block, which absorb the transforms of its bases."""
         step, sites, after = self.plan.steps[number], self.sites[number], dict(block.weights)
         for basis in touched:
             if basis not in sites:
@@ -94,7 +94,7 @@ class PassRunner:
     def _input_transform(
         self, number: int, linear: Linear, block: Block, statistics: Mapping[str, Any]
     ) -> InputTransform:
-        """What a pass wants in front of one linear."""
+        """Return what a pass puts in front of one linear."""
         step = self.plan.steps[number]
         context = LinearContext(
             path=linear.path,
@@ -110,7 +110,7 @@ class PassRunner:
     def _statistics(
         self, number: int, block: Block, touched: Sequence[Basis], reached: Sequence[Linear]
     ) -> dict[str, Statistic]:
-        """What the pass needs to know of the inputs of this block's linears, and of those that were surveyed."""
+        """Return the statistics that a pass needs of this block's linear inputs, and those of the whole model."""
         needs, found = self.plan.steps[number].handler.needs, dict(self.surveys.get(number, {}))
         if needs is None or (not reached and all(basis in self.sites[number] for basis in touched)):
             return found
@@ -121,7 +121,7 @@ class PassRunner:
         return found | merged(seen, needs, self.context.ranks)
 
     def _invert(self, values: Values, number: int) -> Values:
-        """Values in front of a block, which all steps have transformed, as they were before step `number`."""
+        """Return values in front of a block, which all steps have transformed, as they were before step `number`."""
         for step, sites in reversed(list(zip(self.plan.steps, self.sites, strict=True))[number:]):
             values = equivalence.in_coordinates(values, step.bases, sites, invert=True)
         return values
@@ -129,7 +129,7 @@ class PassRunner:
     def _check(
         self, number: int, segment: Segment, before: Overrides, after: Overrides, touched: Sequence[Basis]
     ) -> None:
-        """Hold the pass up to the equivalence check, and find the basis at fault where it fails."""
+        """Run the equivalence check on a pass; if it fails, name the basis at fault."""
         step: Step = self.plan.steps[number]
         probes = [self._invert(values, number) for values in self.probes.values]
         sites = self.sites[number]
@@ -147,7 +147,7 @@ class PassRunner:
 
 
 def input_hooks(block: Block, prefix: PrefixTokens) -> dict[Linear, Callable[[Tensor], Tensor]]:
-    """For each linear what its input goes through before it meets the weight, without the prefix's rows."""
+    """Return for each linear a function from its input to what the weight meets, without the rows of the prefix."""
     return {
         linear: lambda x, found=found: found.transform(prefix.rest(x))  # type: ignore[misc]
         for linear, found in block.input_transforms.items()

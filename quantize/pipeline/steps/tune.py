@@ -1,4 +1,4 @@
-"""Tune how the weights of a block are rounded, all its linears together, by gradient descent on the block's output."""
+"""The rounding of all weights of a block is tuned together, by gradient descent on the block's output."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from quantize.pipeline.rng import derived_generator
 from quantize.recipe.scheme import TuneArgs
 from quantize.transforms.equivalence import floating
 
-CELL = 0.49  # of a step: how far from its value a weight may start, so that tuning starts at what was rounded
+CELL = 0.49  # in steps: a weight starts at most this far from its rounded value, so that tuning starts at that value
 
 
 class STELinear(nn.Module):
-    """A quantized linear whose values are rounded from real numbers u, in steps of the format, which are learned.
+    """A quantized linear whose values are rounded from learned real numbers u, which count steps of the format.
 
-    Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432); scales, zero
-    points and the bias stay.
+    Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432). Scales, zero points
+    and the bias are not learned.
     """
 
     def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
@@ -44,12 +44,12 @@ class STELinear(nn.Module):
         self.u = nn.Parameter(start / self.number_format.step)
 
     def values(self) -> Tensor:
-        """Of the format [N, K], with a gradient to u."""
+        """Return values of the format [N, K], with a gradient to u."""
         t = self.u * self.number_format.step
         return straight_through(t, self.number_format.round(t, self.done.scheme.weights))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N], fake-quantized."""
+        """Map [..., K] to [..., N] in fake quantization."""
         W = (self.values() - self.zero_point) * self.scale
         return nn.functional.linear(
             straight_through(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias
@@ -57,17 +57,17 @@ class STELinear(nn.Module):
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of x."""
+    """Return `rounded`, with the gradient of x."""
     return x + (rounded - x).detach()
 
 
 @dataclass(frozen=True)
 class BlockTuner:
-    """Tunes blocks whose linears are rounded already.
+    """Tunes blocks whose linears are already rounded.
 
     Attributes:
-        program, context: of the run.
-        args: how long, and how fast.
+        program, context: the program and the context of the run.
+        args: the number of steps and the learning rate.
     """
 
     program: Program
@@ -76,15 +76,16 @@ class BlockTuner:
 
     @torch.enable_grad()
     def apply(self, block: Block, starts: Sequence[Values], targets: Sequence[Mapping[fx.Node, Tensor]]) -> Block:
-        """The block with new weights on the grids that its quantized linears have.
+        """Return the block with new weights on the grids that its quantized linears have.
 
-        As in AutoRound (arXiv 2309.05516), but with Adam on the latent weights: the loss is ‖ŷ - y‖² / ‖y‖² of each
-        token of what the block hands on, ŷ on inputs with all earlier error, y in the float model.
+        This is AutoRound (arXiv 2309.05516), but with Adam on the latent weights. The loss is ‖ŷ - y‖² / ‖y‖² of each
+        token of the block's outputs, where ŷ comes from inputs with the error of all earlier blocks, and y from the
+        float model.
 
         Args:
-            block: rounded, with the float weights beside.
-            starts: values in front of the block, batch by batch, behind everything quantized before.
-            targets: what the float model's block hands on for the same batches, by node.
+            block: a rounded block that still has the float weights.
+            starts: the quantized model's values in front of the block, batch by batch.
+            targets: the outputs of the float model's block for the same batches, by node.
         """
         made = {linear: STELinear(done, block.weight(linear)) for linear, done in block.quantized.items()}
         state, segment = block.overrides(), block.segment
@@ -101,30 +102,30 @@ class BlockTuner:
         return replace(block, quantized=tuned)
 
     def _loss(self, segment: Segment, values: Values, target: Mapping[fx.Node, Tensor], live: Overrides) -> Tensor:
-        """Mean over tokens, summed over what the block hands on."""
+        """Return the loss: a mean over tokens, and a sum over the block's outputs."""
         for node in segment.nodes:
             values[node] = run_node(self.program, node, values, live)
         return torch.stack([relative_error(values[node], y) for node, y in target.items()]).sum()
 
 
 def shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
-    """The numbers below `count` in a random order, again and again."""
+    """Yield the numbers below `count` in a random order, again and again."""
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
 def relative_error(found: Tensor, y: Tensor) -> Tensor:
-    """Mean over tokens of ‖found - y‖² / ‖y‖², [..., K] both."""
+    """Return the mean over tokens of ‖found - y‖² / ‖y‖²; both are [..., K]."""
     return ((found - y).square().sum(-1) / y.square().sum(-1).clamp(min=torch.finfo(y.dtype).tiny)).mean()
 
 
 def block_outputs(values: Values, segment: Segment) -> dict[fx.Node, Tensor]:
-    """Of the values alive behind a block those that it computed."""
+    """Return those values alive after a block that the block computed."""
     return {node: value for node, value in values.items() if node in set(segment.nodes) and floating(value)}
 
 
 @torch.no_grad()
 def to_qtensor(linear: STELinear) -> QTensor:
-    """The tuned values with the scales they had."""
+    """Return the tuned values with the scales they had."""
     weight = linear.done.qtensor()
     return QTensor.pack(linear.values(), weight.scale, weight.zero_point, weight.args, weight.global_scale)
