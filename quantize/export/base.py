@@ -1,4 +1,4 @@
-"""What a target of exports is, and the registry of all: a target is a folder here, which registers itself."""
+"""An exporter writes artifacts for one target. Each target is a folder here, which registers its exporter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import click
 
 from quantize.errors import UsageError
 
-if TYPE_CHECKING:  # it imports torch, and `--help` answers without
+if TYPE_CHECKING:  # it imports torch, which `--help` does not need
     from quantize.export.outline import Outline
 
 
 class Obstacle(NamedTuple):
-    """Something of an artifact that a target cannot express.
+    """A part of an artifact that a target cannot express.
 
     Attributes:
-        reason: a clause that says what, and why not.
-        remedy: a clause that says what to change: `quantize with …`.
+        reason: a clause that says what this is, and why the target cannot express it.
+        remedy: a clause that says what to change, such as `quantize with …`.
     """
 
     reason: str
@@ -32,15 +32,16 @@ class Obstacle(NamedTuple):
 
 @dataclass(frozen=True)
 class Exporter:
-    """A target.
+    """The export to one target.
 
     Attributes:
-        name: what `--format` takes.
-        summary: what is written and who reads it, in one line of `export --help`.
-        options: of the command, each with its help; `export` takes them as keywords and has their defaults.
-        obstacles: what of an artifact the target cannot express, before anything is written.
-        export: writes an artifact's directory with a writer, whose side files are there already; returns what the
-            manifest says of it, `parity` among it: how far the written model is from the artifact.
+        name: the value that `--format` takes.
+        summary: what is written and what it is for, as one line of `export --help`.
+        options: the command's options for this target, each with its help; `export` takes them as keywords and has
+            their defaults.
+        obstacles: yields what the target cannot express of an artifact, before anything is written.
+        export: writes the artifact in a directory with a writer that has the side files already; returns the manifest's
+            entries, of which `parity` says how far the written model is from the artifact.
     """
 
     name: str
@@ -50,17 +51,17 @@ class Exporter:
     export: Callable[..., dict[str, Any]]
 
     def check(self, outline: Outline) -> None:
-        """Compare what an artifact is with what the target can express.
+        """Check that the target can express an artifact.
 
         Raises:
-            UsageError: names all that it cannot, and what to change.
+            UsageError: it cannot; the message names all obstacles, and what to change.
         """
         if found := [str(obstacle) for obstacle in self.obstacles(outline)]:
             raise UsageError("; ".join(found))
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
-    """A function that is imported when it is called: `--help` lists targets before torch is imported."""
+    """Return a function that is imported when it is called, so that `--help` lists targets without torch."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*args, **kwargs)
@@ -69,17 +70,17 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
 
 
 class Exporters(dict[str, Exporter]):
-    """Targets by name."""
+    """The exporters by name."""
 
     def register(self, exporter: Exporter) -> None:
-        """Enter a target under its name."""
+        """Add an exporter under its name."""
         self[exporter.name] = exporter
 
     def find(self, name: str, options: Mapping[str, Any]) -> Exporter:
-        """The target of a name, which takes the options that are given.
+        """Return the exporter of a name, if it takes the given options.
 
         Raises:
-            UsageError: no target has the name, or an option belongs to others.
+            UsageError: no target has the name, or an option belongs to other targets.
         """
         if name not in self:
             raise UsageError(f"there is no target {name!r}; known are {', '.join(sorted(self))}")

@@ -1,4 +1,4 @@
-"""The command `export`, whose choices, options and help are those of the registered targets."""
+"""The command `export` has the choices, options and help texts of the registered targets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from quantize.export import EXPORTERS
 
 
 class ExportCommand(click.Command):
-    """A command with the options of all targets, listed in its help by target."""
+    """A command with the options of all targets; its help lists them by target."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Its own parameters, `--format`, and what the targets take; an option of several is declared once."""
+        """Return the command's own parameters, `--format`, and the targets' options, each of which is declared once."""
         format_ = click.Option(
             ["--format", "target"], type=click.Choice(sorted(EXPORTERS)), default="onnx", show_default=True
         )
@@ -24,7 +24,7 @@ class ExportCommand(click.Command):
         return [argument, format_, *own, *options.values()]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What holds for every target, then each target with its own."""
+        """Write the options for every target, then each target with its own options."""
         special = {option.name for exporter in EXPORTERS.values() for option in exporter.options}
         common = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and p.name not in special]
         with formatter.section("Options"):
@@ -38,7 +38,7 @@ class ExportCommand(click.Command):
 
 @click.command(cls=ExportCommand)
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="New directory.")
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The new directory to write.")
 @click.pass_context
 def export(ctx: click.Context, /, directory: Path, target: str, output_dir: Path, **options: Any) -> None:
     """Write an artifact for another runtime, and compare the two."""

@@ -1,4 +1,4 @@
-"""An exported model as a directory that exists whole or not at all."""
+"""An exported model is a directory that exists complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from quantize.export.outline import Outline
 
 
 def export_artifact(directory: Path, target: str, output: Path, **options: Any) -> dict[str, Any]:
-    """Write an artifact for another runtime.
+    """Export an artifact for another runtime.
 
     Args:
         directory: an artifact, unchanged since it was written.
         target: a name in `EXPORTERS`.
-        output: new directory: what the target needs, tokenizer and other side files, and `manifest.json` with what
-            the target says of it, the parity figures first.
-        options: those of the target, by name.
+        output: a new directory for the target's files, tokenizer and other side files, and `manifest.json` with what
+            the target reports, the parity figures first.
+        options: the target's options, by name.
 
     Returns:
-        Parity: how far the exported model is from the quantized one, as the target measures it.
+        How far the exported model is from the quantized one, as the target measures it.
 
     Raises:
-        UsageError: no artifact, the output exists, the target has no such option, or cannot express what the
-            artifact does.
-        QuantizeError: damaged artifact, or the export computes something else.
+        UsageError: the directory is no artifact, the output exists, the target has no such option, or it cannot express
+            what the artifact does.
+        QuantizeError: the artifact is damaged, or the exported model computes something else.
     """
     exporter = EXPORTERS.find(target, options)
     check_hashes(directory)

@@ -1,4 +1,4 @@
-"""What targets that are checkpoints of transformers share: an artifact's shards made into theirs, loaded and run."""
+"""Targets that are checkpoints of transformers share how shards are converted, and how checkpoints are run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 
-ROUNDING = 64  # last bits, relative to the output: what sums in another order may differ by
+ROUNDING = 64  # last bits, relative to the output: a sum in another order may differ by so much
 
 
 def shards(
     directory: Path, outline: Outline, replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The files of an artifact with each quantized linear as a target has it, one file in memory at a time.
+    """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
 
     Args:
         directory: an artifact.
-        outline: of it.
-        replace: path and linear, as `stored_linear` reads it → the target's tensors, by name within the linear.
+        outline: the artifact's outline.
+        replace: maps a path and a linear, as `stored_linear` reads it, to the target's tensors, by name within the
+            linear.
     """
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
     for file in sorted(set(files.values())):
@@ -50,9 +51,9 @@ def shards(
 
 
 def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
-    """A quantized linear, its bias and its scales in the type that the float model's weight was stored in.
+    """Read a quantized linear, with bias and scales in the dtype that the float model's weight was stored in.
 
-    Scales have that type but for those of FP4, where the config tells it.
+    Scales have that dtype already, except for those of FP4, where the config tells the dtype.
     """
     is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
     dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
@@ -60,7 +61,7 @@ def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> Quanti
 
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
-    """An artifact's two probes, each as the inputs of a call."""
+    """Return an artifact's two probes, each as the inputs of a call."""
     probe = {name: x for name, x in read_all(directory / PROBE).items() if name != "output"}
     return [dict(zip(probe, row, strict=True)) for row in zip(*(x.split(1) for x in probe.values()), strict=True)]
 
@@ -68,29 +69,29 @@ def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
 def outputs_of(
     directory: Path, inputs: list[dict[str, Tensor]], dtype: torch.dtype = torch.float32, **options: Any
 ) -> list[Tensor]:
-    """First outputs of a checkpoint as transformers loads it.
+    """Return the first outputs of a checkpoint, loaded in transformers.
 
     Args:
-        directory: where it was written.
-        inputs: of each call.
-        dtype: what it runs in.
-        options: of `from_pretrained`.
+        directory: the directory of the checkpoint.
+        inputs: the inputs of each call.
+        dtype: the dtype in which it runs.
+        options: options of `from_pretrained`.
 
     Raises:
-        QuantizeError: it cannot be loaded.
+        QuantizeError: the checkpoint cannot be loaded.
     """
     cls = getattr(transformers, str(read_config(directory)["architectures"][0]))
     own = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in feed.items()} for feed in inputs]
     with quiet():
         try:
             model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
-        except Exception as error:  # whatever transformers and the packages it uses raise
+        except Exception as error:  # any error of transformers and the packages it uses
             raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
         return first_outputs(model.eval(), own)
 
 
 def check_difference(found: float, allowed: float) -> None:
-    """Compare what transformers computes with the artifact.
+    """Check that what transformers computes differs from the artifact by no more than allowed.
 
     Raises:
         QuantizeError: rounding does not explain the difference.

@@ -1,4 +1,4 @@
-"""What an artifact is, or what a run that has not begun will make, without weights: what obstacles depend on."""
+"""An outline describes an artifact, or one that a run will make, without weights; obstacles depend on it alone."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Outline:
     """An artifact without its weights.
 
     Attributes:
-        config: of its model, as `config.json` has it.
-        settings: its quantization settings.
-        skeleton: the float model that it was, on the meta device.
+        config: the content of the model's `config.json`.
+        settings: the artifact's quantization settings.
+        skeleton: the float model on the meta device.
     """
 
     config: dict[str, Any]
@@ -39,11 +39,11 @@ class Outline:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Of a finished artifact.
+        """Read the outline of a finished artifact.
 
         Raises:
-            UsageError: no artifact, or one of a module that transformers does not know.
-            QuantizeError: it lists linears that its model does not have.
+            UsageError: there is no artifact, or one of a module that transformers does not know.
+            QuantizeError: the artifact lists linears that its model does not have.
         """
         settings, config = read_manifest(directory)["quantization"], read_config(directory)
         with limit_parameters(index_tensors(directory, PROBE)):
@@ -54,15 +54,15 @@ class Outline:
 
     @classmethod
     def estimate(cls, found: ArtifactEstimate) -> Self:
-        """Of the artifact that a run will write."""
+        """Make the outline of the artifact that a run will write."""
         return cls(found.checkpoint.config, found.settings, found.checkpoint.skeleton())
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the config says that weights are stored in; float32 where it does not."""
+        """Return the dtype in which the config says that weights are stored; float32 if it does not say."""
         told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         return DTYPES.get(told.removeprefix("torch."), torch.float32)
 
     def schemes(self) -> dict[str, Scheme]:
-        """What each quantized linear is quantized to, by path."""
+        """Return the scheme of each quantized linear, by path."""
         return {path: linear_scheme(self.settings, path) for path in self.settings["modules"]}

@@ -1,4 +1,4 @@
-"""Which targets an artifact can be exported to, before it is made."""
+"""Before an artifact is made, it is known to which targets it can be exported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 
 
 def formats(found: ArtifactEstimate) -> dict[str, str]:
-    """Target → why it cannot express the artifact; empty where it can."""
+    """Return for each target why it cannot express the artifact; the text is empty if it can."""
     if not found.checkpoint.config:
         return dict.fromkeys(sorted(EXPORTERS), "a module that transformers does not know is not exported")
     outline = Outline.estimate(found)
@@ -18,7 +18,7 @@ def formats(found: ArtifactEstimate) -> dict[str, str]:
 
 
 def exports(found: ArtifactEstimate) -> Iterator[str]:
-    """Whether the graph could be exported, and where the artifact could go."""
+    """Yield lines that say whether the graph could be exported, and to which targets the artifact can go."""
     if not found.program.export_error:
         yield "the model can be exported as a graph"
     for name, why in formats(found).items():

@@ -25,7 +25,8 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
         raise UsageError(f"recipe: a prefix needs a causal language model of transformers, and {why}; leave it out")
     if prefix.tokens and max(prefix.tokens) >= program.vocabulary:
         raise UsageError(
-            f"recipe: prefix: the token id {max(prefix.tokens)} is none; the model knows 0 to {program.vocabulary - 1}"
+            f"recipe: prefix: the model has no token id {max(prefix.tokens)}; "
+            f"give ids from 0 to {program.vocabulary - 1}"
         )
     linears = [x for segment in program.segments for x in program.linears(segment) if x.path in plan.schemes]
     odd = [linear.path for linear in linears if not rows_are_tokens(program, linear.source)]

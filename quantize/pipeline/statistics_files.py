@@ -58,7 +58,7 @@ def only_calibrated_step(plan: Plan) -> int:
         raise UsageError(f'{what} needs all data in one run; for merged statistics round with {{ name = "rtn" }} alone')
     if len(asking) != 1:
         names = ", ".join(step.handler.name for _, step in asking) or "none"
-        raise UsageError(f"merged statistics serve one pass that asks for them; of the recipe's do so: {names}")
+        raise UsageError(f"merged statistics need exactly one pass that asks for them, and this recipe has {names}")
     return asking[0][0]
 
 
@@ -138,7 +138,7 @@ def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
         if changed := diff_fingerprints(first.identity, other.identity):
             raise UsageError(f"{' and '.join(changed)} of {path} differs from that of {paths[0]}; collect them alike")
         if data.keys() & other.data.keys():
-            raise UsageError(f"{path} is of data that is in already; give each part of the data once")
+            raise UsageError(f"{path} is of data that was merged already; give each part of the data once")
         data |= other.data
         for name, statistic in other.statistics.items():
             statistics[name].merge(statistic)

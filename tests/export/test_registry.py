@@ -66,7 +66,7 @@ def test_help_lists_every_target_with_its_options(cli, toy):
     for name, exporter in EXPORTERS.items():
         assert words(f"Format {name}: {exporter.summary}") in shown
     assert words(f"Format toy: {TOY} --depth INTEGER RANGE How deep. [x>=1] --loud Louder.") in shown
-    assert words("Format onnx: " + EXPORTERS["onnx"].summary + " --qdq Standard ONNX operators only") in shown
+    assert words("Format onnx: " + EXPORTERS["onnx"].summary + " --qdq Use standard ONNX operators only") in shown
     assert shown.count("--depth") == shown.count("--qdq") == shown.count("--output-dir") == 1
 
 

@@ -301,7 +301,7 @@ def test_the_same_run_gives_the_same_bytes(planted, small_run, tree):
 @pytest.mark.parametrize(
     ("prefix", "words"),
     [
-        ({"tokens": [512]}, "recipe: prefix: the token id 512 is none; the model knows 0 to 511"),
+        ({"tokens": [512]}, "recipe: prefix: the model has no token id 512; give ids from 0 to 511"),
         ({"tokens": [-1]}, "recipe: prefix.tokens.0: input should be greater than or equal to 0"),
         ({}, "recipe: prefix: give either tokens, a list of ids, or search = true"),
         ({"tokens": [1], "search": True}, "give either tokens, a list of ids, or search = true"),

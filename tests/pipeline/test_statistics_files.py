@@ -59,7 +59,7 @@ def test_what_cannot_be_merged_is_refused(one_layer, parts, tmp_path):
     collected(one_layer, parts, "second", tmp_path / "other", {"passes": [{"name": "smoothquant", "alpha": 0.7}]} | RTN)
     with pytest.raises(UsageError, match=r"the recipe \(passes\) of .*second differs from that of .*first; collect"):
         merge_stats([tmp_path / "first", tmp_path / "other" / "second"], tmp_path / "out")
-    with pytest.raises(UsageError, match="is of data that is in already; give each part of the data once"):
+    with pytest.raises(UsageError, match="is of data that was merged already; give each part of the data once"):
         merge_stats([tmp_path / "first", tmp_path / "first"], tmp_path / "out")
     with pytest.raises(UsageError, match=r"the recipe \(seed\) changed since .*first was collected; collect it anew"):
         quantize_model(
@@ -76,10 +76,10 @@ def test_what_cannot_be_merged_is_refused(one_layer, parts, tmp_path):
     ("changes", "message"),
     [
         ({}, r"gptaq needs all data in one run; .* round with \{ name = \"rtn\" \} alone"),
-        ({"passes": []} | RTN, "serve one pass that asks for them; of the recipe's do so: none"),
+        ({"passes": []} | RTN, "need exactly one pass that asks for them, and this recipe has none"),
         (
             {"passes": [{"name": "smoothquant"}, {"name": "activation_clip"}]} | RTN,
-            "of the recipe's do so: smoothquant, activation_clip",
+            "and this recipe has smoothquant, activation_clip",
         ),
         (SMOOTHED | {"tune": {}}, "tune needs all data in one run"),
     ],

@@ -1,4 +1,4 @@
-"""The largest input of each quantized linear, which NVFP4 checkpoints hold where artifacts take each token's own."""
+"""NVFP4 checkpoints hold the largest input of each linear, where artifacts take the range of each token."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ROWS = 16  # of calibration data
 
 
 def input_divisors(directory: Path, calibration: Path | None) -> dict[str, Tensor]:
-    """For each quantized linear `input_global_scale`, float32 [1]: 448 · 6 / max |x| over calibration data.
+    """Return `input_global_scale` for each quantized linear, float32 [1]: 448 · 6 / max |x| over calibration data.
 
     Args:
         directory: an artifact, whose recipe says how long rows are.
-        calibration: as for quantizing; None takes the bundled prose.
+        calibration: a file as for quantizing; None takes the bundled prose.
 
     Raises:
-        UsageError: no such file, or not what the model takes.
-        QuantizeError: it is damaged, or there is too little in it.
+        UsageError: there is no such file, or the model does not take its data.
+        QuantizeError: the file is damaged, or has too little data.
     """
     model: Any = copy_with_replaced_linears(load(directory), with_float_activations)
     recipe, tokenize = load_recipe(None, directory / "recipe.toml"), load_tokenize(directory)
@@ -49,7 +49,7 @@ def input_divisors(directory: Path, calibration: Path | None) -> dict[str, Tenso
 
 
 def keep_largest(found: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that raises `found`, [1], to the largest magnitude of a module's input."""
+    """Return a hook that raises `found`, [1], to the largest magnitude of a module's input."""
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
         del module

@@ -1,6 +1,6 @@
-"""An artifact as a checkpoint of the compressed-tensors format, which transformers and vLLM load.
+"""An artifact is exported as a compressed-tensors checkpoint, which transformers and vLLM load.
 
-The package of that name is not needed to write one; where it is installed, the checkpoint is loaded and compared.
+The package of that name is not needed to write a checkpoint; if it is installed, the checkpoint is loaded and compared.
 """
 
 from __future__ import annotations
@@ -33,17 +33,18 @@ def export_compressed_tensors(
     """Write the safetensors shards, their index and `config.json`, one shard in memory at a time; then compare.
 
     Args:
-        directory: an artifact that `obstacles` finds nothing in.
-        writer: open; what else belongs to a model is the caller's.
+        directory: an artifact in which `obstacles` finds nothing.
+        writer: an open writer; the caller writes the side files.
         calibration: data for NVFP4, as for quantizing; None takes the bundled prose.
 
     Returns:
-        `parity`: what `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` where the package
+        The entry `parity`: what `compressed_tensors_parity` measured, or `{"transformers": "not verified"}` if the
+            package
         is not installed.
 
     Raises:
-        UsageError: data that are not needed, or not what the model takes.
-        QuantizeError: damaged files, or transformers computes something else.
+        UsageError: calibration data are given but not needed, or the model does not take them.
+        QuantizeError: a file is damaged, or transformers computes something else.
     """
     outline = Outline.read(directory)
     schemes = outline.schemes()
@@ -69,31 +70,32 @@ def export_compressed_tensors(
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
-    """Modules that hold a matrix and stay in floating point, but for embeddings, which the target does not mean."""
+    """Return the modules with a matrix in floating point, without embeddings, which the format never quantizes."""
     named = skeleton.named_parameters(remove_duplicate=False)
     others = [path for path in (name.rpartition(".")[0] for name, p in named if p.dim() == 2) if path not in quantized]
     return list(dict.fromkeys(p for p in others if not isinstance(skeleton.get_submodule(p), nn.Embedding)))
 
 
 def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[str, Scheme]) -> dict[str, float]:
-    """How far transformers with the package is from the artifact, on the artifact's two probes.
+    """Measure how far the checkpoint in transformers is from the artifact, on the artifact's two probes.
 
-    The package's steps of symmetric activations are max/7.5 or max/127.5, not max/7 or max/127, so where activations
-    are rounded, two right answers differ by about as much as rounding them does.
+    For symmetric activations the package uses steps of max/7.5 or max/127.5, not max/7 or max/127. So if activations
+    are rounded, two right answers differ by about as much as rounding moves them.
 
-    Weights alone are unpacked as they are loaded: otherwise the package 0.20 expects zero points that are not packed.
+    Weights of weight-only schemes are unpacked on loading, because version 0.20 of the package otherwise expects zero
+    points that are not packed.
 
     Args:
         directory: the artifact.
         written: the checkpoint.
-        schemes: what each linear of both is quantized to, by path.
+        schemes: the scheme of each quantized linear, by path.
 
     Returns:
-        reference: ‖difference‖ / ‖output‖, the larger of the two.
-        activations: the yardstick, how far the artifact is from itself with floating-point activations.
+        reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
+        activations: how far the artifact is from itself with floating-point activations, for comparison.
 
     Raises:
-        QuantizeError: it cannot be loaded, or rounding does not explain the difference.
+        QuantizeError: the checkpoint cannot be loaded, or rounding does not explain the difference.
     """
     inputs, model, options = probe_inputs(directory), load(directory), dict[str, Any]()
     if all(scheme.activations is None for scheme in schemes.values()):
@@ -110,6 +112,6 @@ def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[s
 
 
 def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:
-    """What a checkpoint runs in: float32, or bfloat16, which is all that the package unpacks FP4 to."""
+    """Return the dtype to run a checkpoint in: bfloat16 for FP4, because the package unpacks it to that, or float32."""
     elements = {get_format(scheme.weights.format).element for scheme in schemes.values()}
     return torch.bfloat16 if "e2m1" in elements else torch.float32

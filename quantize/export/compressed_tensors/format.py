@@ -1,4 +1,4 @@
-"""How the compressed-tensors format holds a quantized linear, and how `config.json` describes it.
+"""The compressed-tensors format stores quantized linears as tensors and describes them in `config.json`.
 
 Source: the package compressed-tensors 0.20, `compressors/` for the tensors, `quantization/` for the settings.
 """
@@ -17,22 +17,23 @@ from quantize.kernels.ops import pack_int4
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
-MIXED = "mixed-precision"  # groups whose weights lie in different ways
-SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
-WORD = 8  # 4-bit integers in an int32
+MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways
+SIGN_BITS = 0x88  # the sign bits of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
+WORD = 8  # the number of 4-bit integers in an int32
 
 
 def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
-    """A weight [N, K] in G groups.
+    """Return the tensors of a weight [N, K] with G groups.
 
     Args:
-        weight: any.
-        packed: whether 4-bit integers go into words; where activations are integers, too, they are in bytes.
+        weight: a weight of any format.
+        packed: whether 4-bit integers are packed into words; if activations are integers too, weights are bytes.
 
     Returns:
-        FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; of NVFP4 weight_global_scale float32 [1], its divisor.
+        FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; for NVFP4 also weight_global_scale float32 [1], a
+            divisor.
         Packed: weight_packed int32 [N, ⌈K/8⌉], weight_scale [N, G], weight_shape, weight_zero_point int32 [⌈N/8⌉, G].
-        Others: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
+        Bytes: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
     if get_format(weight.args.format).element == "e2m1":
@@ -48,19 +49,19 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
 
 
 def words(q: Tensor) -> Tensor:
-    """int8 [R, C] in [-8, 7] → int32 [R, ⌈C/8⌉] of unsigned q + 8, the first in the lowest bits; filled up with 0."""
+    """Pack int8 [R, C] in [-8, 7] as unsigned q + 8 into int32 [R, ⌈C/8⌉], first in the lowest bits, padded with 0."""
     filled = nn.functional.pad(q, (0, -q.shape[1] % WORD), value=-8)
     packed: Tensor = (pack_int4(filled) ^ SIGN_BITS).flatten().view(torch.int32)
     return packed.reshape(len(q), -1)
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
-    """What the package writes into `config.json`.
+    """Return the settings that the package writes into `config.json`.
 
     Args:
-        schemes: of each quantized linear by path. A scheme that all share is of the class `Linear`; several are a group
-            each, which names its linears.
-        ignore: modules that stay in floating point.
+        schemes: the scheme of each quantized linear, by path. If all have one scheme, its target is the class `Linear`;
+            otherwise each scheme has a group that names its linears.
+        ignore: the modules that stay in floating point.
     """
     paths: dict[Scheme, list[str]] = {}
     for path, scheme in schemes.items():
@@ -79,7 +80,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dic
 
 
 def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    """The entry of `config_groups` for some linears."""
+    """Return the entry of `config_groups` for some linears."""
     return {
         "targets": targets,
         "weights": arguments(scheme.weights, "channel", dynamic=False),
@@ -90,19 +91,19 @@ def group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def storage(scheme: Scheme) -> str:
-    """The format's name for how weights lie in the file."""
+    """Return the format's name for how weights are stored."""
     if get_format(scheme.weights.format).element == "e2m1":
         return f"{scheme.weights.format}-pack-quantized"
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
 def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> dict[str, Any]:
-    """`QuantizationArgs` of weights or inputs.
+    """Return the `QuantizationArgs` of weights or inputs.
 
     Args:
-        args: weights or inputs.
-        whole: what the format calls one scale for a row.
-        dynamic: scales are found as the inputs come; of NVFP4 those of groups alone, not that of the tensor.
+        args: the weights or the inputs.
+        whole: the format's name for one scale for each row.
+        dynamic: whether scales are computed at run time; for NVFP4 this holds for groups, not for the tensor's scale.
     """
     number_format = get_format(args.format)
     group_size = args.group_size if isinstance(args, WeightArgs) else number_format.group_size

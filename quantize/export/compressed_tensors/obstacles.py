@@ -1,4 +1,4 @@
-"""What an artifact may do and the compressed-tensors format has no place for."""
+"""The compressed-tensors format has no place for some of what artifacts do."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is r
 
 
 def obstacles(outline: Outline) -> Iterator[Obstacle]:
-    """All of it in one, or nothing."""
+    """Yield one obstacle that names all of it, or nothing."""
     if found := dict(unplaced(outline)):
         remedies = " and ".join(dict.fromkeys(found.values()))
         yield Obstacle(f"{NAME} has no place for {' or '.join(found)}", f"quantize with {remedies}")
 
 
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
-    """What the format has no place for, and what to quantize with instead."""
+    """Yield what the format has no place for, each with what to quantize with instead."""
     settings, schemes = outline.settings, outline.schemes()
     for name in sorted({scheme.weights.format for scheme in schemes.values()}):
         if get_format(name).element == "level":

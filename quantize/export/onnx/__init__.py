@@ -1,16 +1,16 @@
-"""Export to ONNX files for ONNX Runtime."""
+"""An artifact is exported as ONNX files for ONNX Runtime."""
 
 import click
 
 from quantize.export.base import EXPORTERS, Exporter, lazy
 
-HYBRID = "W4A8 weights in 8 bits too: prompts run faster, for 3 times the memory."
+HYBRID = "Store W4A8 weights in 8 bits as well: prompts run faster, and the weights take 3 times the memory."
 EXPORTERS.register(
     Exporter(
         name="onnx",
-        summary="Files for ONNX Runtime on CPUs, compared with torch on two inputs of each shape.",
+        summary="Write files for ONNX Runtime on CPUs, and compare them with torch on two inputs of each shape.",
         options=(
-            click.Option(["--qdq"], is_flag=True, help="Standard ONNX operators only, for other runtimes too."),
+            click.Option(["--qdq"], is_flag=True, help="Use standard ONNX operators only, for other runtimes too."),
             click.Option(["--hybrid"], is_flag=True, help=HYBRID),
         ),
         obstacles=lazy(f"{__name__}.lowering", "obstacles"),

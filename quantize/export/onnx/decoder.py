@@ -1,4 +1,4 @@
-"""A causal language model whose keys and values go in and come out."""
+"""A causal language model is exported with keys and values as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ SHAPES = {"prefill": (1, 11, 0), "decode": (1, 1, 7), "batch of 2": (2, 4, 3)}  
 
 
 class Decoder(Interface):
-    """`logits` float32 [batch, sequence, vocabulary] and the cache behind these tokens.
+    """A model that returns `logits` float32 [batch, sequence, vocabulary] and the cache with the new tokens.
 
-    Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], zeros hide tokens;
-    `position_ids` int64 [batch, sequence], where the model takes them; for each layer N
-    `past_key_values.N.key` and `.value`, float32 [batch, key/value heads, past, head_dim], past = 0 at the beginning.
-    Outputs: `logits`, and `present.N.key`, `present.N.value`, the past with the new tokens behind.
+    Inputs: `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], in which zeros hide
+        tokens;
+    `position_ids` int64 [batch, sequence], if the model takes them; and for each layer N
+    `past_key_values.N.key` and `.value`, float32 [batch, key/value heads, past, head_dim], with past = 0 at the start.
+    Outputs: `logits`, and `present.N.key` and `present.N.value`, which are the past followed by the new tokens.
 
-    A prefix of tokens is part of the model: its keys and values are constants in front of the past, and nothing that
-    goes in or out knows of them.
+    A prefix of tokens is part of the model: its keys and values are constants in front of the past, which no input or
+    output shows.
 
     Attributes:
-        prefix: how many tokens it has.
-        front_shape: of the first layer's keys of the prefix, [1, key/value heads, prefix, head_dim].
+        prefix: the number of tokens of the prefix.
+        front_shape: the shape of the prefix's keys in the first layer, [1, key/value heads, prefix, head_dim].
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(
             copy_with_replaced_linears(model, lambda layer: layer)
-        )  # a copy, from which a prefix can be taken
+        )  # a copy, so that its prefix can be removed
         taken = inspect.signature(model.forward).parameters
         self.cache_argument = next(name for name in CACHES if name in taken)
         held = self.cached(random_tokens(model, 1, 1, 0))
@@ -60,7 +61,7 @@ class Decoder(Interface):
         self.outputs = {"logits": tokens} | dict.fromkeys(self.present, present)
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """Logits, then the cache layer by layer, keys before values."""
+        """Return the logits, then the cache layer by layer, keys before values."""
         past = [self.behind_prefix(*names, feed) for names in zip(self.front, self.past, strict=True)]
         cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
         given = {name: feed[name] for name in self.inputs if name not in self.past}
@@ -70,50 +71,50 @@ class Decoder(Interface):
         return (logits, *(t[:, :, self.prefix :] if self.prefix else t for t in tensors(cache)))
 
     def behind_prefix(self, front: str, name: str, feed: Feed) -> Tensor:
-        """One layer's keys or values of prefix and past."""
+        """Return one layer's keys or values of the prefix and the past."""
         past: Tensor = feed[name]
         held: Tensor = getattr(self, front)
         return torch.cat([held.expand(past.shape[0], -1, -1, -1), past], dim=2) if self.prefix else past
 
     def run(self, cache: DynamicCache | None, **given: Tensor) -> Any:
-        """What the model returns with a cache, which then holds the new tokens too."""
+        """Return the model's outputs with a cache, to which the call appends the new tokens."""
         return self.model(**given, **{self.cache_argument: cache}, use_cache=True)
 
     def cached(self, tokens: Tensor) -> list[Tensor]:
-        """Keys and values of tokens [batch, T] behind an empty cache, the prefix among them while it is attached."""
+        """Return keys and values of tokens [batch, T] after an empty cache, with the prefix while it is attached."""
         cache = DynamicCache()
         with torch.no_grad():
             self.run(cache, input_ids=tokens)
         return tensors(cache)
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """A prompt, one token behind a cache, and two samples, the first of which began with padding."""
+        """Return a prompt, one token after a cache, and two samples, the first of which begins with padding."""
         return {name: self.feed(*shape, seed) for name, shape in SHAPES.items()}
 
     def feed(self, batch: int, length: int, past: int, seed: int) -> Feed:
-        """Random tokens behind the cache of others."""
+        """Return random tokens after a cache of other random tokens."""
         tokens = random_tokens(self.model, batch, past + length, seed)
         mask = torch.ones_like(tokens)
         mask[0, 0] = int(batch == 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         values = {"input_ids": tokens[:, past:], "attention_mask": mask, "position_ids": positions[:, past:]}
         feed = {name: value.contiguous() for name, value in values.items() if name in self.inputs}
-        # Without a prefix any values will do, and without a past there are none.
+        # Without a prefix any values do, and without a past there are none.
         cache = self.cached(tokens) if past else [getattr(self, front).repeat(batch, 1, 1, 1) for front in self.front]
         held = [t[:, :, :past].contiguous() for t in cache]
         return feed | dict(zip(self.past, held, strict=True))
 
 
 def tensors(cache: DynamicCache) -> list[Tensor]:
-    """Keys and values, layer by layer."""
+    """Return keys and values, layer by layer."""
     return [t for layer in cache.layers for t in (layer.keys, layer.values)]
 
 
 def is_causal_lm(model: PreTrainedModel) -> bool:
-    """Whether a model scores the next token and keeps keys and values of those before.
+    """Return whether a model scores the next token and keeps keys and values of the tokens before.
 
     Raises:
-        UsageError: it keeps something else of them.
+        UsageError: it keeps anything else of them.
     """
     takes_cache = set(CACHES) & set(inspect.signature(model.forward).parameters)
     if list(example_inputs(model)) != ["input_ids"] or not model.can_generate() or not takes_cache:
@@ -130,5 +131,5 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 
 
 def holds_heads(layer: Any) -> bool:
-    """Whether a layer of a cache is keys and values [batch, heads, tokens, head_dim]."""
+    """Return whether a layer of a cache consists of keys and values [batch, heads, tokens, head_dim]."""
     return all(isinstance(t, Tensor) and t.dim() == 4 for t in (getattr(layer, "keys", 0), getattr(layer, "values", 0)))

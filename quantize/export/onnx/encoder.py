@@ -1,4 +1,4 @@
-"""One pass over whole inputs: encoders, models of images and sound, encoder-decoders."""
+"""Encoders, and models of images and sound, are exported as one pass over whole inputs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ AXES = {"decoder_input_ids": {0: BATCH, 1: f"decoder_{SEQUENCE}"}, "input_ids": 
 
 
 class SinglePassModel(Interface):
-    """A model without a cache: `logits` if it has them, else `last_hidden_state`.
+    """A model without a cache, which returns `logits` if it has them, otherwise `last_hidden_state`.
 
-    Token ids are int64 [batch, sequence]; with `input_ids` go `attention_mask` and, where the model tells segments
-    apart, `token_type_ids`. Other inputs are those that the model is quantized with: `pixel_values` float32
+    Token ids are int64 [batch, sequence]; `input_ids` come with `attention_mask` and, if the model distinguishes
+    segments, `token_type_ids`. Other inputs are those that the model is quantized with: `pixel_values` float32
     [batch, channels, height, width], `input_features` float32 [batch, bins, frames], `decoder_input_ids`.
     """
 
@@ -42,29 +42,29 @@ class SinglePassModel(Interface):
         self.outputs = {self.output: self.free(self.chosen(found))}
 
     def results(self, feed: Feed) -> Any:
-        """What the model returns."""
+        """Return what the model returns."""
         return self.model(**feed, **forward_switches(self.model))
 
     def chosen(self, found: Any) -> Tensor:
-        """The output that is exported: the first, where the model names none as expected."""
+        """Return the output that is exported: `self.output`, or the first one if there is none of that name."""
         output: Tensor = found[self.output if self.output in found else 0]
         return output
 
     def free(self, output: Tensor) -> Axes:
-        """The free axes of the output: those of the tokens it scores, else the samples alone."""
+        """Return the free axes of the output: those of the tokens that it scores, otherwise only the samples."""
         tokens = next((axes for name, axes in AXES.items() if name in self.main), {0: BATCH})
         return tokens if output.dim() == 3 else {0: BATCH}
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """The single output."""
+        """Return the only output."""
         return (self.chosen(self.results(feed)),)
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """One, two and three samples, the first of several ending in padding."""
+        """Return one, two and three samples; if there are several, the first ends with padding."""
         return {name: self.feed(*shape, seed) for name, shape in SHAPES.items()}
 
     def feed(self, batch: int, length: int, seed: int) -> Feed:
-        """Random inputs of one shape."""
+        """Return random inputs of one shape."""
         generator = torch.Generator().manual_seed(1000 * seed + length)
         feed: Feed = {}
         for name in self.inputs:
@@ -81,7 +81,7 @@ class SinglePassModel(Interface):
 
 
 def beside_tokens(model: PreTrainedModel) -> list[str]:
-    """What goes with `input_ids`; a model with one type of segment is given none."""
+    """Return the inputs that go with `input_ids`; segments are left out if the model has only one type of them."""
     taken = inspect.signature(model.forward).parameters
     segments = getattr(model.config, "type_vocab_size", 0) > 1
     return [name for name in ("attention_mask", *["token_type_ids"] * segments) if name in taken]

@@ -1,4 +1,4 @@
-"""An encoder-decoder as two files: one runs once for each input, one for each token."""
+"""An encoder-decoder is exported as two files: one runs once for each input, and the other once for each token."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ENCODER, DECODER = "encoder_model.onnx", "decoder_model.onnx"
 
 
 class EncoderDecoder(Interface):
-    """`EncoderWithCrossKV`, and `DecoderWithPast` behind it.
+    """`EncoderWithCrossKV`, followed by `DecoderWithPast`.
 
-    Cross-attention's keys and values are made by the encoder's file, as onnxruntime-genai has it, so that both files
-    hold different weights; files and caches have the names of optimum's.
+    As in onnxruntime-genai, the encoder's file computes the keys and values of cross-attention, so the two files hold
+    different weights. Files and caches have the names that optimum uses.
     """
 
     def __init__(self, encoder: EncoderWithCrossKV, decoder: DecoderWithPast) -> None:
@@ -31,39 +31,39 @@ class EncoderDecoder(Interface):
         self.outputs = encoder.outputs | decoder.outputs
 
     def files(self) -> dict[str, Interface]:
-        """The halves."""
+        """Return both halves by their files."""
         return {ENCODER: self.encoder, DECODER: self.decoder}
 
     def lowered(self) -> Interface:
-        """Each half lowered as it is in its file."""
+        """Return a copy in which each half is lowered as it is in its file."""
         encoder, decoder = self.encoder.lowered(), self.decoder.lowered()
         assert isinstance(encoder, EncoderWithCrossKV)
         assert isinstance(decoder, DecoderWithPast)
         return EncoderDecoder(encoder, decoder)
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """All outputs of both."""
+        """Return all outputs of both halves."""
         encoded = self.encoder(feed)
         return (*encoded, *self.decoder(self.decoder.behind(feed, encoded)))
 
     def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
-        """The same from the files."""
+        """Return the same outputs from the files."""
         encoder, decoder = sessions
         encoded = self.encoder.run_files([encoder], taken(encoder, feed))
         behind = self.decoder.behind(feed, tuple(map(torch.from_numpy, encoded)))
         return [*encoded, *self.decoder.run_files([decoder], taken(decoder, behind))]
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """A prompt, one token behind a cache, and two samples."""
+        """Return a prompt, one token after a cache, and two samples."""
         return self.decoder.of_both(seed)
 
 
 def taken(session: onnxruntime.InferenceSession, feed: Feed) -> Feed:
-    """Those of some inputs that a file has."""
+    """Return those of some inputs that a file takes."""
     return {value.name: feed[value.name] for value in session.get_inputs()}
 
 
 def encoder_decoder(model: PreTrainedModel) -> EncoderDecoder:
-    """Both halves of a model."""
+    """Return both halves of a model."""
     encoder = EncoderWithCrossKV(model)
     return EncoderDecoder(encoder, DecoderWithPast(encoder))

@@ -1,4 +1,4 @@
-"""An encoder-decoder in two halves, cut where nothing depends on the tokens that are made."""
+"""An encoder-decoder is cut in two halves, the first of which does not depend on generated tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ TOKENS, STATES, MASK = "decoder_input_ids", "encoder_hidden_states", "encoder_at
 
 
 class EncoderWithCrossKV(Interface):
-    """`encoder_hidden_states` float32 [batch, positions, channels] and what cross-attention makes of them, once.
+    """A model that returns the encoder's states and cross-attention's keys and values, which are computed once.
 
-    It is the whole model, of which the graph keeps what its outputs need: with the encoder those linears of the decoder
-    that make keys and values of its states. The decoder's tokens are traced along and are no input of the file.
+    It is the whole model, of which the graph keeps what its outputs need: the encoder, and those linears of the decoder
+    that compute keys and values from the encoder's states. Tracing needs tokens for the decoder, but the file has no
+    such input.
 
-    Inputs: as `SinglePassModel`, but for `decoder_input_ids`.
-    Outputs: `encoder_hidden_states`, and for each layer N `present.N.encoder.key` and `.value`, float32
-    [batch, heads, positions, head_dim].
+    Inputs: those of `SinglePassModel`, without `decoder_input_ids`.
+    Outputs: `encoder_hidden_states` float32 [batch, positions, channels], and for each layer N
+    `present.N.encoder.key` and `.value`, float32 [batch, heads, positions, head_dim].
     """
 
     lower = staticmethod(lower_for_prefill)
@@ -48,39 +49,39 @@ class EncoderWithCrossKV(Interface):
         self.outputs = {STATES: {0: BATCH} | self.free} | dict.fromkeys(self.named("present", "encoder"), keys)
 
     def named(self, stem: str, half: str) -> list[str]:
-        """The names of the keys and values that go in or out, as optimum has them."""
+        """Return the names of the keys and values among inputs or outputs, which are those of optimum."""
         return [f"{stem}.{pair.format(half)}" for pair in self.pairs]
 
     def results(self, feed: Feed) -> tuple[Tensor, EncoderDecoderCache]:
-        """The encoder's states, and the cache behind a first call of the whole model."""
+        """Return the encoder's states, and the cache after a first call of the whole model."""
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         given = {name: feed[name] for name in self.random.inputs}
         found = self.model(**given, **{cache_argument(self.model): cache}, use_cache=True)
         return found.encoder_last_hidden_state, cache
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """States, then keys and values layer by layer.
+        """Return the encoder's states, then keys and values layer by layer.
 
-        The decoder makes keys and values for as many samples as it has tokens of, so it is given some for each: were
-        that number read off its own tokens, the file would need them.
+        The decoder computes keys and values for as many samples as its tokens have, so its tokens are made here with as
+        many samples as the encoder's input: if the number came from an input of tokens, the file would need that input.
         """
         samples = feed[next(iter(self.inputs))].shape[0]
         states, cache = self.results(feed | {TOKENS: feed[TOKENS][:1].expand(samples, -1)})
         return (states, *tensors(cache.cross_attention_cache))
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """One, two and three samples."""
+        """Return one, two and three samples."""
         return self.random.feeds(seed)
 
 
 class DecoderWithPast(Interface):
-    """`logits` float32 [batch, sequence, vocabulary] and the decoder's own cache behind these tokens.
+    """A model that returns `logits` float32 [batch, sequence, vocabulary] and the decoder's cache with the new tokens.
 
-    Inputs: `input_ids` int64 [batch, sequence]; where the graph reads them, `encoder_attention_mask` and
-    `encoder_hidden_states`; for each layer N `past_key_values.N.decoder.key` and `.value`, float32
-    [batch, heads, past, head_dim], past = 0 at the beginning, and `past_key_values.N.encoder.key` and `.value`, which
-    the other half gives.
-    Outputs: `logits`, `present.N.decoder.key` and `.value`, the past with the new tokens behind.
+    Inputs: `input_ids` int64 [batch, sequence]; `encoder_attention_mask` and `encoder_hidden_states`, if the graph
+        reads
+    them; and for each layer N `past_key_values.N.decoder.key` and `.value`, float32 [batch, heads, past, head_dim],
+    with past = 0 at the start, and `past_key_values.N.encoder.key` and `.value`, which the other half returns.
+    Outputs: `logits`, and `present.N.decoder.key` and `.value`, which are the past followed by the new tokens.
     """
 
     optional = (MASK, STATES)
@@ -96,7 +97,7 @@ class DecoderWithPast(Interface):
         self.outputs = {"logits": self.inputs["input_ids"]} | {key: {0: BATCH, 2: TOTAL} for key in self.present}
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """Logits, then the decoder's cache layer by layer, keys before values."""
+        """Return the logits, then the decoder's cache layer by layer, keys before values."""
         own, crossed = (paired([feed[name] for name in names]) for names in (self.past, self.crossed))
         cache = EncoderDecoderCache(own, crossed)
         cache.is_updated = dict.fromkeys(range(len(crossed.layers)), True)
@@ -106,18 +107,18 @@ class DecoderWithPast(Interface):
         return (logits, *tensors(own))
 
     def behind(self, feed: Feed, encoded: tuple[Tensor, ...]) -> Feed:
-        """What the file takes of both halves' inputs, and of what the other half gave."""
+        """Return this half's inputs from both halves' inputs and from the outputs of the other half."""
         known = {"input_ids": feed[TOKENS]} | {STATES: encoded[0]} | {name: feed[name] for name in self.past}
         known |= dict(zip(self.crossed, encoded[1:], strict=True))
         known |= {MASK: feed["attention_mask"]} if self.encoder.free else {}
         return {name: known[name] for name in self.inputs}
 
     def of_both(self, seed: int) -> dict[str, Feed]:
-        """A prompt, one token behind a cache, and two samples, for both halves in one."""
+        """Return a prompt, one token after a cache, and two samples, as inputs of both halves."""
         return {name: self.feed(*shape, seed) for name, shape in SHAPES.items()}
 
     def feed(self, batch: int, length: int, past: int, seed: int) -> Feed:
-        """Random inputs of one shape, their past as the model has it."""
+        """Return random inputs of one shape, with a past that the model computed."""
         feed = self.encoder.random.feed(batch, past + length, seed)
         with torch.no_grad():
             _, cache = self.encoder.results(feed)
@@ -126,24 +127,24 @@ class DecoderWithPast(Interface):
         return feed | later | dict(zip(self.past, held, strict=True))
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """As `of_both`, behind the other half."""
+        """Return the inputs of `of_both` for this half alone, after the other half has run."""
         with torch.no_grad():
             return {name: self.behind(feed, self.encoder(feed)) for name, feed in self.of_both(seed).items()}
 
 
 def paired(values: list[Tensor]) -> DynamicCache:
-    """Keys and values, layer by layer, as a cache."""
+    """Return keys and values, given layer by layer, as a cache."""
     return DynamicCache(zip(values[::2], values[1::2], strict=True))
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the model calls its cache."""
+    """Return the name of the model's argument for its cache."""
     taken = inspect.signature(model.forward).parameters
     return next(name for name in CACHES if name in taken)
 
 
 def is_seq2seq(model: PreTrainedModel) -> bool:
-    """Whether a model scores the next token from an encoder's states and keeps keys and values of both."""
+    """Return whether a model scores the next token from an encoder's states and keeps keys and values of both."""
     taken = set(CACHES) & set(inspect.signature(model.forward).parameters)
     if TOKENS not in example_inputs(model) or not model.can_generate() or not taken:
         return False

@@ -1,4 +1,4 @@
-"""A quantized transformers model as an ONNX file for ONNX Runtime on CPUs, compared with torch."""
+"""A quantized transformers model is exported as an ONNX file for ONNX Runtime on CPUs, and compared with torch."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ from quantize.nn.attention import has_kv_cache
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOAT_ROUNDING = 1e-4  # relative; 1e-6 was measured on models without quantized activations
+FLOAT_ROUNDING = 1e-4  # relative; on models without quantized activations the largest difference measured was 1e-6
 QDQ_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 
 
 def export_onnx(
     model: PreTrainedModel, output_dir: Path, qdq: bool = False, hybrid: bool = False, large: int = LARGE
 ) -> dict[str, float]:
-    """Write `model.onnx` and prove it: ONNX Runtime must give what torch gives for the same operators.
+    """Write `model.onnx` and check that ONNX Runtime computes what torch computes for the same operators.
 
-    An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are proved one behind the other.
+    An encoder-decoder becomes `encoder_model.onnx` and `decoder_model.onnx`, which are checked one after the other.
 
-    Beside it lies `ort_config.json` with the session options that make it exact on every CPU, those that are better
-    `with_vnni` instructions, and `precisions`: how many products run in which precision.
+    `ort_config.json` has the session options that make ONNX Runtime exact on every CPU, the options that are better
+    `with_vnni` instructions, and `precisions`, the number of products that run in each precision.
 
-    What goes in and out is said by `Decoder` for causal language models, by `EncoderWithCrossKV` and `DecoderWithPast`
-    for encoder-decoders, by `SinglePassModel` for all others. Weights of more than `large` bytes lie in
-    `model.onnx.data`, those that two files read in `shared.onnx.data`.
+    Inputs and outputs are described by `Decoder` for causal language models, by `EncoderWithCrossKV` and
+    `DecoderWithPast` for encoder-decoders, and by `SinglePassModel` for all others. Weights of more than `large` bytes
+    are in `model.onnx.data`, and weights that two files read are in `shared.onnx.data`.
 
-    Two right answers may differ: a sum that differs in its last bit moves an activation that lies between two grid
-    points by a whole step, which moves others further on, up to the size of the activations' own rounding error.
-    Measured: 0.65 of that error at most, over 140 runs of seven models, and 1.0 on MiniLM at W4A8;
-    two independent roundings differ by √2 of it.
+    Two right answers may differ: a sum that differs in its last bit can move an activation between two grid points by a
+    whole step. That moves others later on, in all by up to the activations' own rounding error. The largest difference
+    measured was 0.65 of that error over 140 runs of seven models, and 1.0 on MiniLM at W4A8; two independent
+    roundings differ by √2 of it.
 
     Args:
-        model: float32, in eval mode, its linears `QuantizedLinear`; left as it is.
+        model: a float32 model in eval mode whose linears are `QuantizedLinear`; it is not changed.
         output_dir: an existing directory.
-        qdq: standard operators only, for other runtimes too; 4-bit weights are dequantized in front of a product, and
-            8-bit activations of such a product are up to the runtime: ONNX Runtime does as `ort_config.json` says.
-        hybrid: the products of W4A8 language models twice, as `HybridLinear` has them: prompts run faster.
-        large: bytes.
+        qdq: use standard operators only, for other runtimes too. 4-bit weights are dequantized before a product, and
+            the runtime decides about its 8-bit activations: ONNX Runtime does as `ort_config.json` says.
+        hybrid: store the products of W4A8 language models twice, as in `HybridLinear`, so that prompts run faster.
+        large: the bytes of weights above which they get a file of their own.
 
     Returns:
-        What `onnx_parity` measured on two random inputs of three shapes, the same for every call.
+        What `onnx_parity` measured on two random inputs of three shapes, which are the same in every call.
 
     Raises:
-        UsageError: if ONNX Runtime has no kernel for a layer's scheme, or for what the model keeps of earlier tokens;
-            or a hybrid of what has only one form.
-        QuantizeError: if rounding does not explain the difference between ONNX Runtime and torch.
+        UsageError: ONNX Runtime has no kernel for a layer's scheme, or the file has no inputs for what the model keeps
+            of earlier tokens, or a hybrid is asked for and the model has no W4A8 linears.
+        QuantizeError: rounding does not explain the difference between ONNX Runtime and torch.
     """
     if has_kv_cache(model):
         raise UsageError(str(QUANTIZED_CACHE))
@@ -87,7 +87,7 @@ def export_onnx(
 
 
 def interface_of(model: PreTrainedModel, hybrid: bool = False) -> Interface:
-    """What the file of a model takes and gives, and what its linears become."""
+    """Return the interface of a model's file, which also says what its linears become."""
     with quiet():
         if hybrid:
             return hybrid_decoder(model)
@@ -100,13 +100,14 @@ def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dic
     """Lower and trace a model.
 
     Returns:
-        What becomes the file, and its settings.
+        The model to write, and its settings:
         session_config_entries: the session options to run it with.
-        with_vnni: those that are better on CPUs with VNNI or AMX instructions.
-        precisions: precision → products that run in it; of a hybrid for few tokens, and `precisions_prompts` for many.
+        with_vnni: the options that are better on CPUs with VNNI or AMX instructions.
+        precisions: precision → products that run in it; for a hybrid with few tokens, and `precisions_prompts` with
+            many.
 
     Raises:
-        QuantizeError: it cannot be traced.
+        QuantizeError: the model cannot be traced.
     """
     graphs = [traced(part) for part in interface.graphs()]
     precisions = dict(zip(("precisions", "precisions_prompts"), map(precision_counts, graphs), strict=False))
@@ -115,18 +116,18 @@ def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dic
         rewrite(model, portable=qdq)
         leave_unread_out(model, interface)
     model = branch_on_length(*graphs) if len(graphs) > 1 else graphs[0]
-    # ONNX Runtime takes a product of dequantized weights for one that may quantize its activations, unless told.
+    # Unless told otherwise, ONNX Runtime may quantize the activations of a product of dequantized weights.
     entries = SESSION_CONFIG | ({QDQ_ACCURACY: str(max(levels))} if qdq and levels else {})
     return model, {"session_config_entries": entries, "with_vnni": WITH_VNNI, **precisions}
 
 
 def accuracy_levels(model: onnx_ir.Model) -> list[int]:
-    """Of all `MatMulNBits`."""
+    """Return the accuracy levels of all `MatMulNBits`."""
     return [int(node.attributes["accuracy_level"].value) for node in model.graph if node.op_type == "MatMulNBits"]
 
 
 def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The settings of several files: the most exact options, and their products together."""
+    """Return the settings for several files together: the most exact options, and the products of all files."""
     found: dict[str, dict[str, Any]] = {}
     for name in ("session_config_entries", "with_vnni"):
         found[name] = {key: value for config in configs for key, value in config[name].items()}
@@ -137,10 +138,10 @@ def joined(configs: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 
 def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:
-    """Take inputs that the graph does not read off a file, in place, where its interface says so.
+    """Remove inputs that the graph does not read, in place, as far as the interface says that they may be removed.
 
     Raises:
-        QuantizeError: it reads what it must not.
+        QuantizeError: the graph reads an input that it must not read.
     """
     for value in [value for value in model.graph.inputs if value.name in interface.optional + interface.unread]:
         if not value.uses():

@@ -1,4 +1,4 @@
-"""Models as files: weights that are too many for one file, or that several hold alike, lie in files beside them."""
+"""Weights that are too large for one file, or that several models share, are stored in files of their own."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import onnx_ir
 from onnx_ir.external_data import convert_tensors_to_external
 
-LARGE = 3 << 29  # bytes of weights from which on they lie in a file of their own: one file holds 2 GiB at most
-SMALL = 256  # bytes of a weight that stays in its model's file
+LARGE = 3 << 29  # bytes of weights above which they get a file of their own, because one file holds at most 2 GiB
+SMALL = 256  # bytes up to which a weight stays in its model's file
 SHARED = "shared.onnx.data"
 
 
 def save(models: Mapping[str, onnx_ir.Model], directory: Path, large: int = LARGE) -> None:
-    """Write models under their names; their weights now lie where they are written.
+    """Write models under their names; afterwards their weights are read from the written files.
 
-    What several hold alike, such as tied embeddings, lies in `shared.onnx.data`; of what is left, more than `large`
-    bytes of one model lie in NAME.data.
+    Weights that several models share, such as tied embeddings, go to `shared.onnx.data`. If a model has more than
+    `large` bytes of other weights, these go to NAME.data.
     """
     if alike := shared_initializers(list(models.values())):
         externalize(alike, directory, SHARED)
@@ -30,13 +30,13 @@ def save(models: Mapping[str, onnx_ir.Model], directory: Path, large: int = LARG
 
 
 def weights(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
-    """Those of all its graphs that are not small."""
+    """Yield the weights of all graphs of a model that are not small."""
     held = (value for graph in model.graphs() for value in graph.initializers.values())
     return (value for value in held if value.const_value is not None and value.const_value.nbytes > SMALL)
 
 
 def shared_initializers(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Value]]:
-    """Weights of the same type, shape and bytes in several models."""
+    """Group the weights that have the same dtype, shape and bytes in several models."""
     groups: dict[object, list[tuple[int, onnx_ir.Value]]] = {}
     for number, model in enumerate(models if len(models) > 1 else ()):
         for value in weights(model):
@@ -45,13 +45,13 @@ def shared_initializers(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Va
 
 
 def content(tensor: onnx_ir.TensorProtocol | None) -> object:
-    """What two weights have in common exactly if they are the same."""
+    """Return a key that is equal exactly for equal weights."""
     assert tensor is not None
     return tensor.dtype, tuple(tensor.shape.numpy()), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def externalize(groups: Sequence[Sequence[onnx_ir.Value]], directory: Path, file: str) -> None:
-    """Write one weight of each group into a file, and let all of the group refer to it."""
+    """Write one weight of each group into a file, and let all weights of the group refer to it."""
     written = convert_tensors_to_external([group[0].const_value for group in groups], directory, file)
     for group, at in zip(groups, written, strict=True):
         for value in group:

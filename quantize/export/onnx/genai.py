@@ -1,4 +1,4 @@
-"""`genai_config.json`, with which onnxruntime-genai runs an exported language model."""
+"""With `genai_config.json`, onnxruntime-genai runs an exported language model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from quantize.export.onnx.encoder_decoder import DECODER, ENCODER, EncoderDecode
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-TYPES = ("llama", "qwen3", "phi3")  # checked with onnxruntime-genai 0.18, as is its name for all other decoders
+TYPES = ("llama", "qwen3", "phi3")  # checked with onnxruntime-genai 0.18, like its name for all other decoders
 OTHER = "decoder"
 OF_SOUND = ("whisper",)
 
 
 def genai_config(interface: Decoder, session_config: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of a model as plain data.
+    """Return the settings of a decoder as plain data.
 
     Source: onnxruntime.ai/docs/genai/reference/config.html.
     """
@@ -34,7 +34,7 @@ def genai_config(interface: Decoder, session_config: Mapping[str, str]) -> dict[
 
 
 def genai_config_of_sound(interface: EncoderDecoder, session_config: Mapping[str, str]) -> dict[str, Any]:
-    """The same of an encoder's and a decoder's file; the encoder's input is given by the name that it has there."""
+    """Return the settings of an encoder's and a decoder's file; the encoder's input has the name in its file."""
     config: PreTrainedConfig = interface.model.config
     _, heads, _, width = interface.decoder.feed(1, 1, 0, 0)[interface.decoder.past[0]].shape
     common = {"head_size": width, "num_hidden_layers": len(interface.decoder.past) // 2, "num_key_value_heads": heads}
@@ -55,18 +55,18 @@ def genai_config_of_sound(interface: EncoderDecoder, session_config: Mapping[str
 
 
 def keys(name: str, graph: str) -> dict[str, str]:
-    """The names of keys and values, with %d for the layer."""
+    """Return the names of keys and values, with %d for the layer."""
     return {f"{name}_{part}_names": f"{graph}.{part}" for part in ("key", "value")}
 
 
 def part(filename: str, width: int, heads: int, session_config: Mapping[str, str]) -> dict[str, Any]:
-    """What all files of a model have."""
+    """Return the settings that all files of a model have."""
     options = {"log_id": "onnxruntime-genai", "provider_options": [], **session_config}
     return {"session_options": options, "filename": filename, "hidden_size": width, "num_attention_heads": heads}
 
 
 def settings(config: PreTrainedConfig, kind: str, length: int, parts: dict[str, Any]) -> dict[str, Any]:
-    """A model of some parts, for at most so many tokens."""
+    """Return the settings of a model that consists of some files, for at most `length` tokens."""
     tokens = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     known = {name: token for name, token in tokens.items() if token is not None}
     model = {"type": kind, "vocab_size": config.vocab_size, "context_length": length, **parts}
@@ -75,6 +75,6 @@ def settings(config: PreTrainedConfig, kind: str, length: int, parts: dict[str, 
 
 
 def names(values: Mapping[str, object], cache: str) -> dict[str, str]:
-    """What onnxruntime-genai calls an input or output → its name, with %d for the layer."""
+    """Return onnxruntime-genai's name of each input or output → its name in the file, with %d for the layer."""
     stem = next(name for name in values if name.startswith(cache)).split(".")[0]
     return {name: name for name in values if not name.startswith(cache)} | keys(cache, f"{stem}.%d")

@@ -1,4 +1,4 @@
-"""Both lowerings of a language model in one file: 4-bit products for the next token, 8-bit products for a prompt."""
+"""A language model's file can hold two graphs: 4-bit products for the next token, and 8-bit products for a prompt."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ if TYPE_CHECKING:
 class HybridDecoder(Decoder):
     """A language model whose file is `branch_on_length` of two graphs.
 
-    For few tokens, `past_key_values` may have room for more tokens than lie in them, and `present` may be bound to the
-    same memory: then nothing is copied. `attention_mask` says how many there are.
+    For few tokens, `past_key_values` may have room for more tokens than it holds, and `present` may be bound to the
+    same memory, so that nothing is copied. Then `attention_mask` says how many tokens there are.
     """
 
     lower = HybridLinear
 
     def graphs(self) -> Sequence[Interface]:
-        """For few tokens, and for many."""
+        """Return the graph for few tokens, and the one for many."""
         return [copy_with_replaced_linears(self, lower), copy_with_replaced_linears(self, lower_for_prompt)]
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """As other decoders, by the linears that the file takes for so many tokens."""
+        """Compute like other decoders, with the linears that the file uses for so many tokens."""
         for layer in self.modules():
             if isinstance(layer, HybridLinear):
                 layer.prompt = is_prompt(feed["input_ids"])
         return super().forward(feed)
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """Those of other decoders, with a prompt that runs in the graph for many tokens, and more for few."""
+        """Return other decoders' inputs, but with a prompt of many tokens, and with more inputs of few tokens."""
         few = {"some tokens": self.feed(1, 3, 5, seed), "a token each": self.feed(2, 1, 6, seed)}
         return few | super().feeds(seed) | {"prefill": self.feed(1, MANY, 0, seed)}
 
 
 def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
-    """Of a causal language model with W4A8 linears.
+    """Make the hybrid of a causal language model with W4A8 linears.
 
     Raises:
-        UsageError: it is no such model.
+        UsageError: the model has no W4A8 linears.
     """
     linears = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     if not is_causal_lm(model) or not any(map(gains, linears)):
@@ -66,12 +66,12 @@ def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
 
 
 def branch_on_length(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "input_ids") -> onnx_ir.Model:
-    """One model that runs `few` where its input `tokens` has fewer than `MANY` elements, of one sample or one of each.
+    """Make one model that runs `few` if its input `tokens` has fewer than `MANY`, of one sample or one of each sample.
 
-    All else runs `many`. One If around everything costs a microsecond, and each branch is optimized as a graph of its
-    own. What both hold alike, such as embeddings, is kept once. Both models are used up.
+    Otherwise it runs `many`. One If around everything costs a microsecond, and each branch is optimized as its own
+    graph. Weights that both hold, such as embeddings, are stored once. Both models are consumed.
 
-    Where `few` can keep the cache in place, the model's metadata say so.
+    If `few` can keep the cache in place, the model's metadata say so.
     """
     metadata = {IN_PLACE: str(MANY)} if keep_in_place(few) else {}
     inputs = [like(value, value.name) for value in few.graph.inputs]
@@ -88,7 +88,7 @@ def branch_on_length(few: onnx_ir.Model, many: onnx_ir.Model, tokens: str = "inp
 
 
 def is_prefill(graph: onnx_ir.Graph, tokens: onnx_ir.Value) -> tuple[list[onnx_ir.Node], onnx_ir.Value]:
-    """`is_prompt` of tokens [batch, sequence], behind the nodes that find it out."""
+    """Return `is_prompt` of tokens [batch, sequence], with the nodes that compute it."""
     size, shape = onnx_ir.node("Size", [tokens]), onnx_ir.node("Shape", [tokens])
     longest = onnx_ir.node("ReduceMax", [shape.outputs[0]], {"keepdims": 0})
     several = onnx_ir.node("Greater", [size.outputs[0], longest.outputs[0]])
@@ -96,17 +96,17 @@ def is_prefill(graph: onnx_ir.Graph, tokens: onnx_ir.Value) -> tuple[list[onnx_i
     either_way = onnx_ir.node("Or", [enough.outputs[0], several.outputs[0]])
     nodes = [size, shape, longest, several, enough, either_way]
     for node in nodes:
-        node.outputs[0].name = f"choice.{node.op_type}"  # a name that no branch has
+        node.outputs[0].name = f"choice.{node.op_type}"  # a name that neither branch has
     return nodes, either_way.outputs[0]
 
 
 def like(value: onnx_ir.Value, name: str | None) -> onnx_ir.Value:
-    """A new value of the same type and shape."""
+    """Return a new value of the same type and shape."""
     return onnx_ir.Value(name=name, type=value.type, shape=value.shape)
 
 
 def share_initializers(graph: onnx_ir.Graph, *inner: onnx_ir.Graph) -> None:
-    """Move what all of `inner` hold under the same name and with the same values into `graph`."""
+    """Move initializers that all of `inner` hold, with the same name and the same values, into `graph`."""
     for name in list(inner[0].initializers):
         values = [other.initializers[name] for other in inner if name in other.initializers]
         arrays = [array for array in map(constant, values) if array is not None]
@@ -118,7 +118,7 @@ def share_initializers(graph: onnx_ir.Graph, *inner: onnx_ir.Graph) -> None:
 
 
 def capture_subgraph(inner: onnx_ir.Graph, inputs: dict[str | None, onnx_ir.Value], name: str) -> None:
-    """Make a graph the branch of an If: it reads the values around it, and its outputs have names of their own."""
+    """Make a graph a branch of an If, which reads the values around it and gives its outputs names of their own."""
     inner.name = name
     for value in inner.inputs:
         replace_all_uses_with(value, inputs[value.name])

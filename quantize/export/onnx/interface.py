@@ -1,4 +1,4 @@
-"""What an exported file takes and gives: named tensors, and the axes whose size is free."""
+"""The interface of an exported file is its named inputs and outputs, and the axes whose size is free."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 Feed = dict[str, Tensor]  # by name, in the order of the file's inputs
 Axes = dict[int, str]  # axis → name of its size
 Outputs = list[NDArray[np.float32]]
-IN_PLACE = "cache_in_place_below"  # metadata: fewer tokens than this go into a cache with room for them, in place
+IN_PLACE = "cache_in_place_below"  # metadata: fewer tokens than this are appended in place to a cache that has room
 BATCH, SEQUENCE = "batch_size", "sequence_length"  # the names optimum and onnxruntime-genai use
 
 
 class Interface(nn.Module):
-    """A model as its ONNX file shows it: a dictionary of tensors in, a tuple of tensors out.
+    """A model as its ONNX file shows it: it maps a dictionary of tensors to a tuple of tensors.
 
     Attributes:
         inputs: name → free axes.
         outputs: name → free axes, in the order in which `forward` returns them.
-        lower: what computes a linear as the file does.
+        lower: a function from a quantized linear to a module that computes as the file does.
         optional: inputs that the file has only if its graph reads them.
-        unread: inputs that are traced along, and that its graph must not read.
+        unread: inputs that tracing needs, and that the graph must not read.
     """
 
     lower: Callable[[QuantizedLinear], nn.Module] = staticmethod(lower)
@@ -48,32 +48,32 @@ class Interface(nn.Module):
         self.model = model
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
-        """One tensor for each of `outputs`."""
+        """Return one tensor for each of `outputs`."""
         raise NotImplementedError
 
     def files(self) -> dict[str, Interface]:
-        """File → what it takes and gives; one, but for models in parts."""
+        """Return file → interface; this is one file, except for models in parts."""
         return {"model.onnx": self}
 
     def lowered(self) -> Interface:
-        """A copy that computes what the file does."""
+        """Return a copy that computes what the file computes."""
         return copy_with_replaced_linears(self, self.lower)
 
     def graphs(self) -> Sequence[Interface]:
-        """What is traced into the file; of several graphs one runs at a time."""
+        """Return what is traced into the file; if there are several graphs, one runs at a time."""
         return [self.lowered()]
 
     def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
-        """What `forward` gives, from its files."""
+        """Return the outputs of `forward`, computed by the files."""
         return list(sessions[0].run(None, {name: tensor.numpy() for name, tensor in feed.items()}))
 
     def feeds(self, seed: int) -> dict[str, Feed]:
-        """Random inputs of three shapes, by the name of the shape; the same for every call with a seed."""
+        """Return random inputs of three shapes, by the name of the shape; a seed gives the same ones in every call."""
         raise NotImplementedError
 
 
 def random_tokens(model: PreTrainedModel, batch: int, length: int, seed: int) -> Tensor:
-    """int64 [batch, length]."""
+    """Return int64 [batch, length]."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
     vocabulary: int = model.get_input_embeddings().num_embeddings
     return torch.randint(vocabulary, (batch, length), generator=generator)

@@ -1,4 +1,4 @@
-"""Keys and values of one text, as ONNX Runtime holds them."""
+"""Keys and values of one text are held in ONNX Runtime's memory."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ LEAST_CAPACITY = 256  # tokens
 
 @dataclass(frozen=True)
 class KVCache:
-    """What stands of earlier tokens.
+    """Keys and values of earlier tokens.
 
     Attributes:
         values: layer by layer, keys before values, float32 [1, key/value heads, capacity, head_dim]; `capacity` ≥
-            `tokens`, and what lies behind the tokens means nothing.
-        tokens: how many are held.
+            `tokens`, and the values after the tokens mean nothing.
+        tokens: the number of tokens that are held.
     """
 
     values: list[onnxruntime.OrtValue]
     tokens: int = 0
 
     def with_capacity(self, wanted: int) -> KVCache:
-        """One that holds as much, in place for `wanted` tokens; where it is too small, in new memory of twice that."""
+        """Return a cache with room for `wanted` tokens: this one, or a copy with room for twice as many."""
         if self.capacity >= wanted:
             return self
         return self._copied(max(2 * wanted, LEAST_CAPACITY))
 
     def exact(self) -> KVCache:
-        """One without more capacity than it has tokens."""
+        """Return a cache that has no more capacity than tokens."""
         return self if self.capacity == self.tokens else self._copied(self.tokens)
 
     @property
     def capacity(self) -> int:
-        """How many tokens it has memory for."""
+        """The number of tokens for which there is memory."""
         return int(self.values[0].shape()[2])
 
     def _copied(self, capacity: int) -> KVCache:
@@ -51,5 +51,5 @@ class KVCache:
 
 
 def as_value(array: NDArray[Any]) -> onnxruntime.OrtValue:
-    """An array as ONNX Runtime holds it."""
+    """Return an array in ONNX Runtime's memory."""
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)

@@ -1,7 +1,7 @@
-"""Quantized linears in operators that ONNX Runtime has fast CPU kernels for.
+"""Quantized linears are lowered to operators for which ONNX Runtime has fast CPU kernels.
 
-Each module is both sides of an export: traced by `torch.onnx.export` it emits the ONNX operators, called in torch it
-computes from the same buffers what ONNX Runtime computes, rounding included.
+Each module is both sides of an export: when `torch.onnx.export` traces it, it emits ONNX operators; when torch calls
+it, it computes from the same buffers what ONNX Runtime computes, rounding included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SMOOTH = Obstacle(
 
 
 def obstacles(outline: Outline) -> Iterator[Obstacle]:
-    """What ONNX Runtime cannot run of an artifact, each reason once."""
+    """Yield what ONNX Runtime cannot run of an artifact, each reason once."""
     if outline.settings.get("kv_cache"):
         yield QUANTIZED_CACHE
     modules = outline.settings["modules"]
@@ -38,7 +38,7 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
 
 
 def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
-    """Why ONNX Runtime has no kernel for a linear, if so."""
+    """Return why ONNX Runtime has no kernel for a linear, or None if it has one."""
     weights, activations = scheme.weights, scheme.activations
     instead = f"quantize with one of {RUNNABLE}"
     if get_format(weights.format).element != "int":
@@ -54,17 +54,17 @@ def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
 
 
 def is_block(scheme: Scheme) -> bool:
-    """Whether a linear becomes a `BlockLinear`: 4-bit weights with float or 8-bit activations."""
+    """Return whether a linear becomes a `BlockLinear`: 4-bit weights with float or 8-bit activations."""
     return scheme.weights.num_bits == 4 and (scheme.activations is None or scheme.activations.num_bits == 8)
 
 
 def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
-    """The same linear, float32 [..., K] → [..., N], made of the ONNX operators that are fast on few tokens.
+    """Lower a linear, float32 [..., K] → [..., N], to the ONNX operators that are fast on few tokens.
 
-    4-bit weights with float or 8-bit activations become `BlockLinear`, all other integer pairs `IntegerLinear`.
+    4-bit weights with float or 8-bit activations become `BlockLinear`, all other pairs of integers `IntegerLinear`.
 
     Raises:
-        UsageError: if ONNX Runtime has no kernel for the layer's scheme.
+        UsageError: ONNX Runtime has no kernel for the layer's scheme.
     """
     if obstacle := unrunnable(layer.scheme, layer.in_features):
         raise UsageError(str(obstacle))
@@ -75,9 +75,9 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
 
 
 def lower_for_prefill(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
-    """As `lower`, but W4A8 with one group becomes `IntegerLinear`: from 16 tokens on up to twice as fast, and exact.
+    """Lower as `lower`, but make W4A8 with one group an `IntegerLinear`, which is exact.
 
-    The weights take 8 bits in memory then.
+    From 16 tokens on it is up to twice as fast. Its weights take 8 bits in memory.
     """
     lowered, activations = lower(layer), layer.scheme.activations
     if activations is not None and layer.scale.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""8-bit integers, as ONNX Runtime's `MatMulIntegerToFloat` multiplies them."""
+"""Integers are multiplied in 8 bits by ONNX Runtime's `MatMulIntegerToFloat`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from quantize.kernels.reference import centred, integer_range
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.scheme import ActivationArgs
 
-MIDDLE = 128  # uint8 that stands for the int8 0: signed activations take a 20 times slower kernel
+MIDDLE = 128  # the uint8 that stands for the int8 0; signed activations would run in a 20 times slower kernel
 
 
 class IntegerLinear(nn.Module):
-    """int8 weights and per-token uint8 activations, multiplied in integers: `MatMulIntegerToFloat`, then x's scale.
+    """int8 weights and uint8 activations by token are multiplied by `MatMulIntegerToFloat`, then scaled by x's scale.
 
-    Equal to `kernels.reference.quantized_linear` up to the order of sums. Of several groups each is a product of its
-    own, added to those before: of the exact forms that were measured the fastest, 1.6 to 4 times as fast as a batch of
-    products and a sum over it (1 to 512 tokens, 2048 × 2048, 16 groups). On x86 CPUs without VNNI instructions ONNX
-    Runtime's kernel saturates at 16 bits in between, which 4-bit integers never reach and 8-bit ones may.
+    The result equals `kernels.reference.quantized_linear` up to the order of sums. Each of several groups has its own
+    product, which is added to the ones before. This was the fastest exact form that was measured, 1.6 to 4 times as
+    fast as a batch of products and a sum over it (1 to 512 tokens, 2048 × 2048, 16 groups). On x86 CPUs without VNNI
+    instructions ONNX Runtime's kernel saturates intermediate sums at 16 bits, which 4-bit integers never reach, but
+    8-bit integers may.
 
-    Shapes: shift and bias float32 [N], bias may be None. `shift` is the scaled sum of a column, which a zero point of x
-    takes off.
+    Shapes: shift and bias float32 [N]; bias may be None. `shift` is the scaled sum of a column, which is subtracted
+        once
+    for each unit of x's zero point.
     """
 
     shift: Tensor
@@ -45,7 +47,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Map [..., K] to [..., N]."""
         x = self.transform(x)
         scale, zero_point = self.grid(rows := x.reshape(-1, x.shape[-1]))
         y = self.product(self.quantize(rows, scale, zero_point))
@@ -55,7 +57,7 @@ class IntegerLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, K] → scale and zero point [M], as `kernels.reference.scale_and_zero_point` in fewer operators."""
+        """Compute `kernels.reference.scale_and_zero_point` in fewer operators: [M, K] → scale and zero point [M]."""
         args = self.activations
         low, high = integer_range(args.num_bits)
         if args.symmetric:
@@ -67,7 +69,7 @@ class IntegerLinear(nn.Module):
         return scale, (low - least / scale).round()
 
     def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """[M, K] on a grid for each row → uint8 [M, K] around `MIDDLE`, saturated: one `QuantizeLinear`."""
+        """Map [M, K] on a grid for each row to uint8 [M, K] around `MIDDLE`, saturated, by one `QuantizeLinear`."""
         middle = (zero_point + MIDDLE).to(torch.uint8)
         if torch.onnx.is_in_onnx_export():
             given = (x, scale, middle)
@@ -78,7 +80,7 @@ class IntegerLinear(nn.Module):
         return q if self.activations.num_bits == 8 else q.clamp(low, high)
 
     def product(self, q: Tensor) -> Tensor:
-        """uint8 [M, K] → float [M, N]: (q - MIDDLE) @ (weight - zero_point) · scale."""
+        """Map uint8 [M, K] to float [M, N]: (q - MIDDLE) @ (weight - zero_point) · scale."""
         parts = q.split(self.columns, dim=-1) if len(self.groups) > 1 else [q]
         products = (group(part, self.one, self.middle) for group, part in zip(self.groups, parts, strict=True))
         found: Tensor = functools.reduce(torch.add, products)
@@ -103,7 +105,7 @@ class ScaleGroup(nn.Module):
         self.register_buffer("zero_point", None if zero_point is None else zero_point.contiguous())
 
     def forward(self, q: Tensor, one: Tensor, middle: Tensor) -> Tensor:
-        """uint8 [M, c] → float [M, N]."""
+        """Map uint8 [M, c] to float [M, N]."""
         if not torch.onnx.is_in_onnx_export():
             weight = self.weight.double() if self.zero_point is None else self.weight.double() - self.zero_point
             return ((q.double() - MIDDLE) @ weight).float() * self.scale
@@ -113,5 +115,5 @@ class ScaleGroup(nn.Module):
 
 
 def safe(scale: Tensor) -> Tensor:
-    """A row of zeros gets the scale 1."""
+    """Replace the scale of a row of zeros by 1."""
     return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)

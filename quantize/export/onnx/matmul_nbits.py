@@ -1,4 +1,4 @@
-"""4-bit weights in blocks, as ONNX Runtime's `MatMulNBits` multiplies them."""
+"""Weights of 4 bits in blocks are multiplied by ONNX Runtime's `MatMulNBits`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantize.export.base import Obstacle
 from quantize.kernels.ops import dequantize, pack_int4, unpack_int4
 from quantize.nn.quantized_linear import QuantizedLinear
 
-# ONNX Runtime also has blocks of 256; two of 128 with one scale are the same weights and a finer grid of activations.
+# ONNX Runtime also has blocks of 256. Two of 128 with one scale are the same weights with a finer activation grid.
 BLOCK_SIZES = (128, 64, 32, 16)
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8 and back
 
@@ -18,8 +18,8 @@ SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complemen
 class BlockLinear(nn.Module):
     """4-bit weights in blocks of columns: one `com.microsoft::MatMulNBits`.
 
-    At 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid stands in for the
-    scheme's grid per token and is at least as fine; the scheme's zero point and clipping do not apply to it.
+    With 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid replaces the
+    scheme's grid by token and is at least as fine; the scheme's zero point and clipping do not apply to it.
 
     Shapes: packed uint8 [N, B, block / 2], scale float32 [N, B], zero_point uint8 [N, ⌈B/2⌉] or None, bias [N] or None.
     Source: onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
@@ -44,7 +44,7 @@ class BlockLinear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Map [..., K] to [..., N]."""
         x = self.transform(x)
         if torch.onnx.is_in_onnx_export():
             return self.operator(x)
@@ -52,7 +52,7 @@ class BlockLinear(nn.Module):
         return nn.functional.linear(x, self.weight(), self.bias)
 
     def operator(self, x: Tensor) -> Tensor:
-        """The ONNX node; accuracy level 4 takes activations to int8, level 0 leaves them in float32."""
+        """Emit the ONNX node; accuracy level 4 quantizes activations to int8, and level 0 leaves them in float32."""
         level = 4 if self.quantizes_activations else 0
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
@@ -64,7 +64,7 @@ class BlockLinear(nn.Module):
         )
 
     def weight(self) -> Tensor:
-        """float32 [N, K], from the buffers of the operator."""
+        """Return float32 [N, K], from the buffers of the operator."""
         blocks = self.packed.shape[1]
         q = unpack_int4(self.packed.flatten(1) ^ SIGN_BITS, blocks * self.block)
         zero_point = None if self.zero_point is None else unpack_int4(self.zero_point ^ SIGN_BITS, blocks)
@@ -72,7 +72,7 @@ class BlockLinear(nn.Module):
 
 
 def block_size(columns: int, groups: int) -> int:
-    """The largest of `BLOCK_SIZES` that fills a group; a single group is padded to whole blocks if none does."""
+    """Return the largest of `BLOCK_SIZES` that divides a group; if none does, a single group is padded to blocks."""
     group = columns // groups
     if obstacle := odd_groups(columns, group):
         raise UsageError(str(obstacle))
@@ -80,7 +80,7 @@ def block_size(columns: int, groups: int) -> int:
 
 
 def odd_groups(columns: int, group_size: int) -> Obstacle | None:
-    """Why groups of columns cannot be made of blocks, if so; 0 is a single group."""
+    """Return why groups of columns cannot be made of blocks, or None if they can; 0 is a single group."""
     if group_size in (0, columns) or any(group_size % block == 0 for block in BLOCK_SIZES):
         return None
     return Obstacle(
@@ -90,15 +90,15 @@ def odd_groups(columns: int, group_size: int) -> Obstacle | None:
 
 
 def per_block(values: Tensor, blocks: int) -> Tensor:
-    """[N, G] → [N, blocks]: each group's value for each of its blocks."""
+    """Map [N, G] to [N, blocks]: each block gets the value of its group."""
     return values.repeat_interleave(blocks // values.shape[1], dim=1)
 
 
 def int8_blocks(x: Tensor, block: int) -> Tensor:
-    """Activations [..., K] on the int8 grids of ONNX Runtime's accuracy level 4, one for each `block` of columns."""
+    """Put activations [..., K] on the int8 grids of ONNX Runtime's accuracy level 4, one for each block of columns."""
     columns = x.shape[-1]
     x = nn.functional.pad(x, (0, -columns % block))
     x = x.reshape(*x.shape[:-1], -1, block)
     largest = x.abs().amax(dim=-1, keepdim=True)
-    steps = torch.where(largest > 0, 127 / largest, 0)  # times the reciprocal: a division would round other ties up
+    steps = torch.where(largest > 0, 127 / largest, 0)  # times the reciprocal; a division would round other ties up
     return ((x * steps).round() * (largest / 127)).flatten(-2)[..., :columns]

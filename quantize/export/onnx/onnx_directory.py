@@ -1,4 +1,4 @@
-"""What lies beside an exported ONNX file."""
+"""Other files are written beside an exported ONNX file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_s
 def export_onnx_directory(
     directory: Path, writer: ArtifactWriter, qdq: bool = False, hybrid: bool = False
 ) -> dict[str, Any]:
-    """Write an artifact's `model.onnx`, `config.json`, `ort_config.json`; where it is known `genai_config.json`.
+    """Write an artifact's `model.onnx`, `config.json` and `ort_config.json`, and `genai_config.json` if it is known.
 
     Arguments and errors are those of `export_onnx`.
 
     Returns:
-        `parity`, which is the result of `export_onnx`, and which precisions the products run in.
+        `parity`, the result of `export_onnx`, and the precisions in which the products run.
     """
     model = load(directory)
     parity = export_onnx(model, writer.directory, qdq, hybrid)

@@ -1,4 +1,4 @@
-"""Is the exported file the quantized model? Both run, on two inputs of each shape."""
+"""The exported file and the quantized model both run on two inputs of each shape, and are compared."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quantize.errors import QuantizeError
 from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.export.onnx.interface import Feed, Interface, Outputs
 
-# Without VNNI, sums of two products of 8-bit integers saturate at 16 bits; in this mode weights are unsigned there.
+# Without VNNI, sums of two products of 8-bit integers saturate at 16 bits. With this option weights are unsigned there.
 SESSION_CONFIG = {"session.x64quantprecision": "1"}
-WITH_VNNI = {"session.x64quantprecision": "0"}  # weights beyond 7 bits are up to 13 times as fast, and exact there
+WITH_VNNI = {"session.x64quantprecision": "0"}  # 8-bit weights are up to 13 times as fast, and exact with VNNI
 SEEDS = (1, 2)
 
 
 def open_session(path: Path, entries: Mapping[str, str] = SESSION_CONFIG) -> onnxruntime.InferenceSession:
-    """A file in ONNX Runtime on the CPU; with the default entries exact on every CPU."""
+    """Open a file in ONNX Runtime on the CPU; with the default entries it is exact on every CPU."""
     options = onnxruntime.SessionOptions()
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
@@ -30,20 +30,20 @@ def open_session(path: Path, entries: Mapping[str, str] = SESSION_CONFIG) -> onn
 def onnx_parity(
     interface: Interface, directory: Path, session_config: Mapping[str, str] = SESSION_CONFIG
 ) -> dict[str, float]:
-    """How far ONNX Runtime is from torch: ‖difference‖ / ‖output‖, the largest of all outputs, shapes and inputs.
+    """Measure how far ONNX Runtime is from torch: ‖difference‖ / ‖output‖, the largest of all outputs and inputs.
 
     Args:
-        interface: of the model that was exported.
-        directory: where its files are.
-        session_config: how to run it.
+        interface: the interface of the exported model.
+        directory: the directory of its files.
+        session_config: the session options.
 
     Returns:
-        emulation: distance from torch running what the operators do, rounding included.
-        reference: distance from the model, whose activation grids may be others than ONNX Runtime's.
-        activations: the yardstick, how far the model is from itself with floating-point activations.
+        emulation: the distance from torch running the same operators, rounding included.
+        reference: the distance from the model, whose activation grids may differ from ONNX Runtime's.
+        activations: how far the model is from itself with floating-point activations, for comparison.
 
     Raises:
-        QuantizeError: if the graph's output does not depend on its input.
+        QuantizeError: the graph's output does not depend on its input.
     """
     pairs = [list(pair) for pair in zip(*(interface.feeds(seed).values() for seed in SEEDS), strict=True)]
     sessions = [open_session(directory / name, session_config) for name in interface.files()]
@@ -64,13 +64,13 @@ def onnx_parity(
 
 
 def run_torch(interface: Interface, feeds: Sequence[Feed]) -> list[Outputs]:
-    """All outputs of a model for each feed."""
+    """Return all outputs of a model for each feed."""
     with torch.no_grad():
         return [[output.numpy() for output in interface(feed)] for feed in feeds]
 
 
 def relative_output_error(found: Sequence[Outputs], expected: Sequence[Outputs]) -> float:
-    """‖y - target‖ / ‖target‖, the largest of all outputs of all runs."""
+    """Return the largest ‖y - target‖ / ‖target‖ of all outputs of all runs."""
     pairs = [pair for runs in zip(found, expected, strict=True) for pair in zip(*runs, strict=True)]
     norm = np.linalg.norm
     return max(float(norm(y - target) / norm(target)) for y, target in pairs)

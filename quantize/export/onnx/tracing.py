@@ -1,4 +1,4 @@
-"""A model's graph as ONNX, before it is rewritten."""
+"""A model is traced to an ONNX graph, which is then rewritten."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from quantize.errors import QuantizeError, reason
 from quantize.export.onnx.interface import Axes, Interface
 from quantize.graph.export import quiet
 
-OPSET = 23  # the first with Attention; from 25 on ONNX Runtime has no kernel for it and runs it as dozens of nodes
+OPSET = 23  # the first opset with Attention; from 25 on ONNX Runtime has no kernel for it and runs dozens of nodes
 
 
 def traced(interface: Interface) -> onnx_ir.Model:
-    """The graph of a model, optimized, its inputs, outputs and free axes with their names.
+    """Return the optimized graph of a model, with names for its inputs, outputs and free axes.
 
     Raises:
-        QuantizeError: it cannot be traced.
+        QuantizeError: the model cannot be traced.
     """
-    feed = list(interface.feeds(0).values())[-1]  # of the largest batch: a size of 1 is taken for a broadcast
+    feed = list(interface.feeds(0).values())[-1]  # the largest batch, as a size of 1 would be a broadcast
     dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in interface.inputs.items()}
     with quiet(), torch.no_grad():
         try:
@@ -29,7 +29,7 @@ def traced(interface: Interface) -> onnx_ir.Model:
                 input_names=list(feed),
                 output_names=list(interface.outputs),
                 opset_version=OPSET,
-                # Else it fuses RotaryEmbedding with tables of batch 1, which fails at larger batches.
+                # Otherwise it fuses RotaryEmbedding with tables of batch 1, which fails at larger batches.
                 optimize="position_ids" in feed,
                 verbose=False,
                 dynamic_shapes={"feed": dynamic},

@@ -1,4 +1,4 @@
-"""The model card: what was done to the weights, and what was measured."""
+"""The model card says what was done to the weights, and what was measured."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ WEIGHTS_ALONE = "The artifact that it was made of leaves activations in floating
 
 
 def model_card(directory: Path, outline: Outline, dtypes: Iterable[torch.dtype], parity: Mapping[str, float]) -> str:
-    """Markdown.
+    """Return the card as Markdown.
 
     Args:
         directory: the artifact.
-        outline: of it.
-        dtypes: that quantized weights are stored in.
-        parity: of the checkpoint.
+        outline: the artifact's outline.
+        dtypes: the dtypes in which quantized weights are stored.
+        parity: the parity figures of the checkpoint.
     """
     manifest, recipe, schemes = (
         read_manifest(directory),
@@ -80,7 +80,7 @@ def model_card(directory: Path, outline: Outline, dtypes: Iterable[torch.dtype],
 
 
 def done(manifest: Mapping[str, Any], recipe: Recipe, outline: Outline) -> dict[str, str]:
-    """What was done to the model, by what it is called."""
+    """Return what was done to the model, as labels and texts."""
     schemes, data = outline.schemes().values(), manifest.get("calibration")
     kinds = [online["kind"] for entry in outline.settings["modules"].values() for online in entry.get("online", ())]
     folded = "; each is multiplied into the weight behind it here, or added to its bias" if kinds else ""
@@ -96,7 +96,7 @@ def done(manifest: Mapping[str, Any], recipe: Recipe, outline: Outline) -> dict[
 
 
 def measured(manifest: Mapping[str, Any], parity: Mapping[str, float]) -> dict[str, str]:
-    """What the run and the export measured, each relative to the output."""
+    """Return what the run and the export measured, each relative to the output."""
     gate, own = manifest.get("gate", {}), manifest["parity"]
     passes = {name: max(blocks.values(), default=0.0) for name, blocks in gate.get("passes", {}).items()}
     at_gate = ", ".join(f"{name} {difference:.1e}" for name, difference in passes.items()) or "no pass"
@@ -112,14 +112,14 @@ def measured(manifest: Mapping[str, Any], parity: Mapping[str, float]) -> dict[s
 
 
 def described(args: WeightArgs) -> str:
-    """How weights lie on their grid."""
+    """Describe the grid of weights."""
     kind = f"{args.num_bits}-bit integers" if args.format == "int" else args.format.upper()
     grid = "symmetric" if args.symmetric else "with zero points"
     return f"{kind}, {grid}, {f'groups of {args.group_size}' if args.group_size else 'one scale for each channel'}"
 
 
 def rounded(scheme: Scheme) -> str:
-    """How activations are rounded in front of a linear."""
+    """Describe how activations in front of a linear are rounded."""
     args: ActivationArgs | None = scheme.activations
     if args is None:
         return "floating point"
@@ -127,10 +127,10 @@ def rounded(scheme: Scheme) -> str:
 
 
 def counted(found: Iterable[str]) -> str:
-    """How often each is there, the most frequent first: `7 × 4 bits; 1 × 8 bits`."""
+    """Count equal texts, the most frequent first: `7 × 4 bits; 1 × 8 bits`."""
     return "; ".join(f"{count} × {name}" for name, count in Counter(found).most_common())
 
 
 def as_list(entries: Mapping[str, str]) -> str:
-    """A Markdown list."""
+    """Return a Markdown list."""
     return "\n".join(f"- {name}: {value}" for name, value in entries.items())

@@ -1,4 +1,4 @@
-"""A quantized linear as the plain linear that computes the same where activations are not rounded."""
+"""A quantized linear becomes a plain linear that computes the same if activations are not rounded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from quantize.nn.quantized_linear import QuantizedLinear
 
 
 def float_linear(linear: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
-    """W [N, K] and bias [N] in float64; None where there is no bias and nothing to make up for.
+    """Return W [N, K] and the bias [N] in float64; the bias is None if there is none and nothing to compensate.
 
-    Online transforms take x to x T + n, so that (x T + n) Wᵀ + b = x (W Tᵀ)ᵀ + (n Wᵀ + b). W Tᵀ is the product of W
-    with the Jacobian of x T + n, which is the same everywhere.
+    Online transforms map x to x T + n, so (x T + n) Wᵀ + b = x (W Tᵀ)ᵀ + (n Wᵀ + b). W Tᵀ is the product of W with the
+    Jacobian of x T + n, which is the same everywhere.
     """
     W, bias = linear.qtensor().dequantize().double(), None if linear.bias is None else linear.bias.double()
     if not linear.online:
@@ -26,7 +26,7 @@ def float_linear(linear: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
 
 
 def with_noise(linear: QuantizedLinear, relative: float) -> nn.Linear:
-    """`float_linear` in float32, each number off by up to `relative` of itself, always by the same."""
+    """Return `float_linear` in float32 with relative errors of up to `relative`, the same ones in each call."""
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     generator = torch.Generator().manual_seed(0)
     for tensor, name in zip(float_linear(linear), ("weight", "bias"), strict=True):
@@ -37,9 +37,9 @@ def with_noise(linear: QuantizedLinear, relative: float) -> nn.Linear:
 
 
 def is_transposed(module: nn.Module, columns: int) -> bool | None:
-    """Whether a float model's module for x Wᵀ, W [N, K], holds W as [K, N]; None where it is no such module.
+    """Return whether a float model's module for x Wᵀ, W [N, K], holds W as [K, N]; None if it is no such module.
 
-    What is no `nn.Linear` is tried with a W of one entry, and all else that it holds zero.
+    A module that is no `nn.Linear` is tried with a W of one entry, while everything else that it holds is zero.
     """
     held = dict(module.named_parameters(recurse=False))
     if isinstance(module, nn.Linear) or "weight" not in held or held["weight"].dim() != 2:
@@ -54,7 +54,7 @@ def is_transposed(module: nn.Module, columns: int) -> bool | None:
     for weight, transposed in ((W, False), (W.T, True)):
         try:
             y = functional_call(module, zeros | {"weight": weight}, (x[None],))
-        except Exception:  # whatever a stranger's code raises
+        except Exception:  # any error of unknown code
             continue
         if weight.shape == shape and isinstance(y, Tensor) and torch.equal(y, (x @ W.T)[None]):
             return transposed

@@ -1,4 +1,4 @@
-"""An artifact as an ordinary checkpoint: the values that its weights have, with no trace of how they are stored."""
+"""An artifact is exported as an ordinary checkpoint, with the values of its weights in floating point."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from quantize.nn.quantized_linear import QuantizedLinear
 def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[str, Any]:
     """Write shards, index, `config.json` and the model card, one shard in memory at a time; then compare.
 
-    Weights are stored in the type that the float model's were stored in, under the names of its files.
+    Weights are stored in the dtype that the float model's weights were stored in, under the names of its files.
 
     Args:
-        directory: an artifact that `obstacles` finds nothing in.
-        writer: open; what else belongs to a model is the caller's.
+        directory: an artifact in which `obstacles` finds nothing.
+        writer: an open writer; the caller writes the side files.
 
     Returns:
-        `parity`: what `float_parity` measured.
+        The entry `parity`: what `float_parity` measured.
 
     Raises:
-        QuantizeError: damaged files, or transformers computes something else.
+        QuantizeError: a file is damaged, or transformers computes something else.
     """
     outline, dtypes = Outline.read(directory), set[torch.dtype]()
 
     def dequantized(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         place = outline.skeleton.get_submodule(path)
-        is_fp4 = get_format(linear.scheme.weights.format).element == "e2m1"  # scales of others have the model's type
+        is_fp4 = get_format(linear.scheme.weights.format).element == "e2m1"  # others have the model's dtype
         dtype = outline.dtype if is_fp4 else linear.scale.dtype
         dtypes.add(dtype)
         weight, bias = float_linear(linear)
         found = {"weight": (weight.T if is_transposed(place, linear.in_features) else weight).to(dtype)}
-        # Where the model has no bias, that of the linear takes a shift of its inputs back, and nothing is left of it.
+        # If the model has no bias, the linear's bias undoes a shift of its inputs, and folding leaves nothing of it.
         return found if bias is None or place.bias is None else found | {"bias": bias.to(dtype)}
 
     total = len(set(index_tensors(directory, PROBE).values()))
@@ -60,23 +60,23 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
 
 
 def float_parity(directory: Path, written: Path, eps: float) -> dict[str, float]:
-    """How far the checkpoint is from the artifact with activations in floating point, on the artifact's two probes.
+    """Measure how far the checkpoint is from the artifact with activations in floating point, on its two probes.
 
-    Both run in float32, so that what differs is the type that the weights are stored in, by which each of them is off
-    by eps / 2 of itself at most.
+    Both run in float32, so they differ only by the dtype in which weights are stored, which moves each weight by at
+    most eps / 2 of itself.
 
     Args:
         directory: the artifact.
         written: the checkpoint.
-        eps: of the type that weights are stored in.
+        eps: the machine epsilon of the dtype in which weights are stored.
 
     Returns:
-        reference: ‖difference‖ / ‖output‖, the larger of the two.
-        rounding: the yardstick, how far the artifact is from itself with weights that are off by as much at random.
-        activations: what the checkpoint leaves out, how far the artifact is from itself with rounded activations.
+        reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
+        rounding: how far the artifact is from itself with random errors of this size in its weights, for comparison.
+        activations: how far the artifact is from itself with rounded activations, which the checkpoint leaves out.
 
     Raises:
-        QuantizeError: it cannot be loaded, or the yardstick does not explain the difference.
+        QuantizeError: the checkpoint cannot be loaded, or random errors do not explain the difference.
     """
     inputs, model = probe_inputs(directory), load(directory)
     rounded = first_outputs(model, inputs)

@@ -1,4 +1,4 @@
-"""What an artifact may do and an ordinary checkpoint cannot hold."""
+"""An ordinary checkpoint cannot hold some of what artifacts do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INSTEAD = "or measure the artifact itself with `quantize-model eval`"
 
 
 def obstacles(outline: Outline) -> Iterator[Obstacle]:
-    """Each reason once; what is done to activations in front of a linear is none, since weight and bias take it."""
+    """Yield each reason once; transforms in front of a linear are no obstacle, because weight and bias absorb them."""
     if outline.settings.get("prefix"):
         reason = "a prefix of tokens stands in front of every sequence, for which an ordinary checkpoint has no place"
         yield Obstacle(reason, f"quantize with no `prefix`, {INSTEAD}")

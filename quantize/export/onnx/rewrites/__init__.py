@@ -1,4 +1,4 @@
-"""What an exported graph becomes so that ONNX Runtime is fast on it: one pass of onnx-ir a file."""
+"""Passes of onnx-ir, one in a file, rewrite an exported graph so that ONNX Runtime is fast on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantize.export.onnx.rewrites.norm import AddInNorm
 from quantize.export.onnx.rewrites.portable import StandardLinears
 from quantize.export.onnx.rewrites.tied import StoreTiedOnce, TurnTied
 
-# The first lets linears with the same input share what quantizes it, so that they can be merged.
+# The first pass lets linears with the same input share the nodes that quantize it, so that they can be merged.
 PASSES = (CommonSubexpressionEliminationPass, CacheInAttention, HeadsInPlace, MergeLinears, AddInNorm, StoreTiedOnce)
 
 
@@ -27,13 +27,13 @@ STANDARD = (CommonSubexpressionEliminationPass, CacheInAttention, HeadsInPlace, 
 
 
 def rewrite(model: onnx_ir.Model, portable: bool = False) -> None:
-    """Apply all passes to a model, in place; the function stays but for the order of sums.
+    """Apply all passes to a model, in place; it computes the same up to the order of sums.
 
     Args:
-        model: as it is traced.
-        portable: only standard operators are left.
+        model: a traced model.
+        portable: whether only standard operators may be left.
     """
     model.opset_imports.setdefault("com.microsoft", 1)
-    # The exporter notes in each node which lines of which files it came from, with the paths of this machine.
+    # The exporter notes the lines of source files, with the paths of this machine, in each node.
     tidy = (RemoveUnusedNodesPass, RemoveUnusedOpsetsPass, TopologicalSortPass, ClearMetadataAndDocStringPass)
     Sequential(*(kind() for kind in (*(STANDARD if portable else PASSES), *tidy)))(model)

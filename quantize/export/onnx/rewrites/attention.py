@@ -1,4 +1,4 @@
-"""The cache as part of attention."""
+"""Attention appends to the cache by itself."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ HEADS, TOKENS = 1, -2  # axes of keys and values [batch, heads, tokens, head_dim
 
 
 class CacheInAttention(InPlacePass):  # type: ignore[misc]
-    """Concat(past, new), repeated for groups of query heads, then Attention → Attention(new, past), one node.
+    """Concat(past, new), repeated for groups of query heads, and Attention → one node Attention(new, past).
 
-    Attention appends to the cache and shares key/value heads among query heads by itself. Chosen over
-    `com.microsoft::GroupQueryAttention`, which copies the cache as well unless it is told to work in place
-    (`in_place`), then took 1.0 to 1.4 times as long for a token behind 128 to 2048 others (32 and 8 heads of 64), and
-    refuses several samples behind a cache.
+    Attention appends to the cache and shares key/value heads among query heads by itself. It is used here in place of
+    `com.microsoft::GroupQueryAttention`, which also copies the cache unless it is told to work in place (`in_place`).
+    That took 1.0 to 1.4 times as long for a token after 128 to 2048 others (32 and 8 heads of 64), and does not take
+    several samples after a cache.
 
     Source: ONNX operators, Attention-23.
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Rewrite each attention whose keys and values are a cache and new tokens."""
+        """Rewrite each attention whose keys and values consist of a cache and new tokens."""
         return rewritten_any(model, "Attention", take_cache)
 
 
 def take_cache(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One attention; whether it was rewritten."""
+    """Rewrite one attention if it is such; return whether it was."""
     query, key, value, *mask = node.inputs
     keys, values = appended(key), appended(value)
     if keys is None or values is None or len(node.outputs) != 1 or len(mask) > 1:
@@ -41,7 +41,7 @@ def take_cache(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def appended(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
-    """The Concat of past and new tokens behind keys or values, heads repeated or not."""
+    """Return the Concat of past and new tokens that makes keys or values, with or without repeated heads."""
     repeated = heads_repeated(value)
     node = made_by(value if repeated is None else repeated, "Concat")
     if node is None or len(node.inputs) != 2 or attribute(node, "axis") not in (TOKENS, TOKENS + 4):
@@ -51,7 +51,7 @@ def appended(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
 
 
 def heads_repeated(value: onnx_ir.Value | None) -> onnx_ir.Value | None:
-    """What Unsqueeze, Expand, Reshape repeat so that each head stands several times in a row; None if they do not."""
+    """Return the value whose heads Unsqueeze, Expand and Reshape repeat in a row, or None if they do not."""
     reshape = made_by(value, "Reshape")
     expand = made_by(reshape.inputs[0], "Expand") if reshape else None
     unsqueeze = made_by(expand.inputs[0], "Unsqueeze") if expand else None

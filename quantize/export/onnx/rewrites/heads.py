@@ -1,4 +1,4 @@
-"""Attention on tokens as the linears give them, so that no head is moved."""
+"""Attention reads tokens as linears write them, so that no head is moved."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from onnx_ir.passes import InPlacePass, PassResult
 from quantize.export.onnx.rewrites.matching import attribute, initializer, made_by, replace, rewritten_any
 
 SWAPPED = [0, 2, 1, 3]  # [batch, tokens, heads, head_dim] ↔ [batch, heads, tokens, head_dim]
-Steps = tuple[onnx_ir.Value, list[onnx_ir.Node]]  # a value, and the new nodes that make it
+Steps = tuple[onnx_ir.Value, list[onnx_ir.Node]]  # a value, and the new nodes that compute it
 
 
 class HeadsInPlace(InPlacePass):  # type: ignore[misc]
     """Transposed heads around RotaryEmbedding and Attention → both on [batch, tokens, heads · head_dim].
 
-    Only where queries, keys and values of an attention are all transposed, and nothing but positions is between.
+    This is done only if queries, keys and values of an attention are all transposed, with nothing but positions
+    between.
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Rewrite each attention that can be."""
+        """Rewrite each attention of this kind."""
         return rewritten_any(model, "Attention", flatten)
 
 
 def flatten(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One attention; whether it was rewritten."""
+    """Rewrite one attention if it can be; return whether it was."""
     operands = [flat(graph, value) for value in node.inputs[:3]]
     output = joined(node.outputs[0])
     found = [operand for operand in operands if operand is not None]
@@ -42,7 +43,7 @@ def flatten(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def flat(graph: onnx_ir.Graph, value: onnx_ir.Value) -> Steps | None:
-    """[batch, heads, tokens, head_dim] as [batch, tokens, heads · head_dim]; None where that is not how it is made."""
+    """Turn [batch, heads, tokens, head_dim] into [batch, tokens, heads · head_dim]; None if it was not transposed."""
     if (rotary := made_by(value, "RotaryEmbedding")) is not None:
         if (inner := flat(graph, rotary.inputs[0])) is None:
             return None
@@ -55,7 +56,7 @@ def flat(graph: onnx_ir.Graph, value: onnx_ir.Value) -> Steps | None:
 
 
 def tokens(graph: onnx_ir.Graph, value: onnx_ir.Value) -> Steps:
-    """[batch, tokens, heads, head_dim] as [batch, tokens, heads · head_dim]."""
+    """Turn [batch, tokens, heads, head_dim] into [batch, tokens, heads · head_dim]."""
     split = made_by(value, "Reshape")
     if split is not None and width(split.inputs[0]) == value.shape[2] * value.shape[3]:
         return split.inputs[0], []
@@ -65,7 +66,7 @@ def tokens(graph: onnx_ir.Graph, value: onnx_ir.Value) -> Steps:
 
 
 def joined(value: onnx_ir.Value) -> onnx_ir.Value | None:
-    """[batch, heads, tokens, head_dim] as its only reader makes it [batch, tokens, heads · head_dim]; else None."""
+    """Return the value [batch, tokens, heads · head_dim] that the only reader makes of one by heads, or None."""
     if len(value.uses()) != 1 or value.is_graph_output():
         return None
     node, output = value.consumers()[0], value.consumers()[0].outputs[0]
@@ -79,6 +80,6 @@ def joined(value: onnx_ir.Value) -> onnx_ir.Value | None:
 
 
 def width(value: onnx_ir.Value) -> int | None:
-    """Channels of [batch, tokens, channels]; None for other shapes."""
+    """Return the channels of [batch, tokens, channels], or None for other shapes."""
     known = value.shape is not None and len(value.shape) == 3 and isinstance(value.shape[2], int)
     return int(value.shape[2]) if known else None

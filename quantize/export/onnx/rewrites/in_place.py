@@ -1,4 +1,4 @@
-"""The cache of a few tokens where it lies: nothing is copied for each of them."""
+"""The cache stays in its memory when few tokens are added, so that nothing is copied for each of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Counts = tuple[onnx_ir.Value, onnx_ir.Value]
 
 
 def keep_in_place(model: onnx_ir.Model, tokens: str = "input_ids", mask: str = "attention_mask") -> bool:
-    """Attention → GroupQueryAttention, in place; whether it could be done.
+    """Turn Attention into GroupQueryAttention, which works in place; return whether that could be done.
 
-    That one writes new keys and values behind those it is given, if `past` and `present` are the same memory with room
-    for them, and otherwise copies as Attention does. So how many tokens lie in a cache is no longer read off its shape,
-    but off the mask's [batch, past + sequence]. It takes one sample, or one token of each; what the mask hides gets the
-    lowest float for a bias.
+    GroupQueryAttention writes new keys and values after the ones it is given, if `past` and `present` are the same
+    memory with room for them; otherwise it copies like Attention. So the number of tokens in a cache is no longer read
+    off the cache's shape, but off the shape of the mask, [batch, past + sequence]. The operator takes one sample, or
+    one token of each sample; hidden tokens get the lowest float as a bias.
 
     Source: onnxruntime, docs/ContribOperators.md, com.microsoft.GroupQueryAttention.
     """
@@ -39,13 +39,13 @@ def keep_in_place(model: onnx_ir.Model, tokens: str = "input_ids", mask: str = "
 
 
 def can_be(node: onnx_ir.Node) -> bool:
-    """Whether an attention has a cache, heads in one axis, and nothing that the other operator has not."""
+    """Return whether an attention has a cache, heads in one axis, and nothing that the other operator lacks."""
     heads = attribute(node, "q_num_heads", 0)
     return heads > 0 and len(node.inputs) == 6 and all(node.inputs[4:6]) and not attribute(node, "softcap", 0.0)
 
 
 def only_measured(past: onnx_ir.Value) -> bool:
-    """Whether keys or values go nowhere else but into shapes, one axis each."""
+    """Return whether keys or values are read only by attentions and by shapes of one axis each."""
     others = [node for node in past.consumers() if node.op_type not in ("Attention", "Shape")]
     return not others and all(
         attribute(node, "end", 4) - attribute(node, "start", 0) == 1
@@ -55,12 +55,12 @@ def only_measured(past: onnx_ir.Value) -> bool:
 
 
 def measures_length(shape: onnx_ir.Node) -> bool:
-    """Whether a Shape is that of the tokens alone."""
+    """Return whether a Shape is only that of the tokens."""
     return bool(attribute(shape, "start", 0) == LENGTH)
 
 
 def counted(graph: onnx_ir.Graph, tokens: onnx_ir.Value, mask: onnx_ir.Value) -> tuple[Counts, onnx_ir.Value]:
-    """What GroupQueryAttention is told, last positions int32 [batch] and the sum of tokens int32 []; and past [1]."""
+    """Return GroupQueryAttention's counts (last positions int32 [batch], sum of tokens int32 []) and the past [1]."""
     new: list[onnx_ir.Node] = []
 
     def made(op_type: str, *operands: onnx_ir.Value, **attributes: int) -> onnx_ir.Value:
@@ -77,7 +77,7 @@ def counted(graph: onnx_ir.Graph, tokens: onnx_ir.Value, mask: onnx_ir.Value) ->
 
 
 def group(graph: onnx_ir.Graph, node: onnx_ir.Node, counts: Counts) -> None:
-    """One attention."""
+    """Rewrite one attention."""
     query, key, value, mask, *past = node.inputs
     new, bias = bias_of(graph, mask)
     attributes = {"num_heads": attribute(node, "q_num_heads"), "kv_num_heads": attribute(node, "kv_num_heads")}
@@ -88,7 +88,7 @@ def group(graph: onnx_ir.Graph, node: onnx_ir.Node, counts: Counts) -> None:
 
 
 def bias_of(graph: onnx_ir.Graph, mask: onnx_ir.Value | None) -> tuple[list[onnx_ir.Node], onnx_ir.Value | None]:
-    """What is added to scores for a mask [batch, 1, sequence, past + sequence], made once, and the new nodes for it."""
+    """Return a mask [batch, 1, sequence, past + sequence] as a bias of scores, after the new nodes that compute it."""
     if mask is None or mask.dtype != onnx_ir.DataType.BOOL:
         return [], mask
     if made := [node for node in mask.consumers() if node.op_type == "Where" and node.inputs[0] is mask]:

@@ -1,4 +1,4 @@
-"""Reading and replacing nodes."""
+"""These functions read and replace nodes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from onnx_ir.passes import PassResult
 def rewritten_any(
     model: onnx_ir.Model, op_type: str, rewrite: Callable[[onnx_ir.Graph, onnx_ir.Node], bool]
 ) -> PassResult:
-    """Call `rewrite` with each node of a kind; it says whether it changed anything."""
+    """Call `rewrite` with each node of a kind; it returns whether it changed anything."""
     done = [rewrite(model.graph, node) for node in list(model.graph) if node.op_type == op_type]
     return PassResult(model, any(done))
 
 
 def made_by(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
-    """The node of that kind that makes a value; None if another does."""
+    """Return the node of that kind that makes a value, or None if another node does."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
 
 
 def constant(value: onnx_ir.Value | None) -> NDArray[Any] | None:
-    """What an initializer or a constant holds; None for values of a run."""
+    """Return the array of an initializer or a constant, or None for a value that is computed."""
     if value is None or value.is_graph_input() or (held := onnx_ir.convenience.get_const_tensor(value)) is None:
         return None
     found: NDArray[Any] = held.numpy()
@@ -33,14 +33,14 @@ def constant(value: onnx_ir.Value | None) -> NDArray[Any] | None:
 
 
 def attribute(node: onnx_ir.Node, name: str, default: Any = None) -> Any:
-    """An attribute's value, sequences as lists."""
+    """Return an attribute's value; sequences become lists."""
     found = node.attributes.get(name)
     value = default if found is None else found.value
     return list(value) if isinstance(value, tuple | list) else value
 
 
 def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir.Value:
-    """A new one."""
+    """Add an initializer to a graph and return it."""
     tensor = onnx_ir.tensor(array, name=name)
     value = onnx_ir.Value(
         name=name, type=onnx_ir.TensorType(tensor.dtype), shape=onnx_ir.Shape(array.shape), const_value=tensor
@@ -52,7 +52,7 @@ def initializer(graph: onnx_ir.Graph, name: str, array: NDArray[Any]) -> onnx_ir
 def replace(
     graph: onnx_ir.Graph, old: onnx_ir.Node, new: Sequence[onnx_ir.Node], values: dict[onnx_ir.Value, onnx_ir.Value]
 ) -> None:
-    """Put nodes in the place of one, and let all that read the keys of `values` read what they map to."""
+    """Replace a node by other nodes, and let readers of the keys of `values` read the values that they map to."""
     for before, after in values.items():
         after.name, after.shape, after.type = before.name, before.shape, before.type
         if before.is_graph_output():

@@ -1,4 +1,4 @@
-"""Linears that read the same activations as one."""
+"""Linears that read the same activations are merged into one."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from quantize.export.onnx.rewrites.matching import constant, initializer, made_by
 
-# Operator → its inputs that belong to output channels, and the axis these run along
+# Operator → its inputs that belong to output channels, and the axis of the channels
 PARTS = {"MatMulNBits": {1: 0, 2: 0, 3: 0, 5: 0}, "MatMulIntegerToFloat": {1: 1, 3: 0, 5: 0}}
-BIAS = {"MatMulNBits": 5}  # where zeros stand for none
+BIAS = {"MatMulNBits": 5}  # zeros stand for a bias that is not there
 
 
 class MergeLinears(InPlacePass):  # type: ignore[misc]
-    """Several linears of one input (queries, keys and values; gate and up) → one, and a Split.
+    """Several linears of one input (queries, keys and values; gate and up) → one linear and a Split.
 
-    One larger product keeps all cores busy and starts them once. Products of some columns only, which are added to
-    others, stay apart: merged they took 1.2 to 2 times as long (2 × 2048 rows, 16 groups), as their parts are copied.
+    One larger product keeps all cores busy and starts them once. Products of a part of the columns, which are added to
+    others, stay apart, because merging copies their parts: that took 1.2 to 2 times as long (2 × 2048 rows, 16 groups).
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Merge each group of two and more."""
+        """Merge each group of two or more linears."""
         groups: dict[tuple[Any, ...], list[onnx_ir.Node]] = defaultdict(list)
         for node in model.graph:
             whole = node.op_type in PARTS and made_by(node.inputs[0], "Split") is None
@@ -38,12 +38,12 @@ class MergeLinears(InPlacePass):  # type: ignore[misc]
 
 
 def parts(node: onnx_ir.Node) -> list[onnx_ir.Value | None]:
-    """The inputs that belong to output channels."""
+    """Return the inputs that belong to output channels."""
     return [node.inputs[i] if i < len(node.inputs) else None for i in PARTS[node.op_type]]
 
 
 def kind(node: onnx_ir.Node) -> tuple[Any, ...]:
-    """What linears must have in common: operator, attributes but N, all other inputs, zero points or none."""
+    """Return what merged linears must share: operator, attributes but N, other inputs, and which inputs exist."""
     settings = sorted((name, held.value) for name, held in node.attributes.items() if name != "N")
     own = PARTS[node.op_type]
     shared = [constant_or_value(value) for i, value in enumerate(node.inputs) if i not in own]
@@ -52,13 +52,13 @@ def kind(node: onnx_ir.Node) -> tuple[Any, ...]:
 
 
 def constant_or_value(value: onnx_ir.Value | None) -> Any:
-    """What two values have in common if they are the same: themselves, or the constant they hold."""
+    """Return a key that is equal for equal values: the value itself, or the constant that it holds."""
     array = constant(value)
     return value if array is None else (str(array.dtype), array.tobytes())
 
 
 def merge(graph: onnx_ir.Graph, nodes: list[onnx_ir.Node], name: str) -> None:
-    """Put one linear in the place of several."""
+    """Replace several linears by one."""
     first, own = nodes[0], PARTS[nodes[0].op_type]
     sizes = [width(node) for node in nodes]
     inputs = list(first.inputs) + [None] * (max(own) + 1 - len(first.inputs))
@@ -79,12 +79,12 @@ def merge(graph: onnx_ir.Graph, nodes: list[onnx_ir.Node], name: str) -> None:
 
 
 def width(node: onnx_ir.Node) -> int:
-    """Output channels of a linear."""
+    """Return the number of output channels of a linear."""
     return int(node.inputs[1].shape[PARTS[node.op_type][1]])
 
 
 def tensor(node: onnx_ir.Node, place: int) -> NDArray[Any] | None:
-    """One of the inputs; zeros in place of a bias that is not there."""
+    """Return one of the inputs; zeros stand for a bias that is not there."""
     if place < len(node.inputs) and node.inputs[place] is not None:
         return constant(node.inputs[place])
     return np.zeros(width(node), np.float32) if place == BIAS.get(node.op_type) else None

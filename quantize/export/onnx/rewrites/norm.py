@@ -1,4 +1,4 @@
-"""The residual sum as part of the norm behind it."""
+"""The norm after a residual sum computes the sum as well."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from onnx_ir.passes import InPlacePass, PassResult
 
 from quantize.export.onnx.rewrites.matching import attribute, made_by, replace, rewritten_any
 
-# Norm → the operator of ONNX Runtime, and at which of its outputs the sum is
+# Norm → the operator of ONNX Runtime, and which of its outputs is the sum
 FUSED = {
     "RMSNormalization": ("SkipSimplifiedLayerNormalization", 3),
     "LayerNormalization": ("SkipLayerNormalization", 3),
 }
-EPSILON = 1e-5  # of both norms, where they name none
+EPSILON = 1e-5  # the default of both norms
 
 
 class AddInNorm(InPlacePass):  # type: ignore[misc]
-    """Add, then RMSNormalization or LayerNormalization of it → one node that gives the sum too.
+    """Add, followed by RMSNormalization or LayerNormalization → one node that returns the sum as well.
 
     Source: onnxruntime, docs/ContribOperators.md, com.microsoft.SkipSimplifiedLayerNormalization.
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Rewrite each norm of a sum of two equal shapes."""
+        """Rewrite each norm of a sum of two values of equal shape."""
         done = [rewritten_any(model, op_type, take_sum).modified for op_type in FUSED]
         return PassResult(model, any(done))
 
 
 def take_sum(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One norm; whether it was rewritten."""
+    """Rewrite one norm if it is such; return whether it was."""
     add = made_by(node.inputs[0], "Add")
     if add is None or attribute(node, "axis", -1) not in (-1, 2) or len(node.outputs) != 1:
         return False

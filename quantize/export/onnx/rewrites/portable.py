@@ -1,4 +1,4 @@
-"""Linears in standard ONNX alone, for other runtimes than ONNX Runtime."""
+"""Linears use standard ONNX operators alone, for runtimes other than ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from quantize.export.onnx.rewrites.matching import attribute, constant, initiali
 class StandardLinears(InPlacePass):  # type: ignore[misc]
     """MatMulNBits → DequantizeLinear of INT4, MatMul, Add; MatMulIntegerToFloat → MatMulInteger, Cast, Mul.
 
-    Weights lie as [columns, rows] with blocks along axis 0: ONNX Runtime makes one MatMulNBits of these again, and of
-    no other layout. Activations that MatMulNBits would quantize are floating point in such a file.
+    Weights are stored as [columns, rows] with blocks along axis 0: from this layout, and from no other, ONNX Runtime
+    makes one MatMulNBits again. Activations that MatMulNBits would quantize are floating point in such a file.
 
     Source: ONNX operators, DequantizeLinear-23.
     """
@@ -33,7 +33,7 @@ class StandardLinears(InPlacePass):  # type: ignore[misc]
 
 
 def dequantized(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One linear with 4-bit weights."""
+    """Rewrite one linear with 4-bit weights."""
     x, weight, scale, zero_point, _, bias = padded(node.inputs)
     columns, (rows, blocks, _) = int(attribute(node, "K")), weight.shape
     scales = np.ascontiguousarray(constant_array(scale).reshape(rows, blocks).T)
@@ -43,7 +43,7 @@ def dequantized(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     blocked = {"axis": 0, "block_size": attribute(node, "block_size")}
     new = [onnx_ir.node("DequantizeLinear", operands, blocked)]
     matrix = new[0].outputs[0]
-    if flat := x.shape is not None and len(x.shape) == 2:  # else a bias and Relu make a FusedGemm, with floats
+    if flat := x.shape is not None and len(x.shape) == 2:  # otherwise a bias and Relu become a FusedGemm, with floats
         first = graph.initializers.get("first_axis") or initializer(graph, "first_axis", np.array([0]))
         new.append(onnx_ir.node("Unsqueeze", [x, first]))
         x = new[-1].outputs[0]
@@ -57,19 +57,19 @@ def dequantized(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def padded(inputs: Sequence[onnx_ir.Value | None]) -> list[Any]:
-    """All six inputs of MatMulNBits."""
+    """Return all six inputs of MatMulNBits."""
     return [*inputs, *[None] * (6 - len(inputs))]
 
 
 def constant_array(value: onnx_ir.Value) -> NDArray[Any]:
-    """What an initializer holds."""
+    """Return the array of an initializer."""
     found = constant(value)
     assert found is not None  # weights are constants, as `BlockLinear` makes them
     return found
 
 
 def int4(graph: onnx_ir.Graph, value: onnx_ir.Value, rows: int, columns: int) -> onnx_ir.Value:
-    """Packed uint8 [rows, ...], 8 for zero, as an initializer INT4 [columns, rows], less what pads the rows."""
+    """Turn packed uint8 [rows, ...] with zero at 8 into an initializer INT4 [columns, rows] without the padding."""
     packed = constant_array(value).reshape(rows, -1)
     apart = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, -1).astype(np.int8) - 8
     array = np.ascontiguousarray(apart[:, :columns].T).astype(ml_dtypes.int4)
@@ -77,7 +77,7 @@ def int4(graph: onnx_ir.Graph, value: onnx_ir.Value, rows: int, columns: int) ->
 
 
 def integers(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One linear with 8-bit weights."""
+    """Rewrite one linear with 8-bit weights."""
     q, weight, _, scale, middle, *zero_point = node.inputs
     product = onnx_ir.node("MatMulInteger", [q, weight, middle, *zero_point[:1]])
     cast = onnx_ir.node("Cast", [product.outputs[0]], {"to": onnx_ir.DataType.FLOAT})

@@ -1,4 +1,4 @@
-"""Tied embeddings once in the file."""
+"""Tied embeddings are stored once in the file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class StoreTiedOnce(InPlacePass):  # type: ignore[misc]
 
 
 class TurnTied(InPlacePass):  # type: ignore[misc]
-    """The same in standard operators: MatMul with a Transpose of the table, which a runtime turns once."""
+    """The same in standard operators: MatMul with a Transpose of the table, which a runtime computes once."""
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Rewrite each product with a second copy."""
+        """Rewrite each product with a transposed copy."""
         return rewritten_any(model, "MatMul", turn)
 
 
 def share(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One product; whether it was rewritten."""
+    """Rewrite one product if it is such; return whether it was."""
     if (table := tied_table(graph, node)) is None:
         return False
     fused = onnx_ir.node("FusedMatMul", [node.inputs[0], table], {"transB": 1}, domain="com.microsoft")
@@ -38,7 +38,7 @@ def share(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def turn(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
-    """One product; whether it was rewritten."""
+    """Rewrite one product if it is such; return whether it was."""
     if (table := tied_table(graph, node)) is None or made_by(node.inputs[1], "Transpose") is not None:
         return False
     transpose = onnx_ir.node("Transpose", [table], {"perm": [1, 0]})
@@ -48,13 +48,13 @@ def turn(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
 
 
 def tied_table(graph: onnx_ir.Graph, node: onnx_ir.Node) -> onnx_ir.Value | None:
-    """The table that Gather reads and a product has the transpose of, if there is one."""
+    """Return the table that Gather reads and whose transpose a product reads, or None."""
     lookups = (other for other in graph if other.op_type == "Gather" and attribute(other, "axis", 0) == 0)
     return next((lookup.inputs[0] for lookup in lookups if is_transpose(node.inputs[1], lookup.inputs[0])), None)
 
 
 def is_transpose(weight: onnx_ir.Value, table: onnx_ir.Value) -> bool:
-    """Whether a matrix is a table [rows, columns] transposed, by a node or by the exporter."""
+    """Return whether a matrix is a table [rows, columns] transposed, by a node or by the exporter."""
     transpose, columns, rows = made_by(weight, "Transpose"), constant(weight), constant(table)
     if transpose is not None:
         return transpose.inputs[0] is table and attribute(transpose, "perm") == [1, 0]

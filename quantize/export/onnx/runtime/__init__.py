@@ -1,1 +1,1 @@
-"""Running exported files with ONNX Runtime."""
+"""Exported files run in ONNX Runtime."""

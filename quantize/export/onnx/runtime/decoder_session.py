@@ -1,4 +1,4 @@
-"""A language model in ONNX Runtime, step by step."""
+"""A language model runs in ONNX Runtime, step by step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  
 
 
 class OnnxDecoder:
-    """A session with the cache of one text.
+    """A session for one text at a time.
 
     Args:
-        directory: what was exported.
-        file: its decoder.
-        given: inputs that are the same at each step; of them the file takes what it has.
+        directory: the directory of an exported model.
+        file: the file of its decoder.
+        given: inputs that are the same at each step; the file gets those that it takes.
 
     Attributes:
-        positions: how many tokens the model tells apart.
-        ends: tokens that end a text.
-        in_place_below: fewer tokens than these are written into the cache's own memory; 0 where none are.
+        positions: the number of tokens that the model distinguishes.
+        ends: the tokens that end a text.
+        in_place_below: fewer tokens than this are written into the cache's own memory; 0 if that is not possible.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class OnnxDecoder:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.scores, *present = self.session.get_outputs()
         self.present = [value.name for value in present]
-        self.bound: tuple[Any, Any] = (None, None)  # a cache, and what binds the session to it
+        self.bound: tuple[Any, Any] = (None, None)  # a cache, and the binding of the session to it
         self.in_place_below = int(self.session.get_modelmeta().custom_metadata_map.get(IN_PLACE, 0))
         self.given = {name: as_value(x) for name, x in given.items() if name in self.inputs}
         self.past = [name for name in self.inputs if name.startswith("past_key_values.") and name not in given]
@@ -54,7 +54,7 @@ class OnnxDecoder:
         self.ends = set(ends if isinstance(ends, list) else [ends])
 
     def greedy(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
-        """The most likely tokens behind `ids`, one after the other."""
+        """Yield the most likely tokens after `ids`, one by one."""
         cache, given = self.start(), ids
         for _ in range(min(max_new_tokens, self.positions - len(ids))):
             logits, cache = self.step(given, cache)
@@ -65,15 +65,15 @@ class OnnxDecoder:
             given = [token]
 
     def start(self) -> KVCache:
-        """Keys and values of no token."""
+        """Return a cache of no tokens."""
         shapes = [self.inputs[name].shape for name in self.past]
         return KVCache([as_value(np.zeros((1, heads, 0, width), np.float32)) for _, heads, _, width in shapes])
 
     def step(self, given: list[int], cache: KVCache) -> tuple[NDArray[np.float32], KVCache]:
-        """Logits [1, tokens, vocabulary] of tokens behind those of a cache, and the cache with them.
+        """Return logits [1, tokens, vocabulary] of tokens after those of a cache, and the cache with the new tokens.
 
-        A cache stays where ONNX Runtime keeps it: as arrays, all keys and values were copied for each token. Where the
-        file writes new keys and values behind the others, not even ONNX Runtime copies them, and `cache` is used up.
+        A cache stays in ONNX Runtime's memory, because arrays would copy all keys and values for each token. If the
+        file works in place, ONNX Runtime copies them neither, and `cache` must not be used again.
         """
         total = cache.tokens + len(given)
         feed = {
@@ -92,7 +92,7 @@ class OnnxDecoder:
     def _step_in_place(
         self, values: Mapping[str, onnxruntime.OrtValue], held: Sequence[onnxruntime.OrtValue]
     ) -> NDArray[np.float32]:
-        """Logits; new keys and values are written into what is held."""
+        """Return the logits; new keys and values are written into the held values."""
         binding = self._bound_to(held)
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -104,7 +104,7 @@ class OnnxDecoder:
         return found
 
     def _bound_to(self, held: Sequence[onnxruntime.OrtValue]) -> onnxruntime.IOBinding:
-        """The cache as input and output: bound once while it stays where it is, which is much of a step in Python."""
+        """Return a binding of the cache as input and output, kept while the cache stays, because binding is slow."""
         if self.bound[0] is not held:
             self.bound = (held, self.session.io_binding())
             for past, present, value in zip(self.past, self.present, held, strict=True):

@@ -1,4 +1,4 @@
-"""Text from an exported model: the smallest loop around ONNX Runtime."""
+"""An exported model generates text in the smallest loop around ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from quantize.checkpoint.tokenizer import has_tokenizer, load_tokenizer
 from quantize.errors import UsageError
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 
-PARTIAL = "\ufffd"  # what a tokenizer gives for the first bytes of a character
+PARTIAL = "\ufffd"  # what a tokenizer returns for the first bytes of a character
 
 
 def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
-    """Continue a prompt, at each step with the most likely token, until the model ends the text or its positions do.
+    """Continue a prompt by the most likely tokens, until the model ends the text or has no more positions.
 
     Args:
-        directory: what `quantize-model export --format onnx` wrote for a causal language model.
-        prompt: not empty.
-        max_new_tokens: at most so many.
+        directory: the directory that `quantize-model export --format onnx` wrote for a causal language model.
+        prompt: a text that is not empty.
+        max_new_tokens: the largest number of new tokens.
 
     Yields:
-        Pieces of text, whole characters each.
+        Pieces of text that consist of whole characters.
 
     Raises:
-        UsageError: no such model, no tokenizer, or a prompt that is empty or too long.
+        UsageError: there is no such model or no tokenizer, or the prompt is empty or too long.
         QuantizeError: ONNX Runtime cannot read the file.
     """
     model = OnnxDecoder(directory)
@@ -37,7 +37,7 @@ def stream(directory: Path, prompt: str, max_new_tokens: int) -> Iterator[str]:
 
 
 def detokenize_stream(tokenizer: Any, ids: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """The text of tokens behind `ids`, whole characters each."""
+    """Yield the text of tokens after `ids`, in whole characters."""
     made: list[int] = []
     shown = ""
     for token in tokens:
@@ -49,10 +49,10 @@ def detokenize_stream(tokenizer: Any, ids: list[int], tokens: Iterable[int]) -> 
 
 
 def tokenizer_of(directory: Path) -> Any:
-    """The tokenizer that lies beside a model.
+    """Load the tokenizer from a model's directory.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no tokenizer.
     """
     if not has_tokenizer(directory):
         raise UsageError(f"{directory} has no tokenizer; export an artifact whose model directory had one")

@@ -1,4 +1,4 @@
-"""Text from what was exported: of language models and of encoder-decoders."""
+"""Exported language models and encoder-decoders generate text."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def generate(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
-    """Pieces of text, whole characters each, by the most likely tokens.
+    """Yield pieces of text, in whole characters, by the most likely tokens.
 
     Args:
-        directory: what `quantize-model export --format onnx` wrote.
-        prompt: what a language model continues, what an encoder of text reads, or how the text of sound begins; that
-            may be None.
-        data: `.safetensors` with a tensor for each input of an encoder that reads no text, whose first sample is taken.
-        max_new_tokens: at most so many.
+        directory: the directory that `quantize-model export --format onnx` wrote.
+        prompt: the text that a language model continues, or that an encoder of text reads, or with which the text of
+            sound begins; the last may be None.
+        data: `.safetensors` with a tensor for each input of an encoder that reads no text; its first sample is used.
+        max_new_tokens: the largest number of new tokens.
 
     Raises:
-        UsageError: no such model, no tokenizer, or not what the model takes.
+        UsageError: there is no such model or no tokenizer, or the model does not take the prompt or the data.
         QuantizeError: ONNX Runtime cannot read a file, or the data is damaged.
     """
     if (directory / ENCODER).is_file():
@@ -44,7 +44,7 @@ def generate(directory: Path, prompt: str | None, data: Path | None, max_new_tok
 
 
 def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
-    """Of an encoder-decoder; arguments, results and errors are those of `generate`."""
+    """Generate with an encoder-decoder; arguments, results and errors are those of `generate`."""
     encoder, tokenizer = session_of(directory, ENCODER), tokenizer_of(directory)
     start = [(read(directory / "generation_config.json") | read(directory / "config.json"))["decoder_start_token_id"]]
     if "input_ids" in shapes(encoder):
@@ -57,14 +57,14 @@ def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_toke
 
 
 def known(encoder: onnxruntime.InferenceSession, feed: Arrays) -> Arrays:
-    """What the decoder may take of an encoder's run, by the decoder's names."""
+    """Return what an encoder's run gives to the decoder, by the decoder's names."""
     names = [value.name.replace("present.", "past_key_values.") for value in encoder.get_outputs()]
     mask = {MASK: feed["attention_mask"]} if "attention_mask" in feed else {}
     return dict(zip(names, encoder.run(None, feed), strict=True)) | mask
 
 
 def of_text(encoder: onnxruntime.InferenceSession, prompt: str | None, data: Path | None, tokenizer: Any) -> Arrays:
-    """An encoder's inputs from a text."""
+    """Return an encoder's inputs from a text."""
     if prompt is None or data is not None:
         raise UsageError("the model's encoder reads text; give --prompt and no --input")
     ids = np.array([tokenizer(prompt)["input_ids"]])
@@ -73,7 +73,7 @@ def of_text(encoder: onnxruntime.InferenceSession, prompt: str | None, data: Pat
 
 
 def of_file(encoder: onnxruntime.InferenceSession, data: Path | None) -> Arrays:
-    """An encoder's inputs from a file, its first sample."""
+    """Return an encoder's inputs from the first sample of a file."""
     wanted = shapes(encoder)
     takes = ", ".join(f"{name} {shape}" for name, shape in wanted.items())
     if data is None:
@@ -88,5 +88,5 @@ def of_file(encoder: onnxruntime.InferenceSession, data: Path | None) -> Arrays:
 
 
 def shapes(session: onnxruntime.InferenceSession) -> dict[str, list[int | str]]:
-    """A file's inputs: name → sizes of axes, by name where they are free."""
+    """Return a file's inputs: name → sizes of axes, by name if they are free."""
     return {value.name: list(value.shape) for value in session.get_inputs()}

@@ -1,4 +1,4 @@
-"""Whether this CPU multiplies 8-bit integers exactly without being told to."""
+"""It depends on the CPU whether 8-bit integers are multiplied exactly without session options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ COLUMNS = 64
 
 @functools.cache
 def has_exact_int8_gemm() -> bool:
-    """Whether ONNX Runtime, without session options, sums the largest products of uint8 and int8 without saturating.
+    """Return whether ONNX Runtime, without session options, sums the largest products of uint8 and int8 exactly.
 
-    So it does with VNNI or AMX instructions. There the option that makes other CPUs exact is not needed, and costs
-    much: products of weights beyond 7 bits took 13 times as long (128 tokens, 2048 × 2048, AMX).
+    It does with VNNI or AMX instructions. There the option that makes other CPUs exact is not needed, and is expensive:
+    products of weights of more than 7 bits took 13 times as long (128 tokens, 2048 × 2048, AMX).
     """
     weight = numpy_helper.from_array(np.full((COLUMNS, COLUMNS), 127, np.int8), "weight")
     kinds = {"x": TensorProto.UINT8, "y": TensorProto.INT32}

@@ -1,4 +1,4 @@
-"""An exported file in ONNX Runtime."""
+"""An exported file is opened in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantize.export.onnx.runtime.saturation import has_exact_int8_gemm
 
 
 def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.InferenceSession:
-    """A file of a directory with the session options that lie beside it.
+    """Open a file of a directory with the session options that are stored beside it.
 
     Raises:
-        UsageError: there is none.
-        QuantizeError: ONNX Runtime refuses it.
+        UsageError: there is no such file.
+        QuantizeError: ONNX Runtime cannot load it.
     """
     path = directory / file
     if not path.is_file():
@@ -27,12 +27,12 @@ def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.Inferen
     entries = config.get("session_config_entries", {}) | (config.get("with_vnni", {}) if has_exact_int8_gemm() else {})
     try:
         return open_session(path, entries)
-    except Exception as error:  # of onnxruntime's own kinds
+    except Exception as error:  # of onnxruntime's own classes
         raise QuantizeError(f"ONNX Runtime cannot load {path}: {reason(error)}") from None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is no such file."""
+    """Read a JSON object, which is {} if there is no such file."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:
