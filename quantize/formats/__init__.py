@@ -1,4 +1,4 @@
-"""Number formats, one file each, and the packed tensors that hold their values."""
+"""Number formats, one in a file, and the packed tensors that hold their values."""
 
 from quantize.formats.base import FORMATS, NumberFormat, get_format
 from quantize.formats.check import check_args, check_scheme

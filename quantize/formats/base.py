@@ -1,4 +1,4 @@
-"""What a number format is: the grid that weights are rounded to, and how its values and scales are stored."""
+"""A number format is the grid to which weights are rounded, and says how its values and scales are stored."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 class NumberFormat(ABC):
-    """A set of values v, so that w ≈ (v - zero_point) · scale, each group of columns with its own scale.
+    """A set of values v, so that w ≈ (v - zero_point) · scale; each group of columns has its own scale.
 
     Attributes:
-        name: what recipes call it.
-        element: what a value is: an integer of `num_bits` (`int`), twice an E2M1 value (`e2m1`), or an entry of a
-            table (`level`). Kernels and exports, which are written for one of these, ask for it.
-        activation_format: of the activations that its values, integers then, are multiplied with; None leaves
-            activations in floating point. Activations may have a format that is its own.
-        needs: settings of `WeightArgs` and `ActivationArgs` that it fixes.
-        group_size: columns that share a scale; None lets the recipe choose.
-        defaults: settings of `WeightArgs` for a recipe that names the format and does not choose.
-        has_global_scale: there is another scale for the whole matrix.
-        scale_dtypes: what scales are stored in.
-        scale_search: factors of a group's range that a search for the best scale tries beside 1, in this order.
-        value_dtype: holds every value exactly.
+        name: the name in recipes.
+        element: the kind of the values: integers of `num_bits` (`int`), twice an E2M1 value (`e2m1`), or entries of a
+            table (`level`). Kernels and exporters are written for one kind, and check it.
+        activation_format: the format of activations that a product with the values takes; the values must be integers
+            then. None leaves activations in floating point. It may be the format itself.
+        needs: settings of `WeightArgs` and `ActivationArgs` that the format fixes.
+        group_size: the number of columns that share a scale; None lets the recipe choose.
+        defaults: settings of `WeightArgs` for a recipe that names the format and does not set them.
+        has_global_scale: whether there is another scale, for the whole matrix.
+        scale_dtypes: the dtypes in which scales can be stored.
+        scale_search: factors of a group's range that a search for the best scale tries besides 1, in this order.
+        value_dtype: a dtype that holds every value exactly.
         step: the least distance between two values.
-        rotation_block: neighbouring channels that a rotation mixes; 0 for all, None if rotating makes the format worse.
+        rotation_block: the number of neighbouring channels that a rotation mixes; 0 for all, None if rotating makes the
+            format worse.
     """
 
     name: ClassVar[str]
@@ -50,14 +51,14 @@ class NumberFormat(ABC):
     rotation_block: ClassVar[int | None] = 0
 
     def fixed(self) -> dict[str, object]:
-        """The settings that nobody can choose."""
+        """The settings that the format does not let a recipe choose."""
         return {**self.needs, **({} if self.group_size is None else {"group_size": self.group_size})}
 
     def check(self, args: WeightArgs | ActivationArgs) -> None:
-        """Compare settings with what the format needs.
+        """Check that settings are those that the format needs.
 
         Raises:
-            ValueError: one sentence that says what that is.
+            ValueError: a setting is another one; the message says in a sentence what the format needs.
         """
         kind = "weights" if isinstance(args, WeightArgs) else "activations"
         if kind == "activations" and self.activation_format != self.name:
@@ -69,7 +70,7 @@ class NumberFormat(ABC):
             raise ValueError(f"{self.name} {kind} need {settings}, not {listed(map(str, found.values()))}".lower())
 
     def global_scale(self, W: Tensor) -> Tensor | None:
-        """float32 []: the scale of a whole matrix [N, K], from its largest magnitude; None for most formats."""
+        """Return the scale float32 [] of a whole matrix [N, K], by its largest magnitude; None for most formats."""
         del W
         return None
 
@@ -77,50 +78,50 @@ class NumberFormat(ABC):
     def compute_qparams(
         self, low: Tensor, high: Tensor, args: WeightArgs, scale_dtype: torch.dtype, global_scale: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Scale > 0 and zero point, float32 in the shape of `low`, whose values span groups of this range.
+        """Return scale > 0 and zero point, float32 in the shape of `low`; the values then span the groups' ranges.
 
         Args:
-            low, high: least and largest weight of each group, float32 in any shape.
-            args: bits, symmetry.
-            scale_dtype: of the model; the scale is one that can be stored.
-            global_scale: of `global_scale`.
+            low, high: the least and the largest weight of each group, float32 in any shape.
+            args: the bits and the symmetry.
+            scale_dtype: the model's dtype; each scale is rounded to a value that can be stored.
+            global_scale: the result of `global_scale`.
         """
 
     @abstractmethod
     def round(self, t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
-        """The values nearest to t = w / scale + zero_point, in its dtype and shape; written to `out` if given."""
+        """Return the values nearest to t = w / scale + zero_point, in t's dtype and shape, in `out` if it is given."""
 
     def clipping_range(self, args: WeightArgs) -> tuple[float, float] | None:
-        """Ends of the values, as far as rounding a scale can move them; None unless `scale_search` only shrinks."""
+        """Return the ends of the values, as far as rounding a scale can move them; None if `scale_search` can widen."""
         del args
         return None
 
     @abstractmethod
     def pack(self, values: Tensor, args: WeightArgs) -> Tensor:
-        """Values [N, K] in any dtype → what is stored: uint8 [N, ⌈K/2⌉] at 4 bits, the even column low; else int8."""
+        """Pack values [N, K] of any dtype: uint8 [N, ⌈K/2⌉] for 4 bits, with the even column low, otherwise int8."""
 
     @abstractmethod
     def unpack(self, data: Tensor, columns: int, args: WeightArgs) -> Tensor:
-        """The inverse of `pack`: `value_dtype` [N, K] with K = `columns`, whatever the bytes say."""
+        """Undo `pack`: return `value_dtype` [N, K] with K = `columns`, whatever the bytes say."""
 
     def encode_scale(self, scale: Tensor, global_scale: Tensor | None, scale_dtype: torch.dtype) -> Tensor:
-        """A scale of `compute_qparams` as it is stored."""
+        """Return a scale of `compute_qparams` as it is stored."""
         del global_scale
         return scale.to(scale_dtype)
 
     def decode_scale(self, stored: Tensor, global_scale: Tensor | None) -> Tensor:
-        """The inverse of `encode_scale`: floating point."""
+        """Undo `encode_scale`: return floating point."""
         del global_scale
         return stored
 
 
 def listed(parts: Iterable[str]) -> str:
-    """`a, b and c`."""
+    """Join parts as in `a, b and c`."""
     *others, last = parts
     return " and ".join([", ".join(others), last] if others else [last])
 
 
 def get_format(name: str) -> NumberFormat:
-    """The format that recipes call so; a recipe or manifest that came through `check_args` names one."""
+    """Return the format of a name, which must be registered, as it is in all settings that passed `check_args`."""
     found: NumberFormat = FORMATS[name]()
     return found

@@ -1,4 +1,4 @@
-"""Whether settings are ones that their number formats allow: asked of recipes and of manifests."""
+"""Settings in recipes and manifests are checked against their number formats."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Args = TypeVar("Args", WeightArgs, ActivationArgs)
 
 
 def check_args(args: Args) -> Args:
-    """The settings themselves, if there is such a format and it allows them.
+    """Return the settings, if there is such a format and it allows them.
 
     Raises:
-        ValueError: one sentence that says what it allows.
+        ValueError: there is no such format, or it does not allow a setting; the message is a sentence.
     """
     if args.format not in FORMATS:
         raise ValueError(f"there is no number format {shown(args.format)}; known are {', '.join(sorted(FORMATS))}")
@@ -24,10 +24,10 @@ def check_args(args: Args) -> Args:
 
 
 def check_scheme(scheme: Scheme) -> Scheme:
-    """The scheme itself, if its weights and activations are what their formats allow and have a product.
+    """Return the scheme, if formats allow its weights and activations and can multiply them.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: they do not, or cannot; the message is a sentence.
     """
     weights, activations = scheme.weights, scheme.activations
     wanted = get_format(check_args(weights).format).activation_format

@@ -1,4 +1,4 @@
-"""Quantize and dequantize: what integers will do to activations and weights, in floating point."""
+"""Fake quantization does in floating point to activations and weights what integers will do to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantize.recipe.scheme import ActivationArgs, KVCacheArgs
 
 
 def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
-    """Activations [..., K] as the quantized linear sees them; unchanged where they are not quantized."""
+    """Return activations [..., K] as the quantized linear sees them, unchanged if they are not quantized."""
     if args is None:
         return x
     s = smooth_scale(x, args)
@@ -19,12 +19,12 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
 
 
 def smoothed(x: Tensor, args: ActivationArgs | None) -> Tensor:
-    """Activations [..., K] as they meet their grid."""
+    """Return activations [..., K] as they are before they are rounded."""
     return x if args is None else x / smooth_scale(x, args)
 
 
 def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
-    """What runtime smooth divides each channel by, [K]; ones without it."""
+    """Return the scale [K] by which runtime smooth divides each channel, or ones without runtime smooth."""
     smooth = args.runtime_smooth
     if smooth is None:
         return torch.ones_like(x[..., :1])
@@ -33,12 +33,12 @@ def smooth_scale(x: Tensor, args: ActivationArgs) -> Tensor:
 
 
 def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, int]:
-    """What the kernels take: bits, symmetric, clip ratio, format, group size."""
+    """Return the kernels' arguments: bits, symmetric, clip ratio, format, group size."""
     group_size = get_format(args.format).group_size or 0
     return args.num_bits, args.symmetric, args.clip_ratio, args.format, group_size
 
 
 def on_grid(x: Tensor, args: KVCacheArgs) -> Tensor:
-    """Keys or values [..., head_dim] rounded to a grid for each head of each token."""
+    """Round keys or values [..., head_dim] to a grid for each head of each token."""
     q, scale, zero_point = quantize_per_token(x, args.num_bits, args.symmetric, args.clip_ratio)
     return (q.to(x) - zero_point.to(x)) * scale

@@ -1,4 +1,4 @@
-"""NF4: quantiles of the normal distribution, each as likely as the others where weights are Gaussian."""
+"""NF4 has quantiles of the normal distribution as values, which Gaussian weights take equally often."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quantize.formats.codebook import CodeBook
 
 @FORMATS.register("nf4")
 class NF4(CodeBook):
-    """Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E; scales are not quantized once more."""
+    """The code book of Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E; scales are not quantized."""
 
     defaults: ClassVar[Mapping[str, object]] = {"group_size": 64}  # the paper's blocks
     levels: ClassVar[tuple[float, ...]] = (

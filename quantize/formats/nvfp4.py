@@ -1,4 +1,4 @@
-"""NVFP4: E2M1 values, 16 of which share an E4M3 scale, and all of which share a float32."""
+"""NVFP4 has E2M1 values, 16 of which share an E4M3 scale, and one float32 scale for the whole matrix."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from quantize.kernels.ops import nvfp4_global_scale
 
 @FORMATS.register("nvfp4")
 class NVFP4(FP4):
-    """As in Egiazarian et al. 2025, arXiv 2509.23202."""
+    """The format as in Egiazarian et al. 2025, arXiv 2509.23202."""
 
     activation_format: ClassVar[str | None] = "nvfp4"
     group_size: ClassVar[int | None] = 16
     has_global_scale: ClassVar[bool] = True
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float8_e4m3fn})
-    # A scale 1.5 times as large puts 4, not 6, on the largest weight, which suits groups with many large ones, as the
-    # step from 4 to 6 is coarse.
+    # A scale 1.5 times as large puts the largest weight at 4, not 6. This suits groups with many large weights, because
+    # the step from 4 to 6 is coarse.
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(160, 39, -5))
-    rotation_block: ClassVar[int | None] = None  # its groups of 16 follow outliers by themselves
+    rotation_block: ClassVar[int | None] = None  # groups of 16 already follow outliers
 
     def global_scale(self, W: Tensor) -> Tensor | None:
-        """The largest magnitude reaches the top of both E4M3 and E2M1."""
+        """Return the scale with which the largest magnitude reaches the top of both E4M3 and E2M1."""
         return nvfp4_global_scale(W.abs().max())

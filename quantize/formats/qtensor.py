@@ -1,4 +1,4 @@
-"""A quantized weight matrix."""
+"""A quantized weight matrix is held as packed values with scales and zero points."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from quantize.formats.base import get_format
 from quantize.kernels.ops import dequantize
 from quantize.recipe.scheme import WeightArgs
 
-L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that all that is computed stays in a core's cache
+L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that intermediate results stay in a core's cache
 
 
 def cached_rows(columns: int) -> int:
-    """How many rows of a weight are worked on together."""
+    """Return the number of rows of a weight that are worked on together."""
     return max(1, L2_ELEMENTS // columns)
 
 
@@ -28,8 +28,8 @@ class QTensor:
     """Packed values of a number format, with their scales and zero points.
 
     Invariants, for a weight W of shape [N, K] in G = K / group_size groups (G = 1 if group_size is 0):
-        W ≈ (unpack() - zero_point) · unpack_scale(), each group of columns with its own column of both
-        data: int8 [N, K] at 6 and 8 bits, uint8 [N, ⌈K/2⌉] at 4 bits, as the format packs it
+        W ≈ (unpack() - zero_point) · unpack_scale(), where each group of columns has its own column of both
+        data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K/2⌉] for 4 bits, as the format packs it
         scale: [N, G], > 0 when decoded, in one of the format's `scale_dtypes`
         zero_point: int8 [N, G], None if symmetric;  global_scale: float32 [] of NVFP4, None for others
     """
@@ -42,10 +42,10 @@ class QTensor:
     global_scale: Tensor | None = None
 
     def check(self, name: str) -> None:
-        """Compare with the invariants.
+        """Check the invariants.
 
         Raises:
-            QuantizeError: one does not hold; `name` says of which weight.
+            QuantizeError: an invariant does not hold; the message says so of the weight `name`.
         """
         group, args, number_format = self.args.group_size or self.columns, self.args, get_format(self.args.format)
         stored = -(-self.columns // 2) if args.num_bits == 4 else self.columns
@@ -75,35 +75,35 @@ class QTensor:
         args: WeightArgs,
         global_scale: Tensor | None = None,
     ) -> QTensor:
-        """From values of the format [N, K] in any dtype that holds them, and scales as they are stored."""
+        """Pack values of the format, [N, K] in any dtype that holds them, with scales as they are stored."""
         zero_point = None if zero_point is None else zero_point.to(torch.int8)
         data = get_format(args.format).pack(values, args)
         return cls(data, scale, zero_point, values.shape[1], args, global_scale)
 
     def unpack(self) -> Tensor:
-        """Values of the format [N, K]: int8 where they are integers."""
+        """Return values of the format [N, K], in int8 if they are integers."""
         return get_format(self.args.format).unpack(self.data, self.columns, self.args)
 
     def unpack_scale(self) -> Tensor:
-        """[N, G] floating point: what the value 1 stands for."""
+        """Return the scale [N, G] in floating point, by which values are multiplied."""
         return get_format(self.args.format).decode_scale(self.scale, self.global_scale)
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
+        """Return the weight, float32 [N, K]."""
         return dequantize(self.unpack(), self.unpack_scale(), self.zero_point)
 
     def slice_rows(self, part: slice) -> QTensor:
-        """Some rows."""
+        """Return some of the rows."""
         zero_point = None if self.zero_point is None else self.zero_point[part]
         return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, self.global_scale)
 
     def cat_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
-        """All rows, from the `tensors` of some rows each, of the same format as here, without a global scale."""
+        """Join the `tensors` of parts of the rows to all rows, in the format of this one, without a global scale."""
         whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return replace(self, data=whole["qweight"], scale=whole["scale"], zero_point=whole.get("zero_point"))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved, by the suffix it is saved under."""
+        """Return the tensors to save, by their suffixes."""
         named = {
             "qweight": self.data,
             "scale": self.scale,
@@ -115,25 +115,25 @@ class QTensor:
 
 @dataclass(frozen=True)
 class CachedQTensor(QTensor):
-    """A quantized weight that keeps what it was unpacked to, as long as it lives.
+    """A quantized weight that keeps its unpacked and dequantized values as long as it lives.
 
     Attributes:
-        dtype: of the dequantized weight.
+        dtype: the dtype of the dequantized weight.
     """
 
     dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, weight: QTensor, dtype: torch.dtype) -> Self:
-        """A weight that is going to be asked for several times."""
+        """Make a cached weight, for one that is used several times."""
         return cls(**vars(weight), dtype=dtype)
 
     def unpack(self) -> Tensor:
-        """Values of the format [N, K]."""
+        """Return values of the format [N, K]."""
         return self._unpacked
 
     def dequantize(self) -> Tensor:
-        """[N, K]."""
+        """Return the weight [N, K]."""
         return self._weight
 
     @functools.cached_property
@@ -142,7 +142,7 @@ class CachedQTensor(QTensor):
 
     @functools.cached_property
     def _weight(self) -> Tensor:
-        """A few rows at a time, so that what lies between stays in a core's cache."""
+        """The dequantized weight, made a few rows at a time, so that intermediate results stay in a core's cache."""
         values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype), cached_rows(self.columns)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
             part.copy_(self.slice_rows(slice(start, start + rows)).dequantize())

@@ -1,4 +1,4 @@
-"""Ways to round weights to a number format: one file each."""
+"""Quantizers, one in a file, round weights to a number format."""
 
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.base import Quantizer as Quantizer

@@ -1,4 +1,4 @@
-"""What a quantizer is, and the grid every quantizer rounds to."""
+"""A quantizer rounds weights; all quantizers share the search for the grid."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Quantizer(Data):
     """A way to round one weight matrix; its fields are the recipe's parameters.
 
     Attributes:
-        name: what recipes call it.
-        needs_gram: `quantize` is given the Gram matrix of the layer's input.
-        needs_float_reference: of its rounded input, and how that drifted from the float model's.
-        mse: change each scale to the value that rounds the weights with the least error.
+        name: the name in recipes.
+        needs_gram: whether `quantize` takes the Gram matrix of the layer's input.
+        needs_float_reference: whether that matrix is of the rounded input, with its drift from the float model's input.
+        mse: whether each scale is changed to the value that rounds the weights with the least error.
     """
 
     name: ClassVar[str]
@@ -46,11 +46,11 @@ class Quantizer(Data):
         """Round weights that multiply the same input.
 
         Args:
-            weights: float32 [N, K] each; K a multiple of the group size.
-            args: bits, symmetry, group size.
-            gram: of the input, if `needs_gram`; used up.
-            scale_dtype: scales are rounded to it before anything is rounded with them.
-            product_dtype: operands of large products are rounded to it.
+            weights: matrices float32 [N, K], where K is a multiple of the group size.
+            args: the bits, the symmetry and the group size.
+            gram: the Gram matrix of the input, if `needs_gram`; it is overwritten.
+            scale_dtype: the dtype to which scales are rounded before they are used.
+            product_dtype: the dtype to which operands of large products are rounded.
         """
 
     def quantize(
@@ -61,22 +61,22 @@ class Quantizer(Data):
         scale_dtype: torch.dtype,
         product_dtype: torch.dtype = torch.float32,
     ) -> QTensor:
-        """Round one W [N, K]; `gram` stays as it is."""
+        """Round one W [N, K]; `gram` is not changed."""
         return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:
-    """[N, K] → [N, G, K / G]."""
+    """Reshape [N, K] to [N, G, K / G]."""
     return W.reshape(len(W), -1, args.group_size or W.shape[1])
 
 
 def compute_qparams(
     W: Tensor, args: WeightArgs, scale_dtype: torch.dtype, mse: bool = False, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [N, G] of each group of W [N, K].
+    """Return scale and zero point [N, G] of each group of W [N, K].
 
-    With `mse`, each range is scaled by the one of the format's `scale_search` that gives the least
-    Σ importance · error², importance [K] ≥ 0 or ones.
+    With `mse`, each range is multiplied by that factor of the format's `scale_search` that gives the least
+    Σ importance · error², where importance [K] ≥ 0 is all ones if it is None.
     """
     weighting = grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args)
     global_scale, rows = get_format(args.format).global_scale(W), cached_rows(W.shape[1])
@@ -91,9 +91,10 @@ def compute_qparams(
 def search_qparams(
     groups: Tensor, args: WeightArgs, dtype: torch.dtype, global_scale: Tensor | None, weighting: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [n, G] of groups [n, G, K / G]; with a weighting [1, G, K / G] those of the least error.
+    """Return scale and zero point [n, G] of groups [n, G, K / G]; a weighting [1, G, K / G] asks for the least error.
 
-    A group is left once what lies outside its range makes a larger error already: smaller ranges only add to that.
+    The search leaves a group once the weights outside its range alone have a larger error than the best range, because
+    smaller ranges only add to that error.
     """
     number_format, (low, high) = get_format(args.format), groups.aminmax(dim=-1, keepdim=True)
     scale, zero_point = number_format.compute_qparams(low, high, args, dtype, global_scale)
@@ -121,28 +122,28 @@ def search_qparams(
 def clipping_error_bound(
     x: Tensor, scale: Tensor, zero_point: Tensor, ends: tuple[float, float], weighting: Tensor
 ) -> Tensor:
-    """Σ weighting · (distance from a format's `clipping_range`)² [n, 1], which no smaller range reaches beyond."""
+    """Return Σ weighting · (distance from a format's `clipping_range`)² [n, 1], which only grows for smaller ranges."""
     t = x / scale + zero_point
     beyond = t - t.clamp(*ends)
     return beyond.square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
 def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, weighting: Tensor) -> Tensor:
-    """Σ weighting · (x - round(x))² [n, 1] of groups x [n, K / G], counted in units of the scale."""
+    """Return Σ weighting · (x - round(x))² [n, 1] of groups x [n, K / G]."""
     t = (x / scale).add_(zero_point)
     error = get_format(args.format).round(t, args).sub_(t)
     return error.square_().mul_(weighting).sum(-1, keepdim=True) * scale.square()
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> Tensor:
-    """The nearest values of the format, in the dtype of `x`."""
+    """Return the nearest values of the format, in the dtype of `x`."""
     return get_format(args.format).round(x / scale + zero_point, args)
 
 
 def pack(
     W: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, scale_dtype: torch.dtype
 ) -> QTensor:
-    """Values [N, K] of W, on the grid that `compute_qparams` found for W, as they are stored."""
+    """Pack values [N, K] of W, which are on the grid that `compute_qparams` found for W."""
     number_format = get_format(args.format)
     global_scale = number_format.global_scale(W)
     stored = number_format.encode_scale(scale, global_scale, scale_dtype)
@@ -150,6 +151,6 @@ def pack(
 
 
 def fake_quantize_weight(W: Tensor, args: WeightArgs) -> Tensor:
-    """W [N, K] rounded to nearest and back; what searches compare scales by."""
+    """Round W [N, K] to nearest and dequantize it, as searches do to compare scales."""
     scale, zero_point = (grid[..., None] for grid in compute_qparams(W, args, W.dtype))
     return ((quantize(grouped(W, args), scale, zero_point, args) - zero_point) * scale).flatten(1)

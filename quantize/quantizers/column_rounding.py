@@ -1,4 +1,4 @@
-"""Round columns in turn, each moved by what the rounding of those before it got wrong."""
+"""Columns are rounded in turn, and each is first moved by the rounding errors of the columns before it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from quantize.formats import get_format
 from quantize.quantizers.hessian import panels
 from quantize.recipe.scheme import WeightArgs
 
-LEAF_COLUMNS = 16  # columns that move one another one by one; more of them do so by a matrix product
+LEAF_COLUMNS = 16  # up to so many columns move one another one by one; more columns do so by a matrix product
 
 
 @dataclass(frozen=True)
 class QParams:
-    """The grid of some columns [b] of N rows: scale and zero point [b, N], no zero point if it is symmetric."""
+    """The grid of some columns [b] of N rows: scale and zero point [b, N]; a symmetric grid has no zero point."""
 
     scale: Tensor
     zero_point: Tensor | None
     args: WeightArgs
 
     def value(self, q: Tensor) -> Tensor:
-        """The weights [b, N] that values of the format stand for."""
+        """Return the weights [b, N] of values of the format."""
         return (q if self.zero_point is None else q - self.zero_point) * self.scale
 
 
 @dataclass(frozen=True)
 class OrderedColumns:
-    """The columns in the order in which they are rounded; each has the grid of its group.
+    """The columns in the order in which they are rounded, each with the grid of its group.
 
     Attributes:
-        scale, zero_point: [G, N]; no zero point if the grid is symmetric.
-        group: of each column, [K].
+        scale, zero_point: [G, N]; a symmetric grid has no zero point.
+        group: the group of each column, [K].
     """
 
     scale: Tensor
@@ -43,17 +43,17 @@ class OrderedColumns:
     args: WeightArgs
 
     def grid(self, block: slice) -> QParams:
-        """The grid of some of them."""
+        """Return the grid of some columns."""
         group = self.group[block]
         return QParams(self.scale[group], None if self.zero_point is None else self.zero_point[group], self.args)
 
 
 def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype) -> Tensor:
-    """GPTQ: values of the format [K, N] for weights, whose errors W - Ŵ take the place of the weights in R [K, N].
+    """Round weights R [K, N] to values of the format by GPTQ, and overwrite R with the errors W - Ŵ.
 
-    Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ: the same as GPTQ's updates
-    by the inverse of H (theorem 6 of QuIP, arXiv 2307.13304), without the inverse. A [K, K]: only what stands above
-    the diagonal is read.
+    Column k is rounded from wₖ + Σ (wⱼ - ŵⱼ) Aⱼₖ over j < k, where H = (A + I) D (A + I)ᵀ. This equals GPTQ's updates
+    by the inverse of H (theorem 6 of QuIP, arXiv 2307.13304), without the inverse. Of A [K, K] only the part above the
+    diagonal is read.
     """
     value_dtype = get_format(columns.args.format).value_dtype
     Q, errors = torch.empty_like(R, dtype=value_dtype), R.to(product_dtype)
@@ -67,15 +67,15 @@ def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int, p
 def sweep(
     Q: Tensor, R: Tensor, H: Tensor, columns: OrderedColumns, block_size: int, product_dtype: torch.dtype
 ) -> None:
-    """One round of coordinate descent on tr(R H Rᵀ): each column again, given all others; Q and R change in place.
+    """Do one round of coordinate descent on tr(R H Rᵀ), column by column given all others; change Q and R in place.
 
     Args:
         Q: values of the format [K, N].
         R: W - Ŵ [K, N].
         H: symmetric [K, K].
-        columns: their grids.
-        block_size: columns between two products with all of H.
-        product_dtype: what the operands of these are rounded to.
+        columns: the grids of the columns.
+        block_size: the number of columns between two products with all of H.
+        product_dtype: the dtype to which the operands of these products are rounded.
     """
     errors = R.to(product_dtype)
     for block in panels(len(R), block_size):
@@ -89,20 +89,20 @@ def sweep(
 
 
 def round_columns(target: Tensor, reference: Tensor, feedback: Tensor, grid: QParams) -> None:
-    """Values q of the format in place of the target [b, N], errors e = reference - value(q) in the reference.
+    """Overwrite the target [b, N] with values q of the format, and the reference with e = reference - value(q).
 
     Args:
         target: column k is rounded from targetₖ + Σ eⱼ feedbackⱼₖ over j < k.
-        reference: [b, N].
-        feedback: [b, b], only what stands above the diagonal is read.
-        grid: of these columns.
+        reference: the columns from which errors are counted, [b, N].
+        feedback: [b, b], of which only the part above the diagonal is read.
+        grid: the grid of these columns.
     """
     RecursiveUpdate(target, reference, feedback, grid).run(slice(0, len(target)))
 
 
 @dataclass(frozen=True)
 class RecursiveUpdate:
-    """What `round_columns` is given."""
+    """The arguments of `round_columns`."""
 
     target: Tensor
     reference: Tensor
@@ -110,7 +110,7 @@ class RecursiveUpdate:
     grid: QParams
 
     def run(self, part: slice) -> None:
-        """Some columns: one half, then the other, moved by the errors of the first."""
+        """Round one half of some columns, then the other half, which is moved by the errors of the first."""
         if part.stop - part.start <= LEAF_COLUMNS:
             return self.round_leaf(part)
         middle = (part.start + part.stop) // 2
@@ -120,7 +120,7 @@ class RecursiveUpdate:
         return self.run(second)
 
     def round_leaf(self, part: slice) -> None:
-        """Few columns, each moved by the errors of all before it."""
+        """Round a few columns, each of which is moved by the errors of all before it."""
         feedback, errors, args = self.feedback[part, part].T.contiguous(), self.reference[part].T, self.grid.args
         number_format = get_format(args.format)
         zeros = [None] * len(feedback) if self.grid.zero_point is None else self.grid.zero_point[part].unbind()

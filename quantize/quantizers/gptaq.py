@@ -1,4 +1,4 @@
-"""GPTAQ: GPTQ that also makes up for the error that earlier layers have left in the input."""
+"""GPTAQ is GPTQ that also corrects the error that earlier layers have left in the input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from quantize.quantizers.hessian import factor, fill_upper, solve
 
 @QUANTIZERS.register("gptaq")
 class GPTAQ(GPTQ):
-    """Li et al. 2025, arXiv 2504.02692: min ‖Ŵ X - W X'‖², X' the float model's input and X the one that is rounded.
+    """Minimizes ‖Ŵ X - W X'‖², where X' is the float model's input and X that of the rounded model.
 
-    The minimum over real weights, W + W D H⁻¹ with D = (X' - X) Xᵀ, is taken first and rounded by GPTQ; the paper
-    spreads the same correction over the columns as it goes (its equation 15).
+    Source: Li et al. 2025, arXiv 2504.02692.
 
-    D H⁻¹ is a regression, and few tokens of another kind of text settle it badly where X has little energy: there it
-    fits noise, layer upon layer. A `ridge` leaves those directions alone: one of energy λ keeps λ / (λ + ridge · mean).
+    The minimum over real weights, W + W D H⁻¹ with D = (X' - X) Xᵀ, is computed first and then rounded by GPTQ; the
+    paper spreads the same correction over the columns as it goes (its equation 15).
+
+    D H⁻¹ is a regression. Where X has little energy, few tokens or another kind of text determine it badly, so it fits
+    noise, and more so layer after layer. A `ridge` leaves those directions alone: one of energy λ keeps
+    λ / (λ + ridge · mean) of the correction.
 
     Attributes:
-        alpha: part of the correction in [0, 1].
-        ridge: part of the mean diagonal that is added to the Hessian once more, for the correction alone.
+        alpha: the part of the correction that is applied, in [0, 1].
+        ridge: the part of the mean diagonal that is added to the Hessian once more, for the correction alone.
     """
 
     needs_float_reference: ClassVar[bool] = True
@@ -36,12 +39,12 @@ class GPTAQ(GPTQ):
     def target_weights(
         self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor
     ) -> Sequence[Tensor]:
-        """W + α W D (H + ridge · mean)⁻¹ for each W; without a ridge it brings W X nearest to W X', H damped."""
+        """Return W + α W D (H + ridge · mean)⁻¹ for each W; without a ridge, α = 1 brings W X nearest to W X'."""
         D, gram.drift = gram.drift, None
         if D is None:
             return weights
         drifts = [(W @ D)[:, order] for W in weights]
-        del D  # its place is taken by a second Hessian
+        del D  # a second Hessian takes its memory
         if self.ridge:
             H = H.clone()
             fill_upper(H)

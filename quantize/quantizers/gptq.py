@@ -1,4 +1,4 @@
-"""GPTQ: round column by column, the columns to come making up for each error."""
+"""GPTQ rounds column by column, and the columns to come compensate each error."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from quantize.recipe.scheme import WeightArgs
 
 @QUANTIZERS.register("gptq")
 class GPTQ(Quantizer):
-    """Frantar et al. 2022, arXiv 2210.17323, algorithm 1, with activation order; grids are fixed beforehand.
+    """Algorithm 1 of Frantar et al. 2022, arXiv 2210.17323, with activation order; grids are fixed beforehand.
 
     Attributes:
-        mse: fit scales first, to the least rounding error weighted by the root mean square of each input.
-        damp: part of the mean diagonal added to the Hessian.
-        act_order: take columns by falling diagonal of the Hessian.
-        block_size: columns between two updates of all the columns to come.
-        sweeps: rounds of coordinate descent afterwards, which may move a column again
+        mse: whether scales are first fitted to the least rounding error, weighted by the root mean square of each
+            input.
+        damp: the part of the mean diagonal that is added to the Hessian.
+        act_order: whether columns are taken by falling diagonal of the Hessian.
+        block_size: the number of columns between two updates of all the columns to come.
+        sweeps: the number of rounds of coordinate descent afterwards, which may move a column again
             (QuantEase, Behdin et al. 2023, arXiv 2309.01885, algorithm 1).
     """
 
@@ -46,7 +47,7 @@ class GPTQ(Quantizer):
         scale_dtype: torch.dtype,
         product_dtype: torch.dtype = torch.float32,
     ) -> list[QTensor]:
-        """Round each W [N, K] to the least error of W X, X the inputs that `gram` saw; its matrices are overwritten."""
+        """Round each W [N, K] to the least error of W X, where `gram` has seen the inputs X; `gram` is overwritten."""
         gram, H = require_gram(gram)
         importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
         H.diagonal()[dead] = 1
@@ -69,12 +70,12 @@ class GPTQ(Quantizer):
     def target_weights(
         self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor
     ) -> Sequence[Tensor]:
-        """What is rounded instead of the weights, given H [K, K] as `factor` left it, its columns in another order."""
+        """Return what is rounded in place of the weights; `factor` has changed H [K, K], which has another order."""
         del gram, H, d, order
         return weights
 
     def round_and_sweep(self, R: Tensor, H: Tensor, columns: OrderedColumns, product_dtype: torch.dtype) -> Tensor:
-        """Values of the format [K, N] for R [K, N], which is overwritten, and so is H, factored."""
+        """Return values of the format [K, N] for R [K, N]; R and the factored H are overwritten."""
         Q = gptq_round(R, H, columns, self.block_size, product_dtype)
         if self.sweeps:
             fill_upper(H)
@@ -84,10 +85,10 @@ class GPTQ(Quantizer):
 
 
 def require_gram(gram: Gram | None) -> tuple[Gram, Tensor]:
-    """A Gram matrix and its value [K, K], whose scale does not matter.
+    """Return a Gram matrix and its value [K, K], whose scale does not matter.
 
     Raises:
-        QuantizeError: it has seen nothing.
+        QuantizeError: the Gram matrix is missing or has seen nothing.
     """
     if gram is None or gram.value is None or not gram.rows:
         raise QuantizeError(

@@ -1,4 +1,4 @@
-"""The Hessian of a layer's inputs, factored where it lies: K² numbers are held once, whatever is done with them."""
+"""The Hessian of a layer's inputs is factored in place, so that K² numbers are held only once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PANEL = 256  # columns that go through BLAS together
 
 
 def panels(columns: int, width: int = PANEL) -> Iterator[slice]:
-    """Neighbouring columns, in order."""
+    """Yield slices of neighbouring columns, in order."""
     return (slice(start, min(start + width, columns)) for start in range(0, columns, width))
 
 
@@ -26,22 +26,22 @@ def permute(H: Tensor, order: Tensor) -> None:
 
 
 def fill_upper(H: Tensor) -> None:
-    """Replace what stands above the diagonal by what stands below it, in place."""
+    """Replace the part above the diagonal by the part below it, in place."""
     for panel in panels(len(H)):
         H[: panel.start, panel] = H[panel, : panel.start].T
         H[panel, panel] = H[panel, panel].tril() + H[panel, panel].tril(-1).T
 
 
 def factor(H: Tensor, damp: float) -> Tensor:
-    """Damp H [K, K] and write A over what stands above its diagonal: H = (A + I) diag(d) (A + I)ᵀ.
+    """Damp H [K, K] and overwrite the part above its diagonal with A, where H = (A + I) diag(d) (A + I)ᵀ.
 
-    The damping, at first `damp` of the mean diagonal, grows tenfold until that exists; it stays in H.
+    The damping starts at `damp` of the mean diagonal and grows tenfold until the factors exist; it stays in H.
 
     Returns:
         d [K] > 0.
 
     Raises:
-        QuantizeError: not even a damping of a hundred times the mean diagonal helps.
+        QuantizeError: a damping of a hundred times the mean diagonal is not enough.
     """
     diagonal = H.diagonal().clone()
     while damp <= 100:
@@ -57,9 +57,9 @@ def factor(H: Tensor, damp: float) -> Tensor:
 
 
 def factor_damped(H: Tensor) -> Tensor | None:
-    """`factor` as H is, from the last columns to the first; None where H is not positive definite.
+    """Factor H without further damping, from the last columns to the first; None if H is not positive definite.
 
-    Each panel is a product of the columns after it; what is left within it is factored in float64.
+    Each panel is a product of the columns after it; the rest within the panel is factored in float64.
     """
     d = torch.empty_like(H.diagonal())
     for panel in reversed(list(panels(len(H)))):
@@ -77,13 +77,13 @@ def factor_damped(H: Tensor) -> Tensor | None:
 
 
 def unit_solve(A: Tensor, M: Tensor) -> Tensor:
-    """X with X (A + I)ᵀ = M, of A [K, K] only what stands above the diagonal."""
+    """Return X with X (A + I)ᵀ = M; of A [K, K] only the part above the diagonal is read."""
     solved: Tensor = torch.linalg.solve_triangular(A.T, M, upper=False, left=False, unitriangular=True)
     return solved
 
 
 def solve(H: Tensor, d: Tensor, M: Tensor) -> Tensor:
-    """M H⁻¹ [N, K], H as `factor` left it."""
+    """Return M H⁻¹ [N, K], for H as `factor` left it."""
     half = unit_solve(H, M) / d
     solved: Tensor = torch.linalg.solve_triangular(H, half, upper=True, left=False, unitriangular=True)
     return solved

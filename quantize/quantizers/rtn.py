@@ -1,4 +1,4 @@
-"""Round to nearest."""
+"""Round-to-nearest needs no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantize.recipe.scheme import WeightArgs
 
 @QUANTIZERS.register("rtn")
 class RoundToNearest(Quantizer):
-    """Each weight to the nearest point of its group's grid; needs no data."""
+    """Rounds each weight to the nearest point of its group's grid."""
 
     def quantize_group(
         self,
@@ -31,7 +31,7 @@ class RoundToNearest(Quantizer):
         return [self._rounded(W, args, scale_dtype) for W in weights]
 
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
-        """A few rows at a time, so that what lies between is small, and stays in a core's cache."""
+        """Round a few rows at a time, so that intermediate results are small and stay in a core's cache."""
         scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
         q, rows = torch.empty_like(W, dtype=get_format(args.format).value_dtype), cached_rows(W.shape[1])
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):

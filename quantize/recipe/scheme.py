@@ -1,4 +1,4 @@
-"""What is quantized to how many bits: the field's scheme names and what they stand for."""
+"""A scheme says what is quantized to how many bits, under the names that the field uses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class Data(BaseModel):
 
 
 class WeightArgs(Data):
-    """Weights: w ≈ (v - zero_point) · scale, v a value of the format.
+    """Weights w ≈ (v - zero_point) · scale, where v is a value of the format.
 
     Attributes:
-        num_bits: 4, 6 or 8. 6-bit integers are stored in whole bytes, so they save no more memory than 8-bit ones.
-        format: a file of `formats/`, whose `check_args` says which of the other settings it allows.
-        symmetric: no zero point.
-        group_size: input channels that share a scale; 0 means one scale for each output channel.
+        num_bits: 4, 6 or 8. Integers of 6 bits are stored in whole bytes, so they save no more memory than 8-bit ones.
+        format: the name of a file of `formats/`; `formats.check_args` says which other settings it allows.
+        symmetric: whether there is no zero point.
+        group_size: the number of input channels that share a scale; 0 means one scale for each output channel.
     """
 
     num_bits: Literal[4, 6, 8]
@@ -30,11 +30,12 @@ class WeightArgs(Data):
 
 
 class RuntimeSmoothArgs(Data):
-    """Channels divided by their current maximum (`kernels/runtime_smooth.py`).
+    """Channels are divided by their current maximum (`kernels/runtime_smooth.py`).
 
     Attributes:
-        group_size: channels, sorted by maximum, that share a scale.
-        normalize_tokens: take maxima of tokens of the same root mean square; False is the paper's rule.
+        group_size: the number of channels, sorted by maximum, that share a scale.
+        normalize_tokens: whether tokens are scaled to the same root mean square before maxima are taken; the paper does
+            not.
     """
 
     group_size: int = Field(default=128, ge=1)
@@ -42,14 +43,14 @@ class RuntimeSmoothArgs(Data):
 
 
 class ActivationArgs(Data):
-    """Input activations, quantized dynamically: integers with one scale for each token, or FP4.
+    """Input activations are quantized dynamically: to integers with one scale for each token, or to FP4.
 
     Attributes:
-        num_bits: 4, 6 or 8. 6-bit integers are held in whole bytes.
-        format: `int`, or one with fixed groups of channels; that of the weights decides.
-        symmetric: no zero point.
-        clip_ratio: part of the token's or group's range that the grid spans.
-        runtime_smooth: divide channels by their current maximum first; None does not.
+        num_bits: 4, 6 or 8. Integers of 6 bits are held in whole bytes.
+        format: `int`, or a format with fixed groups of channels; the weights' format decides.
+        symmetric: whether there is no zero point.
+        clip_ratio: the part of the token's or group's range that the grid spans.
+        runtime_smooth: how channels are first divided by their current maximum; None leaves them as they are.
     """
 
     num_bits: Literal[4, 6, 8]
@@ -60,11 +61,11 @@ class ActivationArgs(Data):
 
 
 class TuneArgs(Data):
-    """How the rounding of each block is tuned (`tuning.py`).
+    """How the rounding of each block is tuned (`steps/tune.py`).
 
     Attributes:
-        steps: of Adam, on batches of `TUNE_TOKENS` tokens.
-        learning_rate: at the first step, in quantization steps; it falls to zero as a cosine.
+        steps: the number of steps of Adam, each on a batch of `TUNE_TOKENS` tokens.
+        learning_rate: the learning rate at the first step, in quantization steps; it falls to zero as a cosine.
     """
 
     steps: int = Field(default=200, ge=1)
@@ -72,13 +73,13 @@ class TuneArgs(Data):
 
 
 class KVCacheArgs(Data):
-    """Integer keys and values: one scale and zero point for each token of each head.
+    """Integer keys and values have one scale and zero point for each token of each head.
 
     Attributes:
         num_bits: 4 or 8.
-        symmetric: no zero point.
-        clip_ratio: part of the head vector's range that the grid spans.
-        hadamard: rotate queries and keys within each head first, which leaves their products.
+        symmetric: whether there is no zero point.
+        clip_ratio: the part of the head vector's range that the grid spans.
+        hadamard: whether queries and keys are first rotated within each head, which does not change their products.
     """
 
     num_bits: Literal[4, 8]
@@ -88,9 +89,9 @@ class KVCacheArgs(Data):
 
 
 class Scheme(Data):
-    """Weights and input activations of a linear; no `activations` leaves them in floating point.
+    """The weights and input activations of a linear; if `activations` is None, they stay in floating point.
 
-    `formats.check_scheme` says which go together.
+    `formats.check_scheme` says which weights and activations go together.
     """
 
     weights: WeightArgs
@@ -98,7 +99,7 @@ class Scheme(Data):
 
     @property
     def label(self) -> str:
-        """The field's name for it: `W4A16`, `MXFP4`."""
+        """The name that the field has for the scheme, such as `W4A16` or `MXFP4`."""
         bits = f"W{self.weights.num_bits}A{self.activations.num_bits if self.activations else 16}"
         if self.weights.format == "int":
             return bits
