@@ -1,4 +1,4 @@
-"""How long the analysis of a large model takes, and how much memory: no weight is read."""
+"""The analysis of a large model takes time and memory, which are measured here; no weight is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EIGHT_BILLION = {
 
 
 def timed(what: str, run: Callable[[], T]) -> T:
-    """Run, and print the seconds and the peak memory up to then."""
+    """Run, and print the seconds it took and the peak memory up to then."""
     start = time.perf_counter()
     result = run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

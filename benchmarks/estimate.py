@@ -1,4 +1,4 @@
-"""What `--dry-run` foresees, against what then happens; each run in a process of its own, as peaks are of a process."""
+"""What `--dry-run` estimates is compared with what a run takes; each run has its own process, and so its own peak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SCHEMES = ("W4A16", "W4A4")
 
 
 def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, Any]:
-    """Foreseen and measured bytes and seconds of one run in this process; memory with what it held before."""
+    """Return estimated and measured bytes and seconds of a run; memory includes what this process held before."""
     tokens = model / TOKENS if (model / TOKENS).exists() else None
     recipe = load_recipe(scheme, None, group_size=None if tokens else 0, nsamples=nsamples, seqlen=seqlen)
     prepared = prepare(model, recipe, tokens, read=False)
@@ -50,14 +50,14 @@ def compare(model: Path, scheme: str, nsamples: int, seqlen: int) -> dict[str, A
 
 
 def line(model: str, scheme: str, found: dict[str, Any]) -> str:
-    """A row: of each figure what was foreseen and what was measured."""
+    """Return a row of the table, with each figure as estimated and as measured."""
     units = {"memory": 1e6, "disk": 1e6, "seconds": 1.0}
     pairs = [(found["foreseen"][name] / unit, found["measured"][name] / unit) for name, unit in units.items()]
     return "| " + " | ".join([model, scheme, *(f"{before:.1f} / {after:.1f}" for before, after in pairs)]) + " |"
 
 
 def made(name: str, folder: Path) -> Path:
-    """A bundled model, or a random one of a shape and depth, with tokens to calibrate it on."""
+    """Return a bundled model, or make a random one of a shape and depth, with tokens to calibrate it on."""
     if (MODELS / name).exists():
         return MODELS / name
     size, layers = name.removesuffix(" layers").split(", ")

@@ -1,4 +1,4 @@
-"""What a quantized KV cache costs (`python -m benchmarks.kv_cache`): W4A4, with and without rotated keys."""
+"""`python -m benchmarks.kv_cache` measures what a quantized KV cache costs, with and without rotated keys, at W4A4."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Quantize two small models and twins with planted outliers, and print one table."""
+    """Quantize two small models and their twins with planted outliers, and print one table."""
     console = Console()
     table = Table("model", "cache", "nats/token", "increase", "KL", box=SIMPLE_HEAD, pad_edge=False)
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def twins(scratch: Path) -> Iterator[tuple[str, Path, Path]]:
-    """Name, the model, and it or its twin with planted outliers."""
+    """Yield a name, the model, and either it or its twin with planted outliers."""
     yield BOOKS.name, BOOKS, BOOKS
     yield STORIES.name, STORIES, STORIES
     plant(BOOKS, scratch / "planted")
@@ -59,7 +59,7 @@ def twins(scratch: Path) -> Iterator[tuple[str, Path, Path]]:
 
 
 def rows(source: Path, model: Path, output: Path) -> Iterator[tuple[str, ...]]:
-    """One row a setting of the cache, all of one artifact that was quantized with a cache in floating point."""
+    """Yield a row for each setting of the cache, all of an artifact whose cache was in floating point."""
     samples = read_samples(TEXTS[source], WINDOW, WINDOWS, load_tokenize(source), 2**31)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH)]
     reference = open_checkpoint(model).load()

@@ -1,4 +1,4 @@
-"""Which processor this is, and the fastest of a few runs on it."""
+"""These functions name the processor and time the fastest of a few runs on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDE = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")  # ins
 
 @dataclass(frozen=True)
 class Processor:
-    """What it is called, how many threads it runs, and which of `WIDE` it has."""
+    """The name of a processor, the number of its threads, and those of `WIDE` that it has."""
 
     cpu: str
     threads: int
@@ -26,13 +26,13 @@ class Processor:
 
     @property
     def kind(self) -> str:
-        """`amx`, `vnni`, or the architecture where it has neither: speeds of different kinds are not compared."""
+        """`amx`, `vnni`, or the architecture if it has neither; speeds of different kinds are not compared."""
         units = [unit for unit in ("amx", "vnni") if any(unit in flag for flag in self.flags)]
         return units[0] if units else platform.machine()
 
 
 def processor() -> Processor:
-    """The one that this runs on, as Linux names it."""
+    """Return the processor of this machine, as Linux names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -42,7 +42,7 @@ def processor() -> Processor:
 
 
 def best_of(run: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of the fastest of a few runs, after one to warm up."""
+    """Return the seconds of the fastest of a few runs, after one to warm up."""
     run()
     found = []
     for _ in range(repeats):

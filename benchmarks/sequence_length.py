@@ -1,7 +1,7 @@
-"""`make bench-lengths`: how ranges of activations move with the length of sequences, and what another length costs.
+"""`make bench-lengths` measures how ranges of activations depend on sequence length, and what another length costs.
 
-Sequence-length-aware calibration (SLAC, Lee et al. 2023, arXiv 2311.05161, section 3.2): calibrate with sequences as
-long as those the model will be used on (`--seqlen`).
+Sequence-length-aware calibration (SLAC, Lee et al. 2023, arXiv 2311.05161, section 3.2) takes sequences as long as
+those for which the model will be used (`--seqlen`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LENGTHS, TOKENS, DEPLOYED = (32, 64, 128, 256, 512), 8192, 512
 
 
 def main() -> None:
-    """One row for each calibration length, the number of tokens being the same."""
+    """Print a row for each calibration length, with the same number of tokens in each."""
     console, judge = Console(), LanguageJudge(MODEL, TEXT, DEPLOYED, TOKENS // DEPLOYED)
     table = Table("calibration length", "range", "largest range", "W4A8 AQAS", "W4A4 default", box=SIMPLE_HEAD)
     deployed = ranges(DEPLOYED)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def ranges(length: int) -> torch.Tensor:
-    """The largest magnitude of the input of each linear on the same text in windows of some length, [linears]."""
+    """Return the largest magnitude of each linear's input, [linears], on the same text in windows of some length."""
     checkpoint = open_checkpoint(MODEL)
     program = export_program(checkpoint.skeleton())
     weights = {name: checkpoint.tensor(name).float() for name in program.parameters.values()}
@@ -57,7 +57,7 @@ def ranges(length: int) -> torch.Tensor:
 
 
 def quantized(scheme: str, recipe: Mapping[str, object], length: int) -> torch.nn.Module:
-    """The model calibrated at one length."""
+    """Quantize the model with calibration data of one length."""
     with tempfile.TemporaryDirectory() as scratch:
         artifact = quantize_model(
             MODEL, scheme=scheme, recipe=recipe, output_dir=Path(scratch) / "out", group_size=0, seqlen=length,

@@ -1,4 +1,4 @@
-"""`make bench-vit`: a small ViT trained here on scanned digits, and what 6-bit handlers leave of it."""
+"""`make bench-vit` trains a small ViT on scanned digits and measures what 6-bit handlers leave of its accuracy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """1797 scans of digits: float32 [n, 1, 8, 8] in [-1, 1], int64 [n] (UCI optdigits, with scikit-learn)."""
+    """Return 1797 scans of digits: float32 [n, 1, 8, 8] in [-1, 1], int64 [n] (UCI optdigits, with scikit-learn)."""
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
     images = torch.from_numpy(found.images[order]).float()[:, None] / 8 - 1
@@ -52,7 +52,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(images: Tensor, labels: Tensor) -> nn.Module:
-    """A ViT of four layers, the same for every call; the global generator is left as it was."""
+    """Train a ViT of four layers, the same in every call; the global generator keeps its state."""
     from transformers import ViTConfig, ViTForImageClassification
 
     with torch.random.fork_rng():
@@ -69,14 +69,14 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def scores(model: nn.Module, reference: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Accuracy, and the mean KL to the float model in nats."""
+    """Return the accuracy, and the mean KL to the float model in nats."""
     logits, expected = (m(pixel_values=images).logits for m in (model, reference))
     kl, _ = (divergence(logits, expected) / len(labels)).tolist()
     return float((logits.argmax(-1) == labels).float().mean()), kl
 
 
 def main() -> None:
-    """Train, quantize to W6A6 and W4A4 with each recipe, print one table."""
+    """Train, quantize to W6A6 and W4A4 with each recipe, and print one table."""
     images, labels = digits()
     unseen, known = slice(0, HELD_OUT), slice(HELD_OUT, None)
     model = train(images[known], labels[known])

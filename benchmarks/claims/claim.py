@@ -1,4 +1,4 @@
-"""What a paper says, as an inequality that is measured here."""
+"""A paper's claim is an inequality, which is measured here."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Claim:
     """`left ≤ factor · right`.
 
     Attributes:
-        name: what is said, in words.
-        paper: arXiv number, or where it appeared.
+        name: the claim in words.
+        paper: the arXiv number, or the place of publication.
         factor: the margin.
-        holds: whether it does here; a test holds it to that.
-        measure: gives left and right.
+        holds: whether the claim holds here, which a test checks.
+        measure: returns left and right.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Claim:
     measure: Measure
 
     def row(self) -> dict[str, str | float | bool]:
-        """The claim with its figures, flat."""
+        """Return the claim with its figures, as a flat row."""
         left, right = self.measure()
         figures = {"left": left, "right": right, "factor": self.factor, "holds": left <= self.factor * right}
         return {"claim": self.name, "paper": self.paper, **figures}

@@ -1,6 +1,6 @@
-"""What papers say of handlers, formats and codebooks: `python -m benchmarks.claims.claims` prints what holds here.
+"""`python -m benchmarks.claims.claims` prints which claims of papers on handlers, formats and codebooks hold here.
 
-Measurements, not features: a claim that does not hold here stays in the table, marked as such.
+These are measurements, not features: a claim that does not hold here stays in the table, marked as such.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CLAIMS = (*handler_claims.CLAIMS, *format_claims.CLAIMS)
 
 
 def rows() -> Iterator[dict[str, str | float | bool]]:
-    """Every claim with its figures."""
+    """Yield every claim with its figures."""
     return (claim.row() for claim in CLAIMS)
 
 

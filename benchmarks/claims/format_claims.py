@@ -1,6 +1,6 @@
-"""What papers say of formats and codebooks, as inequalities measured on synthetic data from seeded generators.
+"""Claims of papers on formats and codebooks are inequalities, measured on synthetic data from seeded generators.
 
-Measurements, not features: a claim that does not hold here stays in the table, marked as such.
+These are measurements, not features: a claim that does not hold here stays in the table, marked as such.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POST, POT = partial(powers, base=2**0.5), partial(powers, base=2.0)
 
 
 def sample(kind: str, rows: int = 32, columns: int = 1024, seed: int = 0) -> Tensor:
-    """float32 [rows, columns] of a `gaussian`, `laplace` or `student5` distribution."""
+    """Draw float32 [rows, columns] from a `gaussian`, `laplace` or `student5` distribution."""
     rng = torch.Generator().manual_seed(seed)
     normal = torch.randn(6, rows, columns, generator=rng)
     uniform = torch.rand(rows, columns, generator=rng).clamp(min=1e-7)
@@ -36,21 +36,21 @@ def sample(kind: str, rows: int = 32, columns: int = 1024, seed: int = 0) -> Ten
 
 
 def dint4_zeros() -> tuple[float, float]:
-    """Share of weights rounded to zero in groups of 128, of dINT4 and of INT4, scales by the largest magnitude."""
+    """Return the share of weights rounded to zero by dINT4 and by INT4, in groups of 128 scaled to the largest."""
     W = sample("laplace").reshape(-1, 128)
     left, right = (nearest(W, next(scaled(W, levels, [1.0]))) == 0 for levels in (dint4(), uniform(4)))
     return float(left.float().mean()), float(right.float().mean())
 
 
 def dint4_error() -> tuple[float, float]:
-    """Error of the same."""
+    """Return the errors of dINT4 and INT4 in such groups."""
     W = sample("laplace").reshape(-1, 128)
     left, right = (codebooks.error(W, scaled(W, levels, [1.0])) for levels in (dint4(), uniform(4)))
     return left, right
 
 
 def tlq_against(kind: str, bits: int, clipped: bool) -> Measure:
-    """TLQ against a uniform grid: from the smallest to the largest, or clipped to the least error."""
+    """Compare TLQ with a uniform grid, either from the smallest to the largest value or clipped to the least error."""
 
     def measure() -> tuple[float, float]:
         W = sample(kind)
@@ -61,7 +61,7 @@ def tlq_against(kind: str, bits: int, clipped: bool) -> Measure:
 
 
 def post_against(other: Callable[[int], Tensor], kind: str, bits: int) -> Measure:
-    """POST's powers of √2 against other levels of as many bits, each with the scale of least error."""
+    """Compare POST's powers of √2 with other levels of as many bits, each with the scale of least error."""
 
     def measure() -> tuple[float, float]:
         W = sample(kind)
@@ -72,12 +72,12 @@ def post_against(other: Callable[[int], Tensor], kind: str, bits: int) -> Measur
 
 
 def coupling(correlated: bool) -> Measure:
-    """One code of 8 bits for 8 channels, against one of 1 bit for each; error on unseen tokens."""
+    """Compare one code of 8 bits for 8 channels with one of 1 bit for each channel, by the error on unseen tokens."""
     return lambda: (kmeans_error(8, 8, correlated), kmeans_error(1, 1, correlated))
 
 
 def format_error(x: Tensor, name: str, hadamard: bool) -> float:
-    """Relative squared error of a format, in coordinates rotated by a Hadamard matrix in blocks of 32 or not."""
+    """Return the relative squared error of a format, with or without a rotation by Hadamard blocks of 32."""
     rotated = hadamard_transform(x.reshape(-1, 32), 32).reshape(x.shape) if hadamard else x
     if name == "int":
         q, scale, _ = quantize_per_token(rotated.reshape(-1, GROUPS[name]), 4, symmetric=True)
@@ -87,7 +87,7 @@ def format_error(x: Tensor, name: str, hadamard: bool) -> float:
 
 
 def formats(rotated: str, other: str) -> Measure:
-    """A format in rotated coordinates against one in those given, on heavy tails."""
+    """Compare a format in rotated coordinates with one in the given coordinates, on heavy tails."""
 
     def measure() -> tuple[float, float]:
         x = sample("laplace", rows=64)
@@ -97,7 +97,7 @@ def formats(rotated: str, other: str) -> Measure:
 
 
 def sparse_and_low_rank() -> tuple[float, float]:
-    """The best mix of kept channels and low rank, against the better of either alone."""
+    """Return the errors of the best mix of kept channels and low rank, and of the better of either alone."""
     errors = {share: sparse_error(share) for share in (0.0, 0.7, 0.8, 0.9, 1.0)}
     return min(errors[share] for share in (0.7, 0.8, 0.9)), min(errors[0.0], errors[1.0])
 

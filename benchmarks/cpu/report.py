@@ -1,4 +1,4 @@
-"""What `bench_cpu` measured, as Markdown: ratios, bounds, and whether each goal is met."""
+"""The measurements of `bench_cpu` become Markdown: ratios, bounds, and whether each goal is met."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ENCODERS = """
 
 
 def report(found: Found) -> str:
-    """The whole file."""
+    """Return the whole file."""
     models, encoders = found["decoders"], found["encoders"]
     peaks = ", ".join(f"{name} {value / 1e9:.0f}" for name, value in models["ceilings"].items() if name != "bytes")
     numbers = {"rounds": len(models["engines"][OURS]["rounds"]), "bandwidth": models["ceilings"]["bytes"] / 1e9}
@@ -55,22 +55,22 @@ def report(found: Found) -> str:
 
 
 def seconds(row: Found, phase: str) -> list[float]:
-    """Of each round the median."""
+    """Return the median of each round."""
     return [median(found[phase]) for found in row["rounds"]]
 
 
 def ratios(row: Found, base: Found, phase: str) -> list[float]:
-    """How many times as long as `base` a row took, round by round."""
+    """Return how many times as long as `base` a row took, round by round."""
     return [x / y for x, y in zip(seconds(row, phase), seconds(base, phase), strict=True)]
 
 
 def spread(values: list[float]) -> str:
-    """Median, least and largest."""
+    """Return median, least and largest."""
     return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def engine_line(rows: Found, name: str) -> str:
-    """A row of the table of language models."""
+    """Return a row of the table of language models."""
     row = rows[name]
     if "missing" in row:
         return f"| {name} | {row['about']} | missing: {row['missing']} | | | | | |"
@@ -81,7 +81,7 @@ def engine_line(rows: Found, name: str) -> str:
 
 
 def encoder_lines(encoders: Found) -> list[str]:
-    """Rows of the table of encoders."""
+    """Return the rows of the table of encoders."""
     rows, base = encoders["engines"], encoders["engines"][encoders["float"]]
     lines = []
     for name, row in rows.items():
@@ -91,13 +91,13 @@ def encoder_lines(encoders: Found) -> list[str]:
 
 
 def kept(row: Found, base: Found) -> float:
-    """The least part of the float model's correlation, of all texts."""
+    """Return the least part of the float model's correlation that is left, of all texts."""
     found: float = min(score / best for score, best in zip(row["spearman"], base["spearman"], strict=True))
     return found
 
 
 def goal_lines(models: Found, encoders: Found) -> list[str]:
-    """What was to be reached, and by how much it was missed and what bounds it."""
+    """Return what was to be reached, by how much it was missed, and what bounds it."""
     rows, lines = models["engines"], []
     for phase, name, wanted in GOALS:
         if missing := next((rows[n]["missing"] for n in (OURS, name) if "missing" in rows[n]), None):
@@ -119,6 +119,6 @@ def goal_lines(models: Found, encoders: Found) -> list[str]:
 
 
 def verdict(what: str, found: float, wanted: float, why: str) -> str:
-    """One line."""
+    """Return one line on a goal."""
     reached = "reached" if found >= wanted else f"missed by {1 - found / wanted:.0%}"
     return f"{what}: {found:.2f}×, {wanted:g}× wanted: {reached}; {why}"

@@ -1,4 +1,4 @@
-"""One measurement of `bench_cpu`, in a process of its own; prints JSON as its last line."""
+"""One measurement of `bench_cpu` runs in a process of its own and prints JSON as its last line."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from quantize.export.onnx.runtime.session import session_of
 from quantize.nn.prefix_hooks import CACHES
 
 REPEATS = 20
-LARGE_BUFFER = 1 << 30  # bytes: more than a last-level cache holds
+LARGE_BUFFER = 1 << 30  # bytes, more than a last-level cache holds
 
 
 def onnx(path: str) -> Step:
-    """ONNX Runtime, as `quantize-model run` drives it."""
+    """Run ONNX Runtime as `quantize-model run` does."""
     model = OnnxDecoder(Path(path))
     cache = [model.start()]
 
@@ -37,7 +37,7 @@ def onnx(path: str) -> Step:
 
 
 def torch_bfloat16(path: str) -> Step:
-    """Transformers with a cache, as `generate` drives it."""
+    """Run transformers with a cache as `generate` does."""
     from transformers import AutoModelForCausalLM, DynamicCache
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
@@ -54,7 +54,7 @@ def torch_bfloat16(path: str) -> Step:
 
 
 def encoder(path: str, batches: str, repeats: str) -> dict[str, Any]:
-    """Seconds for all batches of tokenized sentences, each time."""
+    """Return the seconds that all batches of tokenized sentences took, in each repetition."""
     from benchmarks.cpu.encoder import read_batches
 
     session, feeds, found = session_of(Path(path)), read_batches(Path(batches)), list[float]()
@@ -67,9 +67,9 @@ def encoder(path: str, batches: str, repeats: str) -> dict[str, Any]:
 
 
 def ceilings() -> dict[str, float]:
-    """What the machine does at most, the best of several: bytes read in a second, operations of products in a second.
+    """Return the machine's best rates: bytes read in a second, and operations of products in a second.
 
-    Integers are those of ONNX Runtime's `MatMulInteger`, floats those of torch.
+    Products of integers are ONNX Runtime's `MatMulInteger`, and those of floats are torch's.
     """
     buffer = torch.zeros(LARGE_BUFFER // 8, dtype=torch.int64)
     size = 2048
@@ -83,7 +83,7 @@ def ceilings() -> dict[str, float]:
 
 
 def integer_product(rows: int, size: int) -> Any:
-    """A call that multiplies uint8 [rows, size] with int8 [size, size]."""
+    """Return a call that multiplies uint8 [rows, size] by int8 [size, size]."""
     import onnxruntime
     from onnx import helper, numpy_helper
     from onnx.onnx_pb import TensorProto
@@ -101,7 +101,7 @@ def integer_product(rows: int, size: int) -> Any:
 
 
 def main(command: str, *arguments: str) -> None:
-    """Run one measurement.
+    """Run one of these measurements.
 
     onnx|torch_bfloat16 PATH VOCABULARY PROMPT DECODE REPEATS
     encoder PATH BATCHES REPEATS

@@ -1,9 +1,9 @@
-"""`make bench-gpu`: ceilings, then every contender on every shape.
+"""`make bench-gpu` measures the GPU's ceilings, then every contender on every shape.
 
-The results are `benchmarks/results/gpu-NAME.json` and a table in `docs/gpu.md`.
+It writes `benchmarks/results/gpu-NAME.json` and a table in `docs/gpu.md`.
 
-Operands are random, rotate beyond the L2 cache and run from CUDA graphs; each result is compared with an exact product
-before it is timed, in memory that was filled with NaN.
+Operands are random, alternate so that the L2 cache does not hold them, and run from CUDA graphs. Each result is
+compared with an exact product before it is timed, in memory that was filled with NaN.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from quantize.errors import UsageError
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # N, K
 TOKENS = (1, 16, 64, 256, 1024, 4096)
-PAGE = Path("docs") / "gpu.md"  # where the table stands, between these marks
+PAGE = Path("docs") / "gpu.md"  # has the table between these marks
 MARKS = "<!-- gpu -->", "<!-- /gpu -->"
 
 
 def main() -> int:
-    """Measure, write, and tell what was wrong; the exit code."""
+    """Measure, write the results, and print what was wrong; return the exit code."""
     try:
         require_gpu()
     except UsageError as error:
@@ -53,7 +53,7 @@ def measure_all(
     failures: list[str],
     roof: Roof | None = None,
 ) -> dict[str, Any]:
-    """Ceilings, and a row for each contender and shape; what fails goes to `failures`, a sentence each."""
+    """Measure the ceilings and each contender on each shape; failures are added to `failures` as sentences."""
     roof = roof or ceilings(device, timer)
     rows = []
     for N, K in shapes:
@@ -76,7 +76,7 @@ def measure(
     roof: Roof,
     failures: list[str],
 ) -> Row | None:
-    """One contender on one shape; None if it fails, or is wrong: what is wrong is not timed."""
+    """Measure one contender on one shape; return None if it fails or is wrong, because wrong products are not timed."""
     rng, product = torch.Generator(device).manual_seed(0), contender.product(*shape)
     try:
         case = contender.case(*shape, rng)
@@ -85,7 +85,7 @@ def measure(
             raise ArithmeticError(f"{error:.1e} from the exact product, above {contender.tolerance:.0e}")
         cases = [case, *(contender.case(*shape, rng) for _ in range(copies(product.bytes, cache_bytes(device)) - 1))]
         timing = time_twice(timer, [case.run for case in cases])
-    except Exception as failure:  # a contender may come from elsewhere; the others are measured all the same
+    except Exception as failure:  # a contender may be another project's; the others are still measured
         failures.append(f"{contender.name} on {shape}: {failure}")
         return None
     spec = specified(torch.cuda.get_device_name()) if device.type == "cuda" else None
@@ -93,7 +93,7 @@ def measure(
 
 
 def distance(case: Case) -> float:
-    """Of the result from what is expected, relative to that; NaN if something was left unwritten."""
+    """Return the relative distance of the result from what is expected, which is NaN if something was not written."""
     with poisoned():
         found = case.run()
     expected = case.expected()
@@ -109,12 +109,12 @@ def write(root: Path, result: Mapping[str, Any]) -> None:
 
 
 def measured(root: Path) -> list[dict[str, Any]]:
-    """What was measured so far, one result a GPU."""
+    """Return what was measured so far, one result for each GPU."""
     return [json.loads(path.read_text()) for path in sorted((root / "benchmarks" / "results").glob("gpu-*.json"))]
 
 
 def with_table(page: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The text of `docs/gpu.md` with the table between its marks."""
+    """Return the text of `docs/gpu.md` with the table between its marks."""
     before, rest = page.split(MARKS[0])
     return f"{before}{MARKS[0]}\n{table(results).strip()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
 

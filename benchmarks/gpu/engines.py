@@ -1,4 +1,4 @@
-"""Who multiplies in `make bench-gpu`: ours, cuBLAS in bf16, torch's int8 product, and gemlite where it is installed."""
+"""`make bench-gpu` compares our kernels, cuBLAS in bf16, torch's int8 product, and gemlite if it is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from quantize.kernels.int4_mma import as_signed, pack_signed
 from quantize.kernels.packed import PackedWeight, QuantizedActivations
 from quantize.kernels.prepack import exact_gemm
 
-SMALLEST_INT_MM = 32  # torch._int_mm takes more than 16 tokens; smaller products are filled up
+SMALLEST_INT_MM = 32  # torch._int_mm takes more than 16 tokens; smaller products are padded
 GROUP = 128
 
 
@@ -27,8 +27,8 @@ class Case:
     """One product on random data.
 
     Attributes:
-        run: computes it.
-        expected: what it should be, computed otherwise, in float64 or from exact integers.
+        run: computes the product.
+        expected: computes the product in another way, in float64 or from exact integers.
     """
 
     run: Callable[[], Tensor]
@@ -40,10 +40,10 @@ class Contender:
     """One way to multiply.
 
     Attributes:
-        name: in the table.
-        product: a shape M, N, K with the bits that are moved.
+        name: the name in the table.
+        product: returns the product, with its bits, of a shape M, N, K.
         case: draws operands of a shape by a generator on their device.
-        tolerance: the largest relative distance from what is expected.
+        tolerance: the largest allowed relative distance from what is expected.
     """
 
     name: str
@@ -53,24 +53,24 @@ class Contender:
 
 
 def floats(*shape: int, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Normally distributed."""
+    """Draw from the normal distribution."""
     return torch.randn(shape, generator=rng, device=rng.device).to(dtype)
 
 
 def integers(*shape: int, bits: int, rng: torch.Generator) -> Tensor:
-    """All integers of so many bits alike, as int8."""
+    """Draw int8 uniformly from all integers of so many bits."""
     half = 1 << (bits - 1)
     return torch.randint(-half, half, shape, generator=rng, device=rng.device, dtype=torch.int8)
 
 
 def bf16_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
-    """`torch.nn.functional.linear`, which is cuBLAS's."""
+    """Use `torch.nn.functional.linear`, which calls cuBLAS."""
     x, weight = floats(M, K, rng=rng), floats(N, K, rng=rng)
     return Case(lambda: torch.nn.functional.linear(x, weight), lambda: x.double() @ weight.double().T)
 
 
 def int8_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
-    """`torch._int_mm`: the integers alone, without scales."""
+    """Use `torch._int_mm`, which multiplies only the integers, without scales."""
     x = integers(max(M, SMALLEST_INT_MM), K, bits=8, rng=rng)
     weight = integers(N, K, bits=8, rng=rng).T
     return Case(lambda: torch._int_mm(x, weight), lambda: x.double() @ weight.double())
@@ -78,13 +78,13 @@ def int8_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
 
 @dataclass(frozen=True)
 class Ours:
-    """A product of this project's kernels, with or without the quantizer of the activations in front.
+    """A product of this project's kernels, with or without the quantizer of the activations.
 
     Attributes:
         weight_bits: 4 or 8.
         activation_bits: 4 or 8.
-        group_size: columns that share a scale of the weights; 0 means all.
-        quantizes: whether each call quantizes bf16 activations, too.
+        group_size: the number of columns that share a scale of the weights; 0 means all.
+        quantizes: whether each call also quantizes bf16 activations.
     """
 
     weight_bits: int
@@ -93,17 +93,17 @@ class Ours:
     quantizes: bool = False
 
     def weight(self, N: int, K: int, rng: torch.Generator) -> PackedWeight:
-        """Symmetric weights."""
+        """Draw symmetric weights."""
         scale = torch.rand(N, K // (self.group_size or K), generator=rng, device=rng.device) + 0.5
         return ops.prepack(integers(N, K, bits=self.weight_bits, rng=rng), scale, None, self.weight_bits)
 
     def quantize(self, x: Tensor) -> QuantizedActivations:
-        """Asymmetric activations."""
+        """Quantize activations asymmetrically."""
         layout = "pair" if self.activation_bits == 4 and not self.group_size else "int8"
         return ops.quantize_activations(x, self.activation_bits, False, 1.0, layout)
 
     def case(self, M: int, N: int, K: int, rng: torch.Generator) -> Case:
-        """A product as it is served."""
+        """Return the product as it is served."""
         pw, x = self.weight(N, K, rng), floats(M, K, rng=rng)
         qa = self.quantize(x)
         return Case(
@@ -112,7 +112,7 @@ class Ours:
         )
 
     def case_of(self, config: Config, M: int, N: int, K: int, rng: torch.Generator) -> Case:
-        """The same product by a given configuration, without the quantizer."""
+        """Return the same product by a given configuration, without the quantizer."""
         pw, qa = self.weight(N, K, rng), self.quantize(floats(M, K, rng=rng))
         return Case(
             lambda: launch_gemm(qa, pw, None, torch.bfloat16, config),
@@ -120,7 +120,7 @@ class Ours:
         )
 
     def product(self, M: int, N: int, K: int) -> Product:
-        """What the product moves; with the quantizer, activations are read in 16 bits."""
+        """Return the product with the bits it moves; with the quantizer, activations are read in 16 bits."""
         return Product(M, N, K, self.weight_bits, 16 if self.quantizes else 8, 8, self.group_size)
 
 
@@ -129,12 +129,12 @@ NATIVE = Config(128, 128, 256, num_warps=8, num_stages=3, variant="native", asm=
 
 @dataclass(frozen=True)
 class Native:
-    """W4A4 on int4 tensor cores, by one configuration."""
+    """W4A4 on int4 tensor cores, in one configuration."""
 
     config: Config = NATIVE
 
     def case(self, M: int, N: int, K: int, rng: torch.Generator) -> Case:
-        """As `Ours(4, 4)`, in another layout."""
+        """Return the case of `Ours(4, 4)` in another layout."""
         pw = Ours(4, 4).weight(N, K, rng)
         qa = ops.quantize_activations(floats(M, K, rng=rng), 4, False, 1.0, "int8")
         packed = replace(qa, q=pack_signed(qa.q), layout="s4")
@@ -146,7 +146,7 @@ class Native:
 
 
 def gemlite_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
-    """Gemlite's W4A8, the nearest competitor in Triton; each call quantizes its activations, to FP8 by default."""
+    """Use gemlite's W4A8, the nearest competitor in Triton; each call quantizes activations, to FP8 by default."""
     from gemlite.helper import A8W4_HQQ_INT_dynamic
 
     weight = integers(N, K, bits=4, rng=rng)
@@ -158,7 +158,7 @@ def gemlite_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
 
 
 def contenders(device: torch.device) -> Iterator[Contender]:
-    """Those for a device, in the order of the table."""
+    """Yield the contenders on a device, in the order of the table."""
     yield Contender("bf16", Product, bf16_case)
     yield Contender("int8", lambda M, N, K: Product(max(M, SMALLEST_INT_MM), N, K, 8, 8, 8), int8_case, 0.0)
     for name, ours in OURS.items():

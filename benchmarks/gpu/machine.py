@@ -1,4 +1,4 @@
-"""The GPU that is measured: what it is, what it can do at most, and memory that shows what was not written."""
+"""These functions describe the GPU, measure its ceilings, and poison memory to show what was not written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from benchmarks.gpu.timing import Timer, time_twice
 from quantize.errors import UsageError
 
 SQUARE = 8192
-COPIED = 1 << 31  # bytes, read once and written once
+COPIED = 1 << 31  # bytes that are read once and written once
 
 
 def require_gpu() -> None:
-    """There is one that torch can use.
+    """Check that torch can use a GPU.
 
     Raises:
         UsageError: there is none.
@@ -31,7 +31,7 @@ def require_gpu() -> None:
 
 
 def describe(root: Path) -> dict[str, Any]:
-    """What is measured on, and with what; `root` is the repository."""
+    """Return what is measured on, and with which versions; `root` is the repository."""
     properties = torch.cuda.get_device_properties(0)
     spec = specified(properties.name)
     return {
@@ -47,13 +47,13 @@ def describe(root: Path) -> dict[str, Any]:
 
 
 def clocks() -> str:
-    """Driver, SM and memory clock in MHz, power in W; empty without nvidia-smi."""
+    """Return driver, SM and memory clock in MHz, and power in W, or an empty text without nvidia-smi."""
     asked = "driver_version,clocks.sm,clocks.mem,power.draw"
     return output_of("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader,nounits")
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; empty where it does not exist or fails."""
+    """Return what a command prints, or an empty text if there is no such command or it fails."""
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -61,7 +61,7 @@ def output_of(*command: str) -> str:
 
 
 def ceilings(device: torch.device, timer: Timer, square: int = SQUARE, copied: int = COPIED) -> Roof:
-    """What this GPU does at most: a large copy, and large square products by the vendor's libraries."""
+    """Measure a large copy, and large square products by the vendor's libraries."""
     source = torch.ones(copied // 4, device=device)
     target = torch.empty_like(source)
     rng = torch.Generator(device).manual_seed(0)
@@ -75,15 +75,15 @@ def ceilings(device: torch.device, timer: Timer, square: int = SQUARE, copied: i
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the L2 cache."""
+    """Return the size of the L2 cache in bytes."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, memory that nobody wrote is NaN, or the largest integer."""
+    """Fill new memory with NaN, or with the largest integer, within the context."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what makes torch.empty fill what it allocates
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty fill what it allocates
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The least time a product of matrices can take: by the bytes it moves and by the operations it does."""
+"""The roofline is the least time of a matrix product, by the bytes it moves and by the operations it does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ OUTPUT_BYTES = 2  # bfloat16
 
 @dataclass(frozen=True)
 class Roof:
-    """What a GPU can do at most.
+    """The best rates of a GPU.
 
     Attributes:
-        bandwidth: of its memory, bytes/s.
-        bf16: dense operations/s of its tensor cores, a multiplication and an addition being two.
-        int8: the same with integers.
+        bandwidth: the bandwidth of its memory, in bytes/s.
+        bf16: dense operations/s of its tensor cores, where a multiplication and an addition are two operations.
+        int8: the same for integers.
     """
 
     bandwidth: float
@@ -22,13 +22,13 @@ class Roof:
     int8: float
 
     def peak(self, operand_bits: int) -> float:
-        """Operations/s on operands so wide; int4 tensor cores, where there are some, do twice as many as int8 ones."""
+        """Return operations/s on operands of so many bits; int4 tensor cores, if any, do twice as many as int8 ones."""
         if operand_bits > 8:
             return self.bf16
         return self.int8 if operand_bits > 4 else 2 * self.int8
 
 
-# Data sheets of the makers, dense, by the beginning of what the driver calls the card.
+# Dense rates of the makers' data sheets, by the beginning of the driver's name of the card.
 SPECIFIED = {
     "NVIDIA A100-SXM4-80GB": Roof(2.039e12, 312e12, 624e12),
     "NVIDIA H100 80GB HBM3": Roof(3.35e12, 989e12, 1979e12),
@@ -39,17 +39,17 @@ SPECIFIED = {
 
 @dataclass(frozen=True)
 class Product:
-    """Y [M, N] = X [M, K] Wᵀ.
+    """The product Y [M, N] = X [M, K] Wᵀ.
 
     Attributes:
-        M: tokens.
-        N: output channels.
-        K: columns.
-        weight_bits: as stored.
-        activation_bits: as read.
-        operand_bits: as multiplied.
-        group_size: columns that share a scale of the weights; 0 means all.
-        scale_bytes: of the scale of a group.
+        M: the number of tokens.
+        N: the number of output channels.
+        K: the number of columns.
+        weight_bits: the bits of a stored weight.
+        activation_bits: the bits of an activation as it is read.
+        operand_bits: the bits of the operands that are multiplied.
+        group_size: the number of columns that share a scale of the weights; 0 means all.
+        scale_bytes: the bytes of a group's scale.
     """
 
     M: int
@@ -63,21 +63,21 @@ class Product:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions."""
+        """The number of multiplications and additions."""
         return 2 * self.M * self.N * self.K
 
     @property
     def bytes(self) -> float:
-        """Weights, their groups' scales, activations and the result, each moved once."""
+        """The bytes of weights, their groups' scales, activations and the result, each moved once."""
         scales = self.N * self.K / self.group_size * self.scale_bytes if self.group_size else 0
         stored = self.N * self.K * self.weight_bits / 8 + self.M * self.K * self.activation_bits / 8
         return stored + scales + self.M * self.N * OUTPUT_BYTES
 
     def floor(self, roof: Roof) -> float:
-        """Microseconds below which no kernel can be."""
+        """Return the least microseconds that any kernel can take."""
         return max(self.bytes / roof.bandwidth, self.operations / roof.peak(self.operand_bits)) * 1e6
 
 
 def specified(gpu: str) -> Roof | None:
-    """The data sheet's figures of a card, None for an unknown one."""
+    """Return the rates of a card's data sheet, or None for an unknown card."""
     return next((roof for name, roof in SPECIFIED.items() if gpu.startswith(name)), None)

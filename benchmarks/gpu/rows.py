@@ -1,4 +1,4 @@
-"""What `make bench-gpu` records of one measured product, and how it looks in `docs/gpu.md`."""
+"""`make bench-gpu` records one row for each measured product and shows the rows in `docs/gpu.md`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from benchmarks.gpu.timing import Timing
 
 Row = Mapping[str, Any]
 NOT_YET = "Not yet measured: no GPU was at hand. `make bench-gpu` measures, and writes this table."
-DECODE = (16, 14336, 4096)  # the shapes that goals are set for: M, N, K
+DECODE = (16, 14336, 4096)  # M, N, K of the shapes that have goals
 BATCH = (64, 14336, 4096)
 PREFILL = (4096, 14336, 4096)
 BASELINES = ("bf16", "int8")
 
 
 def row_of(scheme: str, product: Product, timing: Timing, error: float, measured: Roof, specified: Roof | None) -> Row:
-    """One measured product.
+    """Return the row of one measured product.
 
     Args:
-        scheme: who multiplied.
-        product: its shape and bits.
-        timing: microseconds of one product.
-        error: relative distance of the result from the exact one.
-        measured: this GPU's ceilings.
-        specified: those of the data sheet, if known.
+        scheme: the name of the contender.
+        product: the product's shape and bits.
+        timing: the microseconds of one product.
+        error: the relative distance of the result from the exact one.
+        measured: the measured ceilings of this GPU.
+        specified: the ceilings of the data sheet, if known.
 
     Returns:
         The arguments, and `tops` (10¹² operations/s), `gbps` (10⁹ bytes/s), `floor_measured` and `floor_specified` (the
@@ -45,7 +45,7 @@ def row_of(scheme: str, product: Product, timing: Timing, error: float, measured
 
 
 def with_speedups(rows: Sequence[Row]) -> list[Row]:
-    """Rows with `over_bf16` and `over_int8`: how many times as fast as these on the same shape; None without them."""
+    """Add `over_bf16` and `over_int8`, the speedups over these on the same shape; None if they were not measured."""
     base = {(row["scheme"], shape_of(row)): row["median"] for row in rows}
     return [
         {**row, **{f"over_{name}": ratio(base.get((name, shape_of(row))), row["median"]) for name in BASELINES}}
@@ -54,17 +54,17 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
 
 
 def ratio(slow: float | None, fast: float) -> float | None:
-    """How many times as fast."""
+    """Return the speedup."""
     return slow / fast if slow is not None else None
 
 
 def shape_of(row: Row) -> tuple[int, int, int]:
-    """M, N, K."""
+    """Return M, N, K."""
     return row["M"], row["N"], row["K"]
 
 
 def goals(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """What was aimed at for 14336 × 4096, for those shapes that were measured: its name, measured, goal."""
+    """Return name, measured value and goal of each goal for 14336 × 4096 whose shape was measured."""
     found: dict[tuple[int, int, int], Row] = {shape_of(row): row for row in result["rows"] if row["scheme"] == "W4A8"}
     told = []
     if row := found.get(DECODE):
@@ -80,13 +80,13 @@ def goals(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def table(results: Iterable[Mapping[str, Any]]) -> str:
-    """The table in `docs/gpu.md`: a part for each GPU that was measured; without any, a sentence that says so."""
+    """Return the table in `docs/gpu.md`, with a part for each measured GPU, or a sentence if there is none."""
     parts = [line for result in results for line in part(result)]
     return "\n".join(parts) if parts else NOT_YET
 
 
 def part(result: Mapping[str, Any]) -> list[str]:
-    """The table of one GPU: a row a shape, a column a scheme; then its goals."""
+    """Return one GPU's table, with a row for each shape and a column for each scheme, and its goals."""
     rows = result["rows"]
     schemes, at = (
         list(dict.fromkeys(row["scheme"] for row in rows)),
@@ -107,7 +107,7 @@ def part(result: Mapping[str, Any]) -> list[str]:
 
 
 def cell(row: Row | None) -> str:
-    """One measured product, or nothing."""
+    """Return the cell of one measured product, or an empty text."""
     if row is None:
         return ""
     times = f"{row['over_bf16']:.2f}×, " if row["over_bf16"] is not None else ""

@@ -1,4 +1,4 @@
-"""Times of GPU kernels: CUDA graphs, so that launches cost nothing, over operands that no cache holds."""
+"""GPU kernels are timed in CUDA graphs, so that launches cost nothing, on operands that no cache holds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 Call = Callable[[], object]
 Timer = Callable[[Sequence[Call]], list[float]]
 REPLAYS = 50
-CALLS = 20  # in a graph at least, so that the time of its own launch is small
-BEYOND_CACHE = 2.0  # how many times the L2 cache the rotating operands fill
+CALLS = 20  # in a graph, at least, so that the time of its own launch is small
+BEYOND_CACHE = 2.0  # the rotating operands fill the L2 cache so many times
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Timing:
 
 
 def summarize(first: Sequence[float], second: Sequence[float]) -> Timing:
-    """Two runs' microseconds as one timing."""
+    """Combine two runs' microseconds in one timing."""
     medians = [quantile(run, 0.5) for run in (first, second)]
     both = [*first, *second]
     spread = abs(medians[0] / medians[1] - 1)
@@ -33,7 +33,7 @@ def summarize(first: Sequence[float], second: Sequence[float]) -> Timing:
 
 
 def quantile(times: Sequence[float], part: float) -> float:
-    """The value below which that part of the times lies, between neighbours in proportion."""
+    """Return the value below which this part of the times lies, interpolated between neighbours."""
     return float(torch.tensor(times, dtype=torch.float64).quantile(part))
 
 
@@ -43,14 +43,14 @@ def time_twice(timer: Timer, calls: Sequence[Call]) -> Timing:
 
 
 def copies(operand_bytes: float, cache_bytes: int) -> int:
-    """Sets of operands, three at least, that together are beyond the cache when each is used in turn."""
+    """Return how many sets of operands, at least three, are together too large for the cache if used in turn."""
     return max(3, int(BEYOND_CACHE * cache_bytes / operand_bytes) + 1)
 
 
 def time_graph(calls: Sequence[Call]) -> list[float]:
-    """Microseconds of one call, for each of 50 replays of a CUDA graph in which the calls follow each other in turn."""
+    """Return microseconds of one call, for each of 50 replays of a CUDA graph with the calls in turn."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # a graph wants its kernels compiled and its libraries set up
+    with torch.cuda.stream(stream):  # compiles kernels and sets up libraries before the graph
         for call in calls:
             call()
     torch.cuda.synchronize()
@@ -62,7 +62,7 @@ def time_graph(calls: Sequence[Call]) -> list[float]:
 
 
 def replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay."""
+    """Return the microseconds of one replay."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()

@@ -1,4 +1,4 @@
-"""`make tune-gpu`: the fastest configuration of each scheme and shape on this GPU, into `kernels/configs.json`."""
+"""`make tune-gpu` finds the fastest configuration of each scheme and shape for `kernels/configs.json`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TILES = (  # tokens, channels, warps, registers at most
     (128, 128, 8, 128), (128, 256, 8, 0),
 )  # fmt: skip
 STAGES = (2, 3, 4, 5)
-MOST_PROGRAMS = 1024  # more parts than that only add work
+MOST_PROGRAMS = 1024  # more parts only add work
 TOLERANCE = 1e-2
 
 
 def main() -> int:
-    """Tune for the GPU at hand and put its rows into the table; the exit code."""
+    """Tune for this machine's GPU and write its rows into the table; return the exit code."""
     try:
         require_gpu()
     except UsageError as error:
@@ -53,7 +53,7 @@ def main() -> int:
 def tune(
     scheme: str, arch: str, device: torch.device, timer: Timer, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """A row of the table for each shape: the configuration with the least median time among those that are right."""
+    """Yield a row of the table for each shape: the configuration with the least median time that computes correctly."""
     for (N, K), M in itertools.product(shapes, tokens):
         timed = []
         for config in candidates(scheme, (M, N, K), arch):
@@ -66,7 +66,7 @@ def tune(
 
 
 def candidates(scheme: str, shape: tuple[int, int, int], arch: str) -> Iterator[Config]:
-    """What may be fast: tiles about as tall as the tokens are many, within shared memory, K split to fill the GPU."""
+    """Yield configurations that may be fast: tiles near the number of tokens that fit shared memory, with K split."""
     M, N, K = shape
     for (block_m, block_n, warps, registers), stages, variant in itertools.product(TILES, STAGES, VARIANTS[scheme]):
         if not min(M / 4, 64) <= block_m <= max(16, M):
@@ -81,7 +81,7 @@ def candidates(scheme: str, shape: tuple[int, int, int], arch: str) -> Iterator[
 
 
 def fits(config: Config, arch: str) -> bool:
-    """The pipeline's stages are within the shared memory of a multiprocessor."""
+    """Return whether the pipeline's stages fit the shared memory of a multiprocessor."""
     weight_bytes = config.block_n * config.block_k // (1 if config.variant == "bytes" else 2)
     used = config.num_stages * (weight_bytes + config.block_m * config.block_k)
     sm = MULTIPROCESSORS.get(arch, MULTIPROCESSORS["sm_80"])
@@ -91,7 +91,7 @@ def fits(config: Config, arch: str) -> bool:
 def measure(
     config: Config, scheme: str, shape: tuple[int, int, int], device: torch.device, timer: Timer
 ) -> float | None:
-    """Microseconds of a product; None where the configuration does not compile, does not run, or is wrong."""
+    """Return microseconds of a product, or None if the configuration does not compile, does not run, or is wrong."""
     ours, rng = SCHEMES[scheme], torch.Generator(device).manual_seed(0)
     try:
         case = ours.case_of(config, *shape, rng)
@@ -100,20 +100,20 @@ def measure(
         count = copies(ours.product(*shape).bytes, cache_bytes(device))
         calls = [case.run, *(ours.case_of(config, *shape, rng).run for _ in range(count - 1))]
         return quantile(timer(calls), 0.5)
-    except Exception as failure:  # Triton raises many kinds, for resources and for what it cannot compile
+    except Exception as failure:  # Triton raises many classes, for resources and for code it cannot compile
         print(f"{scheme} {shape} {config}: {failure}", file=sys.stderr)
         return None
 
 
 def changed(config: Config) -> dict[str, Any]:
-    """The settings that are not the default, by name, and always the tile."""
+    """Return the settings that differ from the default, by name, and always the tile."""
     default = asdict(Config())
     always = ("block_m", "block_n", "block_k", "split_k", "variant")
     return {name: value for name, value in asdict(config).items() if name in always or value != default[name]}
 
 
 def dump(table: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:
-    """The table as JSON, a row a line."""
+    """Return the table as JSON, with one row in a line."""
     archs = []
     for arch, schemes in table.items():
         parts = [

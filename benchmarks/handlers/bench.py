@@ -1,4 +1,4 @@
-"""`make bench-handlers`: every outlier handler on easy and hard models, side by side, as JSON and as tables."""
+"""`make bench-handlers` compares every outlier handler on easy and hard models, as JSON and as tables."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
 WINDOW, WINDOWS = 256, 16
 CALIBRATION = {"books-llama": (32, 256), "MiniLM": (32, 128)}  # windows, and tokens in each
 STEPS = 50  # of fine-tuning
-# Of the default recipe and of what is left out of it; all else is measured with the first.
+# The seeds of the default recipe and of recipes without one handler; all else is measured with the first seed.
 SEEDS = {"W4A4": (0, 1), "W4A8": (0,)}
-TOGETHER = 6  # cells of a job, after which what was found is saved
+TOGETHER = 6  # cells of a job, after which the results are saved
 Cell = tuple[str, int]  # handler, seed
 Job = tuple[str, str, str, tuple[Cell, ...]]
 Row = dict[str, Any]
 
 
 def main() -> None:
-    """Measure what is not in `results/handlers.json` yet, a process a core, and write that and `handlers.md`."""
+    """Measure what `results/handlers.json` lacks, in a process for each core, and write it and `handlers.md`."""
     path = OUTPUT / "handlers.json"
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
     jobs, start = missing(rows), time.perf_counter()
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def position(row: Mapping[str, Any]) -> tuple[int, ...]:
-    """Where a row stands: by scheme, model, twin, handler and seed."""
+    """Return the sort key of a row: scheme, model, twin, handler and seed."""
     handlers = (*HANDLERS, *left_out(row["scheme"]))
     keys = (SCHEMES, tuple(MODELS), TWINS, handlers, SEEDS[row["scheme"]])
     names = ("scheme", "model", "twin", "handler", "seed")
@@ -71,7 +71,7 @@ def position(row: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def missing(rows: list[Row]) -> list[Job]:
-    """Models and schemes with the cells that have no row, some at a time; first those of the first seed."""
+    """Return models and schemes with some of the cells that have no row, those of the first seed first."""
     done = {(row["model"], row["twin"], row["scheme"], (row["handler"], row["seed"])) for row in rows}
     models = itertools.product(SCHEMES, MODELS, TWINS)
     jobs = []
@@ -82,7 +82,7 @@ def missing(rows: list[Row]) -> list[Job]:
 
 
 def cells(name: str, scheme: str) -> list[Cell]:
-    """What is measured on a model."""
+    """Return what is measured on a model."""
     fitting = [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
     first, *more = SEEDS[scheme]
     parts = (DEFAULT, *left_out(scheme))
@@ -90,7 +90,7 @@ def cells(name: str, scheme: str) -> list[Cell]:
 
 
 def measure_all(job: Job) -> list[Row]:
-    """Some handlers on one model with one scheme."""
+    """Measure some handlers on one model with one scheme."""
     name, twin, scheme, wanted = job
     with tempfile.TemporaryDirectory() as scratch:
         model = MODELS[name]
@@ -114,9 +114,9 @@ def measure(
     scratch: Path,
     data: tuple[int, int],
 ) -> Iterator[Row]:
-    """One row a cell: what it loses, what is left of the kurtosis, and what it costs while the model runs.
+    """Yield a row for each cell: its loss, its kurtosis, and its cost while the model runs.
 
-    As `quantize_model`, but the model is exported once.
+    This is `quantize_model`, except that the model is exported only once.
     """
     settings: dict[str, Any] = {"group_size": 0, "nsamples": data[0], "seqlen": data[1]}
     prepared, before = prepare(model, load_recipe(scheme, {}, **settings), None), dict[str, float]()
@@ -136,7 +136,7 @@ def measure(
 
 
 def finetuned(model: Path, recipe: Recipe, scratch: Path) -> Prepared:
-    """The model after a short fine-tune for the bits of its activations."""
+    """Return the model after a short fine-tune for the bits of its activations."""
     assert recipe.activations is not None
     done = finetune(model, output_dir=scratch / "finetuned", steps=STEPS, num_bits=recipe.activations.num_bits)
     return prepare(done.directory, recipe, None)

@@ -1,4 +1,4 @@
-"""The outlier handlers that `make bench-handlers` compares, as changes of a scheme's default recipe."""
+"""The outlier handlers that `make bench-handlers` compares are changes of a scheme's default recipe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FINETUNED = "fine-tuned first: input clips, kurtosis penalty"
 
 
 def recipe(*passes: dict[str, Any], quantizer: dict[str, Any] = GPTQ, **more: Any) -> dict[str, Any]:
-    """Passes, behind the folding of gains where they rotate, and a quantizer."""
+    """Return the changes for some passes and a quantizer."""
     return {"passes": list(passes), "quantizer": quantizer, **more}
 
 
 def named(name: str, **parameters: Any) -> dict[str, Any]:
-    """One pass."""
+    """Return one pass."""
     return {"name": name, **parameters}
 
 
@@ -61,9 +61,10 @@ LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}
 
 @functools.cache
 def left_out(scheme: str) -> dict[str, dict[str, Any]]:
-    """The default recipe without one of its handlers, each in turn; a better quantizer is one, a fold of gains none.
+    """Return the default recipe without one of its handlers, for each in turn.
 
-    What learns rotations is left out twice: for random Hadamard matrices and for none.
+    A better quantizer counts as a handler, and a fold of gains does not. Learned rotations are left out twice: in
+    favour of random Hadamard matrices, and of none.
     """
     default = load_recipe(scheme, None)
     without: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""`benchmarks/results/handlers.md` from the rows of `make bench-handlers`."""
+"""The rows of `make bench-handlers` become `benchmarks/results/handlers.md`."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ Synthetic data from seeded generators (`python -m benchmarks.claims.claims`); a 
 
 
 def markdown(rows: Sequence[Row], claims: Iterable[Row]) -> str:
-    """One table for each scheme and model, one for each scheme of what its default recipe consists of, and the claims.
+    """Return a table for each scheme and model, one for each scheme's default recipe by its parts, and the claims.
 
-    All but the second take the first seed.
+    Only the second kind uses more than the first seed.
     """
     parts = [HEAD]
     compared = [row for row in rows if row["handler"] in HANDLERS and row["seed"] == 0]
@@ -65,7 +65,7 @@ def markdown(rows: Sequence[Row], claims: Iterable[Row]) -> str:
 
 
 def left_out_table(rows: Sequence[Row]) -> list[str]:
-    """A row for each handler that is left out, a column for each model and twin."""
+    """Return a row for each handler that is left out, with a column for each model and twin."""
     at = {(row["model"], row["twin"], row["handler"], row["seed"]): closeness(row) for row in rows}
     models = list(dict.fromkeys((row["model"], row["twin"]) for row in rows))
     lines = [
@@ -83,7 +83,7 @@ def left_out_table(rows: Sequence[Row]) -> list[str]:
 
 
 def spread(found: Sequence[float]) -> str:
-    """Mean, least and largest of what the seeds gave."""
+    """Return mean, least and largest over the seeds."""
     if not found:
         return ""
     text = f"{mean(found):+.1%} ({min(found):+.1%} to {max(found):+.1%})"
@@ -91,26 +91,26 @@ def spread(found: Sequence[float]) -> str:
 
 
 def overall(found: Sequence[float]) -> str:
-    """Mean, and its standard error where there are two or more."""
+    """Return the mean, and its standard error if there are two or more values."""
     error = f" ± {stdev(found) / len(found) ** 0.5:.1%}" if len(found) > 1 else ""
     return f"{mean(found):+.1%}{error}"
 
 
 def closeness(row: Row) -> float:
-    """How far from the float model."""
+    """Return the distance from the float model."""
     far: float = row["kl"] if "kl" in row else row["distance"]
     return far
 
 
 def figure(value: object) -> str:
-    """A value of a claim as it is shown."""
+    """Return a value of a claim as text."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """A row for each handler, a column for each twin."""
+    """Return a row for each handler, with a column for each twin."""
     twins, handlers = list(dict.fromkeys(row["twin"] for row in rows)), dict.fromkeys(row["handler"] for row in rows)
     at = {(row["handler"], row["twin"]): row for row in rows}
     best = {twin: best_of(row for row in rows if row["twin"] == twin) for twin in twins}
@@ -126,12 +126,12 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def best_of(rows: Iterable[Row]) -> Row:
-    """The row closest to the float model."""
+    """Return the row closest to the float model."""
     return min(rows, key=closeness)
 
 
 def cell(row: Row, best: bool) -> str:
-    """What one handler does on one model."""
+    """Return what one handler does on one model, as text."""
     text = (
         f"{row['increase']:+.4f} ({row['kl']:.4f})" if "kl" in row else f"{row['retained']:.1%} ({row['distance']:.4f})"
     )

@@ -1,6 +1,6 @@
-"""`kernels/budgets.json`: what each kernel may use on each GPU, from machine code compiled ahead of time.
+"""`kernels/budgets.json` says what each kernel may use on each GPU, by machine code that is compiled ahead of time.
 
-`python -m benchmarks.kernel_budgets.budgets` compiles all of them and says what regressed; with `--write` it writes
+`python -m benchmarks.kernel_budgets.budgets` compiles all kernels and prints what regressed; with `--write` it writes
 the file anew.
 """
 
@@ -31,19 +31,19 @@ Budget = Mapping[str, Any]
 
 
 def entries() -> list[Entry]:
-    """All of them."""
+    """Return all entries."""
     return [*products(), *others()]
 
 
 def measure(entry: Entry) -> Figures:
-    """Compile the last kernel that the entry's launcher launches, and read it."""
+    """Compile the last kernel that the entry launches, and read its figures."""
     with compile_only(entry.arch) as compiled:
         entry.launch()
     return figures(compiled[-1], entry.weights)
 
 
 def misses(entry: Entry, found: Figures) -> list[str]:
-    """What the project demands of the kernel and it does not give, a sentence each."""
+    """Return the demands that a kernel does not meet, as phrases."""
     demands = [
         (entry.mma.fullmatch(found.mma), f"multiplies by {found.mma or 'nothing'} instead of {entry.mma.pattern}"),
         (found.spills == 0, f"{found.spills} instructions spill"),
@@ -56,7 +56,7 @@ def misses(entry: Entry, found: Figures) -> list[str]:
 
 
 def regressions(found: Figures, budget: Budget) -> list[str]:
-    """In what a kernel is worse than its budget, a phrase each; better is no regression."""
+    """Return in what a kernel is worse than its budget, as phrases; better figures are no regression."""
     now = asdict(found)
     worse = [f"{name} {now[name]} above {budget[name]}" for name in MORE_IS_WORSE if now[name] > budget[name]]
     worse += [f"{found.ctas} CTAs fit an SM, not {budget['ctas']}"] * (found.ctas < budget["ctas"])
@@ -65,14 +65,14 @@ def regressions(found: Figures, budget: Budget) -> list[str]:
 
 
 def budget_of(entry: Entry, found: Figures) -> dict[str, Any]:
-    """The figures, with what they miss and why."""
+    """Return the figures, with the demands that they miss and the reason."""
     missed = misses(entry, found)
     why = {"misses": missed, "reason": reason_for(entry.kernel, entry.arch)} if missed else {}
     return asdict(found) | why
 
 
 def report(chosen: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
-    """Measure entries, and print a line for each."""
+    """Measure entries, and print a line for each of them."""
     for entry in chosen:
         found = measure(entry)
         told = "; ".join(misses(entry, found))
@@ -81,7 +81,7 @@ def report(chosen: Iterable[Entry]) -> Iterator[tuple[Entry, Figures]]:
 
 
 def summary(found: Figures) -> str:
-    """The figures on one line."""
+    """Return the figures as one line."""
     return (
         f"{found.registers:3} regs {found.spills:3} spills {found.shared >> 10:3} KB {found.ctas} CTAs, "
         f"loop {found.mmas:3} mma {found.instructions:4} instr {found.logic:5} logic/8w "
@@ -94,7 +94,7 @@ def summary(found: Figures) -> str:
 @click.option("--as-json", is_flag=True, help="Print the figures as JSON, and compare nothing.")
 @click.argument("archs", nargs=-1)
 def main(write: bool, as_json: bool, archs: tuple[str, ...]) -> None:
-    """Compile every kernel for every GPU (or ARCHS only) and compare with its budget.
+    """Compile every kernel for every GPU (or only for ARCHS) and compare it with its budget.
 
     Raises:
         click.UsageError: `--write` for some GPUs only would lose the others.
@@ -111,7 +111,7 @@ def main(write: bool, as_json: bool, archs: tuple[str, ...]) -> None:
 
 
 def dump(found: Iterable[tuple[Entry, Figures]]) -> str:
-    """The file's text: by kernel and GPU."""
+    """Return the file's text, by kernel and GPU."""
     table: dict[str, dict[str, Any]] = {}
     for entry, now in found:
         table.setdefault(entry.kernel, {})[entry.arch] = budget_of(entry, now)
@@ -119,7 +119,7 @@ def dump(found: Iterable[tuple[Entry, Figures]]) -> str:
 
 
 def compare(found: Iterable[tuple[Entry, Figures]]) -> int:
-    """Print what regressed; the exit code."""
+    """Print what regressed; return the exit code."""
     budgets, code = json.loads(BUDGETS.read_text())["kernels"], 0
     for entry, now in found:
         for told in regressions(now, budgets[entry.kernel][entry.arch]):

@@ -1,4 +1,4 @@
-"""Compiling kernels ahead of time: whatever a launcher launches, for a GPU that is not there."""
+"""Kernels are compiled ahead of time, as a launcher launches them, for a GPU that this machine need not have."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Compiled:
     """A kernel as machine code.
 
     Attributes:
-        name: of the kernel.
-        arch: what it was compiled for.
+        name: the kernel's name.
+        arch: the architecture for which it was compiled.
         code: SASS or amdgcn, as text.
-        registers: 32-bit registers of each thread; on AMD its vector registers.
-        shared: bytes of shared memory that a CTA asks for.
-        threads: of a CTA.
+        registers: the 32-bit registers of each thread; on AMD its vector registers.
+        shared: the bytes of shared memory that a CTA asks for.
+        threads: the threads of a CTA.
     """
 
     name: str
@@ -42,25 +42,25 @@ class Compiled:
 
 @dataclass(frozen=True)
 class NoDriver:
-    """All that Triton asks of a driver until a kernel is launched; the device is called like its target."""
+    """All that Triton needs of a driver until a kernel is launched; the device has the name of its target."""
 
     target: GPUTarget
 
     def get_current_device(self) -> str:
-        """What Triton keeps compiled kernels by."""
+        """Return the key by which Triton keeps compiled kernels."""
         return f"{self.target.backend} {self.target.arch}"
 
     def get_current_stream(self, device: str) -> int:  # noqa: ARG002
-        """Any."""
+        """Return any stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
+        """Return the target to compile for."""
         return self.target
 
 
 def target_of(arch: str) -> GPUTarget:
-    """`sm_80` or `gfx942` as Triton names it."""
+    """Return Triton's target for a name such as `sm_80` or `gfx942`."""
     if arch.startswith("gfx"):
         return GPUTarget("hip", arch, 64)
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -68,13 +68,13 @@ def target_of(arch: str) -> GPUTarget:
 
 @contextmanager
 def compile_only(arch: str) -> Iterator[list[Compiled]]:
-    """Within, `kernel[grid](...)` compiles for `arch` as it would there, and runs nothing.
+    """Make `kernel[grid](...)` compile for `arch` as it would there, and run nothing, within the context.
 
-    Arguments may be tensors of the meta device: their types count, their addresses are taken as aligned to 16 bytes.
-    Nothing is read from Triton's cache, nor left in it.
+    Arguments may be tensors of the meta device: their dtypes count, and their addresses are assumed to be aligned to 16
+    bytes. Triton's cache is neither read nor written.
 
     Yields:
-        What was compiled so far, in order.
+        The kernels compiled so far, in order.
     """
     compiled: list[Compiled] = []
     run, target = JITFunction.run, target_of(arch)
@@ -98,7 +98,7 @@ def compile_only(arch: str) -> Iterator[list[Compiled]]:
 
 
 def read(made: Any, arch: str) -> Compiled:
-    """The machine code of a kernel that Triton compiled."""
+    """Read the machine code of a kernel that Triton compiled."""
     meta = made.metadata
     threads = meta.num_warps * meta.target.warp_size
     code, usage = (made.asm["amdgcn"],) * 2 if arch.startswith("gfx") else disassemble(made.asm["cubin"])
@@ -108,7 +108,7 @@ def read(made: Any, arch: str) -> Compiled:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """SASS with labels, and the use of resources, by the tools that come with Triton."""
+    """Return SASS with labels, and the use of resources, by the tools that come with Triton."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -118,5 +118,5 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints."""
+    """Return what a command prints."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

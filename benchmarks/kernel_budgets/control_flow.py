@@ -1,4 +1,4 @@
-"""Loops of a kernel's machine code, from its labels and branches."""
+"""The loops of a kernel's machine code follow from its labels and branches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Graph = list[list[int]]
 
 
 def loops(code: list[str]) -> list[list[str]]:
-    """The natural loops (Aho et al. 2006, section 9.6.6) of instructions and labels, each without its labels."""
+    """Return the natural loops (Aho et al. 2006, section 9.6.6) of instructions and labels, without the labels."""
     blocks = basic_blocks(code)
     graph = successors(blocks)
     bodies = (loop_body(graph, tail, head) for tail, head in back_edges(graph))
@@ -18,7 +18,7 @@ def loops(code: list[str]) -> list[list[str]]:
 
 
 def basic_blocks(code: list[str]) -> list[list[str]]:
-    """Runs of lines that are entered at their first and left at their last."""
+    """Split code into runs of lines that are entered at their first line and left at their last."""
     blocks: list[list[str]] = [[]]
     for line in code:
         if line.startswith(".") or (blocks[-1] and BRANCH.search(blocks[-1][-1])):
@@ -28,7 +28,7 @@ def basic_blocks(code: list[str]) -> list[list[str]]:
 
 
 def successors(blocks: list[list[str]]) -> Graph:
-    """Where each block leads: its branch, and the next block unless it always branches or ends."""
+    """Return the successors of each block: its branch, and the next block unless it always branches or ends."""
     labels = {block[0].rstrip(":"): number for number, block in enumerate(blocks) if block}
     graph: Graph = []
     for number, block in enumerate(blocks):
@@ -40,7 +40,7 @@ def successors(blocks: list[list[str]]) -> Graph:
 
 
 def back_edges(graph: Graph) -> list[tuple[int, int]]:
-    """Edges to a block that is on the way from the entry, found depth first."""
+    """Return the edges to a block that is on the path from the entry, in depth-first order."""
     edges, seen, path = [], {0}, [(0, iter(graph[0]))]
     while path:
         node, following = path[-1]
@@ -57,7 +57,7 @@ def back_edges(graph: Graph) -> list[tuple[int, int]]:
 
 
 def loop_body(graph: Graph, tail: int, head: int) -> set[int]:
-    """Blocks from which `tail` is reached without passing `head`, and both."""
+    """Return `tail`, `head` and the blocks from which `tail` is reached without passing `head`."""
     body, waiting = {head, tail}, [tail]
     while waiting:
         node = waiting.pop()

@@ -1,4 +1,4 @@
-"""Which instructions of a loop work on operands that it loaded, rather than on addresses, counters and scales."""
+"""Some instructions of a loop work on loaded operands, and others on addresses, counters and scales."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 REGISTERS = re.compile(r"\bR(\d+)\b|\bv(\d+)\b|\bv\[(\d+):(\d+)\]")
 PREDICATE = re.compile(r"^@!?U?P\w+ +")
 LOADS = re.compile(r"^LD|^(?:ds|global|buffer|flat)_(?:read|load)")
-# Reads of shared and tensor memory, and wide ones of global memory, into registers; scales are narrow.
+# Reads of shared and tensor memory, and wide reads of global memory, into registers; scales are narrow.
 READS = re.compile(
     r"^(?:LDS|LDSM|LDTM|LDG\S*\.(?:64|128))\b|^(?:ds_read|ds_load|(?:global|buffer|flat)_load_dwordx[24])"
 )
@@ -16,27 +16,27 @@ WIDE = re.compile(r"\.(64|128)\b|\.M88\.(\d)\b|\.x(\d+)\b")
 
 
 def on_operands(loop: list[str], wanted: Callable[[str], object]) -> int:
-    """Instructions of a kind that read a register which holds a loaded operand, or what was made of it.
+    """Count instructions of a kind that read a register with a loaded operand, or with what was computed from one.
 
     Args:
-        loop: instructions; what one iteration leaves in registers, the next finds there.
-        wanted: whether an instruction is of the kind.
+        loop: the instructions; what one iteration leaves in registers is there in the next.
+        wanted: returns whether an instruction is of the kind.
     """
     held: set[int] = set()
     found = 0
-    for _ in range(2):  # the second time around, registers hold what they do in the midst of a run
+    for _ in range(2):  # in the second round, registers hold what they hold in the midst of a run
         found = 0
         for line in (PREDICATE.sub("", line) for line in loop):
             written, read = operands(line)
             on_held = any(register in held for register in read)
             found += bool(wanted(line)) and on_held
-            holds = READS.match(line) if LOADS.match(line) else on_held  # what is loaded is not what its address is
+            holds = READS.match(line) if LOADS.match(line) else on_held  # a loaded value is not its address
             held = held | written if holds else held - written
     return found
 
 
 def operands(line: str) -> tuple[set[int], list[int]]:
-    """The registers an instruction writes, taken to be its first operand, and those it reads."""
+    """Return the registers that an instruction writes, assumed to be its first operand, and those that it reads."""
     name, _, rest = line.partition(" ")
     groups = [registers(found) for found in REGISTERS.finditer(rest)]
     first = rest.split(",")[0]
@@ -51,7 +51,7 @@ def operands(line: str) -> tuple[set[int], list[int]]:
 
 
 def registers(found: re.Match[str]) -> list[int]:
-    """The numbers in `R7`, `v7` or `v[4:7]`."""
+    """Return the numbers in `R7`, `v7` or `v[4:7]`."""
     if found[3]:
         return list(range(int(found[3]), int(found[4]) + 1))
     return [int(found[1] or found[2])]

@@ -1,4 +1,4 @@
-"""Entries of `kernels/budgets.json`: a kernel in a configuration on a GPU, and what is demanded of it."""
+"""An entry of `kernels/budgets.json` is a kernel in a configuration on a GPU, with the demands on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOGIC = {
     "pair": 1.0,
     "bytes": 0.5,
     "native": 0.0,
-}  # for 8 weights; scales of groups are not free
+}  # for 8 weights; scales of groups take some
 LAYOUTS = {"w4a8": ("w4", "int8"), "w4a4": ("w4", "pair"), "w8a8": ("w8", "int8"), "s4a4": ("s4", "s4")}
 
 
@@ -35,12 +35,12 @@ class Entry:
     """One kernel in one configuration for one GPU.
 
     Attributes:
-        kernel: what a regression is reported as.
+        kernel: the name under which a regression is reported.
         arch: a key of `ARCHITECTURES`.
         launch: launches the kernel on tensors of the meta device.
-        weights: that a CTA unpacks in an iteration.
-        mma: the instruction it must multiply by.
-        logic: operations for 8 weights, at most.
+        weights: the weights that a CTA unpacks in an iteration.
+        mma: the instruction by which it must multiply.
+        logic: the most operations for 8 weights.
         scales: whether its loop loads scales.
     """
 
@@ -54,7 +54,7 @@ class Entry:
 
 
 def products() -> Iterator[Entry]:
-    """The tabled configurations of products of integers, and native int4 products."""
+    """Yield integer products in the configurations of the table, and native int4 products."""
     for arch in ARCHITECTURES:
         for scheme in read_table()[arch]:
             for config in configurations(arch, scheme):
@@ -66,7 +66,7 @@ def products() -> Iterator[Entry]:
 
 
 def configurations(arch: str, scheme: str) -> list[Config]:
-    """The different tiles of the shipped table, each with as many parts of K as any shape has."""
+    """Return the different tiles of the shipped table, each with the most parts of K that any shape has."""
     found: dict[Config, int] = {}
     for row in read_table()[arch][scheme]:
         config = Config(**{name: value for name, value in row.items() if name != "shape"})
@@ -76,9 +76,9 @@ def configurations(arch: str, scheme: str) -> list[Config]:
 
 
 def product(scheme: str, arch: str, config: Config, zero_points: bool = False) -> Entry:
-    """A product by the kernel that serves this scheme and configuration.
+    """Return a product by the kernel that serves this scheme and configuration.
 
-    Weights have zero points where they cost next to nothing: with one scale a channel.
+    Weights have zero points where these cost next to nothing: with one scale for each channel.
     """
     in_groups = scheme.endswith("g")
     weights, activations = LAYOUTS[scheme.removesuffix("g")]

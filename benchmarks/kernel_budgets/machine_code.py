@@ -1,4 +1,4 @@
-"""What the machine code of a kernel says about its speed: SASS and amdgcn, read as text."""
+"""The machine code of a kernel, SASS or amdgcn, is read as text, and says much about the kernel's speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.kernel_budgets.occupancy import resident
 P = r"^(?:@!?U?P\w+ +)?"  # a predicate
 INSTRUCTION = re.compile(P + r"(?:[A-Z]+[A-Z0-9]*\b|[vs]_|(?:global|buffer|flat|scratch|ds)_|\.L\w+:)")
 MMA = re.compile(P + r"((?:I|H|IG|HG|Q|QG|O|UTC[A-Z]*)MMA\b\S*|v_s?mfma\w+)")
-# Shifts, masks and byte permutations; IMAD.SHL is a shift that runs on the multipliers.
+# Shifts, masks and byte permutations. IMAD.SHL is a shift that runs on the multipliers.
 LOGIC = re.compile(
     r"(?:LOP3|LOP|PRMT|SHF|SHL|SHR|SGXT|BFE|BFI|IMAD\.SHL)\b"
     r"|v_(?:pk_)?(?:and|or|xor|not|lshl|lshr|ashr|bfe|bfi|perm|alignb|or3|xad)"
@@ -30,19 +30,19 @@ AMD_BITS = {
 
 @dataclass(frozen=True)
 class Figures:
-    """What a budget holds of a kernel.
+    """The figures of a kernel that a budget holds.
 
     Attributes:
-        mma: the matrix instruction of the main loop, "" without one.
-        registers: for each thread; on AMD, vector registers.
-        spills: instructions that move registers to or from local memory.
-        shared: bytes of shared memory for each CTA.
-        ctas: CTAs that fit an SM at once.
-        mmas, instructions, byte_shuffles: counted in one iteration of the main loop, for each warp.
-        logic: shifts, masks and permutations of operands in it, for each 8 weights; 0 where there are no weights.
-        wide_loads: loads from global memory in it of 128 bits or by TMA.
-        narrow_loads: those below; but not
-        scale_loads: into registers, of 32 bits at most.
+        mma: the matrix instruction of the main loop, "" if there is none.
+        registers: the registers of each thread; on AMD, vector registers.
+        spills: the number of instructions that move registers to or from local memory.
+        shared: the bytes of shared memory of each CTA.
+        ctas: the number of CTAs that fit an SM at once.
+        mmas, instructions, byte_shuffles: their number in one iteration of the main loop, for each warp.
+        logic: the number of shifts, masks and permutations of operands in it, for 8 weights; 0 if there are no weights.
+        wide_loads: the number of its loads from global memory of 128 bits or by TMA.
+        narrow_loads: the number of its narrower loads, without scale_loads.
+        scale_loads: the number of its loads into registers of at most 32 bits.
     """
 
     mma: str
@@ -60,11 +60,11 @@ class Figures:
 
 
 def figures(kernel: Compiled, weights: int) -> Figures:
-    """Read a kernel.
+    """Read the figures of a kernel.
 
     Args:
-        kernel: as compiled.
-        weights: that one CTA unpacks in one iteration of its main loop.
+        kernel: the compiled kernel.
+        weights: the weights that one CTA unpacks in one iteration of its main loop.
     """
     code = instructions(kernel.code)
     loop = main_loop(code)
@@ -90,24 +90,24 @@ def figures(kernel: Compiled, weights: int) -> Figures:
 
 
 def instructions(code: str) -> list[str]:
-    """Instructions and labels, in order."""
+    """Return instructions and labels, in order."""
     lines = (line.split(";")[0].strip() for line in code.splitlines())
     return [line for line in lines if INSTRUCTION.match(line)]
 
 
 def main_loop(code: list[str]) -> list[str]:
-    """The smallest loop with the most matrix instructions; all of the code if there is none."""
+    """Return the smallest loop with the most matrix instructions, or all of the code if there is none."""
     busy = [loop for loop in loops(code) if count(MMA, loop)]
     return min(busy, key=lambda loop: (-count(MMA, loop), len(loop)), default=code)
 
 
 def count(pattern: re.Pattern[str], code: list[str]) -> int:
-    """Instructions of a kind."""
+    """Count the instructions of a kind."""
     return sum(map(bool, map(pattern.match, code)))
 
 
 def load_bits(name: str) -> int:
-    """Bits that a thread loads by an instruction; a TMA instruction loads a tile."""
+    """Return the bits that a thread loads by an instruction; a TMA instruction loads a tile and counts as 128."""
     if name.startswith(("UTMALDG", "UBLKCP")):
         return 128
     if "_load_" in name:
@@ -117,6 +117,6 @@ def load_bits(name: str) -> int:
 
 
 def spill_count(code: str, lines: list[str]) -> int:
-    """Instructions that spill; on AMD at least the registers that the compiler says it spilled."""
+    """Count the instructions that spill; on AMD at least the registers that the compiler says it spilled."""
     told = sum(map(int, re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", code)))
     return max(told, count(SPILL, lines))

@@ -1,4 +1,4 @@
-"""Operands that have shapes and no memory, for kernels that are compiled and not run."""
+"""Operands on the meta device have shapes but no memory, for kernels that are compiled and not run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ GROUP = 128
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    """A tensor of the meta device."""
+    """Return a tensor of the meta device."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def meta_weight(N: int, K: int, layout: str, in_groups: bool = False) -> PackedWeight:
-    """Asymmetric weights in a layout, with one scale a channel or scales of 8 bits for groups of 128."""
+    """Return asymmetric weights in a layout, with one scale a channel or with 8-bit scales for groups of 128."""
     G = K // GROUP if in_groups else 1
     return PackedWeight(
         data=meta(N, K if layout == "w8" else K // 2, dtype=torch.int8),
@@ -32,7 +32,7 @@ def meta_weight(N: int, K: int, layout: str, in_groups: bool = False) -> PackedW
 
 
 def meta_activations(M: int, K: int, layout: str, in_groups: bool = False) -> QuantizedActivations:
-    """Asymmetric activations in a layout, with the sums that such weights need."""
+    """Return asymmetric activations in a layout, with the sums that such weights need."""
     return QuantizedActivations(
         q=meta(M, K // 2 if layout == "s4" else K, dtype=torch.int8),
         scale=meta(M, dtype=torch.float32),

@@ -1,4 +1,4 @@
-"""How many CTAs of a kernel fit an SM at once, from what each uses."""
+"""The number of CTAs of a kernel that fit an SM at once follows from what each of them uses."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Limits of one SM (CUDA programming guide, table of compute capabilities) or CU (CDNA3 ISA, chapter 3).
+    """The limits of one SM (CUDA programming guide, table of compute capabilities) or CU (CDNA3 ISA, chapter 3).
 
     Attributes:
-        registers: 32-bit registers.
-        warps: resident warps.
-        ctas: resident CTAs.
-        shared: bytes of shared memory for CTAs.
-        reserved: bytes of it that each CTA takes beyond its own.
-        warp_size: threads in a warp.
-        partitions: parts that each own an equal share of registers and warps.
+        registers: the number of 32-bit registers.
+        warps: the number of resident warps.
+        ctas: the number of resident CTAs.
+        shared: the bytes of shared memory for CTAs.
+        reserved: the bytes of it that each CTA takes beyond its own.
+        warp_size: the number of threads in a warp.
+        partitions: the number of parts, each of which owns an equal share of registers and warps.
     """
 
     registers: int
@@ -41,13 +41,13 @@ GRANULE = 8  # registers of a thread are allocated by eights
 
 
 def resident(arch: str, registers: int, shared: int, threads: int) -> int:
-    """CTAs an SM holds; 0 if not even one fits.
+    """Return the number of CTAs that an SM holds, which is 0 if not even one fits.
 
     Args:
         arch: a key of `MULTIPROCESSORS`.
-        registers: for each thread.
-        shared: bytes for each CTA.
-        threads: of a CTA.
+        registers: the registers of each thread.
+        shared: the bytes of each CTA.
+        threads: the threads of a CTA.
     """
     sm = MULTIPROCESSORS[arch]
     warps = -(-threads // sm.warp_size)

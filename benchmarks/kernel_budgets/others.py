@@ -1,4 +1,4 @@
-"""Entries of `kernels/budgets.json` beside the products of integers: quantizers, runtime smooth, FP4."""
+"""Entries of `kernels/budgets.json` other than integer products are quantizers, runtime smooth and FP4."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMOOTH_LOGIC = 3.2  # weights become 16 · w
 
 
 def others() -> Iterator[Entry]:
-    """All of them."""
+    """Yield all of them."""
     for arch in ARCHITECTURES:
         yield from quantizers(arch)
         yield from smooth(arch)
@@ -32,12 +32,12 @@ def others() -> Iterator[Entry]:
 
 
 def entry(kernel: str, arch: str, launch: Callable[[], object], mma: str = NO_MMA) -> Entry:
-    """A kernel that has no weights to unpack; what it loads beside operands are scales."""
+    """Return the entry of a kernel that has no weights to unpack; what it loads besides operands are scales."""
     return Entry(kernel, arch, launch, 0, re.compile(mma), 0.0, scales=True)
 
 
 def quantizers(arch: str) -> Iterator[Entry]:
-    """Of tokens, plain and behind a norm and a Hadamard matrix; of FP4."""
+    """Yield the quantizers of tokens, alone and after a norm and a Hadamard matrix, and those of FP4."""
     x = meta(M, K, dtype=torch.bfloat16)
     norm = Prologue(gain=meta(K, dtype=torch.bfloat16), epsilon=1e-5, hadamard=128)
     yield entry("quantizer 8 bits", arch, lambda: token_quantizer.launch(x, 8, False, 1.0))
@@ -48,7 +48,7 @@ def quantizers(arch: str) -> Iterator[Entry]:
 
 
 def smooth(arch: str) -> Iterator[Entry]:
-    """Maxima of channels, and the product with one scale for each tile of K."""
+    """Yield the maxima of channels, and the product with one scale for each tile of K."""
     x = meta(M, K, dtype=torch.bfloat16)
     yield entry("smooth maxima", arch, lambda: smooth_maxima.launch(x, True))
     qx, order = meta_activations(M, K, "int8", in_groups=True), meta(K, dtype=torch.int64)
@@ -64,14 +64,14 @@ def smooth(arch: str) -> Iterator[Entry]:
 
 
 def fp4(arch: str) -> Iterator[Entry]:
-    """Products of FP4 on GPUs that have such instructions."""
+    """Yield products of FP4 on GPUs that have such instructions."""
     for tokens in (16, M):
         yield fp4_product("mxfp4", 32, None, arch, tokens)
         yield fp4_product("nvfp4", 16, meta(dtype=torch.float32), arch, tokens)
 
 
 def fp4_product(name: str, group: int, global_scale: Tensor | None, arch: str, tokens: int) -> Entry:
-    """A product in the tile that is chosen for so many tokens."""
+    """Return a product in the tile that is chosen for so many tokens."""
     config, pure = fp4_linear.choose_fp4_config(tokens, arch)
     of_tokens = None if global_scale is None else meta(tokens, dtype=torch.float32)
     qx = Fp4Activations(fp4_bytes(tokens, K // 2), fp4_bytes(tokens, K // group), of_tokens)
@@ -83,5 +83,5 @@ def fp4_product(name: str, group: int, global_scale: Tensor | None, arch: str, t
 
 
 def fp4_bytes(*shape: int) -> Tensor:
-    """Codes, two a byte, or bytes of scales."""
+    """Return codes, two in a byte, or bytes of scales."""
     return meta(*shape, dtype=torch.uint8)

@@ -1,10 +1,10 @@
-"""Why some kernels miss what is demanded of them; one that misses something without a reason fails a test."""
+"""Some kernels miss a demand for a reason that is given here; a miss without a reason fails a test."""
 
 from __future__ import annotations
 
 import re
 
-REASONS = (  # kernel, GPU, reason; the first that fits
+REASONS = (  # kernel, GPU, reason; the first match counts
     (
         r"w4a8g .*", r"gfx942",
         "the AMD compiler takes shifts of int8 tensors apart, and inline assembly on them does not compile; masks "
@@ -35,6 +35,6 @@ REASONS = (  # kernel, GPU, reason; the first that fits
 
 
 def reason_for(kernel: str, arch: str) -> str:
-    """Why a kernel misses something on a GPU; empty if nothing is known."""
+    """Return why a kernel misses a demand on a GPU, or an empty text if no reason is known."""
     fitting = (why for name, gpu, why in REASONS if re.fullmatch(name, kernel) and re.fullmatch(gpu, arch))
     return next(fitting, "")

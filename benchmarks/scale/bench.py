@@ -1,6 +1,6 @@
-"""Seconds and peak memory of quantizing random models of known shapes, at several depths.
+"""Random models of known shapes are quantized at several depths, and time and peak memory are measured.
 
-The tables are `benchmarks/results/scale-KIND.md`.
+The tables are in `benchmarks/results/scale-KIND.md`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quantize.calibration.precision import bfloat16_unit
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("peer.py")
-# The second where the processor multiplies no bfloat16: there the first takes several times as long.
+# The second peer is for CPUs without bfloat16 products, on which the first takes several times as long.
 PEERS = ("llm-compressor gptq", "llm-compressor gptq, float32")
 METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ that the products of the phase reach in a CPU second.
 def bench(
     size: str, layers: int, methods: tuple[str, ...], samples: int, seqlen: int, peer: str | None, folder: Path
 ) -> list[Row]:
-    """One model, quantized by each method in a process of its own, and by the peer if there is one, with its like."""
+    """Quantize one model by each method in a process of its own, and by the peer, if there is one."""
     model, tokens = folder / "model", folder / "tokens.jsonl"
     parameters = write_model(model, size, layers)
     write_tokens(tokens, size, samples, seqlen)
@@ -73,14 +73,14 @@ def bench(
 
 
 def measured(command: list[str]) -> Row:
-    """What a run prints last, as JSON; its errors are shown as they are."""
+    """Return the last line that a run prints, read as JSON; its errors are shown as they are."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: Row = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def line(row: Row) -> str:
-    """A row of the table of runs."""
+    """Return a row of the table of runs."""
     billions = row["parameters"] / 1e9
     cells = [row["size"], row["layers"], row["method"], f"{row['seconds']:.1f}", f"{row['cpu']:.1f}",
              f"{row['cpu'] / billions:.1f}", f"{row['peak_mb']:.0f}", f"{row['interpreter_mb']:.0f}",
@@ -90,7 +90,7 @@ def line(row: Row) -> str:
 
 
 def phase_lines(row: Row) -> list[str]:
-    """Rows of the table of phases: what part of the product's speed each phase reaches, on the cores it keeps busy."""
+    """Return rows of the table of phases, with the part of the product's speed that each phase reaches."""
     lines = []
     for name, phase in sorted(row["phases"].items(), key=lambda item: -item[1]["cpu"]):
         cpu, seconds = max(phase["cpu"], 1e-9), max(phase["seconds"], 1e-9)
@@ -103,7 +103,7 @@ def phase_lines(row: Row) -> list[str]:
 
 
 def report(rows: list[Row], machine: Processor) -> str:
-    """The tables as Markdown."""
+    """Return the tables as Markdown."""
     runs = [RUNS.format(machine=machine), *map(line, rows), ""]
     phases = [PHASES, *(text for row in rows if "phases" in row for text in phase_lines(row)), ""]
     return "\n".join([*runs, *filter(None, [verdict(rows, PEERS[0])]), *phases])

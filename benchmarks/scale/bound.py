@@ -1,4 +1,4 @@
-"""The least time that GPTQ can take here: the steps that none goes without, each by the fastest that is known."""
+"""The least time of GPTQ on this machine is that of its necessary steps, each by the fastest code that is known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def forward(model: str, ids: Tensor) -> float:
-    """Seconds of transformers' forward pass over tokens [n, length], less one layer: none uses what the last gives."""
+    """Return seconds of transformers' forward pass over tokens [n, length] without the last layer, which is unused."""
     loaded = AutoModel.from_pretrained(model, dtype=DTYPE)
     batch, layers = ids[: max(1, BATCH_TOKENS // ids.shape[1])], loaded.config.num_hidden_layers
     with torch.no_grad():
@@ -40,7 +40,7 @@ def forward(model: str, ids: Tensor) -> float:
 
 
 def gram(x: Tensor) -> float:
-    """Seconds of xᵀx, of which half need be computed: by BLAS, and by torch as products may be rounded."""
+    """Return seconds of xᵀx, half of which must be computed: by BLAS, or by torch with operands that may be rounded."""
     half, columns = np.zeros((x.shape[1], x.shape[1]), np.float32, order="F"), x.numpy().T
     rounded = x.to(DTYPE)
     by_blas = partial(ssyrk, 1.0, columns, beta=1.0, c=half, overwrite_c=1)
@@ -48,20 +48,20 @@ def gram(x: Tensor) -> float:
 
 
 def factor(H: Tensor) -> float:
-    """Seconds of the factor of H [K, K], symmetric: by LAPACK, by torch, and as it is taken here, damped anew."""
+    """Return seconds of the factor of a symmetric H [K, K]: by LAPACK, by torch, or by our code with damping."""
     by_lapack = partial(spotrf, np.asfortranarray(H.numpy()), clean=0)
     return fastest(by_lapack, partial(torch.linalg.cholesky, H), lambda: hessian.factor(H.clone(), 0.01))
 
 
 def feedback(H: Tensor, rows: int) -> float:
-    """Seconds of a product of errors [rows, K] with what stands above the diagonal of H [K, K]."""
+    """Return seconds of a product of errors [rows, K] with the part above the diagonal of H [K, K]."""
     H = H.to(DTYPE)
     errors = torch.randn(rows, len(H), generator=torch.Generator().manual_seed(0)).to(H)
     return fastest(halves=partial(torch.mm, errors, H))
 
 
 def columns(K: int, rows: int) -> float:
-    """Seconds of rounding K columns of [rows, K] in turn as it is done here, for which there is no library."""
+    """Return seconds of rounding K columns of [rows, K] in turn by our code, because no library does it."""
     generator, block = torch.Generator().manual_seed(0), min(GROUP, K)
     W, scale = torch.randn(block, rows, generator=generator), torch.full((block, rows), 0.3)
     grid = QParams(scale, None, WeightArgs(num_bits=4, group_size=block))
@@ -70,13 +70,13 @@ def columns(K: int, rows: int) -> float:
 
 
 def fastest(*runs: Callable[[], object], halves: Callable[[], object] | None = None) -> float:
-    """Seconds of the fastest; of `halves`, which computes twice what is needed, half."""
+    """Return the seconds of the fastest run; half of them for `halves`, which computes twice what is needed."""
     found = [best_of(run, REPEATS) for run in runs]
     return min([*found, best_of(halves, REPEATS) / 2] if halves else found)
 
 
 def layer(config: Row, tokens: int) -> dict[str, float]:
-    """Seconds of each step but the forward pass in a layer of a Llama, whose linears share four inputs."""
+    """Return seconds of each step but the forward pass in a layer of a Llama, whose linears share four inputs."""
     d, f = config["hidden_size"], config["intermediate_size"]
     kv = d // config["num_attention_heads"] * config["num_key_value_heads"]
     found = dict.fromkeys(("Gram matrices", "factors", "error feedback", "columns"), 0.0)
@@ -100,7 +100,7 @@ def main(model: str, tokens: str) -> None:
 
 
 def verdict(rows: list[Row], peer: str) -> str:
-    """What part of the peer's time GPTQ takes as the peer runs it, and what bounds it; nothing without the peer."""
+    """Return which part of the peer's time plain GPTQ takes, and what bounds it; an empty text without the peer."""
     deepest = max(row["layers"] for row in rows)
     runs = {row["method"]: row for row in rows if row["layers"] == deepest}
     if not {peer, "gptq-plain", "rtn"} <= runs.keys():

@@ -1,4 +1,4 @@
-"""Random Llamas of the shapes of known models, written shard by shard: no more than one layer is in memory."""
+"""Random Llamas of the shapes of known models are written shard by shard, with at most one layer in memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHAPES: dict[str, dict[str, int | bool]] = {
 
 
 def write_model(directory: Path, size: str, layers: int) -> int:
-    """A model directory of `layers` layers of a shape, in bf16, the same bytes each time; returns its parameters."""
+    """Write a model of so many layers in bf16, with the same bytes each time; return the number of its parameters."""
     directory.mkdir(parents=True)
     shape = SHAPES[size]
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": layers,
@@ -43,7 +43,7 @@ def write_model(directory: Path, size: str, layers: int) -> int:
 
 
 def shards(size: str, layers: int) -> Iterator[dict[str, Tensor]]:
-    """The embeddings, each layer, and what stands behind them."""
+    """Yield the embeddings, each layer, and what follows the layers."""
     shape = SHAPES[size]
     d, f, vocab = int(shape["hidden_size"]), int(shape["intermediate_size"]), int(shape["vocab_size"])
     kv = d // int(shape["num_attention_heads"]) * int(shape["num_key_value_heads"])
@@ -60,18 +60,18 @@ def shards(size: str, layers: int) -> Iterator[dict[str, Tensor]]:
 
 
 def normal(rows: int, columns: int, seed: int) -> Tensor:
-    """bf16 [rows, columns] of deviation 0.02."""
+    """Return bf16 [rows, columns] of standard deviation 0.02."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
 
 
 def norm(width: int, seed: int) -> Tensor:
-    """bf16 [width] near 1, as trained norms are: none is left that could be folded and nobody would notice."""
+    """Return bf16 [width] near 1, as in trained norms, so that no gain is 1 and every wrong fold shows."""
     return 1 + 5 * normal(1, width, seed)[0]
 
 
 def write_tokens(path: Path, size: str, samples: int, seqlen: int) -> None:
-    """Rows of random token ids."""
+    """Write rows of random token ids."""
     vocab = int(SHAPES[size]["vocab_size"])
     ids = torch.randint(vocab, (samples, seqlen), generator=torch.Generator().manual_seed(1))
     path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids.tolist()))

@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ on the same model and tokens; runs in its own environment, without this package."""
+"""llm-compressor's GPTQ runs on the same model and tokens, in its own environment without this package."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def words(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of words t0, t1, ...: one is asked for even where the data are ids."""
+    """Make a tokenizer of words t0, t1, ..., which the peer needs even if the data are ids."""
     tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t0", eos_token="t0")
 
 
 def peak_memory() -> float:
-    """The most MB of 10⁶ bytes so far, from `exec` on; getrusage goes on from the process that started this one."""
+    """Return the peak so far in MB of 10⁶ bytes, counted from `exec` on; getrusage would include the parent process."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 

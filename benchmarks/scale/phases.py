@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and what part of the machine's matrix product each phase reaches."""
+"""The time of a run is split into phases, with the part of the machine's matrix product that each phase reaches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from quantize.graph.interpreter import Values
 from quantize.graph.shapes import multiply_adds
 from quantize.quantizers import column_rounding, gptq, rtn
 
-PEAK = 2048  # order of the matrices whose product is the yardstick
+PEAK = 2048  # order of the matrices whose product is the measure
 Flops = Callable[..., float]
 
 
 @dataclass
 class Phase:
-    """Seconds without those of phases within, CPU seconds, and floating-point operations of the matrix products."""
+    """Seconds without those of phases within it, CPU seconds, and floating-point operations of matrix products."""
 
     seconds: float = 0.0
     cpu: float = 0.0
@@ -34,14 +34,14 @@ class Phase:
 
 @dataclass
 class Phases:
-    """Times functions by name of the phase; a phase within another one counts for itself alone."""
+    """Times functions by the name of their phase; a phase within another one is counted only for itself."""
 
     phases: dict[str, Phase] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
     last: tuple[float, float] = (0.0, 0.0)
 
     def timed(self, name: str, run: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
-        """`run`, with its time and its operations counted."""
+        """Return `run` with its time and its operations counted."""
 
         @functools.wraps(run)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -57,7 +57,7 @@ class Phases:
         return counted
 
     def counting(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """`interpreter.run_node`, with the operations of the node counted for what is running."""
+        """Return `interpreter.run_node` with the operations of the node counted for the running phase."""
 
         @functools.wraps(run)
         def counted(program: Any, node: fx.Node, values: Values, state: Any) -> Any:
@@ -79,7 +79,7 @@ class Phases:
         return self.phases.setdefault(name, Phase())
 
     def _switch(self) -> None:
-        """Give the time since the last switch to what ran."""
+        """Add the time since the last switch to the running phase."""
         now = (time.perf_counter(), time.process_time())
         phase = self._running()
         phase.seconds += now[0] - self.last[0] if self.last[0] else 0.0
@@ -107,12 +107,12 @@ def watch() -> Phases:
 
 
 def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice, *_: int) -> float:
-    """Of some rows of leftᵀ right; of xᵀx only what stands right of the diagonal is computed."""
+    """Return the operations of some rows of leftᵀ right; of xᵀx only the part right of the diagonal is computed."""
     columns: int = len(total) - (rows.start if left is right else 0)
     return 2.0 * len(left) * int(rows.stop - rows.start) * columns
 
 
 def product_rate() -> float:
-    """Floating-point operations in a CPU second of a float32 matrix product: the best of six."""
+    """Return floating-point operations in a CPU second of a float32 matrix product, the best of six."""
     a = torch.randn(PEAK, PEAK, generator=torch.Generator().manual_seed(0))
     return 2 * PEAK**3 / best_of(lambda: a @ a, 6, time.process_time)

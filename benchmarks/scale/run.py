@@ -1,4 +1,4 @@
-"""One run of `bench_scale`, in a process of its own so that its peak memory is its own, and what is foreseen of it."""
+"""One run of `bench_scale` has a process of its own, and so its own peak of memory; it prints its estimate as well."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from quantize.recipe.recipe import load_recipe
 RECIPES: dict[str, dict[str, Any]] = {
     "rtn": {"quantizer": {"name": "rtn"}},
     "gptq": {"quantizer": {"name": "gptq"}},
-    "gptq-plain": {"quantizer": {"name": "gptq", "mse": False, "sweeps": 0}},  # what other tools call GPTQ
+    "gptq-plain": {"quantizer": {"name": "gptq", "mse": False, "sweeps": 0}},  # called GPTQ by other tools
     "gptaq": {"quantizer": {"name": "gptaq"}},
 }
 
 
 def settings(model: Path, method: str) -> dict[str, Any]:
-    """A recipe for W4A16, symmetric in groups of 128 (or all columns if there are fewer)."""
+    """Return a recipe for W4A16, symmetric in groups of 128, or of all columns if there are fewer."""
     config = json.loads((model / "config.json").read_text())
     group = 128 if config["hidden_size"] % 128 == 0 else 0
     return {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method]}
 
 
 def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> None:
-    """Print what a dry run tells of the same run, as JSON; in a process of its own, as it exports the model."""
+    """Print a dry run's estimates of the same run as JSON, in a process of its own, because it exports the model."""
     recipe = load_recipe("W4A16", settings(Path(model), method), nsamples=int(samples), seqlen=int(seqlen))
     prepared = prepare(Path(model), recipe, Path(tokens), read=False)
     found = preflight(prepared)
