@@ -1,4 +1,4 @@
-"""What kernels on activations share: a tile on its way to the quantizer, and rounding that every machine agrees on."""
+"""Kernels on activations share the way of a tile to the quantizer, and a rounding that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ MAGIC_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 
 @triton.jit
 def round_half_even(x: tl.tensor) -> Any:
-    """float32 with magnitudes below 2^22 → int32."""
+    """Round float32 with magnitudes below 2^22 to int32, half to even."""
     return (x + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
 
 
 @triton.jit
 def divided(x: tl.tensor, divisor: tl.tensor) -> Any:
-    """X / divisor, rounded as IEEE has it, for one divisor > 0 of many x; exact below 2^-126 only where that is 0.
+    """Return x / divisor as IEEE rounds it, for one divisor > 0 of many x; results below 2^-126 are exact only if 0.
 
     Both are first scaled by the power of two that brings the divisor to [1, 4). The product with a reciprocal is within
-    two last places; a step of Newton's brings it to one, from where the next gives the nearest (Markstein 1990).
+    two units in the last place. One step of Newton's method brings it to one unit, and the next step gives the nearest
+    value (Markstein 1990).
     """
     exponent = divisor.to(tl.int32, bitcast=True) >> 23
     power = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
@@ -35,7 +36,7 @@ def divided(x: tl.tensor, divisor: tl.tensor) -> Any:
 
 @triton.jit
 def sylvester(ORDER: tl.constexpr) -> Any:
-    """float32 [ORDER, ORDER] of ±1, ORDER ≤ 256: entry (i, j) is -1 where i & j has an odd number of bits."""
+    """Return float32 [ORDER, ORDER] of ±1, ORDER ≤ 256: entry (i, j) is -1 if i & j has an odd number of bits."""
     i = tl.arange(0, ORDER)
     bits = i[:, None] & i[None, :]
     bits ^= bits >> 4
@@ -46,7 +47,7 @@ def sylvester(ORDER: tl.constexpr) -> Any:
 
 @triton.jit
 def hadamard(x: tl.tensor, ORDER: tl.constexpr) -> Any:
-    """[m, k] → float32 [m, k]: every ORDER neighbours times Sylvester's matrix over √ORDER, summed in float32."""
+    """Multiply every ORDER neighbours of [m, k] by Sylvester's matrix / √ORDER, summed in float32: float32 [m, k]."""
     rows: tl.constexpr = x.shape[0] * x.shape[1] // ORDER
     H = sylvester(ORDER).to(x.dtype)
     mixed = tl.dot(tl.reshape(x, (rows, ORDER)), H, input_precision="ieee") * (1.0 / ORDER**0.5)
@@ -55,7 +56,7 @@ def hadamard(x: tl.tensor, ORDER: tl.constexpr) -> Any:
 
 @triton.jit
 def rms_norm(x: tl.tensor, inverse_rms: tl.tensor, gain: tl.tensor) -> Any:
-    """[m, k] in the dtype of x: rounded to it before and behind the gain, as transformers' norms are."""
+    """Return [m, k] in the dtype of x, rounded to it before and after the gain, as in transformers' norms."""
     normed = (x.to(tl.float32) * inverse_rms[:, None]).to(x.dtype)
     return (normed.to(tl.float32) * gain[None, :].to(tl.float32)).to(x.dtype)
 
@@ -64,7 +65,7 @@ def rms_norm(x: tl.tensor, inverse_rms: tl.tensor, gain: tl.tensor) -> Any:
 def mean_square(
     x_ptr: tl.tensor, rows: tl.tensor, M: tl.tensor, K: tl.tensor, stride: tl.tensor, BLOCK_K: tl.constexpr
 ) -> Any:
-    """float32 [m]: the mean of squares of each row."""
+    """Return the mean of squares of each row, float32 [m]."""
     total = tl.zeros(rows.shape, tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -84,7 +85,7 @@ def inverse_rms_of(
     epsilon: tl.tensor,
     BLOCK_K: tl.constexpr,
 ) -> Any:
-    """float32 [m] for `rms_norm`: 1 / √(mean square + epsilon); ones where there is no norm."""
+    """Return 1 / √(mean square + epsilon), float32 [m], for `rms_norm`; ones if there is no norm."""
     if gain is None:
         return tl.full(rows.shape, 1.0, tl.float32)
     else:
@@ -95,7 +96,7 @@ def inverse_rms_of(
 def load_rows(
     x_ptr: tl.tensor, rows: tl.tensor, k: tl.tensor, source: tl.tensor, M: tl.tensor, K: tl.tensor, stride: tl.tensor
 ) -> Any:
-    """[m, k]: the columns `source` of rows, 0 outside of [M, K]."""
+    """Load the columns `source` of rows, [m, k], with 0 outside of [M, K]."""
     inside = (rows < M)[:, None] & (k < K)[None, :]
     return tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride + source[None, :], mask=inside, other=0.0)
 
@@ -114,7 +115,7 @@ def load_activations(
     stride: tl.tensor,
     HADAMARD: tl.constexpr,
 ) -> Any:
-    """float32 [m, k] as the quantizer sees it: normed, rotated, sorted and smoothed, each if it is asked for."""
+    """Return float32 [m, k] as the quantizer sees it: normed, rotated, sorted and smoothed, each if asked for."""
     source = k if order is None else tl.load(order + k, mask=k < K, other=0)
     x = load_rows(x_ptr, rows, k, source, M, K, stride)
     if gain is not None:

@@ -1,4 +1,4 @@
-"""The end of a product in float32 whose tiles lie as [output channels, tokens]."""
+"""A product in float32 whose tiles are [output channels, tokens] ends with scale, bias and a transposed store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def store_output(
     scale: tl.tensor,
     bias: tl.tensor,
 ) -> None:
-    """Writes yᵀ · scale + bias of the channels n and tokens `rows` that exist; scale [M] and bias [N] may be None."""
+    """Write yᵀ · scale + bias for the channels n and tokens `rows` that exist; scale [M] and bias [N] may be None."""
     if scale is not None:
         y *= tl.load(scale + rows, mask=rows < M, other=0.0)[None, :]
     if bias is not None:

@@ -1,7 +1,7 @@
-"""FP4: E2M1 values in groups that share a scale, kept as integers: twice an E2M1 value is one.
+"""FP4 has E2M1 values in groups that share a scale; the integers here are twice the E2M1 values.
 
-So x ≈ q · scale with q in ±{0, 1, 2, 3, 4, 6, 8, 12} and scale half the format's own, and the product of two FP4
-matrices is a product of integers. The formats differ in their scales alone:
+So x ≈ q · scale with q in ±{0, 1, 2, 3, 4, 6, 8, 12} and with half the format's own scale, and the product of two FP4
+matrices is a product of integers. The formats differ only in their scales:
     mxfp4: E8M0, a power of two (OCP Microscaling Formats specification 1.0)
     nvfp4: E4M3 times a float32 for each tensor or token, the global scale (as in Egiazarian et al. 2025,
         arXiv 2509.23202)
@@ -15,45 +15,45 @@ from torch import Tensor
 from quantize.kernels.packing import pack_int4, unpack_int4
 
 MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)  # twice 0, 0.5, 1, 1.5, 2, 3, 4, 6, by code
-SIGN = 8  # of a code
-LARGEST = 6.0  # E2M1
+SIGN = 8  # the sign bit of a code
+LARGEST = 6.0  # of E2M1
 E4M3_SMALLEST, E4M3_LARGEST = 2.0**-9, 448.0
 E8M0_BIAS = 127
 
 
 def round_to_e2m1(x: Tensor) -> Tensor:
-    """The nearest of ±`MAGNITUDES`, ties to the even mantissa, saturating at ±12; in the dtype of `x`."""
+    """Return the nearest of ±`MAGNITUDES`, ties to the even mantissa, saturating at ±12, in the dtype of `x`."""
     size = x.abs()
     step = 1 + (size >= 4).to(x.dtype) + 2 * (size >= 8).to(x.dtype)
     return ((x / step).round() * step).clamp(-MAGNITUDES[-1], MAGNITUDES[-1])
 
 
 def pack_fp4(q: Tensor) -> Tensor:
-    """int8 [..., K] of values ±`MAGNITUDES` → uint8 [..., ⌈K/2⌉], codes sign | magnitude, the even index low."""
+    """Pack int8 [..., K] of values ±`MAGNITUDES` as codes, sign | magnitude, in uint8 [..., ⌈K/2⌉], even index low."""
     codes = torch.bucketize(q.abs().contiguous(), torch.tensor(MAGNITUDES, dtype=q.dtype, device=q.device))
     return pack_int4((codes + SIGN * (q < 0)).to(torch.int8))
 
 
 def unpack_fp4(packed: Tensor, columns: int) -> Tensor:
-    """uint8 [..., ⌈K/2⌉] → int8 [..., K] with K = `columns`: the inverse of `pack_fp4`; the code of -0 gives 0."""
+    """Undo `pack_fp4`: uint8 [..., ⌈K/2⌉] → int8 [..., K] with K = `columns`; the code of -0 gives 0."""
     values = torch.tensor([*MAGNITUDES, *(-m for m in MAGNITUDES)], dtype=torch.int8, device=packed.device)
     return values[(unpack_int4(packed, columns) & 0xF).int()]
 
 
 def nvfp4_global_scale(largest: Tensor) -> Tensor:
-    """The float32 scale with which the largest magnitude of a tensor or token reaches the top of both E4M3 and E2M1."""
+    """Return the float32 scale at which a tensor's or token's largest magnitude reaches the top of E4M3 and E2M1."""
     return (largest.float() / (LARGEST * E4M3_LARGEST)).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def fp4_scale(largest: Tensor, global_scale: Tensor | None) -> Tensor:
-    """Scale > 0, float32, of the integers of groups with given largest magnitudes.
+    """Return the scale > 0, float32, of the integers of groups with these largest magnitudes.
 
-    MXFP4 takes 2^(⌊log2 largest⌋ - 2) as the OCP specification has it, which saturates magnitudes above 6 of these;
+    MXFP4 takes 2^(⌊log2 largest⌋ - 2) as in the OCP specification, which saturates magnitudes above 6 times this power.
     NVFP4 takes largest / 6, rounded to E4M3.
 
     Args:
         largest: float32 ≥ 0, any shape.
-        global_scale: NVFP4's, of `nvfp4_global_scale`, broadcasting against `largest`; None for MXFP4.
+        global_scale: the result of `nvfp4_global_scale` for NVFP4, broadcast against `largest`; None for MXFP4.
     """
     if global_scale is None:
         exponent = (torch.frexp(largest).exponent - 3).clamp(
@@ -65,30 +65,30 @@ def fp4_scale(largest: Tensor, global_scale: Tensor | None) -> Tensor:
 
 
 def encode_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
-    """A scale of `fp4_scale` in one byte: uint8 exponents of MXFP4, float8_e4m3fn of NVFP4; lossless."""
+    """Return a scale of `fp4_scale` in one byte without loss: uint8 exponents for MXFP4, float8_e4m3fn for NVFP4."""
     if global_scale is None:
         return (torch.frexp(scale).exponent + E8M0_BIAS).to(torch.uint8)  # scale = ½ · 2^exponent
     return (2 * scale / global_scale).to(torch.float8_e4m3fn)
 
 
 def decode_scale(stored: Tensor, global_scale: Tensor | None) -> Tensor:
-    """The inverse of `encode_scale`: float32."""
+    """Undo `encode_scale`: return float32."""
     if global_scale is None:
-        return (stored.int() << 23).view(torch.float32) / 2  # a float32 has the same exponent, with the same bias
+        return (stored.int() << 23).view(torch.float32) / 2  # a float32 has the same exponent with the same bias
     return stored.float() * global_scale / 2
 
 
 def quantize_fp4(x: Tensor, number_format: str, group_size: int, clip_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Dynamic activation quantization in groups along the last axis; NVFP4 has a global scale for each token.
+    """Quantize activations dynamically in groups along the last axis; NVFP4 has a global scale for each token.
 
     Args:
         x: float32 [..., K], K a multiple of the group size.
         number_format: `mxfp4` or `nvfp4`.
-        group_size: channels that share a scale.
+        group_size: the number of channels that share a scale.
         clip_ratio: the grid spans this part of a group's range, in (0, 1].
 
     Returns:
-        q int8 [..., K] of values ±`MAGNITUDES`, scale float32 [..., K / group_size].
+        q int8 [..., K] of values ±`MAGNITUDES`, and scale float32 [..., K / group_size].
     """
     groups = x.unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(dim=-1) * clip_ratio

@@ -1,6 +1,6 @@
-"""The product of FP4 matrices on tensor cores that know their formats: `tl.dot_scaled`, elsewhere emulated by Triton.
+"""FP4 matrices are multiplied by `tl.dot_scaled`, which Triton emulates if tensor cores do not know the formats.
 
-Weights are read as artifacts store them: `fp4.pack_fp4` and `fp4.encode_scale`, no repacking.
+Weights are read as artifacts store them, by `fp4.pack_fp4` and `fp4.encode_scale`, without repacking.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quantize.kernels.fp4_quantizer import Fp4Activations, e4m3_value
 
 @triton.jit
 def e2m1_values(packed: tl.tensor) -> Any:
-    """uint8 [m, k] → float16 [m, 2k]: ±{0, 1, 2, 3, 4, 6, 8, 12} / 2."""
+    """Unpack uint8 [m, k] to float16 [m, 2k] of ±{0, 1, 2, 3, 4, 6, 8, 12} / 2."""
     code = packed.to(tl.int32)
     code = tl.reshape(tl.join(code & 15, code >> 4), (packed.shape[0], packed.shape[1] * 2))
     exponent, fraction = (code >> 1) & 3, code & 1
@@ -29,7 +29,7 @@ def e2m1_values(packed: tl.tensor) -> Any:
 
 @triton.jit
 def nvfp4_values(packed: tl.tensor, scale: tl.tensor) -> Any:
-    """uint8 [m, k] and E4M3 as uint8 [m, g] → float16 [m, 2k]: their products, which float16 holds exactly."""
+    """Multiply values of uint8 [m, k] by E4M3 as uint8 [m, g]: float16 [m, 2k], which holds the products exactly."""
     groups: tl.constexpr = scale.shape[1]
     values = tl.reshape(e2m1_values(packed), (packed.shape[0], groups, packed.shape[1] * 2 // groups))
     scaled = values * e4m3_value(scale.to(tl.int32)).to(tl.float16)[:, :, None]
@@ -38,7 +38,7 @@ def nvfp4_values(packed: tl.tensor, scale: tl.tensor) -> Any:
 
 @triton.jit
 def load_tile(ptr: tl.tensor, rows: tl.tensor, columns: tl.tensor, width: tl.tensor, EVEN: tl.constexpr) -> Any:
-    """[m, k] of a matrix without gaps; zeros beyond its width, which no column is if that is EVEN."""
+    """Load [m, k] of a matrix without gaps, with zeros beyond its width; if EVEN, no column is beyond it."""
     address = ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
     if EVEN:
         return tl.load(address)
@@ -56,7 +56,7 @@ def scaled_product(
     NVFP4: tl.constexpr,
     PURE: tl.constexpr,
 ) -> Any:
-    """Adds w xᵀ to y, for tiles of codes and bytes of scales."""
+    """Add w xᵀ to y, for tiles of codes and bytes of scales."""
     if NVFP4 and PURE:
         return tl.dot(nvfp4_values(w, scale_w), tl.trans(nvfp4_values(x, scale_x)), y)
     else:
@@ -87,10 +87,10 @@ def fp4_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_N output channels of BLOCK_M tokens a program."""
+    """A program computes BLOCK_N output channels of BLOCK_M tokens."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row, channel = rows % M, n % N  # beyond the last: read, and not written
+    row, channel = rows % M, n % N  # rows beyond the last are read but not written
     y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, K, BLOCK_K):
         byte = start // 2 + tl.arange(0, BLOCK_K // 2)
@@ -116,17 +116,17 @@ def launch(
     config: Config,
     pure: bool = False,
 ) -> Tensor:
-    """`x Wᵀ + bias` on the GPU, products of FP4 values summed in float32.
+    """Compute `x Wᵀ + bias` on the GPU; products of FP4 values are summed in float32.
 
     Args:
-        x: of `fp4_quantizer.launch`, in the format of the weights.
-        data: weights, uint8 [N, K / 2] of `fp4.pack_fp4`.
+        x: the result of `fp4_quantizer.launch`, in the format of the weights.
+        data: the weights, uint8 [N, K / 2] of `fp4.pack_fp4`.
         scale: uint8 [N, G], the bytes of `fp4.encode_scale`.
-        global_scale: float32 [] of NVFP4, None for MXFP4.
+        global_scale: float32 [] for NVFP4, None for MXFP4.
         bias: [N] or None.
-        dtype: of the result.
-        config: tile and launch parameters but for `split_k` and `variant`.
-        pure: NVFP4 without `dot_scaled`, in float16, for machines and interpreters that lack its scales.
+        dtype: the dtype of the result.
+        config: tile and launch parameters; `split_k` and `variant` are not used.
+        pure: whether NVFP4 runs without `dot_scaled`, in float16, for machines and interpreters that lack its scales.
 
     Returns:
         [M, N].

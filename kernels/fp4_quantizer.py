@@ -1,6 +1,6 @@
-"""Activations to FP4, in groups that share a scale, in one kernel with what stands in front.
+"""Activations are quantized to FP4, in groups that share a scale, by one kernel with the steps in front.
 
-Codes, scales and global scales are those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and
+Codes, scales and global scales equal those of `fp4.quantize_fp4` bit for bit, in the bytes of `pack_fp4` and
 `encode_scale`.
 """
 
@@ -32,9 +32,9 @@ class Fp4Activations:
     """Activations [M, K] in groups of K / G columns.
 
     Attributes:
-        q: uint8 [M, K / 2], two codes a byte, the even column low.
-        scale: uint8 [M, G]: E8M0 of MXFP4, the bits of E4M3 of NVFP4.
-        global_scale: float32 [M] of NVFP4, None for MXFP4.
+        q: uint8 [M, K / 2], two codes in a byte, with the even column low.
+        scale: uint8 [M, G]: E8M0 for MXFP4, the bits of E4M3 for NVFP4.
+        global_scale: float32 [M] for NVFP4, None for MXFP4.
     """
 
     q: Tensor
@@ -44,14 +44,14 @@ class Fp4Activations:
 
 @triton.jit
 def e8m0_of(largest: tl.tensor) -> Any:
-    """Bytes int32 of the scales of groups with these largest magnitudes, as `fp4.fp4_scale` has it for MXFP4."""
+    """Return the scales' bytes, int32, of groups with these largest magnitudes, as in `fp4.fp4_scale` for MXFP4."""
     exponent = largest.to(tl.int32, bitcast=True) >> 23
-    return tl.where(largest == 0, 124, tl.maximum(exponent - 2, 1))  # frexp calls the exponent of zero 0
+    return tl.where(largest == 0, 124, tl.maximum(exponent - 2, 1))  # frexp returns the exponent 0 for zero
 
 
 @triton.jit
 def e4m3_of(x: tl.tensor) -> Any:
-    """Bytes int32 of float32 in [2^-9, 448], rounded half to even: float32's own bits, or steps of 2^-9 below 2^-6."""
+    """Round float32 in [2^-9, 448] half to even to bytes int32: float32's own bits, or steps of 2^-9 below 2^-6."""
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - E4M3_BIAS_GAP
     return tl.where(x < 2.0**-6, round_half_even(tl.minimum(x, 1.0) * 2.0**9), normal)
@@ -59,14 +59,14 @@ def e4m3_of(x: tl.tensor) -> Any:
 
 @triton.jit
 def e4m3_value(byte: tl.tensor) -> Any:
-    """float32 of non-negative E4M3 given as int32, exactly."""
+    """Return float32 of non-negative E4M3 given as int32, exactly."""
     normal = ((byte + E4M3_BIAS_GAP) << 20).to(tl.float32, bitcast=True)
     return tl.where(byte < 8, byte.to(tl.float32) * 2.0**-9, normal)
 
 
 @triton.jit
 def e2m1_of(x: tl.tensor) -> Any:
-    """Codes int32, sign | magnitude, of the nearest of ±{0, 1, 2, 3, 4, 6, 8, 12}, half to even; no negative zero."""
+    """Return codes int32, sign | magnitude, of the nearest of ±{0, 1, 2, 3, 4, 6, 8, 12}, half to even, without -0."""
     size = tl.minimum(tl.abs(x), 12.0)
     upper, top = (size >= 4.0).to(tl.int32), (size >= 8.0).to(tl.int32)
     steps = size * (1.0 - 0.5 * upper.to(tl.float32) - 0.25 * top.to(tl.float32))  # of 1, 2 and 4
@@ -93,7 +93,7 @@ def fp4_quantizer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_M tokens a program, once over their columns, for NVFP4 once more before that for the global scale."""
+    """A program goes over the columns of BLOCK_M tokens once, and for NVFP4 once before that for the global scale."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inverse_rms = inverse_rms_of(x_ptr, gain, rows, M, K, stride, epsilon, BLOCK_K)
     global_scale = tl.zeros((BLOCK_M,), tl.float32)
@@ -132,11 +132,11 @@ def launch(
     """Quantize activations on the GPU.
 
     Args:
-        x: [M, K], columns side by side, K a multiple of the group size.
+        x: [M, K] with adjacent columns, where K is a multiple of the group size.
         number_format: `mxfp4` or `nvfp4`.
-        group_size: columns that share a scale, a power of two.
+        group_size: the number of columns that share a scale, a power of two.
         clip_ratio: the grid spans this part of a group's range, in (0, 1].
-        prologue: what is done to x first.
+        prologue: the steps that are done to x first.
     """
     M, K = x.shape
     q = torch.empty((M, K // 2), dtype=torch.uint8, device=x.device)

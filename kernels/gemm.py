@@ -1,4 +1,4 @@
-"""GEMM of many tokens, one scale for each channel: W8A8, W4A8 and W4A4."""
+"""These products of many tokens have one scale for each channel: W8A8, W4A8 and W4A4."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def gemm_kernel(
     M: tl.tensor, N: tl.tensor, steps: tl.tensor, w_stride: tl.tensor, a_stride: tl.tensor,
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of Y [M, N] a program.
+    """A program computes one tile of Y [M, N].
 
-    The sum starts from the corrections: behind the loop they would need the registers that hold the sum.
+    The sum starts from the corrections, because after the loop they would need the registers that hold the sum.
     """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     w, a = rows_of(w, a, n, m, N, M, w_stride, a_stride)
@@ -32,16 +32,16 @@ def gemm_kernel(
 
 
 def channel_arguments(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What kernels for one scale a channel read, in their order."""
+    """Return the arguments of kernels for one scale a channel, in their order."""
     weight = (pw.data, qa.q, pw.scale, pw.zero_point, pw.weight_sum, pw.high_sum)
     return *weight, qa.scale, qa.zero_point, qa.sum, qa.low_sum, bias
 
 
 def sizes(qa: QuantizedActivations, pw: PackedWeight, config: Config) -> tuple[int, int, int, int, int]:
-    """M, N, iterations over K, and the bytes of a row of weights and activations.
+    """Return M, N, iterations over K, and the bytes of a row of weights and of activations.
 
     Raises:
-        ValueError: operands or a configuration that do not fit each other.
+        ValueError: the operands and the configuration do not fit each other.
     """
     wanted = {"pair": ("w4", "pair"), "bytes": ("w8", "int8")}.get(config.variant, ("w4", "int8"))
     if (pw.layout, qa.layout) != wanted:
@@ -59,17 +59,17 @@ def sizes(qa: QuantizedActivations, pw: PackedWeight, config: Config) -> tuple[i
 def launch(
     qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """Y [M, N] = X Wᵀ + bias in `out_dtype`; the integers are summed exactly.
+    """Compute Y [M, N] = X Wᵀ + bias in `out_dtype`; the integers are summed exactly.
 
     Args:
-        qa: activations; for asymmetric weights with one sum a token.
-        pw: one scale a channel.
+        qa: the activations; for asymmetric weights they need one sum for each token.
+        pw: weights with one scale for each channel.
         bias: [N] or None.
         out_dtype: float16, bfloat16 or float32.
-        config: with `split_k` = 1.
+        config: a configuration with `split_k` = 1.
 
     Raises:
-        ValueError: operands or a configuration that do not fit each other.
+        ValueError: the operands and the configuration do not fit each other.
     """
     M, N, *rest = sizes(qa, pw, config)
     y = torch.empty((M, N), dtype=out_dtype, device=qa.q.device)

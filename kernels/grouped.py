@@ -1,7 +1,8 @@
-"""GEMM with a scale for each group of columns: each group summed exactly in integers, then scaled and added up.
+"""These products have a scale for each group of columns: each group is summed exactly, scaled, and added up.
 
-Groups of 32, 64 and multiples of 128 columns. Group scales of 8 bits (`prepack.two_levels`) are read as such: a quarter
-of the bytes. Activations lie in natural order, 4-bit ones too, as pairs would mix the groups of a block.
+Groups have 32, 64 or a multiple of 128 columns. Group scales of 8 bits (`prepack.two_levels`) are read as such, which
+are a quarter of the bytes. Activations are in natural order, also those of 4 bits, because pairs would mix the groups
+of a block.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def add_group(
     N: tl.tensor, M: tl.tensor, G: tl.tensor,
     group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor, a_sum: tl.tensor, VARIANT: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Add the sum of one group, scaled, to `total` [BLOCK_N, BLOCK_M], and its scaled weights to `weighted` [BLOCK_N].
+    """Add the scaled sum of one group to `total` [BLOCK_N, BLOCK_M], and its scaled weights to `weighted` [BLOCK_N].
 
-    A last block may be half full; its second group then does not exist, and adds nothing.
+    A last block may be half full; then its second group does not exist, and adds nothing.
     """
     at, here = group * N + n, n < tl.where(group < G, N, 0)
-    factor: tl.constexpr = 1 if VARIANT == "bytes" else 16  # in the sum; a power of two, so the scale takes it exactly
+    factor: tl.constexpr = 1 if VARIANT == "bytes" else 16  # in the sum; the scale absorbs a power of two exactly
     if zero_w is not None:
         sums = tl.load(a_sum + m * G + group, mask=m < tl.where(group < G, M, 0), other=0)
         acc -= (factor * tl.load(zero_w + at, mask=here, other=0))[:, None] * sums[None, :]
@@ -50,7 +51,7 @@ def grouped_kernel(
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One part of K of one tile of Y [M, N] a program; a step is a group of 128 columns or more, or a span of bytes."""
+    """A program computes a part of K of one tile of Y [M, N]; a step is a group of 128 or more, or a span of bytes."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     w, a = rows_of(w, a, n, m, N, M, w_stride, a_stride)
     start, stop = part_of(steps, SPLIT_K)
@@ -91,13 +92,13 @@ def grouped_kernel(
 def launch(
     qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """As `gemm.launch`, for weights in groups and activations in natural order.
+    """Compute `gemm.launch` for weights in groups and activations in natural order.
 
-    The sum over groups is in float32, in an order that depends on `config.split_k` only; for asymmetric weights the
+    The sum over groups is in float32, in an order that depends only on `config.split_k`. For asymmetric weights the
     activations need a sum for each group.
 
     Raises:
-        ValueError: operands or a configuration that do not fit each other.
+        ValueError: the operands and the configuration do not fit each other.
     """
     M, N, _, *strides = sizes(qa, pw, config)
     if (

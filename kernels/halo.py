@@ -1,7 +1,7 @@
-"""A linear whose backward pass runs on 8-bit integers, as on hardware that fine-tunes in INT8 (HALO, arXiv 2501.02625).
+"""A linear can run its backward pass on 8-bit integers, as hardware does that fine-tunes in INT8 (HALO).
 
-Integers of one scale for a whole tensor are spoilt by the few tokens whose gradient is far larger than the others'. An
-orthogonal transform of the token axis spreads these over all tokens, and is undone exactly behind the product.
+Source: arXiv 2501.02625. If a whole tensor has one scale, a few tokens with much larger gradients spoil the integers of
+all. An orthogonal transform of the token axis spreads these over all tokens, and is undone exactly after the product.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from quantize.kernels.reference import integer_matmul, round_to_grid, scale_and_
 
 
 def linear_with_int8_backward(X: Tensor, W: Tensor, bias: Tensor | None, hadamard: bool) -> Tensor:
-    """`X Wᵀ + bias` in floating point, with a backward pass on integers.
+    """Compute `X Wᵀ + bias` in floating point, with a backward pass on integers.
 
     Args:
         X: [..., K].
         W: [N, K].
         bias: [N] or None.
-        hadamard: transform the token axis first, which is all axes of X but the last.
+        hadamard: whether the token axis, which is all axes of X but the last, is transformed first.
 
     Returns:
         [..., N].
@@ -31,15 +31,15 @@ def linear_with_int8_backward(X: Tensor, W: Tensor, bias: Tensor | None, hadamar
 
 
 def input_gradient(Ey: Tensor, W: Tensor, hadamard: bool) -> Tensor:
-    """Eₓ = Hᵀ [Q(H E_y) Q(W)], Q to int8 per tensor (HALO-2); without `hadamard` Q(E_y) Q(W) (HALO-0).
+    """Return Eₓ = Hᵀ [Q(H E_y) Q(W)] with Q to int8 per tensor (HALO-2); without `hadamard`, Q(E_y) Q(W) (HALO-0).
 
     Args:
-        Ey: gradient of the output, [tokens, N].
+        Ey: the gradient of the output, [tokens, N].
         W: [N, K].
         hadamard: whether to transform the token axis, by an orthogonal H of any order.
 
     Returns:
-        Gradient of the input, [tokens, K].
+        The gradient of the input, [tokens, K].
     """
     if not hadamard:
         return int8_product(Ey, W)
@@ -49,13 +49,13 @@ def input_gradient(Ey: Tensor, W: Tensor, hadamard: bool) -> Tensor:
 
 
 def int8_product(A: Tensor, B: Tensor) -> Tensor:
-    """Q(A) Q(B) for [M, L] and [L, N], summed exactly in integers, in the dtype of A."""
+    """Return Q(A) Q(B) for [M, L] and [L, N], summed exactly in integers, in the dtype of A."""
     (q_a, scale_a), (q_b, scale_b) = int8_per_tensor(A), int8_per_tensor(B)
     return integer_matmul(q_a, q_b.T).to(A) * scale_a * scale_b
 
 
 def int8_per_tensor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 of the same shape, and one scale for all of it."""
+    """Return symmetric int8 of the same shape, and one scale for all of it."""
     scale, zero_point = scale_and_zero_point(*x.aminmax(), 8, symmetric=True)
     return round_to_grid(x, scale, zero_point, 8).to(torch.int8), scale
 
@@ -65,14 +65,14 @@ class Int8Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, X: Tensor, W: Tensor, bias: Tensor | None, hadamard: bool) -> Tensor:
-        """[..., K] → [..., N]."""
+        """Map [..., K] to [..., N]."""
         ctx.save_for_backward(X, W)
         ctx.hadamard, ctx.has_bias = hadamard, bias is not None
         return torch.nn.functional.linear(X, W, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        """Gradients of X, W and bias."""
+        """Return the gradients of X, W and bias."""
         X, W = ctx.saved_tensors
         Ey = gradients[0].reshape(-1, len(W))
         Ex = input_gradient(Ey, W, ctx.hadamard).reshape(X.shape)

@@ -1,8 +1,8 @@
-"""W4A4 on the int4 tensor cores of sm_80, sm_86 and sm_89, which Triton cannot name.
+"""W4A4 runs on the int4 tensor cores of sm_80, sm_86 and sm_89, for which Triton has no operation.
 
-The kernel multiplies packed bytes as if they were int8, and one mnemonic of its PTX is rewritten: `mma.m16n8k64.s4` has
-the very fragments of `mma.m16n8k32.s8` with two columns in each byte (PTX ISA, 9.7.14, matrix fragments), and a product
-does not depend on the order of columns, as long as weights and activations agree. Nothing is unpacked.
+The kernel multiplies packed bytes as if they were int8, and then one mnemonic of its PTX is rewritten. The fragments of
+`mma.m16n8k64.s4` are those of `mma.m16n8k32.s8` with two columns in each byte (PTX ISA, 9.7.14, matrix fragments). A
+product does not depend on the order of columns, as long as weights and activations agree, so nothing is unpacked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quantize.kernels.gemm import channel_arguments
 from quantize.kernels.packed import LOW_OFFSET, PackedWeight, QuantizedActivations, halves, pad_columns
 from quantize.kernels.tiles import correction, rows_of, store_scaled, tile_of
 
-ARCHITECTURES = frozenset({"sm_80", "sm_86", "sm_87", "sm_89"})  # later ones emulate s4 with s8
+ARCHITECTURES = frozenset({"sm_80", "sm_86", "sm_87", "sm_89"})  # later architectures emulate s4 by s8
 INT8 = re.compile(r"mma\.sync\.aligned\.m16n8k32\.row\.col\.(satfinite\.)?s32\.s8\.s8\.s32")
 INT4 = r"mma.sync.aligned.m16n8k64.row.col.\1s32.s4.s4.s32"
 KERNEL = "int4_mma_kernel"
@@ -32,7 +32,7 @@ KERNEL = "int4_mma_kernel"
 
 @triton.jit
 def product(w: tl.tensor, a: tl.tensor, acc: tl.tensor, NATIVE: tl.constexpr) -> Any:
-    """Both nibbles of w [N, bytes] times those of a [bytes, M], plus acc: a product of bytes that `rewrite` changes."""
+    """Multiply both nibbles of w [N, bytes] by those of a [bytes, M], plus acc; `rewrite` changes the byte product."""
     if NATIVE:
         return tl.dot(w, a, acc, out_dtype=tl.int32)
     acc = tl.dot((w << 4) >> 4, (a << 4) >> 4, acc, out_dtype=tl.int32)
@@ -46,7 +46,7 @@ def int4_mma_kernel(
     M: tl.tensor, N: tl.tensor, row_bytes: tl.tensor, stride: tl.tensor,
     NATIVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of Y [M, N] a program; two products in an iteration, or sm_80 would hold one byte in a register."""
+    """A program computes one tile of Y [M, N]; with one product a step, sm_80 would hold one byte in a register."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     w, a = rows_of(w, a, n, m, N, M, stride, stride)
     span = tl.arange(0, SPAN)
@@ -62,10 +62,10 @@ def int4_mma_kernel(
 
 
 def rewrite(ptx: str) -> str:
-    """PTX of the kernel with int4 products in place of int8 ones; any other as it is.
+    """Return the kernel's PTX with int4 products in place of int8 products; other PTX stays as it is.
 
     Raises:
-        RuntimeError: the kernel multiplies otherwise than it should.
+        RuntimeError: the kernel does not multiply by the expected instruction.
     """
     if f".entry {KERNEL}(" not in ptx:
         return ptx
@@ -77,11 +77,11 @@ def rewrite(ptx: str) -> str:
 
 @contextmanager
 def int4_products() -> Iterator[None]:
-    """Within, Triton compiles the kernel with native int4 products."""
+    """Make Triton compile the kernel with native int4 products, within the context."""
 
     def hook(_: Any = None, stages: Any = None, *__: Any) -> tuple[str, str] | None:  # Triton calls it in two ways
         if stages is None:
-            return KERNEL, KERNEL  # what tells these compiled kernels from others
+            return KERNEL, KERNEL  # tells these compiled kernels from others
         make_ptx: Callable[..., str] = stages["ptx"]
         stages["ptx"] = lambda source, metadata: rewrite(make_ptx(source, metadata))
         return None
@@ -92,12 +92,12 @@ def int4_products() -> Iterator[None]:
 
 
 def as_signed(pw: PackedWeight) -> PackedWeight:
-    """Weights of the layout `w4` with both nibbles in two's complement, the layout `s4`."""
+    """Turn weights of the layout `w4` into the layout `s4`, with both nibbles in two's complement."""
     return replace(pw, data=pw.data ^ LOW_OFFSET, layout="s4")
 
 
 def pack_signed(q: Tensor) -> Tensor:
-    """int8 [M, K] in [-8, 7] → int8 [M, K' / 2], the layout `s4`."""
+    """Pack int8 [M, K] in [-8, 7] into int8 [M, K' / 2] of the layout `s4`."""
     low, high = halves(pad_columns(q))
     return ((high << 4) | (low & 15)).flatten(-2)
 
@@ -105,18 +105,19 @@ def pack_signed(q: Tensor) -> Tensor:
 def launch(
     qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """Y [M, N] = X Wᵀ + bias in `out_dtype`, as `gemm.launch`, from operands in the layout `s4`.
+    """Compute Y [M, N] = X Wᵀ + bias in `out_dtype`, as `gemm.launch`, from operands in the layout `s4`.
 
     Args:
-        qa: activations, for asymmetric weights with one sum a token.
-        pw: one scale a channel.
+        qa: the activations; for asymmetric weights they need one sum for each token.
+        pw: weights with one scale for each channel.
         bias: [N] or None.
         out_dtype: float16, bfloat16 or float32.
-        config: of the variant `native`; with `asm` on int4 tensor cores, else unpacked, as the interpreter needs it.
+        config: a configuration of the variant `native`; with `asm` it runs on int4 tensor cores, and without it nibbles
+            are unpacked, as the interpreter needs it.
 
     Raises:
-        ValueError: operands in another layout.
-        RuntimeError: natively, on a GPU without int4 tensor cores.
+        ValueError: the operands have another layout.
+        RuntimeError: `asm` is set, and the GPU has no int4 tensor cores.
     """
     if (pw.layout, qa.layout) != ("s4", "s4") or pw.data.shape[1] != qa.q.shape[1]:
         raise ValueError(f"int4 products are of operands in s4, not in {pw.layout} and {qa.layout}")

@@ -1,4 +1,4 @@
-"""Operands as the kernels read them: packed weights and quantized activations, and back to plain integers.
+"""Packed weights and quantized activations have the layouts that the kernels read, and are converted back to integers.
 
 K is padded to whole blocks of 128 columns. A block of 4-bit weights is 64 bytes; byte i holds
     low nibble   w[i] + 8, in [0, 15]      high nibble   w[i + 64], in [-8, 7], two's complement
@@ -20,24 +20,24 @@ from torch import Tensor
 
 BLOCK = 128  # columns
 HALF = BLOCK // 2
-LOW_OFFSET = 8  # what low nibbles hold above their weight
-HIGH_SHIFT = 7  # what the second halves of pairs hold below their activation
+LOW_OFFSET = 8  # low nibbles hold their weight plus this
+HIGH_SHIFT = 7  # the second halves of pairs hold their activation minus this
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight matrix [N, K] in G groups of columns: W = (q - zero_point) · group_scale · scale.
 
-    What belongs to groups lies group by group, as the kernels read it.
+    Values that belong to groups are stored group by group, as the kernels read them.
 
     Attributes:
-        data: int8, [N, K' / 2] in the layout `w4`, [N, K'] as it is in the layout `w8`; K' is K padded to blocks.
+        data: int8, [N, K' / 2] in the layout `w4`, [N, K'] in the layout `w8`; K' is K padded to blocks.
         scale: float32 [N].
-        group_scale: [G, N], uint8 where that is exact, else float32 (then `scale` is 1); None for G = 1.
+        group_scale: [G, N], uint8 if that is exact, otherwise float32, and then `scale` is 1; None for G = 1.
         zero_point: int32 [G, N], None for symmetric weights.
         weight_sum: int32 [G, N], Σ (q - zero_point) over the group's columns.
-        high_sum: int32 [N], Σ q over columns in high nibbles.
-        counters: int32 [4 · ⌈N / 16⌉] of zeros, which split-K leaves as they were; so one weight must not be multiplied
+        high_sum: int32 [N], Σ q over the columns in high nibbles.
+        counters: int32 [4 · ⌈N / 16⌉] of zeros. Split-K changes and resets them, so one weight must not be multiplied
             on two streams at once.
         columns: K.
         layout: `w4` or `w8`.
@@ -55,18 +55,18 @@ class PackedWeight:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor | None], columns: int, layout: str) -> PackedWeight:
-        """The inverse of `tensors`."""
+        """Undo `tensors`."""
         data, scale, group_scale, zero_point, weight_sum, high_sum, counters = cast(Sequence[Any], tensors)
         return cls(data, scale, group_scale, zero_point, weight_sum, high_sum, counters, columns, layout)
 
     def tensors(self) -> list[Tensor | None]:
-        """The fields that are tensors, in order."""
+        """Return the fields that are tensors, in order."""
         in_groups = [self.group_scale, self.zero_point, self.weight_sum]
         return [self.data, self.scale, *in_groups, self.high_sum, self.counters]
 
     @property
     def group_size(self) -> int:
-        """Columns that share a scale; 0 means all."""
+        """The number of columns that share a scale; 0 means all."""
         return 0 if self.group_scale is None else self.columns // self.group_scale.shape[0]
 
 
@@ -75,10 +75,10 @@ class QuantizedActivations:
     """Activations [M, K], one scale and zero point for each token: X = (q - zero_point) · scale.
 
     Attributes:
-        q: int8 [M, K'], K' as in `PackedWeight`, padded with the value 0, in the layout's order.
+        q: int8 [M, K'] with K' as in `PackedWeight`, padded with the value 0, in the layout's order.
         scale: float32 [M].
-        zero_point: int32 [M], 0 where symmetric.
-        sum: int32 [M, G], Σ q over the weights' groups of columns; G = 1 will do for symmetric weights.
+        zero_point: int32 [M], 0 for symmetric grids.
+        sum: int32 [M, G], Σ q over the weights' groups of columns; for symmetric weights G = 1 is enough.
         low_sum: int32 [M], Σ q over the columns that meet low nibbles.
         layout: `int8`, in natural order, or `pair`, for 4-bit integers.
     """
@@ -92,46 +92,46 @@ class QuantizedActivations:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], layout: str) -> QuantizedActivations:
-        """The inverse of `tensors`."""
+        """Undo `tensors`."""
         q, scale, zero_point, sums, low_sum = tensors
         return cls(q, scale, zero_point, sums, low_sum, layout)
 
     def tensors(self) -> list[Tensor]:
-        """The fields that are tensors, in order."""
+        """Return the fields that are tensors, in order."""
         return [self.q, self.scale, self.zero_point, self.sum, self.low_sum]
 
 
 def pad_columns(q: Tensor) -> Tensor:
-    """[..., K] filled up with zeros to whole blocks."""
+    """Pad [..., K] with zeros to whole blocks."""
     return torch.nn.functional.pad(q, (0, -q.shape[-1] % BLOCK))
 
 
 def halves(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns [..., K'] that meet low nibbles and those that meet high ones, both [..., K' / 128, 64]."""
+    """Return the columns [..., K'] that meet low nibbles and those that meet high ones, both [..., K' / 128, 64]."""
     low, high = q.unflatten(-1, (-1, 2, HALF)).unbind(-2)
     return low, high
 
 
 def pack_nibbles(q: Tensor) -> Tensor:
-    """int8 [N, K] in [-8, 7] → int8 [N, K' / 2]."""
+    """Pack int8 [N, K] in [-8, 7] into int8 [N, K' / 2]."""
     low, high = halves(pad_columns(q))
     return ((high << 4) | (low + LOW_OFFSET)).flatten(-2)
 
 
 def unpack_nibbles(data: Tensor, columns: int) -> Tensor:
-    """int8 [N, K' / 2] → int8 [N, K] with K = `columns`: the inverse of `pack_nibbles`."""
+    """Undo `pack_nibbles`: int8 [N, K' / 2] → int8 [N, K] with K = `columns`."""
     blocks = data.unflatten(-1, (-1, HALF))
     return torch.stack([(blocks & 15) - LOW_OFFSET, blocks >> 4], dim=-2).flatten(-3)[..., :columns]
 
 
 def pack_pairs(q: Tensor) -> Tensor:
-    """int8 [M, K'] in [-8, 7] → int8 [M, K'] in the layout `pair`."""
+    """Turn int8 [M, K'] in [-8, 7] into int8 [M, K'] of the layout `pair`."""
     low, high = halves(q)
     return torch.stack([16 * low - (high - HIGH_SHIFT), high - HIGH_SHIFT], dim=-2).flatten(-3)
 
 
 def unpack_pairs(pairs: Tensor) -> Tensor:
-    """The inverse of `pack_pairs`."""
+    """Undo `pack_pairs`."""
     first, second = halves(pairs)
     low = (first.to(torch.int16) + second) >> 4
     return torch.stack([low.to(torch.int8), second + HIGH_SHIFT], dim=-2).flatten(-3)
@@ -140,14 +140,14 @@ def unpack_pairs(pairs: Tensor) -> Tensor:
 def pack_activations(
     q: Tensor, scale: Tensor, zero_point: Tensor, layout: str, group_size: int = 0
 ) -> QuantizedActivations:
-    """From integers in plain order; what the fused quantizer must equal.
+    """Pack integers in plain order; the fused quantizer must give the same.
 
     Args:
         q: int8 [M, K].
         scale: [M].
         zero_point: [M].
         layout: `int8`, or `pair` for q in [-8, 7].
-        group_size: of the weights, for `sum`; 0 means all columns.
+        group_size: the group size of the weights, for `sum`; 0 means all columns.
     """
     padded = pad_columns(q)
     sums = q.unflatten(-1, (-1, group_size or q.shape[-1])).sum(-1, dtype=torch.int32)

@@ -20,14 +20,15 @@ def fuses(order: int) -> bool:
 
 @dataclass(frozen=True)
 class Prologue:
-    """What is done to activations [M, K] in front of their quantizer, in this order.
+    """The steps that are done to activations [M, K] before their quantizer, in this order.
 
     Attributes:
-        gain: [K] in the dtype of the activations, of an RMSNorm; None for no norm.
-        epsilon: of the norm.
-        hadamard: order, for which `fuses`, of Sylvester's matrix, which mixes that many neighbours; 0 for none.
-        order: int64 [K], the columns in the order in which they are quantized; None as they are.
-        smooth: float32 [K] in that order, what they are divided by; goes with `order`.
+        gain: the gain [K] of an RMSNorm, in the dtype of the activations; None for no norm.
+        epsilon: the epsilon of the norm.
+        hadamard: the order, for which `fuses` holds, of Sylvester's matrix, which mixes that many neighbours; 0 for
+            none.
+        order: int64 [K], the order in which columns are quantized; None for their own order.
+        smooth: float32 [K] in that order, the divisors of the columns; needs `order`.
     """
 
     gain: Tensor | None = None

@@ -39,7 +39,7 @@ def quantize_per_token(
     Args:
         x: activations [..., K].
         num_bits: 2 to 8.
-        symmetric: zero point fixed at 0.
+        symmetric: whether the zero point is fixed at 0.
         clip_ratio: the grid spans this part of the row's range, in (0, 1].
 
     Returns:
@@ -53,7 +53,7 @@ def quantize_per_token(
 def quantize_dynamically(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, number_format: str, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Dynamic activation quantization in any format: `quantize_per_token`, or `quantize_fp4` with zero points of 0.
+    """Quantize activations in any format, by `quantize_per_token`, or by `quantize_fp4` with zero points of 0.
 
     Returns:
         q [..., K] int8, scale [..., G] in the dtype of x, zero_point [..., 1] int8; G = 1 for integers.
@@ -65,7 +65,7 @@ def quantize_dynamically(
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b.T` of integers [..., K] and [N, K] held as int8 or int16, summed exactly; the result is float.
+    """Return `a @ b.T` of integers [..., K] and [N, K] held as int8 or int16, summed exactly, in floating point.
 
     BLAS has no integer product, so it runs in the narrowest float whose mantissa holds every partial sum.
     """
@@ -86,21 +86,21 @@ def quantized_linear(
     number_format: str = "int",
     group_size: int = 0,
 ) -> Tensor:
-    """`x @ Wᵀ + bias` with x quantized and W given as integers, accumulated in integers group by group.
+    """Compute `x @ Wᵀ + bias` with quantized x and integer W, accumulated in integers group by group.
 
     The sum over groups is in float32 at least, whatever the dtype of x.
 
     Args:
         x: activations [..., K].
         q: weights int8 [N, K].
-        scale: [N, G]; the K columns fall into G equal groups, G = 1 is per-channel.
+        scale: [N, G]; the K columns form G equal groups, and G = 1 is per-channel.
         zero_point: int8 [N, G], or None for symmetric weights.
         bias: [N] or None.
-        num_bits: bits of the activations.
+        num_bits: the bits of the activations.
         symmetric: whether the activations' zero point is fixed at 0.
-        clip_ratio: part of a token's or group's range that its grid spans.
-        number_format: of the activations: `int`, `mxfp4` or `nvfp4`.
-        group_size: channels that share a scale of x, a multiple of the weights' group; 0 means all.
+        clip_ratio: the part of a token's or group's range that its grid spans.
+        number_format: the format of the activations: `int`, `mxfp4` or `nvfp4`.
+        group_size: the number of channels that share a scale of x, a multiple of the weights' group; 0 means all.
     """
     q_x, scale_x, zero_x = quantize_dynamically(x.float(), num_bits, symmetric, clip_ratio, number_format, group_size)
     centred_x, centred_w = q_x.to(torch.int16) - zero_x, centred(q, zero_point)
@@ -115,7 +115,7 @@ def quantized_linear(
 
 
 def grouped_product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
-    """Integers [..., K] and [N, K], and scale [N, G] of w → [..., N]: each group summed exactly, then scaled."""
+    """Multiply integers [..., K] and [N, K] with scale [N, G]: each group is summed exactly, then scaled → [..., N]."""
     group = w.shape[1] // scale.shape[1]
     products = (
         integer_matmul(x[..., k : k + group], w[:, k : k + group]).to(scale) * scale[:, k // group]
@@ -125,13 +125,13 @@ def grouped_product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
 
 
 def centred(q: Tensor, zero_point: Tensor | None) -> Tensor:
-    """int16 [..., K]: integers less the zero point [..., G] of their group."""
+    """Return integers minus the zero point [..., G] of their group, int16 [..., K]."""
     wide = q.to(torch.int16)
     return wide if zero_point is None else wide - per_column(zero_point, q.shape[-1])
 
 
 def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """float32 [..., K]: (q - zero_point) · scale, group by group, from scale and zero point [..., G]."""
+    """Return (q - zero_point) · scale, float32 [..., K], group by group, from scale and zero point [..., G]."""
     groups: Tensor = q.float().unflatten(-1, (scale.shape[-1], -1))
     if zero_point is not None:
         groups -= zero_point[..., None]
@@ -139,5 +139,5 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
 
 
 def per_column(values: Tensor, columns: int) -> Tensor:
-    """[..., G] → [..., K] with K = `columns`: each group's value for each of its columns."""
+    """Repeat each group's value for each of its columns: [..., G] → [..., K] with K = `columns`."""
     return values.repeat_interleave(columns // values.shape[-1], dim=-1)

@@ -1,4 +1,4 @@
-"""Runtime smooth: channels divided by their current maximum, which comes back as one scalar for each K tile."""
+"""Runtime smooth divides channels by their current maximum, which comes back as one scalar for each K tile."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from torch import Tensor
 
 from quantize.kernels.reference import quantized_linear
 
-SMALLEST = 1e-5  # of a channel's scale
+SMALLEST = 1e-5  # the least scale of a channel
 
 
 def smooth_scales(x: Tensor, group_size: int, normalize_tokens: bool) -> tuple[Tensor, Tensor]:
-    """The channels by falling maximum, and the scale that each run of `group_size` of them shares.
+    """Return the channels by falling maximum, and the scale that each run of `group_size` of them shares.
 
-    Rotated Runtime Smooth (arXiv 2409.20361, section 3.2): s_j = max_t |x_tj|, sorted, the largest of each group. With
-    `normalize_tokens` each token is divided by its root mean square first; its own quantizer takes that factor up, and
-    a token with several spikes, which a rotation turns into a comb, no longer sets the scale of all others.
+    This is Rotated Runtime Smooth (arXiv 2409.20361, section 3.2): s_j = max_t |x_tj|, sorted, and the largest of each
+    group. With `normalize_tokens` each token is first divided by its root mean square; the token's own quantizer
+    absorbs that factor. Then a token with several spikes, which a rotation turns into a comb, no longer sets the scale
+    of all others.
 
     Args:
-        x: [..., K]; the maximum runs over all tokens, so the result of one depends on those it runs with.
-        group_size: channels that share a scale; the last group may be smaller.
-        normalize_tokens: False is the paper's rule.
+        x: [..., K]; the maximum is over all tokens, so a token's result depends on those that run with it.
+        group_size: the number of channels that share a scale; the last group may be smaller.
+        normalize_tokens: whether tokens are normalized; the paper's rule does not.
 
     Returns:
         order int64 [K], and s [K] > 0 in that order.
@@ -29,7 +30,7 @@ def smooth_scales(x: Tensor, group_size: int, normalize_tokens: bool) -> tuple[T
 
 
 def channel_maxima(x: Tensor, normalize_tokens: bool) -> Tensor:
-    """The largest magnitude of each channel of x [..., K] over all tokens, [K]; 1 where there are none."""
+    """Return the largest magnitude of each channel of x [..., K] over all tokens, [K]; 1 if there are no tokens."""
     rows = x.reshape(-1, x.shape[-1])
     if normalize_tokens:
         rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=SMALLEST)
@@ -37,7 +38,7 @@ def channel_maxima(x: Tensor, normalize_tokens: bool) -> Tensor:
 
 
 def sorted_scales(maxima: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """What `smooth_scales` gives, from `channel_maxima` [K]."""
+    """Return the result of `smooth_scales` from `channel_maxima` [K]."""
     s = maxima.clamp(min=SMALLEST)
     order = s.argsort(descending=True, stable=True)
     shared = s[order][::group_size].repeat_interleave(group_size)[: len(order)]
@@ -56,13 +57,14 @@ def runtime_smooth_linear(
     group_size: int,
     normalize_tokens: bool,
 ) -> Tensor:
-    """`quantized_linear` of x / s, the scale of each group multiplied onto the group's integer sum.
+    """Compute `quantized_linear` of x / s, where each group's scale is multiplied onto the group's integer sum.
 
-    Arguments as in `quantized_linear` and `smooth_scales`; weights have one scale a row, as sorting mixes groups.
+    Arguments are those of `quantized_linear` and `smooth_scales`; weights have one scale a row, as sorting mixes
+    groups.
     """
     order, s = smooth_scales(x.float(), group_size, normalize_tokens)
     filled = -len(order) % group_size
-    x_sorted = torch.nn.functional.pad(x[..., order] / s, (0, filled))  # in float32, as s comes back unrounded
+    x_sorted = torch.nn.functional.pad(x[..., order] / s, (0, filled))  # in float32, because s comes back unrounded
     q_sorted = torch.nn.functional.pad(q[:, order], (0, filled))
     scales = scale.float() * s[::group_size]  # not in the scale's own dtype, which would round the product
     zero_points = None if zero_point is None else zero_point.expand(scales.shape)

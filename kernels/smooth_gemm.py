@@ -1,7 +1,8 @@
-"""The product behind runtime smooth: integer sums of a K tile times the tile's scalar (arXiv 2409.20361, section 3.2).
+"""With runtime smooth, the integer sum of each K tile is multiplied by the tile's scalar.
 
-The order of the channels changes from call to call. So weights lie channel by channel, and a tile gathers whole runs of
-output channels by the channel's number; the activations come sorted from their quantizer.
+Source: arXiv 2409.20361, section 3.2. The order of the channels changes from call to call. So weights are stored
+channel by channel, and a tile gathers whole runs of output channels by the channel's number; the activations come
+sorted from their quantizer.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ OFFSET: tl.constexpr = tl.constexpr(LOW_OFFSET)
 
 @triton.jit
 def load_zeros(zero_point: tl.tensor, index: tl.tensor, length: tl.tensor) -> Any:
-    """Zero points int32 [n]; zeros where there are none."""
+    """Load zero points int32 [n], or zeros if there are none."""
     if zero_point is None:
         return tl.zeros(index.shape, tl.int32)
     else:
@@ -42,7 +43,7 @@ def add_tile(
     count: tl.tensor,
     SHIFT: tl.constexpr,
 ) -> Any:
-    """Adds scale · Σ (x - zero_x)(w - zero_w) over a tile of `count` columns, from the product Σ x·w · 2^SHIFT."""
+    """Add scale · Σ (x - zero_x)(w - zero_w) over a tile of `count` columns, from the product Σ x·w · 2^SHIFT."""
     centred = (product >> SHIFT) - zero_w[:, None] * sums[None, :]
     if zero_x is not None:
         w_sum = (tl.sum(w.to(tl.int32), axis=1) >> SHIFT) - zero_w * count
@@ -74,7 +75,7 @@ def smooth_gemm_kernel(
     BYTES: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BYTES bytes of weights (that many output channels, at 4 bits twice) of BLOCK_M tokens a program."""
+    """A program computes the output channels of BYTES bytes of weights, two in each at 4 bits, for BLOCK_M tokens."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
     n = byte // HALF_BLOCK * (2 * HALF_BLOCK) + byte % HALF_BLOCK if PACKED else byte
@@ -115,21 +116,21 @@ def launch(
     dtype: torch.dtype,
     config: Config,
 ) -> Tensor:
-    """`runtime_smooth.runtime_smooth_linear` from its quantized operands, on the GPU.
+    """Compute `runtime_smooth.runtime_smooth_linear` from its quantized operands, on the GPU.
 
     Args:
-        x: layout `int8`, sorted and smoothed, with the sums of every `span` columns.
-        data: weights in the order of the model, with scale and zero point of `smooth_linear.smooth_prepack`.
+        x: activations of the layout `int8`, sorted and smoothed, with the sums of every `span` columns.
+        data: the weights in the order of the model, with scale and zero point from `smooth_linear.smooth_prepack`.
         scale: float32 [N].
         zero_point: int32 [N] or None.
         packed: whether two weights share a byte.
-        order: int64 [K], of `runtime_smooth.sorted_scales`.
-        smooth: float32 [K], of the same.
-        span: columns of a K tile, 32, 64 or 128, which share a scale.
-        zero_points: whether those of x are not all 0.
+        order: int64 [K], from `runtime_smooth.sorted_scales`.
+        smooth: float32 [K], from the same function.
+        span: the number of columns of a K tile, 32, 64 or 128, which share a scale.
+        zero_points: whether the zero points of x can be other than 0.
         bias: [N] or None.
-        dtype: of the result.
-        config: tile and launch parameters but for `block_k`, `split_k` and `variant`.
+        dtype: the dtype of the result.
+        config: tile and launch parameters; `block_k`, `split_k` and `variant` are not used.
 
     Returns:
         [M, N].

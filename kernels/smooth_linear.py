@@ -1,4 +1,4 @@
-"""A linear with runtime smooth as one operator of torch: maxima, order, quantizer and product."""
+"""A linear with runtime smooth, from maxima to product, is one operator of torch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from quantize.kernels.runtime_smooth import runtime_smooth_linear, sorted_scales
 
 
 def smooth_prepack(q: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int) -> list[Tensor | None]:
-    """A weight of one scale a row as `smooth_linear` reads it: data, scale, zero point.
+    """Return data, scale and zero point of a weight of one scale a row, as `smooth_linear` reads them.
 
     Args:
         q: int8 [N, K].
         scale: [N, 1].
         zero_point: int8 [N, 1], or None for symmetric weights.
-        num_bits: 4, or up to 8, which lie in whole bytes.
+        num_bits: 4, or up to 8 in whole bytes.
 
     Returns:
-        int8 [K, N' / 2] of `pack_nibbles` of qᵀ, or [K, N'], N' being N padded to blocks of 128; float32 [N];
-        int32 [N] or None.
+        int8 [K, N' / 2] of `pack_nibbles` of qᵀ, or [K, N'], where N' is N padded to blocks of 128; float32 [N]; int32
+        [N] or None.
     """
     data = (pack_nibbles if num_bits == 4 else pad_columns)(q.T).contiguous()
     return [data, scale[:, 0].float().contiguous(), None if zero_point is None else zero_point[:, 0].int()]
@@ -36,21 +36,21 @@ def smooth_linear(
     x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, weight_bits: int,
     num_bits: int, symmetric: bool, clip_ratio: float, group_size: int, normalize_tokens: bool, hadamard: int,
 ) -> Tensor:  # fmt: skip
-    """`runtime_smooth_linear` of [M, K] → [M, N] in the dtype of x.
+    """Compute `runtime_smooth_linear` of [M, K] → [M, N] in the dtype of x.
 
     Args:
         x: float16, bfloat16 or float32.
-        data: with scale and zero point of `smooth_prepack`.
+        data: the weight, with scale and zero point, from `smooth_prepack`.
         scale: float32 [N].
         zero_point: int32 [N] or None.
         bias: [N] or None.
-        weight_bits: of the weights, as in `smooth_prepack`.
-        num_bits: of the activations.
+        weight_bits: the bits of the weights, as in `smooth_prepack`.
+        num_bits: the bits of the activations.
         symmetric: whether the activations' zero point is fixed at 0.
-        clip_ratio: part of a token's range that its grid spans.
-        group_size: channels that share a scale.
+        clip_ratio: the part of a token's range that its grid spans.
+        group_size: the number of channels that share a scale.
         normalize_tokens: as in `smooth_scales`.
-        hadamard: order of a Hadamard transform in front, as in `Prologue`; 0 for none.
+        hadamard: the order of a Hadamard transform in front, as in `Prologue`; 0 for none.
     """
     smooth, grid = (group_size, normalize_tokens), (num_bits, symmetric, clip_ratio)
     if engine.runs_on_triton(x):
@@ -67,7 +67,7 @@ def _(x: Tensor, _: Tensor, scale: Tensor, *__: Any) -> Tensor:
 
 
 def tile_columns(group_size: int) -> int:
-    """Columns of a K tile, which share a scalar; 0 if no kernel has such groups."""
+    """Return the number of columns of a K tile, which share a scalar, or 0 if no kernel has such groups."""
     columns = min(group_size & -group_size, BLOCK)
     return columns if columns >= 32 else 0
 
@@ -76,7 +76,7 @@ def on_triton(
     x: Tensor, weight: tuple[Tensor, Tensor, Tensor | None, bool], bias: Tensor | None,
     num_bits: int, symmetric: bool, clip_ratio: float, group_size: int, normalize_tokens: bool, hadamard: int,
 ) -> Tensor:  # fmt: skip
-    """Arguments as in `smooth_linear`. Zero points fit beside integers of up to 7 bits, so only 8 keep them apart."""
+    """Run `smooth_linear` on the GPU; q - zero_point fits into a byte for up to 7 bits, and 8 bits keep them apart."""
     from quantize.kernels import smooth_gemm, smooth_maxima, token_quantizer
 
     x, maxima = smooth_maxima.launch(x, normalize_tokens, hadamard)

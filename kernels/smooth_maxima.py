@@ -1,4 +1,4 @@
-"""The largest magnitude of every channel over all tokens, for runtime smooth, with the rotation in front of it."""
+"""Runtime smooth needs the largest magnitude of every channel over all tokens, after the rotation in front of it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def smooth_maxima_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_M tokens a program. Maxima do not depend on the order of their operands, so atomics are deterministic."""
+    """A program reads BLOCK_M tokens. Maxima do not depend on the order of operands, so atomics are deterministic."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     rms = tl.full((BLOCK_M,), 1.0, tl.float32)
-    if NORMALIZE:  # of x, which a rotation leaves
+    if NORMALIZE:  # of x, because a rotation does not change it
         rms = tl.maximum(tl.sqrt_rn(mean_square(x_ptr, rows, M, K, stride, BLOCK_K)), LEAST)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -40,19 +40,19 @@ def smooth_maxima_kernel(
             inside = (rows < M)[:, None] & (k < K)[None, :]
             tl.store(rotated_ptr + rows.to(tl.int64)[:, None] * K + k[None, :], x, mask=inside)
         largest = tl.max(tl.abs(tl.div_rn(x.to(tl.float32), rms[:, None])), axis=0)
-        tl.atomic_max(maxima_ptr + k, largest.to(tl.int32, bitcast=True), mask=k < K)  # bits rise with x ≥ 0
+        tl.atomic_max(maxima_ptr + k, largest.to(tl.int32, bitcast=True), mask=k < K)  # the bits rise with x ≥ 0
 
 
 def launch(x: Tensor, normalize_tokens: bool, order: int = 0) -> tuple[Tensor, Tensor]:
     """Rotate activations and find the channels' maxima, on the GPU.
 
     Args:
-        x: [M, K], columns side by side.
-        normalize_tokens: divide each token by its root mean square first.
-        order: of the Hadamard matrix, as in `Prologue`; 0 for none.
+        x: [M, K] with adjacent columns.
+        normalize_tokens: whether each token is first divided by its root mean square.
+        order: the order of the Hadamard matrix, as in `Prologue`; 0 for none.
 
     Returns:
-        x rotated [M, K] in its dtype (x itself without), maxima float32 [K]: `runtime_smooth.channel_maxima` of that.
+        The rotated x [M, K] in its dtype, or x itself; and its `runtime_smooth.channel_maxima`, float32 [K].
     """
     M, K = x.shape
     rotated = torch.empty((M, K), dtype=x.dtype, device=x.device) if order else x

@@ -1,4 +1,4 @@
-"""GEMM of few tokens, one scale for each channel: K in parts, so that enough programs read the weights at once."""
+"""For few tokens and one scale a channel, K is split in parts, so that enough programs read the weights at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantize.kernels.tiles import accumulate, correction, rows_of, store_scaled
 
 @triton.jit
 def part_of(steps: tl.tensor, SPLIT_K: tl.constexpr) -> Any:
-    """First and last step of a program's part of K."""
+    """Return the first step of a program's part of K, and the step after its last."""
     length = tl.cdiv(steps, SPLIT_K)
     start = tl.program_id(1) * length
     return start, tl.minimum(start + length, steps)
@@ -25,14 +25,14 @@ def part_of(steps: tl.tensor, SPLIT_K: tl.constexpr) -> Any:
 
 @triton.jit
 def own_part(parts: tl.tensor, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT_K: tl.constexpr) -> Any:
-    """Pointers to the first part of this program's tile, [BLOCK_N, BLOCK_M]; the others lie as many elements apart."""
+    """Return pointers to the first part of this program's tile, [BLOCK_N, BLOCK_M]; the others follow without gaps."""
     tile = tl.program_id(0).to(tl.int64) * SPLIT_K * BLOCK_N * BLOCK_M
     return parts + tile + (tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :])
 
 
 @triton.jit
 def is_last(counters: tl.tensor, SPLIT_K: tl.constexpr) -> Any:
-    """Count this program in among those of its tile; the last one finds all parts written, and leaves a zero."""
+    """Count this program among those of its tile; the last one finds all parts written, and resets the counter to 0."""
     tl.debug_barrier()  # all threads have stored their share of the part
     counter = counters + tl.program_id(0)
     last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1
@@ -43,7 +43,7 @@ def is_last(counters: tl.tensor, SPLIT_K: tl.constexpr) -> Any:
 
 @triton.jit
 def sum_of_parts(own: tl.tensor, SPLIT_K: tl.constexpr, SIZE: tl.constexpr) -> Any:
-    """Always in the same order, past the first cache, which other programs' stores do not reach."""
+    """Sum the parts, always in the same order, past the first cache, which other programs' stores do not reach."""
     total = tl.load(own, cache_modifier=".cg")
     for part in tl.static_range(1, SPLIT_K):
         total += tl.load(own + part * SIZE, cache_modifier=".cg")
@@ -59,7 +59,7 @@ def split_k_kernel(
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One part of K of one tile of Y [M, N] a program; the tile's last program finishes it."""
+    """A program computes one part of K of one tile of Y [M, N]; the last program of the tile finishes it."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     w, a = rows_of(w, a, n, m, N, M, w_stride, a_stride)
     start, stop = part_of(steps, SPLIT_K)
@@ -75,10 +75,10 @@ def split_k_kernel(
 
 
 def workspace(tiles: int, config: Config, dtype: torch.dtype, pw: PackedWeight) -> Tensor:
-    """Room for the parts of all tiles.
+    """Allocate memory for the parts of all tiles.
 
     Raises:
-        ValueError: more tiles than the weight has counters.
+        ValueError: there are more tiles than the weight has counters.
     """
     if config.split_k > 1 and tiles > len(pw.counters):
         raise ValueError(f"{tiles} tiles are split, but {len(pw.counters)} is the most; use split_k = 1")
@@ -89,7 +89,7 @@ def workspace(tiles: int, config: Config, dtype: torch.dtype, pw: PackedWeight) 
 def launch(
     qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """As `gemm.launch`, with K in `config.split_k` parts; their number does not change a bit of the result."""
+    """Compute `gemm.launch` with K in `config.split_k` parts, whose number does not change a bit of the result."""
     M, N, *rest = sizes(qa, pw, config)
     y = torch.empty((M, N), dtype=out_dtype, device=qa.q.device)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)

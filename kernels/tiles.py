@@ -1,6 +1,6 @@
-"""What the GEMM kernels share: which tile a program computes, nibbles as operands, the sum over K, the result.
+"""The GEMM kernels share the order of tiles, nibbles as operands, the sum over K, and the store of the result.
 
-The weights stand on the left, Cᵀ = W Aᵀ, so that on tensor cores of every kind each weight is unpacked once.
+The weights are the left operand, Cᵀ = W Aᵀ, so that on tensor cores of every kind each weight is unpacked once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-# Four bytes in a register. Plain shifts of int8 tensors would be taken apart into bytes.
+# Four bytes are in a register. Plain shifts of int8 tensors would be taken apart into bytes.
 SHIFT_ASM = tl.constexpr(
     "{ .reg .b32 t; shl.b32 t, $2, 4; lop3.b32 $0, t, 0xF0F0F0F0, 0x80808080, 0x6A; and.b32 $1, $2, 0xF0F0F0F0; }"
 )
@@ -21,7 +21,7 @@ ROWS_OF_TILES = tl.constexpr(8)  # token tiles that share a column of weight til
 
 @triton.jit
 def tile_of(program: tl.tensor, M: tl.tensor, N: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr) -> Any:
-    """Tokens m [BLOCK_M] and channels n [BLOCK_N] of a program's tile; neighbours read the same weights."""
+    """Return tokens m [BLOCK_M] and channels n [BLOCK_N] of a program's tile; neighbours read the same weights."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     band = program // (ROWS_OF_TILES * tiles_n)
     rows = tl.minimum(tiles_m - band * ROWS_OF_TILES, ROWS_OF_TILES)
@@ -35,18 +35,18 @@ def rows_of(
     w: tl.tensor, a: tl.tensor, n: tl.tensor, m: tl.tensor, N: tl.tensor, M: tl.tensor,
     w_stride: tl.tensor, a_stride: tl.tensor,
 ) -> Any:  # fmt: skip
-    """Pointers to the rows n of weights [BLOCK_N, 1] and m of activations [1, BLOCK_M]; strides in bytes.
+    """Return pointers to the rows n of weights [BLOCK_N, 1] and m of activations [1, BLOCK_M]; strides are in bytes.
 
-    Rows beyond the last are read from the first on, which needs no mask; nothing that comes of them is written.
+    Rows beyond the last wrap around to the first, which needs no mask; their results are not written.
     """
     return w + (n % N).to(tl.int64)[:, None] * w_stride, a + (m % M).to(tl.int64)[None, :] * a_stride
 
 
 @triton.jit
 def nibbles(packed: tl.tensor, VARIANT: tl.constexpr, ASM: tl.constexpr) -> Any:
-    """Operands of the low and the high nibbles of packed weights, int8.
+    """Return the low and the high nibbles of packed weights as int8 operands.
 
-    `shift`: 16 · w both.  `mask`: w + 8, and 16 · w.  `pair`: w + 8, and the whole byte (`packed.py`).
+    `shift`: 16 · w for both.  `mask`: w + 8, and 16 · w.  `pair`: w + 8, and the whole byte (`packed.py`).
     """
     if ASM:
         code: tl.constexpr = SHIFT_ASM if VARIANT == "shift" else (MASK_ASM if VARIANT == "mask" else PAIR_ASM)
@@ -64,7 +64,7 @@ def nibbles(packed: tl.tensor, VARIANT: tl.constexpr, ASM: tl.constexpr) -> Any:
 
 @triton.jit
 def columns_of(step: tl.tensor, SPAN: tl.constexpr) -> Any:
-    """Columns that meet the low nibbles of the packed bytes step · SPAN and on, int32 [SPAN]; the high ones: + 64."""
+    """Return the columns, int32 [SPAN], of low nibbles of packed bytes from step · SPAN on; high ones are at + 64."""
     byte = step * SPAN + tl.arange(0, SPAN)
     return byte + byte // 64 * 64
 
@@ -73,12 +73,12 @@ def columns_of(step: tl.tensor, SPAN: tl.constexpr) -> Any:
 def operands(
     w: tl.tensor, a: tl.tensor, step: tl.tensor, SPAN: tl.constexpr, VARIANT: tl.constexpr, ASM: tl.constexpr
 ) -> Any:
-    """Weights [BLOCK_N, SPAN] and activations [SPAN, BLOCK_M] of low nibbles, then those of high ones, int8.
+    """Load weights [BLOCK_N, SPAN] and activations [SPAN, BLOCK_M] of low nibbles, then those of high ones, int8.
 
     Args:
         w: pointers to rows of weights, [BLOCK_N, 1].
         a: pointers to rows of activations, [1, BLOCK_M].
-        step: how many spans of packed bytes lie in front.
+        step: the number of spans of packed bytes before this one.
     """
     columns = columns_of(step, SPAN)
     if VARIANT == "bytes":
@@ -93,10 +93,10 @@ def accumulate(
     acc: tl.tensor, w: tl.tensor, a: tl.tensor, start: tl.tensor, stop: tl.tensor,
     SPAN: tl.constexpr, VARIANT: tl.constexpr, ASM: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """`acc` + Σ w · a over the steps start to stop, w + 8 for the low nibbles of `mask` and `pair`; int32.
+    """Return `acc` + Σ w · a over the steps start to stop, int32; `mask` and `pair` have w + 8 for low nibbles.
 
-    No int8 tensor is carried from one iteration to the next, and there are two products in each: either would make
-    compilers for sm_80 hold one byte in a register. |acc| must stay below 2^27.
+    No int8 tensor is carried from one iteration to the next, and each iteration has two products; otherwise compilers
+    for sm_80 would hold one byte in a register. |acc| must stay below 2^27.
 
     Args:
         acc: int32 [BLOCK_N, BLOCK_M].
@@ -122,7 +122,7 @@ def correction(
     zero_w: tl.tensor, w_sum: tl.tensor, high_sum: tl.tensor, zero_a: tl.tensor, a_sum: tl.tensor, low_sum: tl.tensor,
     VARIANT: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """What `accumulate` must start from to give Σ (q_w - zero_w)(q_a - zero_a) for channels n, tokens m; int32."""
+    """Return where `accumulate` starts, int32, to give Σ (q_w - zero_w)(q_a - zero_a) for channels n and tokens m."""
     in_n, in_m = n < N, m < M
     of_token = tl.load(zero_a + m, mask=in_m, other=0)[None, :]
     total = -tl.load(w_sum + n, mask=in_n, other=0)[:, None] * of_token
@@ -140,7 +140,7 @@ def store_scaled(
     total: tl.tensor, y: tl.tensor, m: tl.tensor, n: tl.tensor, M: tl.tensor, N: tl.tensor,
     w_scale: tl.tensor, a_scale: tl.tensor, bias: tl.tensor,
 ) -> None:  # fmt: skip
-    """Yᵀ = total · w_scale · a_scale + bias, for the channels n and tokens m that exist."""
+    """Store Yᵀ = total · w_scale · a_scale + bias for the channels n and tokens m that exist."""
     in_n, in_m = n < N, m < M
     total = total.to(tl.float32) * tl.load(w_scale + n, mask=in_n, other=0.0)[:, None]
     total = total * tl.load(a_scale + m, mask=in_m, other=0.0)[None, :]

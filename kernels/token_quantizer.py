@@ -1,6 +1,6 @@
-"""Activations to integers, one scale and zero point for each token, in one kernel with what stands in front.
+"""Activations are quantized to integers, with scale and zero point for each token, by one kernel with the steps before.
 
-Codes are those of `reference.quantize_per_token` bit for bit: IEEE divisions by the scale, rounded half to even.
+Codes equal those of `reference.quantize_per_token` bit for bit: IEEE divisions by the scale, rounded half to even.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HALF_BLOCK: tl.constexpr = tl.constexpr(HALF)
 
 @triton.jit
 def token_grid(low: tl.tensor, high: tl.tensor, QMIN: tl.constexpr, QMAX: tl.constexpr, SYMMETRIC: tl.constexpr) -> Any:
-    """Scale float32 and zero point int32 of tokens: `reference.scale_and_zero_point` of low ≤ 0 and high ≥ 0."""
+    """Return scale float32 and zero point int32 of tokens: `reference.scale_and_zero_point` of low ≤ 0 and high ≥ 0."""
     span, steps = (tl.maximum(-low, high), QMAX) if SYMMETRIC else (high - low, QMAX - QMIN)
     scale = tl.div_rn(span, steps * 1.0)
     scale = tl.where(scale > TINY, scale, 1.0)
@@ -45,7 +45,7 @@ def store_codes(
     PAIR: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> Any:
-    """Writes int32 codes [m, k] of whole blocks in their layout; returns the sums [m] of what meets low nibbles."""
+    """Store int32 codes [m, k] of whole blocks in their layout; return the sums [m] of codes that meet low nibbles."""
     BLOCKS: tl.constexpr = BLOCK_K // (2 * HALF_BLOCK)
     halves = tl.permute(tl.reshape(q, (q.shape[0], BLOCKS, 2, HALF_BLOCK)), (0, 1, 3, 2))
     first, second = tl.split(halves)
@@ -88,7 +88,7 @@ def token_quantizer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
-    """BLOCK_M tokens a program, twice over their columns: for the range, then for the codes and their sums."""
+    """A program goes twice over the columns of BLOCK_M tokens: for the range, then for the codes and their sums."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inverse_rms = inverse_rms_of(x_ptr, gain, rows, M, K, stride, epsilon, BLOCK_K)
     low, high = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -133,14 +133,14 @@ def launch(
     """Quantize activations on the GPU.
 
     Args:
-        x: [M, K], columns side by side.
+        x: [M, K] with adjacent columns.
         num_bits: 2 to 8; 4 for the layout `pair`.
-        symmetric: zero point fixed at 0.
+        symmetric: whether the zero point is fixed at 0.
         clip_ratio: the grid spans this part of a token's range, in (0, 1].
         layout: `int8` or `pair` (`kernels/packed.py`).
-        group_size: columns of each sum, a power of two (the last may have fewer); 0 means all of them.
-        prologue: what is done to x first.
-        fold: q becomes q - zero_point, and the zero points 0; for up to 7 bits in the layout `int8`.
+        group_size: the number of columns of each sum, a power of two (the last may have fewer); 0 means all.
+        prologue: the steps that are done to x first.
+        fold: whether q becomes q - zero_point and the zero points 0, for up to 7 bits in the layout `int8`.
     """
     M, K = x.shape
     padded = -(-K // BLOCK) * BLOCK
