@@ -21,7 +21,7 @@ def quantize_tokens(
     x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, layout: str, group_size: int,
     gain: Tensor | None = None, epsilon: float = 0.0, hadamard: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """[M, K] → the tensors of `QuantizedActivations`; what stands in front as in `Prologue`."""
+    """Quantize [M, K] to the tensors of `QuantizedActivations`, with the steps in front that `Prologue` describes."""
     prologue, grid = Prologue(gain, epsilon, hadamard), (num_bits, symmetric, clip_ratio)
     if engine.runs_on_triton(x):
         from quantize.kernels import token_quantizer
@@ -48,7 +48,7 @@ def gemm(
     weight: Sequence[Tensor | None], columns: int, weight_layout: str,
     bias: Tensor | None, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The fields of `QuantizedActivations` and of `PackedWeight` → [M, N] = X Wᵀ + bias."""
+    """Multiply the fields of `QuantizedActivations` and of `PackedWeight`: [M, N] = X Wᵀ + bias."""
     qa = QuantizedActivations.of(activations, activation_layout)
     pw = PackedWeight.of(weight, columns, weight_layout)
     multiply = triton_gemm if engine.runs_on_triton(qa.q) else exact_gemm
@@ -62,7 +62,7 @@ def _(activations: Sequence[Tensor], _: str, weight: Sequence[Tensor], *others: 
 
 
 def triton_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """The product by the tabled configuration."""
+    """Compute the product in the configuration of the table."""
     scheme = f"{pw.layout}a{4 if qa.layout == 'pair' else 8}" + "g" * (pw.group_scale is not None)
     config = choose_config(qa.q.shape[0], pw.data.shape[0], qa.q.shape[1], scheme, architecture(qa.q.device))
     return launch_gemm(qa, pw, bias, out_dtype, config)
@@ -71,7 +71,7 @@ def triton_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None,
 def launch_gemm(
     qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """The product by the kernel that a configuration is for; Triton is imported here, as not every machine has it."""
+    """Compute the product by a configuration's kernel; Triton is imported here, because not every machine has it."""
     from quantize.kernels import gemm, grouped, int4_mma, split_k
 
     if config.variant == "native":

@@ -24,16 +24,16 @@ def fp4_linear(
     clip_ratio: float,
     hadamard: int,
 ) -> Tensor:
-    """`quantized_linear` with MXFP4 or NVFP4, [M, K] → [M, N] in the dtype of x.
+    """Compute `quantized_linear` with MXFP4 or NVFP4, [M, K] → [M, N] in the dtype of x.
 
     Args:
         x: float16, bfloat16 or float32.
         data: uint8 [N, K / 2] of `pack_fp4`.
         scale: uint8 [N, G], the bytes of `encode_scale`.
-        global_scale: float32 [] of NVFP4, None for MXFP4.
+        global_scale: float32 [] for NVFP4, None for MXFP4.
         bias: [N] or None.
-        clip_ratio: part of a group's range that its grid spans.
-        hadamard: order of a Hadamard transform in front, as in `Prologue`; 0 for none.
+        clip_ratio: the part of a group's range that its grid spans.
+        hadamard: the order of a Hadamard transform in front, as in `Prologue`; 0 for none.
     """
     prologue, group_size = Prologue(hadamard=hadamard), x.shape[1] // scale.shape[1]
     number_format = "mxfp4" if global_scale is None else "nvfp4"

@@ -18,19 +18,24 @@ MAX_PALEY = 1024  # a dense factor above this costs more than it flattens
 
 
 def hadamard_transform(x: Tensor, size: int, stride: int = 1) -> Tensor:
-    """`x @ (H ⊗ I)` on blocks of the last axis, `H` orthogonal of order `size` (QuaRot, arXiv 2404.00456, section 3).
+    """Return `x @ (H ⊗ I)` on blocks of the last axis, for an orthogonal `H` of order `size`.
+
+    Source: QuaRot, arXiv 2404.00456, section 3.
 
     Args:
-        x: shape [..., K], K a multiple of `size * stride`; computed in its dtype.
-        size: order of `H`, any integer ≥ 1.
-        stride: order of the identity: 1 mixes neighbours; `head_dim` mixes the same channel of different heads.
+        x: [..., K], where K is a multiple of `size * stride`; the result is computed in its dtype.
+        size: the order of `H`, any integer ≥ 1.
+        stride: the order of the identity: 1 mixes neighbours; `head_dim` mixes the same channel of different heads.
     """
     a, b = (factor.to(x) for factor in hadamard_factors(size))
     return kronecker_transform(x, a, b, stride)
 
 
 def kronecker_transform(x: Tensor, a: Tensor, b: Tensor, stride: int = 1) -> Tensor:
-    """`x @ (a ⊗ b ⊗ I_stride)` on blocks of the last axis: two small matmuls, K·(|a| + |b|) multiply-adds a token."""
+    """Return `x @ (a ⊗ b ⊗ I_stride)` on blocks of the last axis, by two matmuls.
+
+    These take K·(|a| + |b|) multiply-adds for each token, where |a| and |b| are the orders of a and b.
+    """
     shape, (n, m) = x.shape, (a.shape[0], b.shape[0])
     blocks = shape[-1] // (n * m * stride)  # given explicitly, because an x without rows is legal
     x = a.T @ x.reshape(*shape[:-1], blocks, n, m * stride)

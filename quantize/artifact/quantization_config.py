@@ -32,5 +32,5 @@ def quantization_settings(
 
 
 def linear_scheme(settings: Mapping[str, Any], path: str) -> Scheme:
-    """What a linear is quantized to, from an artifact's quantization settings."""
+    """Return the scheme of a linear from an artifact's quantization settings."""
     return Scheme(**settings["modules"][path].get("scheme") or settings["scheme"])

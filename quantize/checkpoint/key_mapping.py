@@ -55,7 +55,7 @@ def map_keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, StoredT
 
 
 def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `map_keys`: some of a model's tensors, whole ones, as transformers saves them in files."""
+    """Undo `map_keys` for some whole tensors of a model: return them as transformers saves them in files."""
     stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return stored
 

@@ -1,4 +1,4 @@
-"""How many bytes the values of a program take, and how many multiply-adds its nodes, before anything runs."""
+"""The bytes of a program's values and the multiply-adds of its nodes are known before anything runs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Shape = Callable[[fx.Node], Sequence[int]]
 
 @dataclass(frozen=True)
 class ShapeInfo:
-    """A program on inputs of certain shapes.
+    """A program with inputs of certain shapes.
 
     Attributes:
-        shapes: of each input, by argument of forward.
+        shapes: the shape of each input, by argument of forward.
     """
 
     program: Program
@@ -44,11 +44,11 @@ class ShapeInfo:
 
     @functools.cached_property
     def rows(self) -> int:
-        """Tokens of one batch."""
+        """The number of tokens of one batch."""
         return max(math.prod(shape[:2]) for shape in self.shapes.values())
 
     def number(self, size: int | torch.SymInt) -> int:
-        """A size that may depend on those of the inputs."""
+        """Return a size, which may depend on sizes of the inputs, as a number."""
         if isinstance(size, int):
             return self.rows if self.program.export_error and size == BATCH else size  # a batch of rows, not in a graph
         if (expression := size.node.expr) not in self._known:
@@ -60,11 +60,11 @@ class ShapeInfo:
         return {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Of a node's value."""
+        """Return the shape of a node's value."""
         return tuple(self.number(size) for size in node.meta["val"].shape)
 
     def storages(self, node: fx.Node) -> dict[int, int]:
-        """What a node's value holds: identity of a storage → bytes. Views hold the storage of what they look at."""
+        """Return the storages that a node's value holds, identity → bytes; a view holds its base's storage."""
         value = node.meta.get("val")
         tensors = [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
         if self.program.export_error:
@@ -73,7 +73,7 @@ class ShapeInfo:
 
 
 def multiply_adds(node: fx.Node, shape: Shape) -> int:
-    """Of a matrix product or of attention, given the shape of each node's value; 0 for all else."""
+    """Return the multiply-adds of a matrix product or of attention, and 0 for all other nodes."""
     name = name_of(node) if node.op == "call_function" else ""
     if name in PRODUCTS:
         inner = shape(node.args[1 if name == "addmm" else 0])[-1]  # type: ignore[arg-type]
@@ -86,12 +86,13 @@ def multiply_adds(node: fx.Node, shape: Shape) -> int:
 
 @dataclass
 class LiveBytes:
-    """The values alive on one batch's way through a program.
+    """The bytes of the values that are alive while one batch runs through a program.
 
     Attributes:
-        peaks: for each segment the most bytes alive within it.
-        linear_inputs: the most bytes alive at the first of the linears that share an input, and behind it.
-        borders: bytes alive behind it.
+        peaks: for each segment the most bytes that are alive within it.
+        linear_inputs: for each segment the most bytes that are alive at the first linear of an input, or after the
+            segment.
+        borders: for each segment the bytes that are alive after it.
     """
 
     peaks: dict[str, int]
@@ -100,7 +101,7 @@ class LiveBytes:
 
 
 def walk(sizes: ShapeInfo) -> LiveBytes:
-    """Follow the values of one batch from their making to their last use."""
+    """Follow the values of one batch from the node that makes them to their last use."""
     program, held = sizes.program, dict[fx.Node, dict[int, int]]()
     found = LiveBytes({}, {}, {})
     for node in program.inputs.values():
@@ -120,10 +121,10 @@ def walk(sizes: ShapeInfo) -> LiveBytes:
 
 
 def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
-    """Bytes of all storages, each counted once."""
+    """Return the bytes of all storages, each of which counts once."""
     return sum({key: size for storages in held.values() for key, size in storages.items()}.values())
 
 
 def first_linear_per_input(program: Program, segment: Segment) -> set[fx.Node]:
-    """The first node of each group of linears that share an input."""
+    """Return the first node of each group of linears that share an input."""
     return {group[0].node for group in by_input(program.linears(segment))}

@@ -65,7 +65,7 @@ class PrefixHooks:
         """Put the prefix in front.
 
         Raises:
-            UsageError: inputs that are no token ids, or a mask that does not fit them.
+            UsageError: the inputs are no token ids, or the mask does not fit them.
         """
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
         ids, p = kwargs.get("input_ids"), len(self.leading.tokens)
@@ -86,7 +86,7 @@ class PrefixHooks:
         }
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Leave the prefix out of what is returned."""
+        """Remove the prefix from what is returned."""
         del module, args
         if not self.leading.absent and self.leading.shape is not None:
             output = last(output, self.leading.shape[1] - len(self.leading.tokens))
@@ -100,7 +100,7 @@ def check_mask(mask: Any, tokens: int, held: int) -> None:
     """Check that a mask covers the tokens of the cache and those given.
 
     Raises:
-        UsageError: it does not.
+        UsageError: the mask has another shape.
     """
     if isinstance(mask, Tensor) and (mask.dim() != 2 or mask.shape[1] != held + tokens):
         raise UsageError(
@@ -110,10 +110,10 @@ def check_mask(mask: Any, tokens: int, held: int) -> None:
 
 
 def check_positions(positions: Any, held: int, p: int) -> None:
-    """Tokens behind a cache do not leave out any: `generate` takes the prefix in the cache of an earlier call for text.
+    """Check that tokens after a cache follow it directly; `generate` would take the prefix in an old cache for text.
 
     Raises:
-        UsageError: they do.
+        UsageError: they do not.
     """
     if held and isinstance(positions, Tensor) and int(positions[..., 0].max()) > held - p:
         raise UsageError(
