@@ -39,7 +39,7 @@ def measure(checkpoint: Checkpoint, program: Program, calibration: Path | None) 
     inputs = example_inputs(skeleton)
     if program.export_error or len(inputs) > 1 or any(found.example.is_floating_point() for found in inputs.values()):
         raise UsageError(
-            "activations are shown of models that can be exported and take token ids alone, which this one is not"
+            "--activations needs a model that can be exported and takes only token ids, and this model is none"
         )
     length = min(TOKENS, checkpoint.config.get("max_position_embeddings") or TOKENS)
     tokenize = load_tokenize(checkpoint.directory)

@@ -79,7 +79,9 @@ def check_kinds(
     """
     predicts, pairs, takes = kind_of(model)[0], text.suffix == ".tsv", list(example_inputs(model))
     if takes != ["input_ids"]:
-        raise UsageError(f"{directory} takes {' and '.join(takes)}; measured are models that take input_ids alone")
+        raise UsageError(
+            f"{directory} takes {' and '.join(takes)}; only models that take input_ids alone can be measured"
+        )
     if reference is not None and kind_of(model) != kind_of(reference):
         raise UsageError(f"{directory} and {against} cannot be compared: they are of another kind or vocabulary")
     if predicts and pairs:

@@ -132,7 +132,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
     weight.check(path)
     if bias is not None and bias.shape != (len(data),):
-        raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} behind {len(data)} rows")
+        raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} for {len(data)} rows of weights")
     parts = enumerate(entry.get("online", ()))
     online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)

@@ -98,6 +98,6 @@ def check_difference(found: float, allowed: float) -> None:
     """
     if not found <= allowed:  # NaN is caught too
         raise QuantizeError(
-            f"transformers differs from the artifact by {found:.2g} of the output where rounding explains "
-            f"{allowed:.2g} at most; report the model and the recipe"
+            f"transformers differs from the artifact by {found:.2g} of the output, and rounding explains at most "
+            f"{allowed:.2g}; report the model and the recipe"
         )

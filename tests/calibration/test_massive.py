@@ -94,4 +94,4 @@ def test_what_cannot_be_shown(cli, one_layer, stories_calibration, tmp_path):
     transformers.ViTModel(config).save_pretrained(tmp_path / "vit")
     shown = cli("inspect", tmp_path / "vit", "--activations")
     assert shown.code == 2
-    assert "activations are shown of models that can be exported and take token ids alone" in shown.err
+    assert "--activations needs a model that can be exported and takes only token ids" in shown.err

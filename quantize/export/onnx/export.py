@@ -70,7 +70,7 @@ def export_onnx(
     if has_kv_cache(model):
         raise UsageError(str(QUANTIZED_CACHE))
     if hybrid and qdq:
-        raise UsageError("a hybrid is made of operators of ONNX Runtime alone; give --qdq or --hybrid")
+        raise UsageError("a hybrid file needs operators that only ONNX Runtime has; give --qdq or --hybrid, not both")
     interface = interface_of(model, hybrid)
     made = {name: lowered(part, qdq) for name, part in interface.files().items()}
     save({name: model for name, (model, _) in made.items()}, output_dir, large)
@@ -80,8 +80,8 @@ def export_onnx(
     allowed = FLOAT_ROUNDING + 2 * differences["activations"]
     if not differences["emulation"] <= allowed:  # NaN is caught too
         raise QuantizeError(
-            f"ONNX Runtime differs from torch by {differences['emulation']:.2g} of the output where rounding explains "
-            f"{allowed:.2g} at most; do not use {output_dir}, and report the model and the recipe"
+            f"ONNX Runtime differs from torch by {differences['emulation']:.2g} of the output, and rounding "
+            f"explains at most {allowed:.2g}; do not use {output_dir}, and report the model and the recipe"
         )
     return differences
 
@@ -147,4 +147,4 @@ def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:
         if not value.uses():
             model.graph.inputs.remove(value)
         elif value.name in interface.unread:
-            raise QuantizeError(f"what the file should give once depends on {value.name}; run it with quantize.load")
+            raise QuantizeError(f"the encoder's outputs depend on {value.name}; run the model with quantize.load")

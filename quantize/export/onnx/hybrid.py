@@ -59,8 +59,7 @@ def hybrid_decoder(model: PreTrainedModel) -> HybridDecoder:
     linears = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     if not is_causal_lm(model) or not any(map(gains, linears)):
         raise UsageError(
-            "the model has no W4A8 linears of a causal language model, which alone are multiplied in two ways; "
-            "leave --hybrid out"
+            "--hybrid needs a causal language model with W4A8 linears, and this model is none; leave --hybrid out"
         )
     return HybridDecoder(model)
 

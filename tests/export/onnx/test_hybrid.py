@@ -147,8 +147,8 @@ def test_what_may_not_stay_in_place_is_copied(change, tmp_path):
 @pytest.mark.parametrize(
     ("family", "activations", "options", "why"),
     [
-        ("llama", None, {}, "no W4A8 linears of a causal language model"),
-        ("bert", SYMMETRIC_8, {}, "no W4A8 linears of a causal language model"),
+        ("llama", None, {}, "needs a causal language model with W4A8 linears"),
+        ("bert", SYMMETRIC_8, {}, "needs a causal language model with W4A8 linears"),
         ("llama", SYMMETRIC_8, {"qdq": True}, "give --qdq or --hybrid"),
     ],
 )
