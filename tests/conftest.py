@@ -71,7 +71,7 @@ def float_stories(stories):
 
 @pytest.fixture(scope="session")
 def artifact_w4a4(stories, stories_calibration, tmp_path_factory):
-    """All of stories260K, rotated and rounded by GPTQ to 4-bit weights and activations, per channel."""
+    """Quantize all of stories260K, rotated and rounded by GPTQ to 4-bit weights and activations, per channel."""
     output = tmp_path_factory.mktemp("w4a4") / "artifact"
     return quantize_model(
         stories,
@@ -86,7 +86,7 @@ def artifact_w4a4(stories, stories_calibration, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def one_layer(stories, tmp_path_factory):
-    """The first layer of stories260K: real weights, tokenizer and tied embeddings at a third of the time."""
+    """Return the first layer of stories260K: real weights, tokenizer and tied embeddings at a third of the time."""
     directory = tmp_path_factory.mktemp("one-layer") / "model"
     shutil.copytree(stories, directory)
     change_json(directory / "config.json", num_hidden_layers=1)
@@ -95,20 +95,20 @@ def one_layer(stories, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def program(one_layer):
-    """The graph of `one_layer`."""
+    """Return the program of `one_layer`."""
     return export_program(open_checkpoint(one_layer).skeleton())
 
 
 @pytest.fixture(scope="session")
 def artifact_one_layer(one_layer, stories_calibration, tmp_path_factory):
-    """One layer, rotated and rounded by GPTQ, with the least data and seed 0."""
+    """Quantize one layer, rotated and rounded by GPTQ, with the least data and seed 0."""
     output = tmp_path_factory.mktemp("one-layer-w4a4") / "artifact"
     return quantize_model(one_layer, output_dir=output, scheme="W4A4", calibration=stories_calibration, **SMALL)
 
 
 @pytest.fixture(scope="session")
 def artifact_rtn(one_layer, stories_calibration, tmp_path_factory):
-    """One layer rounded to nearest to 4 bits, nothing else done to it."""
+    """Quantize one layer by rounding it to nearest to 4 bits, without passes."""
     output = tmp_path_factory.mktemp("rtn") / "artifact"
     recipe = {"passes": [], "quantizer": {"name": "rtn"}}
     return quantize_model(
@@ -118,7 +118,7 @@ def artifact_rtn(one_layer, stories_calibration, tmp_path_factory):
 
 @pytest.fixture
 def variant(one_layer, tmp_path):
-    """Copy `one_layer` with keys of its config changed; a function."""
+    """Return a function that copies `one_layer` with keys of its config changed."""
 
     def make(name="model", **config):
         shutil.copytree(one_layer, tmp_path / name)
@@ -130,7 +130,7 @@ def variant(one_layer, tmp_path):
 
 @pytest.fixture
 def small_run(stories_calibration, tmp_path):
-    """Quantize with the least data, into a new directory of `tmp_path`; a function."""
+    """Return a function that quantizes with the least data, into a new directory of `tmp_path`."""
 
     def run(model, scheme="W4A4", output="out", **arguments):
         arguments = {"calibration": stories_calibration, **SMALL, **arguments}
@@ -141,13 +141,13 @@ def small_run(stories_calibration, tmp_path):
 
 @pytest.fixture
 def on_triton(monkeypatch):
-    """Everything runs on Triton's kernels, in its interpreter; what compiles kernels needs a process without it."""
+    """Run everything on Triton's kernels, in its interpreter; tests that compile kernels need a process without it."""
     monkeypatch.setattr(engine, "runs_on_triton", lambda x: True)
 
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that nobody wrote is full of values that would be noticed."""
+    """Fill new memory with values that would be noticed."""
     empty = torch.empty
 
     def full(*args, **kwargs):
@@ -159,7 +159,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    """Run the command in this process: arguments → code, out, err; a function."""
+    """Return a function that runs the command in this process: arguments → code, out, err."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
 
     def run(*arguments):
@@ -175,7 +175,7 @@ def cli(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def tree():
-    """Everything under a directory, by relative path: a file's bytes, None for anything else; a function."""
+    """Return a function that lists a directory by relative path: a file's bytes, or None for anything else."""
 
     def read(directory):
         return {
@@ -188,7 +188,7 @@ def tree():
 
 @pytest.fixture(scope="session")
 def torchrun():
-    """Run a script or `-m` and a module with arguments in several processes; a function."""
+    """Return a function that runs a script, or `-m` and a module, with arguments in several processes."""
 
     def run(*arguments, count=2):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]

@@ -1,4 +1,4 @@
-"""Bases of a few channels, and what a pass is told of them."""
+"""These bases have a few channels; a pass is told of them what it needs."""
 
 import torch
 
@@ -21,7 +21,7 @@ def basis(dim, writers, readers, group=AllowedTransforms.LINEAR, heads=1):
 
 
 def site(basis, weights, **statistics):
-    """A basis with what a pass is told of it; statistics by the letter of the weight."""
+    """Return a basis with what a pass is told of it; statistics are given by the letter of the weight."""
     seen = {f"{letter}.weight": value for letter, value in statistics.items()}
     schemes = {edge.parameter: W4A4 for edge in basis.readers}
     return BasisContext(basis, seen, weights, schemes, torch.Generator().manual_seed(0))

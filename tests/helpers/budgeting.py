@@ -1,4 +1,4 @@
-"""Kernels compiled for the GPUs of one test file, in a process without Triton's interpreter."""
+"""The kernels for the GPUs of one test file are compiled in a process without Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ same_compiler = pytest.mark.skipif(
 
 
 def cases(*archs):
-    """The entries for some GPUs, each a test of its own."""
+    """Return the entries for some GPUs, each of which is a test."""
     return [pytest.param(entry, id=f"{entry.kernel} on {entry.arch}") for entry in entries() if entry.arch in archs]
 
 
 @cache
 def measured(*archs):
-    """Figures by kernel and GPU; one process compiles all."""
+    """Return figures by kernel and GPU; one process compiles all kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.kernel_budgets.budgets", "--as-json", *archs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -36,7 +36,7 @@ def measured(*archs):
 
 
 def check(entry, found):
-    """The kernel is within its budget; and what it misses of the demands stands there with a reason."""
+    """Check that the kernel is within its budget, and that the budget has a reason for each missed demand."""
     budget = RECORDED["kernels"][entry.kernel][entry.arch]
     assert not regressions(found, budget), (entry.kernel, entry.arch)
     told = [sentence for sentence in misses(entry, found) if sentence not in budget.get("misses", [])]

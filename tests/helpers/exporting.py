@@ -1,4 +1,4 @@
-"""What the tests of exports share: models rounded to nearest, and a look into ONNX files."""
+"""Tests of exports share models that are rounded to nearest, and functions that look into ONNX files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def round_to_nearest(weight, bias, scheme, online=()):
 
 
 def quantized(model, scheme, hadamard=False):
-    """All linears of a model, changed in place, but the one that scores the vocabulary."""
+    """Quantize all linears of a model, in place, except for the one that scores the vocabulary."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear | Conv1D) and model.get_submodule(name) is not output:
@@ -57,7 +57,7 @@ def nodes(path, op_type):
 
 
 def shapes(values):
-    """Name → sizes of axes, by name where they are free."""
+    """Return name → sizes of axes, by name if they are free."""
     axes = {value.name: value.type.tensor_type.shape.dim for value in values}
     return {name: [axis.dim_param or axis.dim_value for axis in found] for name, found in axes.items()}
 
@@ -67,7 +67,7 @@ def attributes(node):
 
 
 def tiny(family, layers=1):
-    """A random model of a family, of the sizes in tests/models/families."""
+    """Return a random model of a family, of the sizes in tests/models/families."""
     config = json.loads((FAMILIES / f"{family}.json").read_text())
     cls = getattr(transformers, config["architectures"][0])
     config |= {"num_hidden_layers": layers, "n_layer": layers, "encoder_layers": layers, "decoder_layers": layers}
@@ -76,6 +76,6 @@ def tiny(family, layers=1):
 
 
 def run_onnx(path, feeds, session_config=SESSION_CONFIG):
-    """All outputs of a file for each feed."""
+    """Return all outputs of a file for each feed."""
     session = open_session(path, session_config)
     return [session.run(None, {name: tensor.numpy() for name, tensor in feed.items()}) for feed in feeds]

@@ -1,4 +1,4 @@
-"""Both FP4 formats with their group sizes, as parameters of tests, and operands."""
+"""Both FP4 formats, with their group sizes, are parameters of tests; these are their operands."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Small changes to JSON files on disk."""
+"""These functions change JSON files on disk a little."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Broken and hostile files, made from sound ones by seeded private generators."""
+"""Broken and hostile files are made from sound ones by seeded private generators."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DTYPES = [
 
 
 def cut_up(content, rng):
-    """Bytes with one to four cuts, flips, insertions or repetitions, one in ten truncated."""
+    """Return bytes with one to four cuts, flips, insertions or repetitions; one in ten is truncated."""
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(content) + 1)
         end = min(len(content), start + rng.choice([0, 1, 1, 4, 16, 64]))
@@ -52,7 +52,7 @@ def cut_up(content, rng):
 
 
 def grafted(value, rng):
-    """Plain data with one to three values replaced, left out, or put under a key of its own."""
+    """Return plain data with one to three values replaced, left out, or put under another key."""
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         places = list(places_in(value))
@@ -68,20 +68,20 @@ def grafted(value, rng):
 
 
 def places_in(value):
-    """All (holder, key) of nested dicts and lists."""
+    """Return all (holder, key) of nested dicts and lists."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from places_in(value[key])
 
 
 def with_header(header, data=b""):
-    """A safetensors file with this header, a dict or bytes."""
+    """Return a safetensors file with this header, a dict or bytes."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(header)) + header + data
 
 
 def taken(read, seconds=20):
-    """Whether `read` took its input; anything but a sentence of ours, soon, is an error."""
+    """Return whether `read` accepted its input; any error but a sentence of ours, and any delay, fails the test."""
     started = time.monotonic()
     try:
         read()

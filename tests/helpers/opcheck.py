@@ -1,3 +1,3 @@
-"""What `torch.library.opcheck` tests of our operators."""
+"""`torch.library.opcheck` runs these tests on our operators."""
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")

@@ -1,4 +1,4 @@
-"""Operands of the kernels, random and in the layout of each scheme."""
+"""Operands of the kernels are random and in the layout of each scheme."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A few instructions of PTX on arrays of 32-bit words: enough to run the kernels' inline assembly on a CPU."""
+"""A few instructions of PTX run on arrays of 32-bit words, enough to run the kernels' inline assembly on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WORD = np.uint32
 
 
 def lop3(a, b, c, table):
-    """Any function of three bits (PTX ISA, 9.7.8.6): bit i of the table is its value at the bits of i."""
+    """Compute any function of three bits (PTX ISA, 9.7.8.6): bit i of the table is its value at the bits of i."""
     result = np.zeros_like(a)
     for minterm in range(8):
         if table >> minterm & 1:
@@ -20,7 +20,7 @@ def lop3(a, b, c, table):
 
 
 def prmt(a, b, selector):
-    """Byte permutation (9.7.8.7), with the sign of a byte where bit 3 of a nibble of the selector is set."""
+    """Permute bytes (9.7.8.7); bit 3 of a nibble of the selector asks for the sign of the byte."""
     source, result = [(x >> WORD(8 * byte)) & WORD(0xFF) for x in (a, b) for byte in range(4)], np.zeros_like(a)
     for place in range(4):
         chosen = int(selector) >> 4 * place & 0xF
@@ -48,7 +48,7 @@ OPERATIONS = {
 
 
 def run(assembly, *inputs, outputs):
-    """What `$0`, `$1`, … hold after inline assembly, for inputs uint32 [n] in the operands behind them."""
+    """Return `$0`, `$1`, … after inline assembly, for inputs uint32 [n] in the operands after them."""
     held = {f"${outputs + place}": np.asarray(given, WORD) for place, given in enumerate(inputs)}
     size = len(inputs[0])
     for statement in re.sub(r"[{}\n]", " ", assembly).split(";"):

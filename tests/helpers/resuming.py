@@ -33,7 +33,7 @@ class Runs:
         self.flushes = self.run(self.reference, count=True)
 
     def start(self, output, resume=False, flush=0, then=None, count=False):
-        """A process that quantizes, and does something at the flush of that number."""
+        """Fork a process that quantizes, and does something at the flush of that number."""
         if child := os.fork():
             return child
         done = count_flushes(flush, then)
@@ -44,11 +44,11 @@ class Runs:
         os._exit(len(done) if count else 0)
 
     def run(self, output, **how):
-        """The exit code of a run, or minus the signal that ended it."""
+        """Return the exit code of a run, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(self.start(output, **how), 0)[1])
 
     def killed_after(self, output, flush, seconds):
-        """Whether a run was still alive so long after a flush."""
+        """Return whether a run was still alive so long after a flush."""
         reached, tell = os.pipe()
         child = self.start(output, flush=flush, then=lambda: os.write(tell, b"."))
         os.close(tell)
@@ -59,7 +59,7 @@ class Runs:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
     def resumed(self, output):
-        """Where a killed run was, and whether it is whole and the same once it is resumed."""
+        """Return where a killed run was, and whether it is complete and the same after it is resumed."""
         places = sorted(path.name for path in self.directory.glob(f".{output.name}.partial/journal/*"))
         code = self.run(output, resume=True)
         left = sorted(path.name for path in self.directory.glob(f".{output.name}*"))
@@ -67,7 +67,7 @@ class Runs:
 
 
 def count_flushes(number, then):
-    """From here on each flush is noted, and behind the one of that number something is done."""
+    """Count each flush from now on, and do something after the one of that number."""
     done, flush = [], writer.flush
 
     def counted(path):
@@ -92,7 +92,7 @@ def at_flushes(runs):
 
 
 def at_random(runs, count):
-    """A moment in each part of a run, behind one of its flushes: other work makes a run slower, not less far."""
+    """Yield a moment in each part of a run, after one of its flushes, because other work only makes a run slower."""
     rng, start = random.Random(0), time.monotonic()
     runs.run(runs.directory / "timed")
     seconds = time.monotonic() - start

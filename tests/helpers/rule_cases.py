@@ -1,4 +1,4 @@
-"""Small networks that treat channels in one way each, and the group that the analysis must find."""
+"""Small networks treat channels in one way each; the analysis must find their group."""
 
 import functools
 
@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 class Net(nn.Module):
-    """`head(x + down(body(up(x))))`, and parameters that bodies may use."""
+    """A network `head(x + down(body(up(x))))` with parameters that bodies may use."""
 
     def __init__(self, body):
         super().__init__()
@@ -62,7 +62,7 @@ def by_hand(q, k, v):
 
 
 def grouped(net, h, x):
-    """Four query heads on two key/value heads."""
+    """Attend with four query heads on two key/value heads."""
     k, v = (heads(t)[:, :2].repeat_interleave(2, dim=1) for t in (net.key(x), h))
     return joined(F.scaled_dot_product_attention(heads(net.gate(x)), k, v))
 
@@ -73,7 +73,7 @@ def grouped_inside(net, h, x):
 
 
 def biased(net, h, x):
-    """A bias for each head and key, added to the scores as they are computed."""
+    """Add a bias for each head and key to the scores as they are computed."""
     q, k, v = (heads(t).flatten(0, 1) for t in (h, net.key(x), net.gate(x)))
     scores = torch.baddbmm(net.score(x).transpose(1, 2).reshape(-1, 1, h.shape[1]), q, k.transpose(1, 2))
     return joined((torch.softmax(scores, dim=-1) @ v).unflatten(0, (-1, 4)))
@@ -85,7 +85,7 @@ def halves(h):
 
 
 def crossed(net, h, x):
-    """The halves meet those of others in one order in the first part, in the other order in the second."""
+    """Combine the halves with those of others in one order in the first part, in the other order in the second."""
     (a, b), (c, d) = h.chunk(2, dim=-1), net.gate(x).chunk(2, dim=-1)
     first = torch.cat([a[..., :5] + c[..., :5], a[..., 5:] + d[..., 5:]], dim=-1)
     second = torch.cat([b[..., :5] + d[..., :5], b[..., 5:] + c[..., 5:]], dim=-1)
@@ -215,7 +215,7 @@ def case(name):
 
 
 def check_body(name):
-    """The group of a body is as expected, and no transform that is admitted changes the function."""
+    """Check that the group of a body is as expected, and that no admitted transform changes the function."""
     bases = find_bases(case(name).program)
     _, group, heads, *parameter = BODIES[name]
     written = [b for b in bases.all if any(e.parameter == (parameter or ["up.weight"])[0] for e in b.writers)]

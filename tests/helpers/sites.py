@@ -1,4 +1,4 @@
-"""The table in docs/sites.md, and whether a row of it holds."""
+"""These functions read the table in docs/sites.md and check whether a row of it holds."""
 
 import re
 from pathlib import Path
@@ -17,18 +17,18 @@ GROUPS = {
 
 
 def rows():
-    """The table in docs/sites.md: model, method, written by, read by, group or reason."""
+    """Return the table in docs/sites.md: model, method, written by, read by, group or reason."""
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in SITES.read_text().splitlines() if "|" in line]
     return [row for row in cells if row[0] in CONFIGS]
 
 
 def short(name):
-    """`…layers.0.self_attn.v_proj.weight` → `v_proj`."""
+    """Shorten `…layers.0.self_attn.v_proj.weight` to `v_proj`."""
     return name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def check_site(row, bases):
-    """One row of the table holds in every layer."""
+    """Check that one row of the table holds in every layer."""
     _, _, writer, readers, answer = row
     for layer in (0, 1) if "{i}" in writer else (0,):
         path, wanted = re.escape(writer.format(i=layer)), set(re.findall(r"\w+", readers))

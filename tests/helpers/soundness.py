@@ -1,4 +1,4 @@
-"""Is what the analysis says true? Random transforms folded into random weights of real architectures, in float64."""
+"""The analysis is checked by random transforms, folded into random weights of real architectures, in float64."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Case:
         return self.outputs({})
 
     def moved_by(self, basis: Basis, transform: Blocks) -> float:
-        """How far the output moves when a transform is folded in, relative to the largest output."""
+        """Return how far the output moves when a transform is folded in, relative to the largest output."""
         found = self.outputs(fold(basis, transform, self.weights))
         return float((found - self.expected).abs().max() / self.expected.abs().max())
 
     def with_unit_gains(self) -> tuple[Case, frozenset[str]]:
-        """The same function with every foldable gain folded into its readers, and the names of the gains."""
+        """Return the same function with every foldable gain folded into its readers, and the names of the gains."""
         weights, gains = self.weights, [b for b in find_bases(self.program).all if b.gain]
         for basis in gains:
             edge = basis.gain
@@ -69,7 +69,7 @@ class Case:
 
 @functools.cache
 def family(name: str) -> Case:
-    """One of the configs in `models/families`."""
+    """Return one of the configs in `models/families`."""
     return make_case(build_skeleton(json.loads(CONFIGS[name].read_text())))
 
 
@@ -81,7 +81,7 @@ def make_case(model: torch.nn.Module) -> Case:
 
 
 def in_double(program: Program) -> Program:
-    """Casts to float32, which norms contain, would hide all below 1e-7."""
+    """Compute in float64, because casts to float32, which norms contain, would hide everything below 1e-7."""
     for graph in (m.graph for m in program.module.modules() if isinstance(m, fx.GraphModule)):
         for node in graph.nodes:
             node.args, node.kwargs = map_aggregate(node.args, as_double), map_aggregate(node.kwargs, as_double)
@@ -98,7 +98,7 @@ def generator(name: str) -> torch.Generator:
 
 
 def random_weight(name: str, node: fx.Node) -> Tensor:
-    """Gains away from one and from zero, the rest so that activations stay of order one."""
+    """Draw gains away from one and from zero, and other weights so that activations stay of order one."""
     shape = tuple(node.meta["val"].shape)
     drawn = torch.randn(shape, generator=generator(name), dtype=torch.float64)
     is_gain = len(shape) == 1 and name.endswith("weight")
@@ -114,7 +114,7 @@ def random_input(name: str, node: fx.Node, program: Program) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """T = diag(T_1, …, T_heads), [heads, d, d]."""
+    """The transform T = diag(T_1, …, T_heads), [heads, d, d]."""
 
     T: Tensor
 
@@ -126,7 +126,7 @@ class Blocks:
 
 
 def random_transform(kind: str, dim: int, heads: int, rng: torch.Generator) -> Blocks:
-    """A random member of a group, a matrix of its own for each head."""
+    """Draw a random member of a group, with a matrix for each head."""
     d = dim // heads
 
     def normal(*shape: int) -> Tensor:
@@ -146,7 +146,7 @@ def random_transform(kind: str, dim: int, heads: int, rng: torch.Generator) -> B
 
 
 def violations(case: Case, bases: Bases | tuple[Basis, ...]) -> list[str]:
-    """Admissible transforms that change the function."""
+    """Return the admissible transforms that change the function."""
     rng = torch.Generator().manual_seed(0)
     found = []
     for basis in getattr(bases, "all", bases):
@@ -157,7 +157,7 @@ def violations(case: Case, bases: Bases | tuple[Basis, ...]) -> list[str]:
 
 
 def lazy_pins(case: Case, bases: Bases) -> list[str]:
-    """Transforms that are ruled out and yet leave the function as it is."""
+    """Return the transforms that are ruled out although they do not change the function."""
     rng = torch.Generator().manual_seed(0)
     found = []
     for basis in (b for b in bases.all if b.dim > 2):

@@ -1,4 +1,4 @@
-"""Random weights, inputs as correlated as activations are, and the error that rounding makes on them."""
+"""Random weights, inputs as correlated as activations are, and the rounding error on them are for tests."""
 
 import torch
 
@@ -6,7 +6,7 @@ from quantize.calibration.statistics import Gram
 
 
 def correlated(tokens=512, columns=64, seed=0):
-    """Inputs with a decaying spectrum, as activations have."""
+    """Return inputs with a decaying spectrum, as activations have."""
     rng = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=rng) * torch.logspace(0, -2, columns)
     return torch.randn(tokens, columns, generator=rng) @ mix
