@@ -125,5 +125,5 @@ def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
 
 
 def first_linear_per_input(program: Program, segment: Segment) -> set[fx.Node]:
-    """The first node of each group of linears that share an input."""
-    return {group[0].node for group in by_input(program.linears(segment))}
+    """Of linears that share an input, the first node."""
+    return {sharing[0].node for sharing in by_input(program.linears(segment))}

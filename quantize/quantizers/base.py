@@ -35,7 +35,7 @@ class Quantizer(Data):
     mse: bool = False
 
     @abstractmethod
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,
@@ -62,7 +62,7 @@ class Quantizer(Data):
         product_dtype: torch.dtype = torch.float32,
     ) -> QTensor:
         """Round one W [N, K]; `gram` stays as it is."""
-        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
+        return self.quantize_weights([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:

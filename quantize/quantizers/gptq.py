@@ -38,7 +38,7 @@ class GPTQ(Quantizer):
     block_size: int = Field(128, ge=1)
     sweeps: int = Field(2, ge=0)
 
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,

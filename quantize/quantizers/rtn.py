@@ -18,7 +18,7 @@ from quantize.recipe.scheme import WeightArgs
 class RoundToNearest(Quantizer):
     """Each weight to the nearest point of its group's grid; needs no data."""
 
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,

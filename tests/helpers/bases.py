@@ -3,8 +3,8 @@
 import torch
 
 from quantize.calibration.statistics import Absmax, Rows
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis, Edge
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import BasisContext, LinearContext
 from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import InputTransform

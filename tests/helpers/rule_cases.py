@@ -7,8 +7,8 @@ from helpers.soundness import make_case, violations
 from torch import nn
 from torch.nn import functional as F
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
-from quantize.graph.transform_group import AllowedTransforms
 
 NONE, LINEAR, DIAGONAL, POSITIVE = (
     AllowedTransforms.NONE,
@@ -220,5 +220,5 @@ def check_body(name):
     _, group, heads, *parameter = BODIES[name]
     written = [b for b in bases.all if any(e.parameter == (parameter or ["up.weight"])[0] for e in b.writers)]
     largest = max(written, key=lambda b: b.dim)
-    assert (largest.group, largest.heads if group else heads) == (group, heads), largest
+    assert (largest.allowed, largest.heads if group else heads) == (group, heads), largest
     assert not violations(case(name), bases)

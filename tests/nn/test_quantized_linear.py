@@ -14,10 +14,10 @@ from quantize.artifact.verify import verify_artifact
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes import PASSES

@@ -7,8 +7,8 @@ from helpers.bases import basis, edge, maxima, place, site
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes import PASSES
 from quantize.passes.ordering import legal_order
 from quantize.pipeline.block import Block

@@ -148,7 +148,7 @@ def test_the_output_head_is_left_alone_by_default_and_ignore_adds_to_that(progra
     assert ignored({"ignore": ["q_proj"]}) == query
     assert ignored({"ignore": []}) == {}
     up = make_plan(load_recipe("W8A8", {"targets": ["up_proj"]}), program)
-    assert up.targets == ("model.layers.0.mlp.up_proj",)
+    assert list(up.schemes) == ["model.layers.0.mlp.up_proj"]
     assert up.skipped["model.layers.0.mlp.down_proj.weight"] == "not in targets"
 
 

@@ -88,9 +88,9 @@ class MemoryEstimate(ArtifactEstimate):
         copies = 1 + bool(self.plan.steps)
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
         most = block + inner
-        for group in self.together(segment):
-            most = max(most, block + self._rounding_bytes(group))
-            block -= sum(4 * self.parameters[linear.weight].numel() for linear in group) if self._gives_up else 0
+        for sharing in self.together(segment):
+            most = max(most, block + self._rounding_bytes(sharing))
+            block -= sum(4 * self.parameters[linear.weight].numel() for linear in sharing) if self._gives_up else 0
         return self.runners * min(stops, IN_MEMORY) + most
 
     @property

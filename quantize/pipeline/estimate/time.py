@@ -88,7 +88,7 @@ def first_block(found: MemoryEstimate) -> int:
     """Number of the first of those blocks, alike in their linears, that most of the quantized weights lie in."""
     kinds, weights = list[tuple[object, ...]](), Counter[tuple[object, ...]]()
     for segment in found.program.segments:
-        linears = [linear for group in found.together(segment) for linear in group]
+        linears = [linear for sharing in found.together(segment) for linear in sharing]
         kinds.append(tuple(found.parameters[linear.weight].shape for linear in linears))
         weights[kinds[-1]] += quantized(found, segment)
     return kinds.index(weights.most_common(1)[0][0])
@@ -96,7 +96,7 @@ def first_block(found: MemoryEstimate) -> int:
 
 def quantized(found: MemoryEstimate, segment: Segment) -> int:
     """Weights of a block that are quantized."""
-    return sum(found.parameters[linear.weight].numel() for group in found.together(segment) for linear in group)
+    return sum(found.parameters[linear.weight].numel() for sharing in found.together(segment) for linear in sharing)
 
 
 def rounded(seconds: float) -> str:
