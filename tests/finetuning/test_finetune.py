@@ -17,9 +17,9 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.perplexity import score_language
-from quantize.finetune.finetune import token_stream
-from quantize.finetune.regularized_linear import RegularizedLinear, best_clip, learned_clip
-from quantize.finetune.training import Batches, FinetuneSettings, mean_kurtosis, task_loss
+from quantize.finetuning.finetune import token_stream
+from quantize.finetuning.regularized_linear import RegularizedLinear, best_clip, learned_clip
+from quantize.finetuning.training import Batches, FinetuneSettings, mean_kurtosis, task_loss
 from quantize.kernels.halo import input_gradient, int8_product, linear_with_int8_backward
 from quantize.transforms.kurtosis import kurtosis
 
