@@ -100,6 +100,7 @@ def test_nobody_waits_for_a_rank_that_was_killed(together):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_merged_statistics_are_those_of_all_data(together):
     X = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
     whole = Rows()
