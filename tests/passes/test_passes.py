@@ -118,7 +118,7 @@ def legal(passes):
 
 
 @pytest.mark.parametrize("name", sorted(PASSES))
-@pytest.mark.parametrize("model", ["stories", "minilm"])
+@pytest.mark.parametrize("model", ["stories", pytest.param("minilm", marks=pytest.mark.slow)])
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
     before = [{"name": "fold_norms"}] if name != "fold_norms" else []
     calibration = [torch.arange(64).reshape(2, 32)]
