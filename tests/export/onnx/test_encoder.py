@@ -23,6 +23,7 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", INPUTS)
 def test_a_family_takes_and_gives_what_is_promised(family, tmp_path):
     model = quantized(tiny(family), scheme(8, SYMMETRIC_8))
