@@ -83,6 +83,7 @@ def distance(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_with_float_activations_it_is_the_plain_model_behind_the_prefix(one_layer, artifact_rtn, small_run):
     model = small_run(one_layer, "W4A16", recipe=prefixed(**RTN)).load()

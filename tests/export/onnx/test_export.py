@@ -137,6 +137,7 @@ def test_w4a4_decoder_with_online_hadamard(tmp_path):
     assert differences["reference"] < differences["activations"] / 2
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_noticed(tmp_path, monkeypatch):
     operator = BlockLinear.operator
     monkeypatch.setattr(BlockLinear, "operator", lambda self, x: 1.1 * operator(self, x))
