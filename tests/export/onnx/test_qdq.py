@@ -23,6 +23,7 @@ def as_run(path, tmp_path, entries):
     return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activations", "level"), [(None, "0"), (SYMMETRIC_8, "4")], ids=["W4A16", "W4A8"])
 def test_four_bit_weights_are_fused_again(activations, level, tmp_path):
     """OPT has biases, and a linear on [tokens, channels] with Relu behind it."""
