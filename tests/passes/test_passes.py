@@ -117,8 +117,9 @@ def legal(passes):
     return [settings(handler) for handler in legal_order([PASSES.make(p) for p in passes])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PASSES))
-@pytest.mark.parametrize("model", ["stories", pytest.param("minilm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["stories", "minilm"])
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):
     before = [{"name": "fold_norms"}] if name != "fold_norms" else []
     calibration = [torch.arange(64).reshape(2, 32)]
