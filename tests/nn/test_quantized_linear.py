@@ -325,6 +325,7 @@ def test_every_weight_of_gpt2_is_accounted_for(quantized):
     assert coverage["lm_head.weight"] == "ignored by 'lm_head'"
 
 
+@pytest.mark.slow
 def test_gpt2_is_exported(quantized, tmp_path):
     found = export_artifact(quantized["W4A4"].directory, "onnx", tmp_path / "onnx")
     assert found["emulation"] < 1e-4 < found["activations"]

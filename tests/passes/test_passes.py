@@ -112,6 +112,7 @@ def legal(passes):
     return [settings(handler) for handler in legal_order([PASSES.make(p) for p in passes])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PASSES))
 @pytest.mark.parametrize("model", ["stories", "minilm"])
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):

@@ -57,6 +57,7 @@ def test_batches_come_in_turn():
     assert sorted(next(order) for _ in range(3)) == sorted(next(order) for _ in range(3)) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_tuning_brings_a_model_nearer_to_the_float_model(one_layer, small_run, tree, stories_dev):
     """The KL on text not seen falls by a tenth in the mean of two seeds; the same run gives the same bytes."""
     rows = torch.stack([row["input_ids"] for row in read_samples(stories_dev, 64, 8, None, 512).rows])

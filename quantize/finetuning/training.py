@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from quantize.errors import QuantizeError
-from quantize.finetune.regularized_linear import Backward, RegularizedLinear
+from quantize.finetuning.regularized_linear import Backward, RegularizedLinear
 from quantize.graph.export import forward_switches
 from quantize.pipeline.progress import track
 from quantize.recipe.scheme import Data
