@@ -17,7 +17,7 @@ from quantize.errors import QuantizeError
 from quantize.finetuning.regularized_linear import Backward, RegularizedLinear
 from quantize.graph.export import forward_switches
 from quantize.pipeline.progress import track
-from quantize.recipe.scheme import Data
+from quantize.scheme.scheme import Data
 from quantize.transforms.kurtosis import kurtosis
 
 MAX_NORM = 1.0  # the largest norm of the gradient, because a rounded input can cross many levels at once

@@ -12,8 +12,8 @@ from torch import Tensor
 from quantize.calibration.statistics import Statistic
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
-from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import Data, Scheme
+from quantize.scheme.registry import Registry
+from quantize.scheme.scheme import Data, Scheme
 from quantize.transforms.fold import Diagonal, Transform
 from quantize.transforms.online import InputTransform
 

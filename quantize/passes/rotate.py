@@ -14,7 +14,7 @@ from quantize.formats import get_format
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
 from quantize.passes.base import PASSES, BasisContext, LinearContext, Pass
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 from quantize.transforms.fold import CentredRotation, Rotation, Transform
 from quantize.transforms.online import InputTransform, hadamard
 

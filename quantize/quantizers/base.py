@@ -13,8 +13,8 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
-from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import Data, WeightArgs
+from quantize.scheme.registry import Registry
+from quantize.scheme.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
 

@@ -11,7 +11,7 @@ from quantize.calibration.statistics import Gram
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 
 @QUANTIZERS.register("rtn")

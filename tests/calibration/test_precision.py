@@ -10,7 +10,7 @@ from quantize.calibration.statistics import Gram
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.base import QUANTIZERS
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 
 GROUPED = WeightArgs(num_bits=4, group_size=32)
 

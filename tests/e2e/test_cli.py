@@ -15,7 +15,7 @@ import torch
 
 from quantize.eval.report import load_any
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 
 def words(text):

@@ -10,7 +10,7 @@ from quantize import load
 from quantize.formats.qtensor import QTensor
 from quantize.kernels import custom_ops, engine
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

@@ -25,7 +25,7 @@ from quantize.nn import kv_cache
 from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import quantize_heads, rotate_heads
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import KVCacheArgs
+from quantize.scheme.scheme import KVCacheArgs
 
 RTN = {"passes": [], "quantizer": {"name": "rtn"}}
 KV4 = {"kv_cache": {"num_bits": 4}}

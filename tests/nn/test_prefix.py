@@ -28,7 +28,7 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.steps import round
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 PREFIX, CHANNEL = (1, 45), 46
 IDS = torch.tensor([[403, 407, 261, 378, 432, 383], [286, 261, 268, 379, 416, 422]])

@@ -24,7 +24,7 @@ from quantize.passes import PASSES
 from quantize.passes.base import BasisContext
 from quantize.pipeline.block import Block
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 from quantize.transforms.fold import Diagonal
 from quantize.transforms.online import Hadamard, InputTransform
 

@@ -20,7 +20,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.fold import Diagonal
 from quantize.transforms.online import Dual, Hadamard, InputTransform, Shift

@@ -9,7 +9,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.steps.tune import STELinear, relative_error, shuffled, to_qtensor
 from quantize.quantizers import QUANTIZERS
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 MXFP4 = Scheme(

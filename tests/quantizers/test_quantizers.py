@@ -10,7 +10,7 @@ from quantize.formats import qtensor
 from quantize.quantizers import QUANTIZERS, base, rtn
 from quantize.quantizers.base import compute_qparams
 from quantize.quantizers.hessian import factor, fill_upper, permute, solve
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
 GROUPED = WeightArgs(num_bits=4, symmetric=False, group_size=16)

@@ -11,7 +11,7 @@ from quantize.errors import UsageError
 from quantize.pipeline.layer_schemes import matches
 from quantize.pipeline.plan import make_plan
 from quantize.recipe.recipe import Recipe, load_recipe, merge, names, shipped
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 BITS = {
     "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6), "MXFP4": (4, 4), "NVFP4": (4, 4)

@@ -37,7 +37,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.export import quiet
 from quantize.kernels.reference import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs
 from quantize.transforms.dual_rotation import dual_rotation
 from quantize.transforms.online import Dual, Hadamard, Shift
 

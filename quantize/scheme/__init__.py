@@ -1,0 +1,1 @@
+"""What is quantized to how many bits, and the registry that finds passes, quantizers and formats by name."""
