@@ -17,7 +17,7 @@ from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant, plant_keys
 from quantize.nn.attention import set_kv_cache
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import KVCacheArgs
+from quantize.scheme.scheme import KVCacheArgs
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 BOOKS, STORIES = TESTS / "models" / "books-llama-6m", TESTS / "models" / "stories260K"

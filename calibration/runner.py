@@ -68,17 +68,17 @@ class SequentialRunner:
     def advance_to_linears(
         self, segment: Segment, state: Overrides, targets: Iterable[Linear], finish: bool = True
     ) -> Iterator[list[Linear]]:
-        """Advance through a segment, stopping before the first of each group of targets that share an input.
+        """Advance through a segment, stopping before the first of the targets that share an input, for each input.
 
         The caller may change `state.linears` at each stop, and the linears then run as it says. Without `finish` the
         run ends at the last stop.
         """
         done = 0
-        for group in by_input(targets):
-            position = segment.nodes.index(group[0].node)
+        for sharing in by_input(targets):
+            position = segment.nodes.index(sharing[0].node)
             self.run(segment.nodes[done:position], state)
             done = position
-            yield group
+            yield sharing
         if finish:
             self.run(segment.nodes[done:], state)
 
@@ -97,8 +97,8 @@ class SequentialRunner:
         collected: dict[str, Statistic] = {}
         for values in self.values:
             ahead = SequentialRunner.of(self.program, [dict(values)])
-            for group in ahead.advance_to_linears(segment, state, targets):
-                for linear in group:
+            for sharing in ahead.advance_to_linears(segment, state, targets):
+                for linear in sharing:
                     x = behind[linear](ahead.values[0][linear.source])
                     collected.setdefault(linear.weight, make()).update(x)
         return collected

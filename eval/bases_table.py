@@ -14,16 +14,16 @@ MOST = 8  # names in a cell; a residual stream has few kinds of writers, however
 
 
 def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with one row for bases that are alike in every layer: group, writers, readers, and why no more."""
-    table = Table("bases", "dim", "group")
+    """Return a table with a row for bases alike in every layer: what is allowed, who writes and reads them, and why."""
+    table = Table("bases", "dim", "allowed")
     for name in ("written by", "read by", "why no more"):
         table.add_column(name, overflow="fold", ratio=1)
     rows = Counter(as_row(basis) for basis in bases)
-    for (dim, group, *columns), count in rows.items():
+    for (dim, allowed, *columns), count in rows.items():
         cells = [
             "\n".join(lines[:MOST] + (f"and {len(lines) - MOST} more",) * (len(lines) > MOST)) for lines in columns
         ]
-        table.add_row(str(count), dim, group, *map(escape, cells), end_section=True)
+        table.add_row(str(count), dim, allowed, *map(escape, cells), end_section=True)
     return table
 
 
@@ -34,7 +34,7 @@ def as_row(basis: Mapping[str, Any]) -> tuple[Any, ...]:
     pairs = [f"↔ {name}" for name in basis["paired"]]
     gains = [f"only once `{name}` is folded" for name in basis["after_folding"]]
     lists = (basis["writers"], [*basis["readers"], *pairs], [*basis["pins"], *gains])
-    return dim, basis["group"].replace("_", " "), *(tuple(dict.fromkeys(map(anonymous, names))) for names in lists)
+    return dim, basis["allowed"].replace("_", " "), *(tuple(dict.fromkeys(map(anonymous, names))) for names in lists)
 
 
 def anonymous(text: str) -> str:

@@ -20,7 +20,7 @@ from quantize.eval.planted_outliers import plant
 from quantize.eval.report import stored_bytes
 from quantize.formats import FORMATS
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 MODEL, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"

@@ -16,13 +16,13 @@ from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import UsageError
 from quantize.eval.planted_outliers import FACTOR
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.export import export_program
 from quantize.graph.inputs import example_inputs
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.transforms.fold import Diagonal, fold
 
 Kind = Literal["channel", "token_sparse", "two_spike"]
@@ -66,11 +66,11 @@ def plant_kind(model: Path, output: Path, kind: Kind) -> None:
 
 def chosen(bases: tuple[Basis, ...], gains: bool) -> list[Basis]:
     """Return the diagonal bases that linears read, written by gains or not; if not, gated inputs come before values."""
-    found = [b for b in bases if AllowedTransforms.DIAGONAL in b.group and b.writers and b.readers]
+    found = [b for b in bases if AllowedTransforms.DIAGONAL in b.allowed and b.writers and b.readers]
     found = [b for b in found if not any(e.dual or e.vector for e in b.readers)]
     by_gains = [b for b in found if b.gain and len(b.readers) > 1]
     by_linears = [b for b in found if not b.gain]
-    gated = [b for b in by_linears if AllowedTransforms.ORTHOGONAL not in b.group]
+    gated = [b for b in by_linears if AllowedTransforms.ORTHOGONAL not in b.allowed]
     return by_gains if gains and by_gains else gated or by_linears
 
 
@@ -78,9 +78,9 @@ def inputs_of(program: Program, weights: dict[str, Tensor], batches: list[Tensor
     """Return the input [tokens, K] of each linear, by the name of its weight."""
     runner, seen = SequentialRunner(program, batches), dict[str, Tensor]()
     for segment in program.segments:
-        for group in runner.advance_to_linears(segment, Overrides(weights), program.linears(segment)):
-            rows = torch.cat([values[group[0].source].flatten(0, -2) for values in runner.values])
-            seen |= {linear.weight: rows for linear in group}
+        for sharing in runner.advance_to_linears(segment, Overrides(weights), program.linears(segment)):
+            rows = torch.cat([values[sharing[0].source].flatten(0, -2) for values in runner.values])
+            seen |= {linear.weight: rows for linear in sharing}
     return seen
 
 

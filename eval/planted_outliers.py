@@ -11,10 +11,10 @@ from quantize.artifact.float_model import save_float_model
 from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Basis
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.transforms.fold import Diagonal, fold
 
 FACTOR = 30.0  # the factor by which planted channels are scaled
@@ -53,7 +53,9 @@ def plant_keys(model: Path, output: Path) -> None:
 def diagonal_bases(model: Path) -> list[Basis]:
     """Return the bases whose channels can be scaled one by one but not rotated."""
     bases = find_bases(export_program(open_checkpoint(model).skeleton())).all
-    legal = (b for b in bases if AllowedTransforms.DIAGONAL in b.group and AllowedTransforms.ORTHOGONAL not in b.group)
+    legal = (
+        b for b in bases if AllowedTransforms.DIAGONAL in b.allowed and AllowedTransforms.ORTHOGONAL not in b.allowed
+    )
     return [b for b in legal if b.writers and b.readers]
 
 

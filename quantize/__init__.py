@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantize.artifact.load import load as load
-    from quantize.finetune.finetune import finetune as finetune
+    from quantize.finetuning.finetune import finetune as finetune
     from quantize.pipeline.quantize import quantize_model as quantize_model
 
 __all__ = ["finetune", "load", "quantize_model"]
 _HOME = {
-    "finetune": "quantize.finetune.finetune",
+    "finetune": "quantize.finetuning.finetune",
     "load": "quantize.artifact.load",
     "quantize_model": "quantize.pipeline.quantize",
 }

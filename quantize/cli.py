@@ -15,7 +15,7 @@ from rich.console import Console
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.command import export
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 PATH = click.Path(path_type=Path)
 

@@ -16,7 +16,7 @@ from quantize.calibration.statistics import Gram
 from quantize.kernels.halo import input_gradient
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import fake_quantize_weight
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, WeightArgs
 from quantize.transforms.dual_rotation import dual_rotation
 from quantize.transforms.kurtosis import kurtosis
 from quantize.transforms.online import Hadamard, InputTransform, Shift

@@ -25,7 +25,7 @@ from quantize.artifact.writer import ArtifactWriter
 from quantize.eval.divergence import LanguageJudge, SentenceJudge
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.planted_outlier_kinds import KINDS, plant_kind
-from quantize.finetune.finetune import finetune
+from quantize.finetuning.finetune import finetune
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.prepare import Prepared, prepare

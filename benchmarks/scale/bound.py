@@ -21,7 +21,7 @@ from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.precision import calibration_dtype
 from quantize.quantizers import hessian
 from quantize.quantizers.column_rounding import QParams, round_columns
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 REPEATS = 3
 DTYPE = calibration_dtype([torch.bfloat16])  # of operands, for a model stored in bfloat16

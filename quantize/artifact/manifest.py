@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Field, model_validator
 
 from quantize.formats import check_scheme
-from quantize.recipe.scheme import Data, KVCacheArgs, Scheme
+from quantize.scheme.scheme import Data, KVCacheArgs, Scheme
 
 
 class Entry(Data):

@@ -7,7 +7,7 @@ from typing import Any
 
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import Recipe
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 METHOD = "quantize-model"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -18,7 +18,7 @@ from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.errors import QuantizeError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -2,7 +2,7 @@
 
 from quantize.formats.base import FORMATS, NumberFormat, get_format
 from quantize.formats.check import check_args, check_scheme
-from quantize.recipe.registry import import_all
+from quantize.scheme.registry import import_all
 
 import_all(__name__, __path__)
 __all__ = ["FORMATS", "NumberFormat", "check_args", "check_scheme", "get_format"]

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import ActivationArgs, WeightArgs
+from quantize.scheme.registry import Registry
+from quantize.scheme.scheme import ActivationArgs, WeightArgs
 
 FORMATS = Registry("number format")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from quantize.errors import shown
 from quantize.formats.base import FORMATS, get_format
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 Args = TypeVar("Args", WeightArgs, ActivationArgs)
 

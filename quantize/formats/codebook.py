@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.formats.base import NumberFormat
 from quantize.kernels.ops import pack_int4, unpack_int4
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 CODES = 16
 SLACK = 1 + 1 / 64  # rounding a scale to any dtype moves a level by less

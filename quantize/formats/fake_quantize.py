@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quantize.formats.base import get_format
 from quantize.kernels.ops import dequantize, quantize_dynamically, quantize_per_token, smooth_scales
-from quantize.recipe.scheme import ActivationArgs, KVCacheArgs
+from quantize.scheme.scheme import ActivationArgs, KVCacheArgs
 
 
 def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantize.formats.base import NumberFormat
 from quantize.kernels import fp4
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 
 class FP4(NumberFormat):

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.formats.base import FORMATS, NumberFormat
 from quantize.kernels.ops import pack_int4, unpack_int4
 from quantize.kernels.reference import integer_range, scale_and_zero_point
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 
 @FORMATS.register("int")

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantize.errors import QuantizeError
 from quantize.formats.base import get_format
 from quantize.kernels.ops import dequantize
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that intermediate results stay in a core's cache
 

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from torch import fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.labels import ChannelTrace, id_pairs, shape_of
 from quantize.graph.program import Program
 from quantize.graph.rules import visit
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import disjoint
 
 
@@ -83,7 +83,7 @@ def consumers(walk: ChannelTrace, node: fx.Node) -> Iterator[fx.Node]:
 
 
 def admissible_bases(program: Program) -> tuple[Basis, ...]:
-    """Return all bases; those behind norm gains with the group that holds once the gains are folded into readers."""
+    """Return all bases; those behind norm gains with what is allowed once the gains are folded into readers."""
     found = find_bases(program)
     gains = frozenset(b.gain.parameter for b in found.all if b.gain)
     folded = {origin_of(b): b for b in find_bases(program, gains).all if b.writers} if gains else {}

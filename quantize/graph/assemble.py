@@ -12,9 +12,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Bases, Basis, Edge, Placement
 from quantize.graph.labels import ChannelTrace, ChannelUse
-from quantize.graph.transform_group import AllowedTransforms
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def make_basis(index: int, events: list[ChannelUse], where: Where, blocks: np.nd
     """Build one basis from the events that touch it."""
     dim, starts = len(blocks), np.flatnonzero(np.diff(blocks, prepend=~blocks[:1]))
     heads = len(starts) if len(set(np.diff(np.append(starts, dim)))) == 1 else dim
-    group = functools.reduce(operator.and_, (e.group for e in events), AllowedTransforms.LINEAR)
+    allowed = functools.reduce(operator.and_, (e.allowed for e in events), AllowedTransforms.LINEAR)
     writers: list[Edge] = []
     readers: list[Edge] = []
     for event in (e for e in events if e.parameter):
@@ -196,10 +196,10 @@ def make_basis(index: int, events: list[ChannelUse], where: Where, blocks: np.nd
             if len(here):
                 (readers if event.reads is not dual else writers).append(make_edge(event, here, dual, where, dim))
     reasons = [e.reason for e in events if e.reason]
-    if heads == dim and group & AllowedTransforms.ORTHOGONAL:
-        group &= AllowedTransforms.DIAGONAL
+    if heads == dim and allowed & AllowedTransforms.ORTHOGONAL:
+        allowed &= AllowedTransforms.DIAGONAL
         reasons.append("factors or heads set each of its channels apart from the others")
-    return Basis(index, dim, heads, group, tuple(writers), tuple(readers), tuple(dict.fromkeys(reasons)))
+    return Basis(index, dim, heads, allowed, tuple(writers), tuple(readers), tuple(dict.fromkeys(reasons)))
 
 
 def make_edge(event: ChannelUse, here: np.ndarray, dual: bool, where: Where, dim: int) -> Edge:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.views import Region
 
 
@@ -42,16 +42,16 @@ class Basis:
 
     Attributes:
         dim: the number of channels, which form `heads` equal runs that must not mix.
-        group: the transforms that the basis admits.
+        allowed: the transforms that the basis admits.
         writers, readers: the parameters that absorb T and those that absorb its inverse.
-        pins: what restricts the group, in words.
-        gains: norm gains that must be folded into their readers before the group holds.
+        pins: what restricts them, in words.
+        gains: norm gains that must be folded into their readers before `allowed` holds.
     """
 
     index: int
     dim: int
     heads: int
-    group: AllowedTransforms
+    allowed: AllowedTransforms
     writers: tuple[Edge, ...]
     readers: tuple[Edge, ...]
     pins: tuple[str, ...]
@@ -62,13 +62,13 @@ class Basis:
         """The norm gain that writes the basis and that its readers can absorb, if there is one."""
         scaled = [e for e in self.writers if e.vector]
         linear = bool(self.readers) and not any(e.vector or e.dual for e in self.readers)
-        return scaled[0] if len(scaled) == 1 and linear and AllowedTransforms.DIAGONAL in self.group else None
+        return scaled[0] if len(scaled) == 1 and linear and AllowedTransforms.DIAGONAL in self.allowed else None
 
     def as_dict(self) -> dict[str, object]:
         """Return plain data for JSON."""
         return {
             "dim": self.dim,
-            "group": str(self.group),
+            "allowed": str(self.allowed),
             "heads": self.heads,
             "pins": list(self.pins),
             "writers": [e.parameter for e in self.writers],

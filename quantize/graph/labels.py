@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.views import Region, View, indices
 
 
 @dataclass(frozen=True)
 class ChannelUse:
-    """Something that happens to channels: a parameter writes or reads them, or an operator restricts their group.
+    """Something that happens to channels: a parameter writes or reads them, or an operator restricts their transforms.
 
     Attributes:
         channels: int64 ids, one for each index of the parameter's axis that takes part, or of the channels restricted.
-        group: the transforms that the event leaves admissible.
-        reason: why the group is restricted, in words; empty if nothing is restricted.
+        allowed: the transforms that the event leaves admissible.
+        reason: why they are restricted, in words; empty if nothing is restricted.
         parameter, axis: the parameter that writes or reads, and along which axis; empty for a mere restriction.
         reads: whether the parameter reads the channels; otherwise it writes them.
         vector: whether the parameter is one-dimensional along its axis and can only scale (a gain).
@@ -32,7 +32,7 @@ class ChannelUse:
     """
 
     channels: Tensor
-    group: AllowedTransforms = AllowedTransforms.LINEAR
+    allowed: AllowedTransforms = AllowedTransforms.LINEAR
     reason: str = ""
     parameter: str = ""
     axis: int = 0
@@ -91,13 +91,18 @@ class ChannelTrace:
         return ids
 
     def restrict(
-        self, labels: Tensor, group: AllowedTransforms, reason: str, blocks: Tensor | None = None, counted: bool = False
+        self,
+        labels: Tensor,
+        allowed: AllowedTransforms,
+        reason: str,
+        blocks: Tensor | None = None,
+        counted: bool = False,
     ) -> None:
-        """Leave the channels of a label tensor at most `group`; `blocks` is of its shape."""
+        """Leave the channels of a label tensor at most `allowed`; `blocks` is of its shape."""
         for axis in set(range(labels.dim())) - set(channel_axes(labels)):
             labels = labels.narrow(axis, 0, 1)
             blocks = blocks if blocks is None else blocks.narrow(axis, 0, 1)
-        self.events.append(ChannelUse(labels.reshape(-1), group, reason, blocks=blocks, counted=counted))
+        self.events.append(ChannelUse(labels.reshape(-1), allowed, reason, blocks=blocks, counted=counted))
 
     def pin(self, node: fx.Node, reason: str) -> None:
         """Rule out every transform of the channels of a node's value, if it has any."""
@@ -130,12 +135,12 @@ class ChannelTrace:
             return self.restrict(
                 ids, AllowedTransforms.NONE, f"`{view.name}` is used in another shape than it is stored in"
             )
-        group, positions = (
+        allowed, positions = (
             AllowedTransforms.DIAGONAL if gain else AllowedTransforms.LINEAR,
             indices(along[1], view.shape[along[0]]),
         )
         self.events.append(
-            ChannelUse(ids, group, gain, view.name, along[0], reads, bool(gain), view.offset, positions, region)
+            ChannelUse(ids, allowed, gain, view.name, along[0], reads, bool(gain), view.offset, positions, region)
         )
         self.uses.setdefault(view.name, []).append((node, region))
         self.accounted.add((node, view.name))

@@ -70,11 +70,11 @@ class Linear:
 
 
 def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
-    """Return linears in groups that share an input, in the order of each group's first linear."""
-    groups: dict[fx.Node, list[Linear]] = {}
+    """Return lists of linears that share an input, in the order of the first of each."""
+    sharing: dict[fx.Node, list[Linear]] = {}
     for linear in linears:
-        groups.setdefault(linear.source, []).append(linear)
-    return list(groups.values())
+        sharing.setdefault(linear.source, []).append(linear)
+    return list(sharing.values())
 
 
 def input_of(node: fx.Node) -> fx.Node:
@@ -111,13 +111,13 @@ def parameter_size(node: Any, parameters: Mapping[fx.Node, str]) -> tuple[int, .
 def not_replaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapping[fx.Node, str]) -> set[str]:
     """Return weights of linears whose module computes something else, too, so that nothing can stand in for it."""
     by_name, inside = {name: node for node, name in parameters.items()}, nodes_inside(graph)
-    groups: dict[str, list[Linear]] = defaultdict(list)  # a module may be called several times
+    calls: dict[str, list[Linear]] = defaultdict(list)  # a module may be called several times
     for linear in linears:
-        groups[linear.weight].append(linear)
+        calls[linear.weight].append(linear)
     return {
         weight
-        for weight, group in groups.items()
-        if modules_of(group[0].node) and not stands_alone(group, inside[group[0].path], by_name)
+        for weight, found in calls.items()
+        if modules_of(found[0].node) and not stands_alone(found, inside[found[0].path], by_name)
     }
 
 

@@ -126,5 +126,5 @@ def total(held: Mapping[fx.Node, Mapping[int, int]]) -> int:
 
 
 def first_linear_per_input(program: Program, segment: Segment) -> set[fx.Node]:
-    """Return the first node of each group of linears that share an input."""
-    return {group[0].node for group in by_input(program.linears(segment))}
+    """Return the first node of those of linears that share an input, for each such input."""
+    return {sharing[0].node for sharing in by_input(program.linears(segment))}

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize.errors import QuantizeError
 from quantize.nn.kv_cache import quantize_heads
-from quantize.recipe.scheme import KVCacheArgs
+from quantize.scheme.scheme import KVCacheArgs
 
 FLOAT = "sdpa"  # the implementation that becomes `scaled_dot_product_attention` in a graph
 PREFIX = "quantized_kv_cache_"

@@ -21,7 +21,7 @@ from quantize.kernels.ops import (
     smooth_linear,
     smooth_prepack,
 )
-from quantize.recipe.scheme import ActivationArgs
+from quantize.scheme.scheme import ActivationArgs
 from quantize.transforms.online import Hadamard, Online
 
 Operands = PackedWeight | list[Tensor | None]

@@ -15,7 +15,7 @@ from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 from quantize.kernels.hadamard import hadamard_transform
-from quantize.recipe.scheme import KVCacheArgs
+from quantize.scheme.scheme import KVCacheArgs
 from quantize.transforms import equivalence
 
 ATTENTION = "scaled_dot_product_attention"

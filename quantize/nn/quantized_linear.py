@@ -14,7 +14,7 @@ from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.recipe.scheme import ActivationArgs, Scheme
+from quantize.scheme.scheme import ActivationArgs, Scheme
 from quantize.transforms.online import Online
 
 

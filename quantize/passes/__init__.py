@@ -2,7 +2,7 @@
 
 from quantize.passes.base import PASSES
 from quantize.passes.base import Pass as Pass
-from quantize.recipe.registry import import_all
+from quantize.scheme.registry import import_all
 
 import_all(__name__, __path__)
 __all__ = ["PASSES", "Pass"]

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext, LinearContext
 from quantize.passes.rotate import Rotate
 from quantize.transforms.adaptive_rotation import adaptive_rotation
@@ -33,7 +33,7 @@ class AdaptiveRotation(Rotate):
 
     def transform(self, context: BasisContext) -> Transform:
         """Return the rotation that suits the inputs of all linears that read the basis."""
-        if context.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in context.basis.group:
+        if context.basis.heads > 1 or AllowedTransforms.ORTHOGONAL not in context.basis.allowed:
             return super().transform(context)
         return adaptive_rotation(context.inputs(), self.threshold, context.generator)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.statistics import Statistic
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
-from quantize.graph.transform_group import AllowedTransforms
-from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import Data, Scheme
+from quantize.scheme.registry import Registry
+from quantize.scheme.scheme import Data, Scheme
 from quantize.transforms.fold import Diagonal, Transform
 from quantize.transforms.online import InputTransform
 
@@ -142,7 +142,7 @@ class Pass(Data):
 
     def sites(self, bases: tuple[Basis, ...]) -> tuple[Basis, ...]:
         """Return the bases to transform."""
-        return tuple(b for b in bases if self.legal in b.group and b.writers and b.readers and self.selects(b))
+        return tuple(b for b in bases if self.legal in b.allowed and b.writers and b.readers and self.selects(b))
 
 
 def input_error(context: LinearContext, X: Tensor, input_transform: InputTransform) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from quantize.errors import QuantizeError
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext, Pass
 from quantize.transforms.fold import Diagonal, Transform
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from quantize.calibration.statistics import Rows, Statistic
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext
 from quantize.passes.rotate import Rotate
 from quantize.transforms.block_rotation import BlockRotation
@@ -36,7 +36,7 @@ class LearnedRotation(Rotate):
         """Return T = R, with R 1 = 1 where a norm takes the mean; within heads R is a random Hadamard matrix."""
         if context.basis.heads > 1:
             return super().transform(context)
-        centred = AllowedTransforms.ORTHOGONAL not in context.basis.group
+        centred = AllowedTransforms.ORTHOGONAL not in context.basis.allowed
         return BlockRotation(
             learn_rotation(context.inputs(), self.objective, context.generator, self.steps, centred=centred)
         )

@@ -11,10 +11,10 @@ from pydantic import Field
 
 from quantize.errors import UsageError
 from quantize.formats import get_format
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import PASSES, BasisContext, LinearContext, Pass
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 from quantize.transforms.fold import CentredRotation, Rotation, Transform
 from quantize.transforms.online import InputTransform, hadamard
 
@@ -65,7 +65,7 @@ class Rotate(Pass):
         """Return T = diag(random signs) · (I ⊗ H), H as large as a head; where a norm takes the mean, T keeps it."""
         basis = context.basis
         signs = torch.randint(0, 2, (basis.dim,), generator=context.generator).double() * 2 - 1
-        kind = Rotation if AllowedTransforms.ORTHOGONAL in basis.group else CentredRotation
+        kind = Rotation if AllowedTransforms.ORTHOGONAL in basis.allowed else CentredRotation
         return kind(signs, self.order(basis.dim // basis.heads, *context.reader_schemes.values()))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:

@@ -11,7 +11,7 @@ from pydantic import Field
 from quantize.errors import UsageError
 from quantize.graph.basis import Basis
 from quantize.passes.base import PASSES, LinearContext, Pass
-from quantize.recipe.scheme import RuntimeSmoothArgs, Scheme
+from quantize.scheme.scheme import RuntimeSmoothArgs, Scheme
 from quantize.transforms.online import InputTransform
 
 

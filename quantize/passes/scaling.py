@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Rows, Statistic
 from quantize.formats.fake_quantize import fake_quantize
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import BasisContext, Pass
 from quantize.quantizers.base import fake_quantize_weight
 

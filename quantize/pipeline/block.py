@@ -17,7 +17,7 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 from quantize.transforms.online import InputTransform
 
 

@@ -11,7 +11,7 @@ from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 
 def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) -> Recipe:

@@ -15,7 +15,7 @@ from quantize.passes.ordering import check_order
 from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 NO_LINEAR = "no weight of a linear"
 

@@ -2,7 +2,7 @@
 
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.base import Quantizer as Quantizer
-from quantize.recipe.registry import import_all
+from quantize.scheme.registry import import_all
 
 import_all(__name__, __path__)
 __all__ = ["QUANTIZERS", "Quantizer"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
-from quantize.recipe.registry import Registry
-from quantize.recipe.scheme import Data, WeightArgs
+from quantize.scheme.registry import Registry
+from quantize.scheme.scheme import Data, WeightArgs
 
 QUANTIZERS = Registry("quantizer")
 
@@ -35,7 +35,7 @@ class Quantizer(Data):
     mse: bool = False
 
     @abstractmethod
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,
@@ -62,7 +62,7 @@ class Quantizer(Data):
         product_dtype: torch.dtype = torch.float32,
     ) -> QTensor:
         """Round one W [N, K]; `gram` is not changed."""
-        return self.quantize_group([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
+        return self.quantize_weights([W], args, copy.deepcopy(gram), scale_dtype, product_dtype)[0]
 
 
 def grouped(W: Tensor, args: WeightArgs) -> Tensor:

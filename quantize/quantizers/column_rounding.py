@@ -10,7 +10,7 @@ from torch import Tensor
 from quantize.calibration.precision import plus_product
 from quantize.formats import get_format
 from quantize.quantizers.hessian import panels
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 LEAF_COLUMNS = 16  # up to so many columns move one another one by one; more columns do so by a matrix product
 

@@ -15,7 +15,7 @@ from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, pack
 from quantize.quantizers.column_rounding import OrderedColumns, gptq_round, sweep
 from quantize.quantizers.hessian import factor, fill_upper, panels, permute
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 
 @QUANTIZERS.register("gptq")
@@ -39,7 +39,7 @@ class GPTQ(Quantizer):
     block_size: int = Field(128, ge=1)
     sweeps: int = Field(2, ge=0)
 
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,

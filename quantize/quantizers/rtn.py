@@ -11,14 +11,14 @@ from quantize.calibration.statistics import Gram
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, grouped, pack, quantize
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 
 @QUANTIZERS.register("rtn")
 class RoundToNearest(Quantizer):
     """Rounds each weight to the nearest point of its group's grid."""
 
-    def quantize_group(
+    def quantize_weights(
         self,
         weights: Sequence[Tensor],
         args: WeightArgs,

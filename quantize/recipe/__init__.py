@@ -1,1 +1,1 @@
-"""What is asked for: the recipe, the schemes, and the registry that finds passes, quantizers and formats by name."""
+"""The recipe: everything that determines an artifact, beside model and data."""

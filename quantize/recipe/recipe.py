@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, shown
 from quantize.formats import FORMATS, check_args, check_scheme, get_format
-from quantize.recipe.scheme import (
+from quantize.scheme.scheme import (
     SCHEME_NAMES,
     ActivationArgs,
     Data,

@@ -17,7 +17,7 @@ from quantize.passes import PASSES
 from quantize.passes.ordering import check_order
 from quantize.quantizers import QUANTIZERS
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 X = torch.tensor([[1.0, 5.0, 1.0, 1.0], [1.0, 0.0, 4.0, 1.0], [1.0, 0.0, 0.0, 1.0]])

@@ -10,7 +10,7 @@ from quantize.calibration.statistics import Gram
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.base import QUANTIZERS
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 
 GROUPED = WeightArgs(num_bits=4, group_size=32)
 
@@ -80,10 +80,10 @@ def test_only_a_model_stored_in_bfloat16_is_calibrated_in_it(stored, units, one_
 
     def watched(*args, **kwargs):
         asked.add(kwargs["product_dtype"] if "product_dtype" in kwargs else args[-1])
-        return quantize_group(*args, **kwargs)
+        return quantize_weights(*args, **kwargs)
 
-    quantize_group = QUANTIZERS["gptq"].quantize_group
+    quantize_weights = QUANTIZERS["gptq"].quantize_weights
     monkeypatch.setattr(precision, "bfloat16_unit", lambda: "amx" if units else "none")
-    monkeypatch.setattr(QUANTIZERS["gptq"], "quantize_group", watched)
+    monkeypatch.setattr(QUANTIZERS["gptq"], "quantize_weights", watched)
     small_run(AutoModelForCausalLM.from_pretrained(one_layer, dtype=getattr(torch, stored)))
     assert asked == {torch.bfloat16 if stored == "bfloat16" and units else torch.float32}

@@ -15,7 +15,7 @@ import torch
 
 from quantize.eval.report import load_any
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 
 def words(text):
@@ -144,12 +144,12 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
 @pytest.mark.slow
 def test_inspect_prints_bases_as_data_and_as_a_table(cli, one_layer):
     bases = json.loads(cli("inspect", one_layer, "--json").out)["bases"]
-    assert all({"dim", "group", "writers", "readers", "pins", "heads"} <= basis.keys() for basis in bases)
+    assert all({"dim", "allowed", "writers", "readers", "pins", "heads"} <= basis.keys() for basis in bases)
     residual = next(basis for basis in bases if "model.embed_tokens.weight" in basis["writers"])
-    assert (residual["dim"], residual["group"], residual["heads"]) == (64, "orthogonal", 1)
+    assert (residual["dim"], residual["allowed"], residual["heads"]) == (64, "orthogonal", 1)
     assert "lm_head.weight" in residual["readers"]
     values = next(basis for basis in bases if basis["writers"] == ["model.layers.0.self_attn.v_proj.weight"])
-    assert (values["dim"], values["group"], values["heads"]) == (32, "linear", 4)
+    assert (values["dim"], values["allowed"], values["heads"]) == (32, "linear", 4)
     table = cli("inspect", one_layer)
     assert table.code == 0
     assert "orthogonal" in table.out

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helpers.soundness import CONFIGS
 
+import quantize
 from quantize.checkpoint.meta_model import build_skeleton
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,11 @@ def test_the_package_is_read_in_one_look():
     """What a newcomer finds in `quantize/`; the folders beside it are links."""
     entries = [p.name for p in (ROOT / "quantize").iterdir() if not p.is_symlink() and not p.name.startswith("__")]
     assert len(entries) <= 16, sorted(entries)
+
+
+def test_no_folder_hides_a_public_function():
+    """Importing `quantize.x` sets the attribute `x` of the package, whatever stood there."""
+    assert not {p.stem for p in (ROOT / "quantize").iterdir()} & set(quantize.__all__)
 
 
 def imported(path):

@@ -36,6 +36,7 @@ def test_a_model_does_not_diverge_from_itself(stories, float_stories):
     assert (scores.kl, scores.top1) == (pytest.approx(0, abs=1e-6), 1.0)
 
 
+@pytest.mark.slow
 def test_minilm_scores_as_published(minilm, sts):
     scores = evaluate(minilm, None, next(path for path in sts if "images" in path.name))
     assert scores["spearman"] == pytest.approx(0.9304, abs=5e-4)

@@ -12,7 +12,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import compute_qparams, grouped, quantization_error
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 
 def default_args(name):

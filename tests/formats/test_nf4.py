@@ -17,7 +17,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.pipeline.quantize import quantize_model
 from quantize.quantizers import QUANTIZERS
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 ARGS = WeightArgs(num_bits=4, format="nf4", group_size=64)
 

@@ -4,8 +4,8 @@ import pytest
 from helpers.sites import check_site, rows
 from helpers.soundness import CONFIGS, family, lazy_pins, violations
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases, find_bases
-from quantize.graph.transform_group import AllowedTransforms
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -14,7 +14,7 @@ def test_what_is_admissible_preserves_the_function_and_what_is_not_changes_it(na
     bases = find_bases(case.program)
     assert not violations(case, bases)
     assert not lazy_pins(case, bases)
-    assert all(b.pins for b in bases.all if b.group is AllowedTransforms.NONE)
+    assert all(b.pins for b in bases.all if b.allowed is AllowedTransforms.NONE)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,10 +6,10 @@ from helpers.soundness import make_case, violations
 from torch import nn
 
 from quantize.eval.bases_table import bases_table
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.export import export_program
 from quantize.graph.interpreter import Overrides, run_nodes, start
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.transforms import equivalence
 
 LLAMA = transformers.LlamaConfig(
@@ -25,19 +25,19 @@ def by_writer(bases, name):
 def test_the_sites_of_llama():
     bases = admissible_bases(export_program(transformers.LlamaForCausalLM(LLAMA)))
     residual = by_writer(bases, "embed_tokens.weight")
-    assert (residual.dim, residual.group, len(residual.gains)) == (32, AllowedTransforms.ORTHOGONAL, 5)
+    assert (residual.dim, residual.allowed, len(residual.gains)) == (32, AllowedTransforms.ORTHOGONAL, 5)
     assert len(residual.writers) == 1 + 2 * 2
     assert len(residual.readers) == 2 * 5 + 1
     values = by_writer(bases, "layers.0.self_attn.v_proj.weight")
-    assert (values.dim, values.heads, values.group) == (16, 2, AllowedTransforms.LINEAR)
+    assert (values.dim, values.heads, values.allowed) == (16, 2, AllowedTransforms.LINEAR)
     assert values.readers[0].index.tolist() == [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]  # GQA
     smooth = by_writer(bases, "layers.1.post_attention_layernorm.weight")
-    assert smooth.group == AllowedTransforms.DIAGONAL
+    assert smooth.allowed == AllowedTransforms.DIAGONAL
     assert [e.parameter.split(".")[-2] for e in smooth.readers] == ["gate_proj", "up_proj"]
-    assert by_writer(bases, "layers.0.mlp.up_proj.weight").group == AllowedTransforms.DIAGONAL
+    assert by_writer(bases, "layers.0.mlp.up_proj.weight").allowed == AllowedTransforms.DIAGONAL
     assert "silu" in " ".join(by_writer(bases, "layers.0.mlp.gate_proj.weight").pins)
     queries = by_writer(bases, "layers.0.self_attn.q_proj.weight")  # pairs of channels are rotated by positions
-    assert (queries.dim, queries.group) == (2 * 4, AllowedTransforms.DIAGONAL)
+    assert (queries.dim, queries.allowed) == (2 * 4, AllowedTransforms.DIAGONAL)
     assert queries.writers[0].index.tolist() == [
         [*range(0, 4), *range(16, 20)], [*range(4, 8), *range(20, 24)],
         [*range(8, 12), *range(24, 28)], [*range(12, 16), *range(28, 32)],
@@ -63,7 +63,7 @@ def test_fused_projections_fall_apart_into_ranges():
     case = make_case(Fused())
     bases = find_bases(case.program)
     assert not violations(case, bases)
-    queries, values = (b for b in bases.all if b.group == AllowedTransforms.LINEAR and b.heads == 2)
+    queries, values = (b for b in bases.all if b.allowed == AllowedTransforms.LINEAR and b.heads == 2)
     assert values.writers[0].index.tolist() == [list(range(32, 48))]
     assert values.readers[0].parameter == "out.weight"
     assert queries.writers[0].index.tolist() == [list(range(16))]

@@ -25,7 +25,7 @@ def test_channels_that_enter_attention_beside_its_operands_are_pinned():
     case = make_case(Net(biased))
     bases = find_bases(case.program)
     score = next(b for b in bases.all if b.writers and b.writers[0].parameter == "score.weight")
-    assert (score.group, score.pins) == (NONE, ("`scaled_dot_product_attention` takes it aside",))
+    assert (score.allowed, score.pins) == (NONE, ("`scaled_dot_product_attention` takes it aside",))
     assert not violations(case, bases)
 
 
@@ -39,5 +39,5 @@ def test_tied_embeddings_are_rotated_alike():
     case = make_case(Tied(None))
     bases = find_bases(case.program)
     table = next(b for b in bases.all if b.writers)
-    assert (table.group, len(table.writers), len(table.readers)) == (ORTHOGONAL, 1, 0)
+    assert (table.allowed, len(table.writers), len(table.readers)) == (ORTHOGONAL, 1, 0)
     assert not violations(case, bases)

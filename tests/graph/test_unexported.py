@@ -15,10 +15,10 @@ from quantize.artifact.verify import verify_artifact
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
 from quantize.graph.fallback.program import KEPT_ROWS, LinearsOnlyProgram, make_program
 from quantize.graph.interpreter import Overrides
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.transforms.online import Hadamard
 
@@ -124,7 +124,7 @@ def test_the_graph_admits_no_transform_and_says_why(module):
     assert isinstance(program, LinearsOnlyProgram)
     assert program.vocabulary == 512
     bases = find_bases(program).all
-    assert {basis.group for basis in bases} == {AllowedTransforms.NONE}
+    assert {basis.allowed for basis in bases} == {AllowedTransforms.NONE}
     assert {edge.parameter for b in bases for edge in b.readers} == {f"{path}.weight" for path in LINEARS}
     assert all(basis.pins for basis in bases)
 
@@ -318,7 +318,7 @@ def test_inspect_shows_the_reason(cli, longformer):
     found = json.loads(cli("inspect", longformer, "--json").out)
     assert not found["export"]["exported"]
     assert WHY in found["export"]["reason"]
-    assert {basis["group"] for basis in found["bases"]} == {"none"}
+    assert {basis["allowed"] for basis in found["bases"]} == {"none"}
     shown = cli("inspect", longformer)
     assert shown.code == 0
     assert found["export"]["reason"] in shown.out

@@ -3,10 +3,10 @@
 import torch
 
 from quantize.calibration.statistics import Absmax, Rows
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis, Edge
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes.base import BasisContext, LinearContext
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import InputTransform
 
 W4A4 = Scheme(weights=WeightArgs(num_bits=4), activations=ActivationArgs(num_bits=4))

@@ -15,7 +15,7 @@ from quantize.export.onnx.parity import SESSION_CONFIG, open_session
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.reference import round_to_grid, scale_and_zero_point
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard, InputTransform
 
 FAMILIES = Path(__file__).parents[1] / "models" / "families"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 GROUP = {"mxfp4": 32, "nvfp4": 16}
 ARGS = {name: WeightArgs(num_bits=4, format=name, group_size=size) for name, size in GROUP.items()}

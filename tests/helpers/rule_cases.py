@@ -1,4 +1,4 @@
-"""Small networks treat channels in one way each; the analysis must find their group."""
+"""Small networks treat channels in one way each; the analysis must find which transforms are allowed."""
 
 import functools
 
@@ -7,8 +7,8 @@ from helpers.soundness import make_case, violations
 from torch import nn
 from torch.nn import functional as F
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
-from quantize.graph.transform_group import AllowedTransforms
 
 NONE, LINEAR, DIAGONAL, POSITIVE = (
     AllowedTransforms.NONE,
@@ -96,7 +96,7 @@ def standardized(h, deviation):
     return (h - h.mean(-1, keepdim=True)) / deviation
 
 
-# what happens to `up(x)`, the group of the basis that it (or the parameter named) writes, and the number of heads
+# what happens to `up(x)`, what is allowed on the basis that it (or the parameter named) writes, and the number of heads
 BODIES = {
     "nothing": (lambda n, h, x: h, LINEAR, 1),
     "number": (lambda n, h, x: -h * 2 / 3, LINEAR, 1),
@@ -215,10 +215,10 @@ def case(name):
 
 
 def check_body(name):
-    """Check that the group of a body is as expected, and that no admitted transform changes the function."""
+    """Check that the allowed transforms of a body are as expected, and that none of them changes the function."""
     bases = find_bases(case(name).program)
     _, group, heads, *parameter = BODIES[name]
     written = [b for b in bases.all if any(e.parameter == (parameter or ["up.weight"])[0] for e in b.writers)]
     largest = max(written, key=lambda b: b.dim)
-    assert (largest.group, largest.heads if group else heads) == (group, heads), largest
+    assert (largest.allowed, largest.heads if group else heads) == (group, heads), largest
     assert not violations(case(name), bases)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers.soundness import CONFIGS, describe
 
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 
 SITES = Path(__file__).parents[2] / "docs" / "sites.md"
 GROUPS = {
@@ -17,7 +17,7 @@ GROUPS = {
 
 
 def rows():
-    """Return the table in docs/sites.md: model, method, written by, read by, group or reason."""
+    """Return the table in docs/sites.md: model, method, written by, read by, what is allowed or why not."""
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in SITES.read_text().splitlines() if "|" in line]
     return [row for row in cells if row[0] in CONFIGS]
 
@@ -36,13 +36,13 @@ def check_site(row, bases):
         basis = min(written, key=lambda b: not wanted <= {short(e.parameter) for e in b.readers})
         if answer in GROUPS:
             assert {short(e.parameter) for e in basis.readers} == wanted, describe(basis)
-            assert GROUPS[answer] in basis.group, describe(basis)
+            assert GROUPS[answer] in basis.allowed, describe(basis)
             stronger = {
                 "positive diagonal": AllowedTransforms.DIAGONAL,
                 "centred orthogonal": AllowedTransforms.ORTHOGONAL,
             }.get(answer)
-            assert stronger is None or stronger not in basis.group
+            assert stronger is None or stronger not in basis.allowed
         else:
             quoted = [part.format(i=layer) for part in re.findall(r"`([^`]+)`", answer)]
-            assert basis.group is AllowedTransforms.NONE, describe(basis)
+            assert basis.allowed is AllowedTransforms.NONE, describe(basis)
             assert all(any(part in pin for pin in basis.pins) for part in quoted), describe(basis)

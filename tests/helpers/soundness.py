@@ -13,13 +13,13 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from quantize.checkpoint.meta_model import build_skeleton
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.export import export_program
 from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.labels import shape_of
 from quantize.graph.program import Program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.transforms.fold import Diagonal, fold
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parents[1] / "models" / "families").glob("*.json"))}
@@ -126,7 +126,7 @@ class Blocks:
 
 
 def random_transform(kind: str, dim: int, heads: int, rng: torch.Generator) -> Blocks:
-    """Draw a random member of a group, with a matrix for each head."""
+    """Draw a random transform of a kind, with a matrix for each head."""
     d = dim // heads
 
     def normal(*shape: int) -> Tensor:
@@ -150,7 +150,7 @@ def violations(case: Case, bases: Bases | tuple[Basis, ...]) -> list[str]:
     rng = torch.Generator().manual_seed(0)
     found = []
     for basis in getattr(bases, "all", bases):
-        for kind in (kind for kind, group in KINDS.items() if group in basis.group):
+        for kind in (kind for kind, group in KINDS.items() if group in basis.allowed):
             moved = case.moved_by(basis, random_transform(kind, basis.dim, basis.heads, rng))
             found += [f"{kind} moves {describe(basis)} by {moved:.1e}"] if not moved <= KEPT else []
     return found
@@ -162,7 +162,7 @@ def lazy_pins(case: Case, bases: Bases) -> list[str]:
     found = []
     for basis in (b for b in bases.all if b.dim > 2):
         heads = 1 if basis.heads == basis.dim else basis.heads
-        kinds = [kind for kind, group in KINDS.items() if group not in basis.group]
+        kinds = [kind for kind, group in KINDS.items() if group not in basis.allowed]
         tried = [(kind, heads) for kind in kinds] + ([("orthogonal", 1)] if basis.heads > 1 else [])
         for kind, blocks in tried:
             moved = case.moved_by(basis, random_transform(kind, basis.dim, blocks, rng))
@@ -172,4 +172,4 @@ def lazy_pins(case: Case, bases: Bases) -> list[str]:
 
 def describe(basis: Basis) -> str:
     ends = [[e.parameter for e in edges] for edges in (basis.writers, basis.readers)]
-    return f"basis {basis.index} {basis.group} {basis.heads}×{basis.dim // basis.heads} {ends} {basis.pins}"
+    return f"basis {basis.index} {basis.allowed} {basis.heads}×{basis.dim // basis.heads} {ends} {basis.pins}"

@@ -32,7 +32,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.base import compute_qparams, grouped, quantization_error
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 

@@ -9,7 +9,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import dequantize, pack_int4, quantize_per_token, quantized_linear, unpack_int4
 from quantize.kernels.reference import integer_matmul, scale_and_zero_point
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 

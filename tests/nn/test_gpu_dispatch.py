@@ -8,7 +8,7 @@ from quantize.formats import get_format
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 pytestmark = pytest.mark.usefixtures("poisoned")

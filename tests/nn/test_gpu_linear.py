@@ -10,7 +10,7 @@ from quantize import load
 from quantize.formats.qtensor import QTensor
 from quantize.kernels import custom_ops, engine
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -45,6 +45,7 @@ def rounded(scheme, model, run):
     return run(model, scheme, recipe={"passes": [], "quantizer": {"name": "rtn"}}).directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4"])
 def test_a_whole_block(scheme, one_layer, small_run, artifact_one_layer, kernels):
     """Every product of a quantized model, bit by bit; at W4A4 with rotations too, folded and online."""

@@ -25,7 +25,7 @@ from quantize.nn import kv_cache
 from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import quantize_heads, rotate_heads
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import KVCacheArgs
+from quantize.scheme.scheme import KVCacheArgs
 
 RTN = {"passes": [], "quantizer": {"name": "rtn"}}
 KV4 = {"kv_cache": {"num_bits": 4}}
@@ -147,11 +147,13 @@ def test_padding_is_masked(artifact):
     assert torch.allclose(found, model(tokens).logits, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(one_layer, small_run, tree):
     first, second = (small_run(one_layer, recipe=KV4, output=name).directory for name in ("first", "second"))
     assert tree(first) == tree(second)
 
 
+@pytest.mark.slow
 def test_rotation_saves_what_key_outliers_cost(books, books_heldout, tmp_path, monkeypatch):
     """On a twin that computes the same function with a few channels of the keys × 10."""
     monkeypatch.setattr("quantize.eval.planted_outliers.FACTOR", 10.0)
@@ -168,6 +170,7 @@ def test_rotation_saves_what_key_outliers_cost(books, books_heldout, tmp_path, m
     assert kl[True] < 0.4 * kl[False]
 
 
+@pytest.mark.slow
 def test_cross_attention_and_encoders_round_as_well(tmp_path):
     torch.manual_seed(0)
     size = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
@@ -262,6 +265,7 @@ def test_the_recipe_keeps_the_table_and_has_none_by_default():
     assert load_recipe("W4A4", None).kv_cache is None
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_how_many(one_layer, cli, tmp_path):
     (tmp_path / "recipe.toml").write_text("[kv_cache]\nnum_bits = 4\n")
     shown = cli(one_layer, "--scheme", "W4A4", "--group-size", 0, "--recipe", tmp_path / "recipe.toml", "--dry-run")

@@ -28,7 +28,7 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.steps import round
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 PREFIX, CHANNEL = (1, 45), 46
 IDS = torch.tensor([[403, 407, 261, 378, 432, 383], [286, 261, 268, 379, 416, 422]])
@@ -83,6 +83,7 @@ def distance(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_with_float_activations_it_is_the_plain_model_behind_the_prefix(one_layer, artifact_rtn, small_run):
     model = small_run(one_layer, "W4A16", recipe=prefixed(**RTN)).load()
@@ -181,6 +182,7 @@ def test_a_model_that_flattens_tokens(tmp_path):
     assert distance(artifact.load()(ids).logits, by_cache(plain, ids)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["gptq", "gptaq"])
 def test_calibration_leaves_the_prefix_out(one_layer, small_run, monkeypatch, quantizer):
     seen = []
@@ -267,6 +269,7 @@ def test_the_planted_token_is_found(planted, small_run, stories_calibration):
     assert verify_artifact(artifact.directory)["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_flagged_first_token_counts_as_the_one_that_begins_texts(planted, small_run, stories_calibration, tmp_path):
     rows = [[426, *(token for token in row[1:] if token != 426)] for row in calibration_rows(stories_calibration)]
     text = tmp_path / "rows.jsonl"
@@ -288,6 +291,7 @@ def test_nothing_flagged_is_no_prefix(one_layer, small_run):
     assert "prefix" not in (artifact.directory / "recipe.toml").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(planted, small_run, tree):
     model = planted(426)
     first, second = (small_run(model, output=name, recipe=SEARCH, **DATA) for name in "ab")
@@ -325,6 +329,7 @@ class Tiny(nn.Module):
         return self.head(self.embed(ids))
 
 
+@pytest.mark.slow
 def test_models_that_take_no_prefix(minilm, small_run):
     for model, why in ((Tiny(), "the model is a module of its own"), (minilm, "the model does not generate from")):
         with pytest.raises(UsageError, match=f"a prefix needs a causal language model of transformers, and {why}"):
@@ -352,6 +357,7 @@ def test_calls_that_cannot_be_right(w4a4):
             model.generate(longer, attention_mask=mask, **copy.deepcopy(held), **GREEDY)
 
 
+@pytest.mark.slow
 def test_the_prefix_is_part_of_an_onnx_file(w4a4, tmp_path):
     """Nothing that goes in or out knows of it, with or without a cache, and it makes a difference."""
     found = export_artifact(w4a4.directory, "onnx", tmp_path / "onnx")

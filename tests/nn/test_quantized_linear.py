@@ -14,17 +14,17 @@ from quantize.artifact.verify import verify_artifact
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
 from quantize.graph.linears import NOT_ALONE, READ_ITSELF
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes import PASSES
 from quantize.passes.base import BasisContext
 from quantize.pipeline.block import Block
 from quantize.pipeline.quantize import quantize_model
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 from quantize.transforms.fold import Diagonal
 from quantize.transforms.online import Hadamard, InputTransform
 
@@ -325,6 +325,7 @@ def test_every_weight_of_gpt2_is_accounted_for(quantized):
     assert coverage["lm_head.weight"] == "ignored by 'lm_head'"
 
 
+@pytest.mark.slow
 def test_gpt2_is_exported(quantized, tmp_path):
     found = export_artifact(quantized["W4A4"].directory, "onnx", tmp_path / "onnx")
     assert found["emulation"] < 1e-4 < found["activations"]

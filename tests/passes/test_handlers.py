@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.bases import basis, edge, maxima, place, site
+from helpers.bases import W4A4, basis, edge, maxima, place, site
 
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
 from quantize.formats.fake_quantize import fake_quantize
-from quantize.graph.transform_group import AllowedTransforms
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.kernels.ops import dequantize, runtime_smooth_linear, smooth_scales
 from quantize.passes import PASSES
 from quantize.passes.base import input_error
@@ -20,7 +20,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.fold import Diagonal
 from quantize.transforms.online import Dual, Hadamard, InputTransform, Shift
@@ -281,9 +281,9 @@ def test_whole_bases_are_learned_and_heads_are_not():
     assert torch.allclose(T @ T.T, torch.eye(16, dtype=torch.float64), atol=1e-10)
     assert torch.allclose(T.sum(0), torch.ones(16, dtype=torch.float64), atol=1e-10)  # a norm takes the mean
     assert isinstance(
-        learned.transform(site(replace(whole, group=AllowedTransforms.ORTHOGONAL), {}, a=X)), BlockRotation
+        learned.transform(site(replace(whole, allowed=AllowedTransforms.ORTHOGONAL), {}, a=X)), BlockRotation
     )
-    assert learned.transform(site(replace(whole, group=AllowedTransforms.LINEAR, heads=2), {}, a=X)).size == 8
+    assert learned.transform(site(replace(whole, allowed=AllowedTransforms.LINEAR, heads=2), {}, a=X)).size == 8
 
 
 def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
@@ -324,8 +324,9 @@ def test_blocks_follow_the_format():
     """MXFP4 gains from blocks of 32, NVFP4 loses by any rotation, so it must be asked for."""
     mxfp4 = Scheme(weights=WeightArgs(num_bits=4, format="mxfp4", group_size=32))
     nvfp4 = Scheme(weights=WeightArgs(num_bits=4, format="nvfp4", group_size=16))
-    residual = replace(site(basis(64, [edge("e", 1, 64)], [edge("q.weight", 1, 64)]), {}), scheme=mxfp4)
-    assert PASSES["rotate"]().transform(residual).size == 32
+    read = basis(64, [edge("e", 1, 64)], [edge("q.weight", 1, 64), edge("k.weight", 1, 64)])
+    residual = replace(site(read, {}), schemes={"q.weight": mxfp4, "k.weight": W4A4})
+    assert PASSES["rotate"]().transform(residual).size == 32  # what suits one reader the other bears
     assert PASSES["rotate"](block_size=0).transform(residual).size == 64
     for name in ("rotate", "learned_rotation", "adaptive_rotation"):
         with pytest.raises(UsageError, match=f"`{name}` makes NVFP4 worse, .*; leave it out, or give it a block_size"):

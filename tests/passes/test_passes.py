@@ -7,8 +7,8 @@ from helpers.bases import basis, edge, maxima, place, site
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.export import export_program
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.passes import PASSES
 from quantize.passes.ordering import legal_order
 from quantize.pipeline.block import Block
@@ -112,6 +112,7 @@ def legal(passes):
     return [settings(handler) for handler in legal_order([PASSES.make(p) for p in passes])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PASSES))
 @pytest.mark.parametrize("model", ["stories", "minilm"])
 def test_every_pass_goes_through_the_gate_on_real_models(name, model, request):

@@ -25,7 +25,7 @@ from quantize.pipeline.estimate.trial import Trial, shortened
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.resume.journal import Journal
 from quantize.recipe.recipe import load_recipe
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
 

@@ -24,6 +24,7 @@ def together(tmp_path, torchrun):
     return run
 
 
+@pytest.mark.slow
 def test_sums_run_through_the_ranks_in_the_order_of_one_process(together):
     """In float32 (1 + 1e8 + 1) - 1e8 is 0 in order, and 1 + 1 in another: any other order shows."""
     done = together(
@@ -47,6 +48,7 @@ def test_sums_run_through_the_ranks_in_the_order_of_one_process(together):
     assert sorted(done.stdout.splitlines()) == [f"{rank} {expected}" for rank in range(3)]
 
 
+@pytest.mark.slow
 def test_a_rank_forecasts_from_what_those_before_it_have_summed(together):
     """Sums in bfloat16, of which each batch but the first ones is forecast."""
     body = """
@@ -62,6 +64,7 @@ def test_a_rank_forecasts_from_what_those_before_it_have_summed(together):
     assert set(done.stdout.splitlines()) == set(alone.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_a_failure_reaches_the_others_at_their_next_exchange(together):
     start = time.monotonic()
     done = together(
@@ -83,6 +86,7 @@ def test_a_failure_reaches_the_others_at_their_next_exchange(together):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_rank_that_was_killed(together):
     start = time.monotonic()
     done = together(
@@ -97,6 +101,7 @@ def test_nobody_waits_for_a_rank_that_was_killed(together):
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.slow
 def test_merged_statistics_are_those_of_all_data(together):
     X = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
     whole = Rows()

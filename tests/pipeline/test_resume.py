@@ -202,6 +202,7 @@ def test_what_has_changed_is_refused_by_name(
     assert tree(partial) == before  # so it can still go on
 
 
+@pytest.mark.slow
 def test_a_module_in_memory_is_known_by_its_weights_and_its_graph(fails, small_run, one_layer):
     model, other = (open_checkpoint(one_layer).load() for _ in range(2))
     fails("model.layers.0", QuantizeError("it broke"))

@@ -11,6 +11,8 @@ from quantize.pipeline.quantize import collect_stats, quantize_model
 from quantize.pipeline.statistics_files import merge_stats, read_collected
 from quantize.recipe.recipe import load_recipe
 
+pytestmark = pytest.mark.slow
+
 RTN = {"quantizer": {"name": "rtn"}}
 SMOOTHED = {"passes": [{"name": "smoothquant"}]} | RTN
 SETTINGS = {"group_size": 0, "nsamples": 8, "seqlen": 32}

@@ -2,10 +2,13 @@
 
 import weakref
 
+import pytest
+
 import quantize
 from quantize.checkpoint import checkpoint, tensor_files
 
 
+@pytest.mark.slow
 def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_path, monkeypatch):
     alive, most, read = [], 0, tensor_files.read_tensor
 

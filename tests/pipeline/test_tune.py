@@ -9,7 +9,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.steps.tune import STELinear, relative_error, shuffled, to_qtensor
 from quantize.quantizers import QUANTIZERS
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import Hadamard
 
 MXFP4 = Scheme(
@@ -57,6 +57,7 @@ def test_batches_come_in_turn():
     assert sorted(next(order) for _ in range(3)) == sorted(next(order) for _ in range(3)) == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_tuning_brings_a_model_nearer_to_the_float_model(one_layer, small_run, tree, stories_dev):
     """The KL on text not seen falls by a tenth in the mean of two seeds; the same run gives the same bytes."""
     rows = torch.stack([row["input_ids"] for row in read_samples(stories_dev, 64, 8, None, 512).rows])

@@ -10,7 +10,7 @@ from quantize.formats import qtensor
 from quantize.quantizers import QUANTIZERS, base, rtn
 from quantize.quantizers.base import compute_qparams
 from quantize.quantizers.hessian import factor, fill_upper, permute, solve
-from quantize.recipe.scheme import WeightArgs
+from quantize.scheme.scheme import WeightArgs
 
 PER_CHANNEL = WeightArgs(num_bits=4)
 GROUPED = WeightArgs(num_bits=4, symmetric=False, group_size=16)
@@ -230,7 +230,7 @@ def test_layers_that_share_an_input_are_rounded_as_if_alone():
     W, gram = weights(48), gram_of(correlated())
     gptq = QUANTIZERS["gptq"]()
     alone = [gptq.quantize(part, GROUPED, gram, torch.float32) for part in W.split([32, 16])]
-    together = gptq.quantize_group(W.split([32, 16]), GROUPED, gram, torch.float32)
+    together = gptq.quantize_weights(W.split([32, 16]), GROUPED, gram, torch.float32)
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a.scale, b.scale)
         assert (a.unpack() != b.unpack()).float().mean() < 0.01  # float32 sums in another order

@@ -11,7 +11,7 @@ from quantize.errors import UsageError
 from quantize.pipeline.layer_schemes import matches
 from quantize.pipeline.plan import make_plan
 from quantize.recipe.recipe import Recipe, load_recipe, merge, names, shipped
-from quantize.recipe.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import SCHEME_NAMES
 
 BITS = {
     "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6), "MXFP4": (4, 4), "NVFP4": (4, 4)
@@ -148,7 +148,7 @@ def test_the_output_head_is_left_alone_by_default_and_ignore_adds_to_that(progra
     assert ignored({"ignore": ["q_proj"]}) == query
     assert ignored({"ignore": []}) == {}
     up = make_plan(load_recipe("W8A8", {"targets": ["up_proj"]}), program)
-    assert up.targets == ("model.layers.0.mlp.up_proj",)
+    assert list(up.schemes) == ["model.layers.0.mlp.up_proj"]
     assert up.skipped["model.layers.0.mlp.down_proj.weight"] == "not in targets"
 
 

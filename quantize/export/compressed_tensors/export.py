@@ -24,7 +24,7 @@ from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 
 def export_compressed_tensors(

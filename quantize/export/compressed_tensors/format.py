@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import pack_int4
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
 MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways

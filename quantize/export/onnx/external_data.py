@@ -36,7 +36,7 @@ def weights(model: onnx_ir.Model) -> Iterator[onnx_ir.Value]:
 
 
 def shared_initializers(models: Sequence[onnx_ir.Model]) -> list[list[onnx_ir.Value]]:
-    """Group the weights that have the same dtype, shape and bytes in several models."""
+    """Return lists of weights that have the same dtype, shape and bytes in several models."""
     groups: dict[object, list[tuple[int, onnx_ir.Value]]] = {}
     for number, model in enumerate(models if len(models) > 1 else ()):
         for value in weights(model):
@@ -51,7 +51,7 @@ def content(tensor: onnx_ir.TensorProtocol | None) -> object:
 
 
 def externalize(groups: Sequence[Sequence[onnx_ir.Value]], directory: Path, file: str) -> None:
-    """Write one weight of each group into a file, and let all weights of the group refer to it."""
+    """Write one of each list of equal weights into a file, and let the others refer to it."""
     written = convert_tensors_to_external([group[0].const_value for group in groups], directory, file)
     for group, at in zip(groups, written, strict=True):
         for value in group:

@@ -11,7 +11,7 @@ from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 
 MANY = 16  # tokens of all samples together from which 8-bit products are faster
 LARGEST = 127  # for weights of 4 bits in groups; ±63 would move the output by a quarter more (books-llama-6m)

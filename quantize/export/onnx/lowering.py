@@ -15,7 +15,7 @@ from quantize.export.onnx.matmul_nbits import BlockLinear, odd_groups
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import Scheme
+from quantize.scheme.scheme import Scheme
 
 RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
 QUANTIZED_CACHE = Obstacle(

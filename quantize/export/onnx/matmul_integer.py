@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantize.kernels.reference import centred, integer_range
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs
+from quantize.scheme.scheme import ActivationArgs
 
 MIDDLE = 128  # the uint8 that stands for the int8 0; signed activations would run in a 20 times slower kernel
 

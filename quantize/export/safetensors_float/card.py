@@ -13,7 +13,7 @@ from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import sha256
 from quantize.export.outline import Outline
 from quantize.recipe.recipe import Recipe, load_recipe
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 CARD = """\
 ---

@@ -6,7 +6,7 @@ module or a model.
 """
 
 from quantize.graph.rules.table import visit
-from quantize.recipe.registry import import_all
+from quantize.scheme.registry import import_all
 
 import_all(__name__, __path__)
 __all__ = ["visit"]

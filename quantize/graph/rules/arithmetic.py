@@ -8,12 +8,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, shape_of, trimmed
 from quantize.graph.rules.movement import as_value, origin
 from quantize.graph.rules.norms import mean_square, squared
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import View
 
 

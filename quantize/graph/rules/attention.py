@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, shape_of, trimmed
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import multiply
-from quantize.graph.transform_group import AllowedTransforms
 
 
 @rule("scaled_dot_product_attention", operands=3)

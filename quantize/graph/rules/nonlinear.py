@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.labels import ChannelTrace
 from quantize.graph.rules.table import arguments, name_of, pin_all, rule
-from quantize.graph.transform_group import AllowedTransforms
 
 
 @rule("relu", "relu_", "leaky_relu", "abs")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, axis_index, channel_axes
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
 from quantize.graph.rules.weights import gain
-from quantize.graph.transform_group import AllowedTransforms
 
 
 @rule("pow", "square")
@@ -61,8 +61,8 @@ def deviation(walk: ChannelTrace, node: fx.Node) -> None:
     axes = rest[0] if is_norm and rest else second
     if labels is None or not isinstance(axes, list) or (is_norm and second != 2) or "correction" in node.kwargs:
         return pin_all(walk, node, f"`{name_of(node)}` is taken over its channels")
-    group = AllowedTransforms.ORTHOGONAL if is_norm else AllowedTransforms.CENTRED_ORTHOGONAL
-    mean_square(walk, labels, [a % labels.dim() for a in axes], group)
+    allowed = AllowedTransforms.ORTHOGONAL if is_norm else AllowedTransforms.CENTRED_ORTHOGONAL
+    mean_square(walk, labels, [a % labels.dim() for a in axes], allowed)
 
 
 @rule("rms_norm", kind=SOURCES)
@@ -84,7 +84,7 @@ def layer_norm(walk: ChannelTrace, node: fx.Node) -> None:
         walk.use(node, view, -1, walk.merge_equal(walk.labels[node]))
 
 
-def normalize(walk: ChannelTrace, node: fx.Node, group: AllowedTransforms) -> None:
+def normalize(walk: ChannelTrace, node: fx.Node, allowed: AllowedTransforms) -> None:
     """Treat a norm over the last axis and its gain."""
     x, size, *rest = arguments(node)
     labels, parameter = walk.labels.get(x), rest[0] if rest else None
@@ -93,18 +93,18 @@ def normalize(walk: ChannelTrace, node: fx.Node, group: AllowedTransforms) -> No
         return pin_all(walk, node, f"`{name_of(node)}` normalizes several axes, or with a gain that is no parameter")
     walk.pin_derived(x, "its square or mean is normalized")
     if labels is not None:
-        mean_square(walk, labels, [labels.dim() - 1], group)
+        mean_square(walk, labels, [labels.dim() - 1], allowed)
         walk.labels[node] = labels
     if view is not None:
         gain(walk, node, labels, view)
 
 
 def mean_square(
-    walk: ChannelTrace, labels: Tensor, reduced: list[int], group: AllowedTransforms = AllowedTransforms.ORTHOGONAL
+    walk: ChannelTrace, labels: Tensor, reduced: list[int], allowed: AllowedTransforms = AllowedTransforms.ORTHOGONAL
 ) -> None:
     """Restrict channels that are averaged together along the reduced axes, separately for each index of the others."""
     apart = [d for d in channel_axes(labels) if d not in reduced]
-    walk.restrict(labels, group, REASONS[group], axis_index(labels, apart) if apart else None, counted=True)
+    walk.restrict(labels, allowed, REASONS[allowed], axis_index(labels, apart) if apart else None, counted=True)
 
 
 REASONS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.labels import ChannelTrace, shape_of
 from quantize.graph.rules.movement import as_value, origin
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
-from quantize.graph.transform_group import AllowedTransforms
 from quantize.graph.views import View
 
 

@@ -27,7 +27,7 @@ from quantize.passes.base import LinearContext
 from quantize.pipeline.plan import Plan, Step
 from quantize.pipeline.rng import derived_generator
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 from quantize.transforms.online import InputTransform
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

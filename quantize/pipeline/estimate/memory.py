@@ -88,9 +88,9 @@ class MemoryEstimate(ArtifactEstimate):
         copies = 1 + bool(self.plan.steps)
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
         most = block + inner
-        for group in self.together(segment):
-            most = max(most, block + self._rounding_bytes(group))
-            block -= sum(4 * self.parameters[linear.weight].numel() for linear in group) if self._gives_up else 0
+        for sharing in self.together(segment):
+            most = max(most, block + self._rounding_bytes(sharing))
+            block -= sum(4 * self.parameters[linear.weight].numel() for linear in sharing) if self._gives_up else 0
         return self.runners * min(stops, IN_MEMORY) + most
 
     @property
@@ -99,7 +99,7 @@ class MemoryEstimate(ArtifactEstimate):
         return self.plan.recipe.tune is None
 
     def together(self, segment: Segment) -> list[list[Linear]]:
-        """Return the linears of a block that are quantized, grouped by their input."""
+        """Return the linears of a block that are quantized, those with the same input together."""
         return by_input(x for x in self.program.linears(segment) if x.path in self.modules)
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:

@@ -89,7 +89,7 @@ def first_block(found: MemoryEstimate) -> int:
     """Return the number of the first block of the kind, by its linears, that holds most of the quantized weights."""
     kinds, weights = list[tuple[object, ...]](), Counter[tuple[object, ...]]()
     for segment in found.program.segments:
-        linears = [linear for group in found.together(segment) for linear in group]
+        linears = [linear for sharing in found.together(segment) for linear in sharing]
         kinds.append(tuple(found.parameters[linear.weight].shape for linear in linears))
         weights[kinds[-1]] += quantized(found, segment)
     return kinds.index(weights.most_common(1)[0][0])
@@ -97,7 +97,7 @@ def first_block(found: MemoryEstimate) -> int:
 
 def quantized(found: MemoryEstimate, segment: Segment) -> int:
     """Return the number of weights of a block that are quantized."""
-    return sum(found.parameters[linear.weight].numel() for group in found.together(segment) for linear in group)
+    return sum(found.parameters[linear.weight].numel() for sharing in found.together(segment) for linear in sharing)
 
 
 def rounded(seconds: float) -> str:

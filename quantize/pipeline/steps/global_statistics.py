@@ -56,8 +56,8 @@ def statistics_before(
         block = pass_runner.apply(Block.read(checkpoint, program, segment, plan.schemes, context.device))
         hooks, finish = input_hooks(block, context.prefix), segment is not program.segments[-1]
         targets = [linear for linear in block.linears if linear.weight in weights]
-        for group in calibration.advance_to_linears(segment, block.overrides(), targets, finish):
-            for linear in group:
+        for sharing in calibration.advance_to_linears(segment, block.overrides(), targets, finish):
+            for linear in sharing:
                 found[linear.weight] = make()
                 for values in calibration.values:
                     found[linear.weight].update(hooks[linear](values[linear.source]))

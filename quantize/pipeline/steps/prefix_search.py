@@ -85,8 +85,8 @@ def find_prefix(
     for segment in track(program.segments, "looking for massive activations in", lambda s: s.name, console):
         state = Overrides({name: checkpoint.tensor(name).float() for name in segment.parameters})
         linears = [x for x in program.linears(segment) if rows_are_tokens(program, x.source)]
-        for group in runner.advance_to_linears(segment, state, linears):
-            flag_tokens(runner, group[0].source, masks)
+        for sharing in runner.advance_to_linears(segment, state, linears):
+            flag_tokens(runner, sharing[0].source, masks)
         for node in hidden_states(program, segment):
             flag_tokens(runner, node, masks)
     counted, bos = [ids.clone() for ids in batches], bos_token(checkpoint.directory)

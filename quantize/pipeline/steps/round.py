@@ -51,12 +51,12 @@ class WeightRounder:
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized, targets = dict[Linear, QuantizedLinear](), list(block.schemes)
-        for group, _ in zip(
+        for sharing, _ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
             strict=True,
         ):
-            for part in self.same_input_groups(group, block):
+            for part in self.rounded_together(sharing, block):
                 for linear, weight in zip(part, self.quantize(part, block), strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = state.linears[linear.node] = module
@@ -72,10 +72,10 @@ class WeightRounder:
             if all(reader in state.linears for reader in readers):
                 state.weights.pop(name, None)
 
-    def same_input_groups(self, group: Sequence[Linear], block: Block) -> list[list[Linear]]:
-        """Split linears that share an input into groups that see the same of it and are rounded alike."""
+    def rounded_together(self, sharing: Sequence[Linear], block: Block) -> list[list[Linear]]:
+        """Split linears that share an input into those that see the same of it and are rounded alike."""
         parts: dict[object, list[Linear]] = {}
-        for linear in group:
+        for linear in sharing:
             seen = self._seen(block.input_transforms[linear])
             key = (seen, block.dtypes[linear.weight], block.schemes[linear].weights)
             parts.setdefault(key, []).append(linear)
@@ -124,7 +124,7 @@ class WeightRounder:
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
         try:
-            found = quantizer.quantize_group(mine, args, gram, dtype, block.product_dtype)
+            found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
         except QuantizeError as error:
             raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
         if not splits:

@@ -18,7 +18,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.rng import derived_generator
-from quantize.recipe.scheme import TuneArgs
+from quantize.scheme.scheme import TuneArgs
 from quantize.transforms.equivalence import floating
 
 CELL = 0.49  # in steps: a weight starts at most this far from its rounded value, so that tuning starts at that value

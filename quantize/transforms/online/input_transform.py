@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.fake_quantize import fake_quantize
-from quantize.recipe.scheme import ActivationArgs
+from quantize.scheme.scheme import ActivationArgs
 from quantize.transforms.online.base import Online
 
 

@@ -34,7 +34,7 @@ from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.recipe.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}
 FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output

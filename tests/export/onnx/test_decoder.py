@@ -28,6 +28,7 @@ def left_padded(interface, batch, length, past):
     return feed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_decodes_with_a_cache(family, tmp_path):
     model = quantized(tiny(family), scheme(4, group_size=16))
@@ -47,6 +48,7 @@ def test_a_family_decodes_with_a_cache(family, tmp_path):
             np.testing.assert_allclose(x.swapaxes(1, 2)[attended], y.swapaxes(1, 2)[attended], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_cache_makes_up_for_the_tokens_before(tmp_path):
     """What the whole text gives at once, it gives token by token; from weights that lie beside the file."""
     model = quantized(tiny("llama", layers=2), scheme(4))
@@ -78,6 +80,7 @@ def test_the_shapes_that_are_compared_are_those_of_use():
     assert not torch.equal(again["input_ids"], other["input_ids"])
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_read_wrongly_is_noticed(tmp_path, monkeypatch):
     """Traced with keys and values exchanged, the file is not what torch computes."""
     forward, seen = Decoder.forward, []

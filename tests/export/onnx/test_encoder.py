@@ -23,6 +23,7 @@ OUTPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", INPUTS)
 def test_a_family_takes_and_gives_what_is_promised(family, tmp_path):
     model = quantized(tiny(family), scheme(8, SYMMETRIC_8))
@@ -34,6 +35,7 @@ def test_a_family_takes_and_gives_what_is_promised(family, tmp_path):
     assert len(nodes(tmp_path / "model.onnx", "MatMulIntegerToFloat")) == {"bert": 4, "vit": 5}[family]
 
 
+@pytest.mark.slow
 def test_segments_are_told_apart(tmp_path):
     model = quantized(tiny("bert"), scheme(4))
     export_onnx(model, tmp_path)

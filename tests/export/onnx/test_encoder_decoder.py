@@ -25,6 +25,8 @@ from quantize.export.onnx.external_data import SHARED, SMALL
 from quantize.export.onnx.genai import genai_config_of_sound
 from quantize.export.onnx.parity import onnx_parity, open_session, relative_output_error
 
+pytestmark = pytest.mark.slow
+
 PAST, TOTAL = (["batch_size", 4, f"{which}_sequence_length", 8] for which in ("past", "total"))
 CROSSED = ["batch_size", 4, 16, 8]
 

@@ -37,7 +37,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.export import quiet
 from quantize.kernels.reference import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.recipe.scheme import ActivationArgs, RuntimeSmoothArgs
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs
 from quantize.transforms.dual_rotation import dual_rotation
 from quantize.transforms.online import Dual, Hadamard, Shift
 
@@ -52,6 +52,7 @@ def llama(layers):
     return AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float32, num_hidden_layers=layers)
 
 
+@pytest.mark.slow
 def test_w8a8_encoder(tmp_path):
     model = quantized(minilm(layers=3), scheme(8, SYMMETRIC_8))
     differences = export_onnx(model, tmp_path)
@@ -65,6 +66,7 @@ def test_w8a8_encoder(tmp_path):
     assert relative_output_error(found, run_torch(interface_of(model), [one_token])) < differences["activations"]
 
 
+@pytest.mark.slow
 def test_w4a8_encoder(tmp_path):
     """One scale for each channel is multiplied in integers, exactly; groups are not."""
     model = quantized(minilm(layers=2), scheme(4, SYMMETRIC_8))
@@ -76,6 +78,7 @@ def test_w4a8_encoder(tmp_path):
     assert differences["reference"] < 2 * differences["activations"] < 0.3
 
 
+@pytest.mark.slow
 def test_w4a8_decoder(tmp_path):
     model = quantized(llama(layers=3), scheme(4, SYMMETRIC_8, group_size=32))
     differences = export_onnx(model, tmp_path)
@@ -87,6 +90,7 @@ def test_w4a8_decoder(tmp_path):
     assert differences["reference"] < 2 * differences["activations"]
 
 
+@pytest.mark.slow
 def test_w4a16_decoder_has_the_promised_interface(tmp_path):
     model = quantized(llama(layers=1), scheme(4, group_size=64, symmetric=False))
     differences = export_onnx(model, tmp_path)
@@ -119,6 +123,7 @@ def test_w4a16_decoder_has_the_promised_interface(tmp_path):
         onnx_parity(constant, tmp_path)
 
 
+@pytest.mark.slow
 def test_w4a4_decoder_with_online_hadamard(tmp_path):
     model = llama(layers=1)
     quantized(model.model.layers[0].mlp, scheme(4, ASYMMETRIC_4, 64, symmetric=False), hadamard=True)
@@ -132,6 +137,7 @@ def test_w4a4_decoder_with_online_hadamard(tmp_path):
     assert differences["reference"] < differences["activations"] / 2
 
 
+@pytest.mark.slow
 def test_a_wrong_operator_is_noticed(tmp_path, monkeypatch):
     operator = BlockLinear.operator
     monkeypatch.setattr(BlockLinear, "operator", lambda self, x: 1.1 * operator(self, x))

@@ -23,6 +23,8 @@ from quantize.export.onnx.rewrites.in_place import keep_in_place
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.nn.quantized_linear import QuantizedLinear
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = "4-bit weights, 8-bit activations in blocks of"
 INTEGERS = "8-bit weights, 8-bit activations by token, 32-bit sums"
 

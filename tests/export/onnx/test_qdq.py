@@ -23,6 +23,7 @@ def as_run(path, tmp_path, entries):
     return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activations", "level"), [(None, "0"), (SYMMETRIC_8, "4")], ids=["W4A16", "W4A8"])
 def test_four_bit_weights_are_fused_again(activations, level, tmp_path):
     """OPT has biases, and a linear on [tokens, channels] with Relu behind it."""
@@ -39,6 +40,7 @@ def test_four_bit_weights_are_fused_again(activations, level, tmp_path):
     assert "DequantizeLinear" not in kinds
 
 
+@pytest.mark.slow
 def test_without_the_option_activations_would_be_rounded(tmp_path):
     model = quantized(tiny("llama"), scheme(4, group_size=16))
     export_onnx(model, tmp_path, qdq=True)
@@ -49,6 +51,7 @@ def test_without_the_option_activations_would_be_rounded(tmp_path):
     assert relative_output_error(run_onnx(tmp_path / "model.onnx", feeds, {}), expected) > 1e-4
 
 
+@pytest.mark.slow
 def test_integers_are_standard_operators_too(tmp_path):
     model = quantized(tiny("vit"), scheme(4, ASYMMETRIC_4, symmetric=False))
     assert export_onnx(model, tmp_path, qdq=True)["reference"] < 1e-4

@@ -31,7 +31,7 @@ from quantize.export.safetensors_float.dequantize import float_linear, is_transp
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.recipe.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 from quantize.transforms.online import Dual, Hadamard, Shift
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}

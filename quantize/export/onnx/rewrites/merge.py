@@ -25,7 +25,7 @@ class MergeLinears(InPlacePass):  # type: ignore[misc]
     """
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Merge each group of two or more linears."""
+        """Merge linears that have the same `kind` and input."""
         groups: dict[tuple[Any, ...], list[onnx_ir.Node]] = defaultdict(list)
         for node in model.graph:
             whole = node.op_type in PARTS and made_by(node.inputs[0], "Split") is None

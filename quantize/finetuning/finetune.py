@@ -16,8 +16,8 @@ from quantize.artifact.float_model import save_float_model
 from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
-from quantize.finetune.regularized_linear import Backward, RegularizedLinear
-from quantize.finetune.training import Batches, FinetuneSettings, mean_kurtosis, train
+from quantize.finetuning.regularized_linear import Backward, RegularizedLinear
+from quantize.finetuning.training import Batches, FinetuneSettings, mean_kurtosis, train
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import Linear
 from quantize.pipeline.prepare import Prepared, prepare

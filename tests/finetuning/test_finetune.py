@@ -17,9 +17,9 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.perplexity import score_language
-from quantize.finetune.finetune import token_stream
-from quantize.finetune.regularized_linear import RegularizedLinear, best_clip, learned_clip
-from quantize.finetune.training import Batches, FinetuneSettings, mean_kurtosis, task_loss
+from quantize.finetuning.finetune import token_stream
+from quantize.finetuning.regularized_linear import RegularizedLinear, best_clip, learned_clip
+from quantize.finetuning.training import Batches, FinetuneSettings, mean_kurtosis, task_loss
 from quantize.kernels.halo import input_gradient, int8_product, linear_with_int8_backward
 from quantize.transforms.kurtosis import kurtosis
 
@@ -169,6 +169,7 @@ def test_too_little_text():
         token_stream(prepared, settings(quantized_backward="none", seed=0))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_and_progress_is_shown(one_layer, stories_calibration, tmp_path, tree):
     few = {**FEW, "text": stories_calibration, "kurtosis": 0.1}
     with (tmp_path / "log").open("w") as log:
@@ -208,6 +209,7 @@ def largest_row(tuned):
     return max(float(norm.max() / norm.median()) for norm in norms)
 
 
+@pytest.mark.slow
 def test_a_penalty_lowers_kurtosis_and_the_largest_rows(tuned):
     """As arXiv 2404.03605 has it: what leaves the outputs does not turn up in the weights."""
     without, with_penalty = tuned[0], tuned[PENALTY]
@@ -217,6 +219,7 @@ def test_a_penalty_lowers_kurtosis_and_the_largest_rows(tuned):
     assert largest_row(with_penalty) < largest_row(without)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_loses_less(tuned, stories, stories_calibration, stories_dev, tmp_path):
     """W4A4, rounded plainly, loss on text that was not trained on: so also its increase over the first float model."""
     windows = [batch["input_ids"] for batch in read_samples(stories_dev, 256, 32, None, 512).batches(16)]
@@ -229,6 +232,7 @@ def test_a_fine_tuned_model_loses_less(tuned, stories, stories_calibration, stor
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_module_stays_as_it_is(stories_calibration, tmp_path):
     """Weights stored as [in, out], tied embeddings, biases, a frozen parameter, dropout on."""
     torch.manual_seed(0)
@@ -278,6 +282,7 @@ def test_only_causal_language_models_are_fine_tuned(minilm, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_fine_tune_that_diverges_leaves_nothing(one_layer, stories_calibration, tmp_path):
     with pytest.raises(QuantizeError, match="the gradient of step 1 is not finite; give a smaller learning_rate"):
         quantize.finetune(one_layer, output_dir=tmp_path / "out", text=stories_calibration, learning_rate=1e30, **FEW)

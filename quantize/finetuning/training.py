@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from quantize.errors import QuantizeError
-from quantize.finetune.regularized_linear import Backward, RegularizedLinear
+from quantize.finetuning.regularized_linear import Backward, RegularizedLinear
 from quantize.graph.export import forward_switches
 from quantize.pipeline.progress import track
-from quantize.recipe.scheme import Data
+from quantize.scheme.scheme import Data
 from quantize.transforms.kurtosis import kurtosis
 
 MAX_NORM = 1.0  # the largest norm of the gradient, because a rounded input can cross many levels at once

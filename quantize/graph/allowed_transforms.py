@@ -20,5 +20,5 @@ class AllowedTransforms(Flag):
     LINEAR = ORTHOGONAL | DIAGONAL
 
     def __str__(self) -> str:
-        """Return the group's name as in reports, such as `orthogonal`."""
+        """Return the name as in reports, such as `orthogonal`."""
         return (self.name or "none").lower()
