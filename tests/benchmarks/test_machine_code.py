@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -155,6 +156,7 @@ def compiled(tmp_path_factory):
     (directory / "script.py").write_text(COMPILE)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_HOME"] = str(directory)
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])  # where benchmarks/ is
     done = subprocess.run([sys.executable, directory / "script.py"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return directory, json.loads(done.stdout)

@@ -81,7 +81,7 @@ def inputs(columns=96):
 
 def stored_by_the_package(weight, scheme):
     """What the package makes of the same weight, scales and zero points."""
-    config = QuantizationConfig.model_validate(quantization_config(scheme, []))
+    config = QuantizationConfig.model_validate(quantization_config({"0": scheme}, []))
     scale = weight.scale if scheme.weights.format == "int" else 2 * weight.unpack_scale()
     given = {"weight": weight.dequantize(), "weight_scale": scale}
     if weight.zero_point is not None:
@@ -116,7 +116,7 @@ def run_by_the_package(linear, x):
     scheme, weight = linear.scheme, linear.qtensor()
     dtype = torch.float32 if scheme.weights.format == "int" else torch.bfloat16
     model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, dtype=dtype))
-    config = QuantizationConfig.model_validate(quantization_config(scheme, []))
+    config = QuantizationConfig.model_validate(quantization_config({"0": scheme}, []))
     given = {f"0.{key}": tensor for key, tensor in stored(weight, scheme.activations is None).items()}
     if scheme.weights.format == "nvfp4":
         given["0.input_global_scale"] = 448 * 6 / x.abs().max().reshape(1)
@@ -253,7 +253,9 @@ def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact
 def test_the_config_is_what_the_package_writes(name, one_layer, tmp_path):
     scheme, skeleton = SCHEMES[name], build_skeleton(open_checkpoint(one_layer).config)
     quantized = {path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear) and "attn" in path}
-    ours = quantization_config(scheme, export.ignored(skeleton, dict.fromkeys(quantized)))
+    ours = quantization_config(
+        dict.fromkeys(sorted(quantized), scheme), export.ignored(skeleton, dict.fromkeys(quantized))
+    )
     with quiet():
         apply_quantization_config(skeleton, QuantizationConfig.model_validate(ours))
         compressor = ModelCompressor.from_pretrained_model(skeleton)
