@@ -144,7 +144,28 @@ def leave_unread_out(model: onnx_ir.Model, interface: Interface) -> None:
         QuantizeError: the graph reads an input that it must not read.
     """
     for value in [value for value in model.graph.inputs if value.name in interface.optional + interface.unread]:
+        take_sizes_elsewhere(model, value)
         if not value.uses():
             model.graph.inputs.remove(value)
         elif value.name in interface.unread:
             raise QuantizeError(f"the encoder's outputs depend on {value.name}; run the model with quantize.load")
+
+
+def take_sizes_elsewhere(model: onnx_ir.Model, value: onnx_ir.Value) -> None:
+    """Read each size of an input, in place, off the first other input that has the same one, as far as there is one.
+
+    Several inputs have the size of a batch, and the exporter does not always choose the same of them.
+    """
+    for node, _ in list(value.uses()):
+        axis = node.attributes.get_int("start", 0)
+        if node.op_type != "Shape" or node.attributes.get_int("end", -1) != axis + 1 or value.shape is None:
+            continue
+        size = value.shape[axis]
+        others = [
+            (x, list(x.shape).index(size)) for x in model.graph.inputs if x is not value and size in (x.shape or ())
+        ]
+        if isinstance(size, onnx_ir.SymbolicDim) and others:
+            other, place = others[0]
+            node.replace_input_with(0, other)
+            node.attributes["start"] = onnx_ir.AttrInt64("start", place)
+            node.attributes["end"] = onnx_ir.AttrInt64("end", place + 1)

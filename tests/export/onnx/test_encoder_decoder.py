@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 import transformers
@@ -224,3 +226,19 @@ def test_what_is_not_sound_is_refused(cli, directory):
         shown = cli("run", directory, *option)
         assert (shown.code, shown.out) == (2, "")
         assert message in shown.err
+
+
+@pytest.mark.parametrize(("axis", "left"), [(0, ["x"]), (1, ["x", "y"])])
+def test_a_size_is_not_read_off_an_input_that_can_go(axis, left):
+    """The batch of `y` is that of `x`; nothing else has its length."""
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    main (float[B, 4] x, float[B, L] y) => (float[B, 4] z, int64[1] n) {{
+        n = Shape <start: int = {axis}, end: int = {axis + 1}> (y)
+        z = Relu (x)
+    }}"""
+    model = onnx_ir.from_onnx_text(text)
+    leave_unread_out(model, SimpleNamespace(optional=("y",), unread=()))
+    assert [value.name for value in model.graph.inputs] == left
+    session = onnxruntime.InferenceSession(onnx_ir.to_proto(model).SerializeToString())
+    given = {"x": np.ones((3, 4), np.float32), "y": np.ones((3, 5), np.float32)}
+    assert session.run(["n"], {name: given[name] for name in left})[0].tolist() == [given["y"].shape[axis]]
