@@ -37,7 +37,8 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
     """Return the scheme of each linear to quantize, by path in order, and the reason for each weight left out.
 
     Raises:
-        UsageError: a pattern matches nothing, nothing is left, or a group size does not divide the columns.
+        UsageError: a pattern matches nothing, an entry of `layers` decides nothing, nothing is left, or a group size
+            does not divide the columns.
     """
     paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
@@ -52,7 +53,14 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
             reasons[path] = "not in targets"
         elif entry is not None and entry.ignore:
             reasons[path] = f"ignored by {entry.match!r} of layers"
-    schemes = {path: scheme_for(recipe, entry_for(recipe, path)) for path in paths if path not in reasons}
+    chosen = {path: entry_for(recipe, path) for path in paths if path not in reasons}
+    for entry in recipe.layers:
+        if not entry.ignore and not any(found is entry for found in chosen.values()):
+            raise UsageError(
+                f"layers: the entry {entry.match!r} changes nothing, as a later entry, ignore or targets decides for "
+                "all linears that it matches; leave it out, or move it to the end"
+            )
+    schemes = {path: scheme_for(recipe, entry) for path, entry in chosen.items()}
     if not schemes:
         raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
     check_groups(recipe, schemes, linears)
@@ -68,7 +76,7 @@ def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
     """Return the scheme of the linears of an entry; without an entry that is the recipe's scheme."""
     if entry is None:
         return recipe.linear_scheme
-    base = recipe.linear_scheme if entry.scheme in (None, recipe.scheme) else default_scheme(entry.scheme)
+    base = recipe.linear_scheme if entry.scheme is None else default_scheme(entry.scheme)
     if entry.group_size is None:
         return base
     weights = base.weights.model_copy(update={"group_size": entry.group_size})

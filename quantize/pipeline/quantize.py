@@ -51,7 +51,7 @@ class Artifact:
         size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
         how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
-        scheme = mixed if len(counts) > 1 else self.manifest["scheme"]
+        scheme = mixed if len(counts) > 1 else next(iter(counts))
         return (
             f"{self.directory}: {scheme}, {done} of {len(self.manifest['coverage'])} parameters "
             f"quantized, {how}{size:,} bytes, largest difference at the gate {worst:.1e}, "

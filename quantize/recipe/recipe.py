@@ -224,7 +224,9 @@ def validated(make: Callable[[], T], what: str) -> T:
         where = where if len(where) < LONGEST else f"{where[:LONGEST]}…"
         if first["type"] == "value_error":  # one of this package's validators, which writes a sentence
             raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
-        raise UsageError(f"{what}: {where}: {first['msg'].lower()} (got {shown(first['input'])})") from None
+        raise UsageError(
+            f"{what}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(first['input'])})"
+        ) from None
 
 
 def check_bits(recipe: Recipe) -> None:

@@ -121,7 +121,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     shown = cli(one_layer, "--scheme", "W4A4", *options, "--calibration", stories_calibration, "--dry-run")
     assert shown.code == 0
     assert shown.err == (
-        "measuring the time: running model.layers.0 on part of the calibration data, for about half a minute\n"
+        "measuring the time: running model.layers.0 on part of the calibration data, for half a minute at most\n"
     )
     for line in [
         "6 linears to W4A4, in 3 blocks, rounded by gptaq",

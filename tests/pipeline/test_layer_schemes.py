@@ -45,7 +45,30 @@ def test_the_last_entry_that_matches_counts(program):
 def test_the_output_head_stays_unless_an_entry_gives_it_a_scheme(program):
     assert "lm_head" not in labels(program, [{"match": "re:.*", "group_size": 4}])[0]
     assert labels(program, [{"match": "lm_head", "scheme": "W8A8"}])[0]["lm_head"] == ("W8A8", 0)
-    assert "lm_head" not in labels(program, [{"match": "lm_head", "scheme": "W8A8"}], ignore=("lm_head",))[0]
+    assert "lm_head" not in labels(program, [{"match": "lm_head", "ignore": True}])[0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings"),
+    [
+        ([{"match": "lm_head", "scheme": "W8A8"}], {"ignore": ("lm_head",)}),
+        ([{"match": "up_proj", "scheme": "W8A8"}, {"match": "re:.*", "group_size": 4}], {}),
+    ],
+)
+def test_an_entry_that_decides_nothing_is_refused(program, layers, settings):
+    with pytest.raises(UsageError, match=f"layers: the entry '{layers[0]['match']}' changes nothing, .*move it to"):
+        labels(program, layers, **settings)
+
+
+def test_a_scheme_is_that_of_its_default_recipe(program):
+    """Also where the recipe has the same one with other tables: `--group-size` is the recipe's."""
+    found, _ = labels(
+        program,
+        [{"match": "re:.*[qk]_proj", "scheme": "MXFP4"}, {"match": "up_proj", "scheme": "W8A8"}],
+        "W8A8",
+        group_size=4,
+    )
+    assert (found["v_proj"], found["q_proj"], found["up_proj"]) == (("W8A8", 4), ("MXFP4", 32), ("W8A8", 0))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +78,7 @@ def test_the_output_head_stays_unless_an_entry_gives_it_a_scheme(program):
         ({"match": "up_proj", "ignore": True, "scheme": "W8A8"}, "layers.0: give either ignore = true, or scheme"),
         ({"match": "nose", "scheme": "W8A8"}, "layers: 'nose' matches no linear; near are"),
         ({"match": "re:(", "scheme": "W8A8"}, r"layers: 're:\(' is no regular expression"),
-        ({"match": "up_proj", "scheme": "W3A3"}, "layers.0.scheme: input should be 'w8a8', 'w4a16'"),
+        ({"match": "up_proj", "scheme": "W3A3"}, "layers.0.scheme: input should be 'W8A8', 'W4A16'"),
         ({"match": "up_proj", "group_size": 7}, "the group size 7 does not divide .*its entry of layers"),
         ({"match": "up_proj", "scheme": "MXFP4", "group_size": 8}, "recipe: layers: 'up_proj': mxfp4 weights need"),
     ],

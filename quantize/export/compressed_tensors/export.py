@@ -19,7 +19,7 @@ from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.errors import UsageError
 from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.format import quantization_config, stored
+from quantize.export.compressed_tensors.format import has_packed_zero_points, quantization_config, stored
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -98,7 +98,7 @@ def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[s
         QuantizeError: the checkpoint cannot be loaded, or rounding does not explain the difference.
     """
     inputs, model, options = probe_inputs(directory), load(directory), dict[str, Any]()
-    if all(scheme.activations is None for scheme in schemes.values()):
+    if any(map(has_packed_zero_points, schemes.values())):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     expected = first_outputs(model, inputs)
     found = {

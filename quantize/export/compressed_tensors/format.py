@@ -97,6 +97,11 @@ def storage(scheme: Scheme) -> str:
     return "pack-quantized" if scheme.activations is None else "int-quantized"
 
 
+def has_packed_zero_points(scheme: Scheme) -> bool:
+    """Return whether zero points lie in words, which the package 0.20 reads only if it dequantizes all linears."""
+    return storage(scheme) == "pack-quantized" and not scheme.weights.symmetric
+
+
 def arguments(args: WeightArgs | ActivationArgs, whole: str, dynamic: bool) -> dict[str, Any]:
     """Return the `QuantizationArgs` of weights or inputs.
 

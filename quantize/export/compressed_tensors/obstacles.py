@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from quantize.export.base import Obstacle
-from quantize.export.compressed_tensors.format import NAME
+from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 
@@ -28,6 +28,8 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     for name in sorted({scheme.weights.format for scheme in schemes.values()}):
         if get_format(name).element == "level":
             yield f"{name} weights", '`format = "int"` in [weights]'
+    if len(set(schemes.values())) > 1 and any(map(has_packed_zero_points, schemes.values())):
+        yield "4-bit weights with zero points beside linears of another scheme", "`symmetric = true` in [weights]"
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):

@@ -68,7 +68,7 @@ def measure_time(found: MemoryEstimate, opened: float, console: Console | None =
     segments = found.program.segments[: number + 1]
     if console is not None:
         what = f"measuring the time: running {segments[-1].name} on part of the calibration data"
-        console.print(f"{what}, for about half a minute", soft_wrap=True)
+        console.print(f"{what}, for half a minute at most", soft_wrap=True)
     start = time.perf_counter()
     parameters = {name: found.parameters[name] for segment in segments for name in segment.parameters}
     check_weights(found.checkpoint, {name: x.shape for name, x in parameters.items()})
