@@ -291,6 +291,10 @@ REFUSED = {
         {"scheme": {"weights": {"num_bits": 4}, "activations": {"num_bits": 8, "runtime_smooth": {}}}},
         "no pass `runtime_smooth`",
     ),
+    "zero points in a mixture": (
+        {"scheme": {"weights": {"num_bits": 4, "symmetric": False, "group_size": 4}}},
+        "beside linears of another scheme; quantize with `symmetric = true` in",
+    ),
 }
 
 
