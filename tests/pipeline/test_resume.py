@@ -199,6 +199,7 @@ def test_what_has_changed_is_refused_by_name(
     shown = attempt(broken_off, *arguments)
     assert shown.code == 2
     assert f"error: {words} changed since the run in {partial} was started; go on with what it was" in shown.err
+    assert "give the same command again" not in shown.err
     assert tree(partial) == before  # so it can still go on
 
 

@@ -70,7 +70,8 @@ class ResumableWriter(ArtifactWriter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None and self.resume and self._began():
-            error.add_note(f"{self.partial} keeps what is finished; give the same command again to go on")
+            if not isinstance(error, UsageError):  # which the same command would meet again
+                error.add_note(f"{self.partial} keeps what is finished; give the same command again to go on")
         else:
             remove(self.partial)
         os.close(self.locked)
