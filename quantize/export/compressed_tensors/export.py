@@ -66,7 +66,7 @@ def export_compressed_tensors(
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
-    return {"parity": compressed_tensors_parity(directory, writer.directory, schemes)}
+    return {"parity": compressed_tensors_parity(directory, writer.directory, schemes, outline.dtype)}
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
@@ -76,19 +76,23 @@ def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(p for p in others if not isinstance(skeleton.get_submodule(p), nn.Embedding)))
 
 
-def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[str, Scheme]) -> dict[str, float]:
+def compressed_tensors_parity(
+    directory: Path, written: Path, schemes: Mapping[str, Scheme], dtype: torch.dtype
+) -> dict[str, float]:
     """Measure how far the checkpoint in transformers is from the artifact, on the artifact's two probes.
 
     For symmetric activations the package uses steps of max/7.5 or max/127.5, not max/7 or max/127. So if activations
     are rounded, two right answers differ by about as much as rounding moves them.
 
-    Weights of weight-only schemes are unpacked on loading, because version 0.20 of the package otherwise expects zero
-    points that are not packed.
+    Weights with packed zero points are unpacked on loading, because version 0.20 of the package otherwise expects zero
+    points that are not packed. It unpacks them to the dtype that the model is stored in, and so the checkpoint is
+    compared with the artifact's weights in that dtype.
 
     Args:
         directory: the artifact.
         written: the checkpoint.
         schemes: the scheme of each quantized linear, by path.
+        dtype: the dtype that the float model is stored in.
 
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
@@ -100,6 +104,7 @@ def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[s
     inputs, model, options = probe_inputs(directory), load(directory), dict[str, Any]()
     if any(map(has_packed_zero_points, schemes.values())):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+        model = copy_with_replaced_linears(model, lambda layer: unpacked(layer, dtype))
     expected = first_outputs(model, inputs)
     found = {
         "reference": relative_error(outputs_of(written, inputs, running_type(schemes), **options), expected),
@@ -109,6 +114,15 @@ def compressed_tensors_parity(directory: Path, written: Path, schemes: Mapping[s
     }
     check_difference(found["reference"], ROUNDING * torch.finfo(running_type(schemes)).eps + 2 * found["activations"])
     return found
+
+
+def unpacked(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear without online transforms as a float32 `nn.Linear`, its weight rounded to `dtype`."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(layer.qtensor().dequantize().to(dtype).float(), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+    return linear
 
 
 def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:

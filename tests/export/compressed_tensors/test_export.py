@@ -298,6 +298,17 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_model_stored_in_bfloat16(symmetric, one_layer, small_run, tmp_path):
+    """The package unpacks weights with zero points to the type of the model."""
+    model = AutoModelForCausalLM.from_pretrained(one_layer, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    recipe = RTN | {"weights": {"symmetric": symmetric}}
+    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe)
+    parity = export_artifact(artifact.directory, "compressed-tensors", tmp_path / "checkpoint")
+    assert parity["reference"] < FLOAT32
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_a_linear_cannot_do_is_refused(name, artifact_rtn):
     change, words = REFUSED[name]
