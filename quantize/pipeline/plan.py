@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Plan:
     reader_schemes: dict[str, Scheme]
     skipped: dict[str, str]
 
-    @property
+    @functools.cached_property
     def default_scheme(self) -> Scheme:
         """The scheme of most linears, which an artifact names once."""
         return Counter(self.schemes.values()).most_common(1)[0][0]

@@ -183,7 +183,7 @@ def run_pipeline(
     announce(prepared, console)
     with running("the model"):
         surveys = None if collected is None else {collected.step: collected.statistics}
-        blocks = SequentialPipeline(prepared, context, surveys)
+        blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
     done = journal.load_last_block(blocks, writer) if journal else 0
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")

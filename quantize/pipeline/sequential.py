@@ -41,12 +41,17 @@ class SequentialPipeline:
         first_batch: the number of this rank's first batch among those of all ranks.
     """
 
-    def __init__(self, prepared: Prepared, context: RunContext, surveys: Surveys | None = None) -> None:
-        """Collect the statistics of the whole model that passes ask for, unless they are given."""
+    def __init__(
+        self, prepared: Prepared, context: RunContext, surveys: Surveys | None = None, calibrate: bool = True
+    ) -> None:
+        """Collect the statistics of the whole model that passes ask for, unless they are given.
+
+        Without `calibrate` no calibration data runs, because the given statistics are all that the recipe needs.
+        """
         self.checkpoint, self.program, self.plan = prepared.checkpoint, prepared.program, prepared.plan
         self.context, samples, recipe = context, prepared.samples, prepared.plan.recipe
         batch_tokens = TUNE_TOKENS if recipe.tune else BATCH_TOKENS
-        runs = self.plan.calibrates and surveys is None
+        runs = self.plan.calibrates and calibrate
         given = samples.batches(max(1, batch_tokens // recipe.seqlen)) if runs else []
         self.first_batch = context.ranks.shard_slice(len(given)).start
         batches = context.prefix.batches(context.ranks.shard(given))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
+from dataclasses import dataclass, replace
 
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
@@ -20,9 +18,6 @@ from quantize.pipeline.quantize import running
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.prefix_search import resolve_prefix
-from quantize.pipeline.steps.transform import Surveys
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,34 +42,22 @@ class Trial:
         return self.before + (self.passes + self.block) * blocks
 
 
-@dataclass(frozen=True)
-class TrialContext(RunContext):
-    """The context of a trial, which has the global statistics already, collected on its first blocks alone."""
-
-    surveys: Surveys = field(default_factory=dict)
-
-    def cached(self, name: str, make: Callable[[], T]) -> T:
-        """Return the global statistics."""
-        del name, make
-        return cast(T, self.surveys)
-
-
 def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -> Trial:
     """Run the first blocks as a run does, on the first rows and with the same part of the steps of what is learned."""
     total, samples = len(found.samples.rows), replace(found.samples, rows=found.samples.rows[: rows or 1])
     plan = shortened(found.plan, (rows or total) / total)
     # The segments end with an empty one, because global statistics are collected on all segments but the last.
     program = replace(found.program, segments=(*segments, Segment("", (), ())))
-    prepared, context = Prepared(found.checkpoint, program, plan, samples, 0.0), TrialContext(plan.recipe.seed)
+    prepared, context = Prepared(found.checkpoint, program, plan, samples, 0.0), RunContext(plan.recipe.seed)
     start = time.perf_counter()
     with running("the model"):
-        plan, _ = resolve_prefix(prepared, RunContext(plan.recipe.seed))
+        plan, _ = resolve_prefix(prepared, context)
         context = replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
         batches = context.prefix.batches(samples.batches(found.batch))
         surveys = collect_global_statistics(found.checkpoint, program, plan, batches, context)
         surveyed, seconds = time.perf_counter(), list[float]()
         prepared = replace(prepared, program=found.program, plan=plan)
-        blocks = SequentialPipeline(prepared, replace(context, surveys=surveys))
+        blocks = SequentialPipeline(prepared, context, surveys)
     for segment in segments:
         seconds.append(time.perf_counter())
         with running(segment.name):
