@@ -8,14 +8,14 @@ from quantize.errors import QuantizeError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis
 from quantize.passes.base import PASSES, BasisContext, Pass
-from quantize.transforms.fold import Diagonal, Transform
+from quantize.transforms.fold import GainFold, Transform
 
 
 @PASSES.register("fold_norms")
 class FoldNorms(Pass):
     """T = diag(1/g), which makes each norm's gain g ones (SliceGPT, arXiv 2401.15024, section 3).
 
-    The residual stream admits rotations only after this.
+    The residual stream admits rotations only after this. A gain of zero is folded as well: the channel stays dead.
     """
 
     legal: ClassVar[AllowedTransforms] = AllowedTransforms.DIAGONAL
@@ -29,13 +29,16 @@ class FoldNorms(Pass):
         """Return T = diag(1/g).
 
         Raises:
-            QuantizeError: a gain is zero.
+            QuantizeError: a gain is zero where a bias is not, which no column of a weight can hold.
         """
         edge = context.basis.gain
         assert edge is not None
         gain = context.weights[edge.parameter].double()[edge.index[0]] + edge.offset
-        if not bool(gain.all()):
-            raise QuantizeError(
-                f"{edge.parameter} has a gain of zero, which cannot be folded; leave out the pass `fold_norms`"
-            )
-        return Diagonal(1 / gain)
+        for other in context.basis.writers if not bool(gain.all()) else ():
+            written = context.weights[other.parameter].movedim(other.axis, 0)[other.index[0]]
+            if other is not edge and bool(written[gain == 0].any()):
+                raise QuantizeError(
+                    f"{edge.parameter} has a gain of zero where {other.parameter} is not zero, so it cannot be folded; "
+                    "leave out the pass `fold_norms`"
+                )
+        return GainFold(gain)

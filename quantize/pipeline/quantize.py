@@ -93,13 +93,13 @@ def quantize_model(
         group_size: the number of columns that share a scale; 0 is per-channel.
         ignore: further linears that stay in floating point: names, or `re:` and an expression.
         seed: the seed of every random choice.
-        resume: go on with a run that was killed or failed, if there is one; keep what is finished if this run fails.
+        resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         console: the console that shows progress; None shows nothing.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
-        QuantizeError: the run failed; nothing is left behind, unless `resume` is given.
+        QuantizeError: the run failed; what is finished is kept for `resume`, and nothing else is left behind.
     """
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     resolved = load_recipe(

@@ -16,9 +16,9 @@ from torch import Tensor
 from quantize.calibration.statistics import Absmax, Gram, Rows
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.dual_rotation import DualRotation
-from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
+from quantize.transforms.fold import CentredRotation, Diagonal, GainFold, Rotation
 
-SERIALIZABLE = (Absmax, Gram, Rows, Diagonal, Rotation, CentredRotation, BlockRotation, DualRotation)
+SERIALIZABLE = (Absmax, Gram, Rows, Diagonal, GainFold, Rotation, CentredRotation, BlockRotation, DualRotation)
 ALIGNMENT = 64  # bytes; torch allocates at multiples of them
 
 

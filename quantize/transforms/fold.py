@@ -46,6 +46,28 @@ class Diagonal:
 
 
 @dataclass(frozen=True, eq=False)
+class GainFold:
+    """T = diag(1/g) for a gain g [dim], which becomes ones; readers' columns are multiplied by g, so g may be zero.
+
+    A channel whose gain is zero carries nothing. Its gain becomes one as well, so that the norm admits rotations, and
+    the zeros in the readers' columns keep it dead. What it carries in between is arbitrary.
+    """
+
+    g: Tensor
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """`rows / g`; 1 where the gain is zero."""
+        g = self.g.to(rows)
+        return torch.where(g == 0, 1, rows / g)
+
+    def apply_inverse_transpose(self, columns: Tensor) -> Tensor:
+        """`columns · g`."""
+        return columns * self.g.to(columns)
+
+    invert = apply_inverse_transpose
+
+
+@dataclass(frozen=True, eq=False)
 class Rotation:
     """T = diag(signs) (I ⊗ H): a random Hadamard matrix of order `size` on each run of `size` channels.
 

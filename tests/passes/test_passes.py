@@ -46,10 +46,21 @@ def test_fold_norms_by_hand():
     assert absorb(weights["a.weight"], read.readers[0], transform.apply_inverse_transpose).tolist() == [[4.0, -1.0]]
 
 
-def test_a_zero_gain_cannot_be_folded():
+def test_a_gain_of_zero_is_folded_into_zero_columns():
     read = basis(2, [edge("norm.weight", 0, 2, vector=True)], [edge("a.weight", 1, 2)], AllowedTransforms.DIAGONAL)
-    with pytest.raises(QuantizeError, match=r"norm\.weight has a gain of zero.*leave out the pass `fold_norms`"):
-        PASSES["fold_norms"]().transform(site(read, {"norm.weight": torch.tensor([1.0, 0.0])}))
+    weights = {"norm.weight": torch.tensor([2.0, 0.0]), "a.weight": torch.tensor([[3.0, 5.0]])}
+    transform = PASSES["fold_norms"]().transform(site(read, weights))
+    assert absorb(weights["norm.weight"], read.writers[0], transform.apply).tolist() == [1.0, 1.0]
+    assert absorb(weights["a.weight"], read.readers[0], transform.apply_inverse_transpose).tolist() == [[6.0, 0.0]]
+
+
+def test_a_gain_of_zero_under_a_bias_cannot_be_folded():
+    writers = [edge("norm.weight", 0, 2, vector=True), edge("norm.bias", 0, 2)]
+    read = basis(2, writers, [edge("a.weight", 1, 2)], AllowedTransforms.DIAGONAL)
+    weights = {"norm.weight": torch.tensor([1.0, 0.0]), "norm.bias": torch.tensor([1.0, 3.0])}
+    with pytest.raises(QuantizeError, match=r"norm\.weight has a gain of zero where norm\.bias.*leave out the pass"):
+        PASSES["fold_norms"]().transform(site(read, weights))
+    assert PASSES["fold_norms"]().transform(site(read, weights | {"norm.bias": torch.tensor([1.0, 0.0])}))
 
 
 def test_rotation_by_hand():

@@ -115,7 +115,7 @@ def broken_off(attempt, fails, variant, partial):
     fails("model.layers.0", QuantizeError("it broke"))
     shown = attempt(model)
     assert (shown.code, shown.out) == (1, "")
-    sentence = f"error: it broke; {partial} keeps what is finished; give the same command again to go on"
+    sentence = f"error: it broke; {partial} keeps what is finished; give the same command again to go on, or remove that directory"
     assert shown.err.splitlines()[-1] == sentence
     assert sorted(path.name for path in (partial / "journal").iterdir()) == [
         "border-00001", "identity.json", "survey.safetensors",
@@ -134,15 +134,14 @@ def test_a_run_that_failed_goes_on(broken_off, attempt, small_run, tmp_path, tre
     assert tree(tmp_path / "out") == tree(small_run(broken_off, output="at-once"))
 
 
-def test_an_interrupted_run_leaves_what_it_did_only_with_resume(attempt, fails, one_layer, partial):
+def test_an_interrupted_run_leaves_what_it_did_without_being_asked(attempt, fails, one_layer, partial):
     fails("model.layers.0", KeyboardInterrupt())
     shown = attempt(one_layer, resume=())
-    assert (shown.code, shown.err.splitlines()[-1]) == (1, "interrupted; nothing was kept")
-    assert not partial.exists()
-    shown = attempt(one_layer)
-    kept = f"interrupted; {partial} keeps what is finished; give the same command again to go on"
-    assert (shown.code, shown.err.splitlines()[-1]) == (1, kept)
-    assert partial.exists()
+    kept = f"interrupted; {partial} keeps what is finished; give the same command with --resume to go on, or remove"
+    assert shown.code == 1
+    assert shown.err.splitlines()[-1] == f"{kept} that directory"
+    fails("", None)
+    assert "going on behind block 1 of 3" in attempt(one_layer).err
 
 
 def test_a_run_that_fails_before_its_first_block_leaves_nothing(attempt, one_layer, partial):

@@ -41,7 +41,7 @@ def test_a_wrong_fold_is_stopped(stories, stories_calibration, tmp_path, monkeyp
     assert "`smoothquant` changes the function of model.layers.0" in message
     assert "at basis " in message
     assert "layernorm.weight → " in message
-    assert "(allowed 1e-05)" in message
+    assert "(allowed 1e-09)" in message
     assert not list(tmp_path.iterdir())
 
 

@@ -19,8 +19,8 @@ from quantize.pipeline.resume.journal import Journal
 class ResumableWriter(ArtifactWriter):
     """A writer that works in `.OUT.partial` beside the output OUT.
 
-    A killed process leaves the directory behind. An error in the `with` block removes it; with `resume` what is
-    finished stays, and a note on the error says so.
+    A killed process leaves the directory behind. So does an error once something is finished that took time, and a note
+    on the error says how to go on; an error before that leaves nothing, unless `resume` is given.
 
     Attributes:
         finished: whether the resumed run was killed when only its journal was left to remove.
@@ -69,9 +69,12 @@ class ResumableWriter(ArtifactWriter):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.resume and self._began():
+        if error is not None and self._began() and (self.resume or self.journal.has_results):
             if not isinstance(error, UsageError):  # which the same command would meet again
-                error.add_note(f"{self.partial} keeps what is finished; give the same command again to go on")
+                go_on = "the same command again" if self.resume else "the same command with --resume"
+                error.add_note(
+                    f"{self.partial} keeps what is finished; give {go_on} to go on, or remove that directory"
+                )
         else:
             remove(self.partial)
         os.close(self.locked)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from torch.fx.node import map_aggregate
 
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
 from quantize.graph.basis import Basis
-from quantize.graph.interpreter import Overrides, Values
+from quantize.graph.interpreter import Values
 from quantize.graph.linears import Linear
-from quantize.graph.program import Program, Segment
+from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.passes.base import BasisContext, LinearContext
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import merged
-from quantize.pipeline.plan import Plan, Step
+from quantize.pipeline.plan import Plan
 from quantize.pipeline.rng import derived_generator
 from quantize.transforms import equivalence
 from quantize.transforms.fold import Transform, fold
@@ -68,28 +70,25 @@ class PassRunner:
         touched = [b for b in step.sites if any(e.parameter in block.weights for e in (*b.writers, *b.readers))]
         reached = [linear for linear in block.linears if linear.path in step.online]
         statistics = self._statistics(number, block, touched, reached)
-        folded = replace(block, weights=block.weights | self._fold(number, block, touched, statistics))
+        self._make_sites(number, block, touched, statistics)
+        folded = with_folds(block, self.sites[number], touched)
         found = {x: self._input_transform(number, x, folded, statistics) for x in reached}
         changed = {x: transform for x, transform in found.items() if transform != block.input_transforms[x]}
         after = folded.with_input_transforms(changed)
         if changed:
             self.changed.setdefault(step.handler.name, []).extend(linear.path for linear in changed)
         if touched or any(transform.online != block.input_transforms[x].online for x, transform in changed.items()):
-            self._check(number, block.segment, block.overrides(), after.overrides(), touched)
+            self._check(number, block, after, changed, touched)
         return after
 
-    def _fold(
-        self, number: int, block: Block, touched: Sequence[Basis], statistics: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """Return the weights of a block, which absorb the transforms of its bases."""
-        step, sites, after = self.plan.steps[number], self.sites[number], dict(block.weights)
+    def _make_sites(self, number: int, block: Block, touched: Sequence[Basis], statistics: Mapping[str, Any]) -> None:
+        """Make the transforms of the bases that no block before has touched."""
+        step, sites = self.plan.steps[number], self.sites[number]
         for basis in touched:
             if basis not in sites:
                 generator = derived_generator(self.context.seed, number, basis.index)
                 context = BasisContext(basis, statistics, block.weights, self.plan.reader_schemes, generator)
                 sites[basis] = step.handler.transform(context)
-            after |= fold(basis, sites[basis], after)
-        return after
 
     def _input_transform(
         self, number: int, linear: Linear, block: Block, statistics: Mapping[str, Any]
@@ -127,23 +126,40 @@ class PassRunner:
         return values
 
     def _check(
-        self, number: int, segment: Segment, before: Overrides, after: Overrides, touched: Sequence[Basis]
+        self,
+        number: int,
+        block: Block,
+        after: Block,
+        changed: Mapping[Linear, InputTransform],
+        touched: Sequence[Basis],
     ) -> None:
-        """Run the equivalence check on a pass; if it fails, name the basis at fault."""
-        step: Step = self.plan.steps[number]
+        """Run the equivalence check on a pass, in float64 if float32 is not enough; name the basis of a wrong fold."""
+        step, sites, segment = self.plan.steps[number], self.sites[number], block.segment
         probes = [self._invert(values, number) for values in self.probes.values]
-        sites = self.sites[number]
-        found = equivalence.max_relative_difference(self.program, segment, before, after, probes, step.bases, sites)
+        compare = functools.partial(equivalence.max_relative_difference, self.program, segment, bases=step.bases)
+        found = compare(block.overrides(), after.overrides(), probes, sites=sites)
+        allowed, blame = equivalence.TOLERANCE, {}
+        if found > allowed:
+            wide = replace(block, weights={name: W.double() for name, W in block.weights.items()})
+            probes = [{node: map_aggregate(x, equivalence.widened) for node, x in values.items()} for values in probes]
+            before = equivalence.in_float64(segment, wide.overrides())
+            after = with_folds(wide, sites, touched).with_input_transforms(changed)
+            found = compare(before, equivalence.in_float64(segment, after.overrides()), probes, sites=sites)
+            allowed = equivalence.FLOAT64_TOLERANCE
+            for basis in touched if found > allowed else ():
+                alone = equivalence.in_float64(segment, with_folds(wide, sites, [basis]).overrides())
+                difference = compare(before, alone, probes, sites={basis: sites[basis]})
+                blame[equivalence.describe_basis(basis)] = difference
         self.differences.setdefault(step.handler.name, {})[segment.name] = found
-        blame = {}
-        if found > equivalence.TOLERANCE:
-            for basis in touched:
-                alone = Overrides(before.weights | fold(basis, sites[basis], before.weights), before.linears)
-                only = {basis: sites[basis]}
-                blame[equivalence.describe_basis(basis)] = equivalence.max_relative_difference(
-                    self.program, segment, before, alone, probes, step.bases, only
-                )
-        equivalence.require_equivalent(step.handler.name, found, blame, segment)
+        equivalence.require_equivalent(step.handler.name, found, allowed, blame, segment)
+
+
+def with_folds(block: Block, sites: equivalence.Sites, touched: Sequence[Basis]) -> Block:
+    """Return a block whose weights have absorbed the transforms of some bases."""
+    weights = dict(block.weights)
+    for basis in touched:
+        weights |= fold(basis, sites[basis], weights)
+    return replace(block, weights=weights)
 
 
 def input_hooks(block: Block, prefix: PrefixTokens) -> dict[Linear, Callable[[Tensor], Tensor]]:

@@ -62,4 +62,4 @@ class InputTransform:
         if not self.has_shift:
             return bias
         surplus = self.transform(torch.zeros(W.shape[1], dtype=torch.float64)) @ W.double().T
-        return (-surplus if bias is None else bias.double() - surplus).float()
+        return (-surplus if bias is None else bias.double() - surplus).to(W.dtype)
