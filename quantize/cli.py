@@ -50,9 +50,7 @@ PATH = click.Path(path_type=Path)
     help="A linear to leave in floating point: its name, or re:EXPRESSION. May be given several times.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
-@click.option(
-    "--resume", is_flag=True, help="Go on with a run that was killed or failed."
-)
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
 @click.option(

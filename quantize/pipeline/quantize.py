@@ -20,6 +20,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
+from quantize.pipeline.fold_check import check_folds
 from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
@@ -182,6 +183,8 @@ def run_pipeline(
     prepared, context = replace(prepared, plan=plan), replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
     announce(prepared, console)
     with running("the model"):
+        if journal is None or not journal.has_results:
+            check_folds(prepared, context)
         surveys = None if collected is None else {collected.step: collected.statistics}
         blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
     done = journal.load_last_block(blocks, writer) if journal else 0

@@ -60,12 +60,12 @@ class SequentialPipeline:
         self.calibration = SequentialRunner(self.program, batches, context.scratch)
         self.float_reference = SequentialRunner(self.program, batches if needs_reference else [], context.scratch)
         self.probes = SequentialRunner(self.program, self.prefixed_probes())
-        if surveys is None:
+        if surveys is None and any(step.surveyed for step in self.plan.steps):
             surveys = context.cached(
                 "survey",
                 lambda: collect_global_statistics(self.checkpoint, self.program, self.plan, batches, context),
             )
-        self.pass_runner = PassRunner(self.program, self.plan, context, self.calibration, self.probes, surveys)
+        self.pass_runner = PassRunner(self.program, self.plan, context, self.calibration, self.probes, surveys or {})
         self.rounder = WeightRounder(self.program, self.plan, context, self.calibration, self.float_reference)
         self.modules: dict[str, dict[str, object]] = {}
         self.ties = TiedWeights(self.checkpoint.ties)

@@ -115,8 +115,8 @@ def broken_off(attempt, fails, variant, partial):
     fails("model.layers.0", QuantizeError("it broke"))
     shown = attempt(model)
     assert (shown.code, shown.out) == (1, "")
-    sentence = f"error: it broke; {partial} keeps what is finished; give the same command again to go on, or remove that directory"
-    assert shown.err.splitlines()[-1] == sentence
+    kept = f"{partial} keeps what is finished; give the same command again to go on, or remove that directory"
+    assert shown.err.splitlines()[-1] == f"error: it broke; {kept}"
     assert sorted(path.name for path in (partial / "journal").iterdir()) == [
         "border-00001", "identity.json", "survey.safetensors",
     ]  # fmt: skip

@@ -6,8 +6,9 @@ import torch
 import quantize
 from quantize.errors import QuantizeError
 from quantize.passes import PASSES
+from quantize.pipeline.sequential import SequentialPipeline
 from quantize.transforms import equivalence
-from quantize.transforms.fold import Diagonal, Rotation
+from quantize.transforms.fold import Diagonal, Rotation, fold
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def test_a_wrong_fold_is_stopped(stories, stories_calibration, tmp_path, monkeyp
     assert "at basis " in message
     assert "layernorm.weight → " in message
     assert "(allowed 1e-09)" in message
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_rotation_names_the_basis_at_fault(stories, stories_calibration, tmp_path, monkeypatch):
@@ -50,6 +51,38 @@ def test_a_wrong_rotation_names_the_basis_at_fault(stories, stories_calibration,
     passes = [{"name": "fold_norms"}, {"name": "rotate", "heads": False}]
     with pytest.raises(QuantizeError, match=r"`rotate`.*basis 0 \(model\.embed_tokens\.weight → "):
         run(stories, stories_calibration, tmp_path / "out", passes)
+
+
+def test_folds_that_need_no_data_are_checked_before_any_block_is_quantized(
+    stories, stories_calibration, tmp_path, monkeypatch
+):
+    """A rotation that is wrong in the last block only costs no block of work, though GPTQ would come first."""
+    blocks = []
+    monkeypatch.setattr(SequentialPipeline, "process", lambda self, segment: blocks.append(segment.name))
+    monkeypatch.setattr(
+        "quantize.pipeline.steps.transform.fold",
+        lambda basis, transform, weights: {
+            name: W * 1.01 if name == "model.layers.4.mlp.down_proj.weight" else W
+            for name, W in fold(basis, transform, weights).items()
+        },
+    )
+    with pytest.raises(QuantizeError, match=r"`rotate` changes the function of model\.layers\.4: "):
+        quantize.quantize_model(
+            stories, scheme="W4A8", output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0,
+            nsamples=2, seqlen=32,
+        )  # fmt: skip
+    assert not blocks
+    assert not list(tmp_path.iterdir())
+
+
+def test_float32_that_cancels_is_compared_in_float64(stories, stories_calibration, tmp_path, monkeypatch):
+    """A fold that is right passes although float32 is over the line; a wrong one does not (the tests above)."""
+    monkeypatch.setattr(equivalence, "TOLERANCE", 1e-9)
+    monkeypatch.setattr("quantize.pipeline.parity.equivalence.TOLERANCE", 1e-5)
+    passes = [{"name": "fold_norms"}, {"name": "rotate"}]
+    found = run(stories, stories_calibration, tmp_path / "out", passes).manifest["gate"]["passes"]
+    assert len(found["rotate"]) == 7
+    assert all(difference < 1e-11 for blocks in found.values() for difference in blocks.values())
 
 
 def test_an_illegal_site_is_stopped(stories, stories_calibration, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from quantize.checkpoint.checkpoint import check_weights
 from quantize.graph.program import Segment
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.trial import Trial, run_probes, run_trial
+from quantize.pipeline.fold_check import checks_folds
 
 BUDGET = 30.0  # s to measure in; two parts of the data run even if they take longer
 
@@ -82,7 +83,8 @@ def measure_time(found: MemoryEstimate, opened: float, console: Console | None =
         trials.append(run_trial(found, segments, min(2 * done, total)))
     whole = sum(x.numel() for x in found.parameters.values()) / sum(x.numel() for x in parameters.values())
     blocks = sum(quantized(found, s) for s in found.program.segments) / quantized(found, segments[-1])
-    return TimeEstimate(segments[-1].name, total, blocks, opened + read * whole, tuple(trials))
+    runs = 1 + checks_folds(found.plan)  # the check of folds, and the verification
+    return TimeEstimate(segments[-1].name, total, blocks, opened + read * whole * runs, tuple(trials))
 
 
 def first_block(found: MemoryEstimate) -> int:

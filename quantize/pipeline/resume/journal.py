@@ -60,7 +60,7 @@ class Journal:
     @property
     def has_results(self) -> bool:
         """Whether a block is finished, or statistics of the whole model are."""
-        return any(path.name != "identity.json" and not path.suffix == ".part" for path in self.directory.iterdir())
+        return any(path.name != "identity.json" and path.suffix != ".part" for path in self.directory.iterdir())
 
     def cached(self, name: str, make: Callable[[], T], /) -> T:
         """Return what `make` returned in this run or in the one that it resumes; `save_state` must know its type."""
