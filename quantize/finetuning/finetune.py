@@ -164,7 +164,7 @@ def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
 
 def find_linears(prepared: Prepared) -> dict[str, Linear]:
     """Return the linears that would be quantized, by path."""
-    found = [linear for segment in prepared.program.segments for linear in prepared.program.linears(segment)]
+    found = prepared.program.all_linears
     return {linear.path: linear for linear in found if linear.path in prepared.plan.schemes}
 
 

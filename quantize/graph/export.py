@@ -45,7 +45,7 @@ def export_program(skeleton: nn.Module) -> Program:
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
     program = from_exported(exported, buffers, switches, tuple(inputs))
-    linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    linears = program.all_linears
     with quiet():
         return replace(program, weights_read_directly=read_past_forward(skeleton, linears, example))
 

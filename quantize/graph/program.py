@@ -81,6 +81,11 @@ class Program:
         found = (self._linears[node] for node in segment.nodes if node in self._linears)
         return [linear for linear in found if linear.weight not in self.not_replaceable]
 
+    @property
+    def all_linears(self) -> list[Linear]:
+        """The linears that a quantized linear can stand in for, in order."""
+        return [linear for segment in self.segments for linear in self.linears(segment)]
+
     @functools.cached_property
     def not_replaceable(self) -> dict[str, str]:
         """The weights of all other linears, and stacks of weights, with the reason why nothing stands in for them."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from quantize.errors import UsageError
 from quantize.formats import check_scheme, get_format
@@ -60,7 +61,8 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
                 f"layers: the entry {entry.match!r} changes nothing, as a later entry, ignore or targets decides for "
                 "all linears that it matches; leave it out, or move it to the end"
             )
-    schemes = {path: scheme_for(recipe, entry) for path, entry in chosen.items()}
+    columns = {linear.path: linear.columns for linear in linears}
+    schemes = {path: scheme_for(recipe, entry, columns[path]) for path, entry in chosen.items()}
     if not schemes:
         raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
     check_groups(recipe, schemes, linears)
@@ -72,18 +74,49 @@ def entry_for(recipe: Recipe, path: str) -> LayerArgs | None:
     return next((entry for entry in reversed(recipe.layers) if matches(entry.match, path)), None)
 
 
-def scheme_for(recipe: Recipe, entry: LayerArgs | None) -> Scheme:
-    """Return the scheme of the linears of an entry; without an entry that is the recipe's scheme."""
-    if entry is None:
-        return recipe.linear_scheme
-    base = recipe.linear_scheme if entry.scheme is None else default_scheme(entry.scheme)
-    if entry.group_size is None:
+def scheme_for(recipe: Recipe, entry: LayerArgs | None, columns: int) -> Scheme:
+    """Return the scheme of a linear of `columns` inputs, which an entry decides; without one it is the recipe's.
+
+    A group size that nobody asked for and that does not divide the columns gives way to a fallback.
+    """
+    base, size, fallbacks = before_fallback(recipe, entry)
+    if size and columns % size:
+        size = next((other for other in fallbacks if not other or columns % other == 0), size)
+    if size == base.weights.group_size:
         return base
-    weights = base.weights.model_copy(update={"group_size": entry.group_size})
+    weights = base.weights.model_copy(update={"group_size": size})
     try:
         return check_scheme(base.model_copy(update={"weights": weights}))
     except ValueError as error:
-        raise UsageError(f"recipe: layers: {entry.match!r}: {error}") from None
+        where = "" if entry is None else f"layers: {entry.match!r}: "
+        raise UsageError(f"recipe: {where}{error}") from None
+
+
+def before_fallback(recipe: Recipe, entry: LayerArgs | None) -> tuple[Scheme, int, tuple[int, ...]]:
+    """Return the scheme that an entry names, the group size that holds there, and those that may take its place."""
+    base, fallbacks = recipe.linear_scheme, recipe.fallback_group_sizes
+    if entry is not None and entry.scheme is not None:
+        base, fallbacks = default_scheme(entry.scheme)
+    if entry is not None and entry.group_size is not None:
+        return base, entry.group_size, ()
+    return base, base.weights.group_size, fallbacks
+
+
+def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Iterable[Linear]) -> list[str]:
+    """Return a sentence for each number of columns that a default group size does not divide."""
+    taken: Counter[tuple[int, int, int]] = Counter()
+    for linear in (x for x in linears if x.path in schemes):
+        wanted, size = (
+            before_fallback(recipe, entry_for(recipe, linear.path))[1],
+            schemes[linear.path].weights.group_size,
+        )
+        taken[linear.columns, wanted, size] += wanted != size
+    return [
+        f"groups of {wanted} do not divide the {columns} columns of {count} linears, which take "
+        f"{f'groups of {size}' if size else 'one scale for each output channel'}"
+        for (columns, wanted, size), count in sorted(taken.items())
+        if count
+    ]
 
 
 def matches(pattern: str, path: str) -> bool:

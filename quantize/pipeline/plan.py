@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     Raises:
         UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
     """
-    linears = [linear for segment in program.segments for linear in program.linears(segment)]
+    linears = program.all_linears
     recipe = resolve_ignore(recipe, program, linears)
     schemes, skipped = select(recipe, linears)
     chosen = [linear for linear in linears if linear.path in schemes]

@@ -21,6 +21,7 @@ from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
+from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.recipe.recipe import Recipe
@@ -84,6 +85,7 @@ def describe_run(prepared: Prepared) -> str:
     what = " and ".join(f"{count} linears to {label}" for label, count in counts.items())
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
+    lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     if cache := plan.recipe.kv_cache:
         lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
     for step in plan.steps:

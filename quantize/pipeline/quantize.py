@@ -21,6 +21,7 @@ from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.fold_check import check_folds
+from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
@@ -207,6 +208,9 @@ def announce(prepared: Prepared, console: Console | None) -> None:
     """Print what the exporter refused, and which data is used, above all if it is not the user's own text."""
     if console is not None and prepared.program.export_error:
         console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
+    if console is not None:
+        for line in describe_fallbacks(prepared.plan.recipe, prepared.plan.schemes, prepared.program.all_linears):
+            console.print(line, soft_wrap=True)
     if console is None or not prepared.plan.calibrates:
         return
     rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples

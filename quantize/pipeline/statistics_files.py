@@ -76,7 +76,7 @@ def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> Stat
     plan, program, samples = prepared.plan, prepared.program, prepared.samples
     number = only_calibrated_step(plan)
     batches = context.prefix.batches(samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)))
-    weights = frozenset(linear.weight for segment in program.segments for linear in program.linears(segment))
+    weights = frozenset(linear.weight for linear in program.all_linears)
     statistics = statistics_before(number, weights, prepared.checkpoint, program, plan, batches, context, {})
     data = {samples.sha256: (len(samples.rows), samples.tokens)}
     return StatisticsFile(without_data(found), data, number, statistics)

@@ -77,6 +77,9 @@ class Recipe(Data):
     Attributes:
         scheme: the scheme's name, which fixes the bits and the format of `weights` and `activations`.
         weights, activations: how weights and activations are quantized.
+        fallback_group_sizes: the group sizes that a linear may take whose columns `weights.group_size` does not divide;
+            it takes the first that does, 0 being per-channel. Without one it is refused. A group size that is asked
+            for leaves none.
         kv_cache: how keys and values are quantized; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
         ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one.
@@ -93,6 +96,7 @@ class Recipe(Data):
     scheme: SchemeName
     weights: Annotated[WeightArgs, AfterValidator(check_args)]
     activations: Annotated[ActivationArgs, AfterValidator(check_args)] | None = None
+    fallback_group_sizes: tuple[Annotated[int, Field(ge=0)], ...] = ()
     kv_cache: KVCacheArgs | None = None
     targets: tuple[str, ...] = ("re:.*",)
     ignore: tuple[str, ...] | None = None
@@ -151,16 +155,19 @@ def load_recipe(
     default = merge(tomllib.loads(shipped(name.lower())), format_defaults(given))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
+    if table or (isinstance(given.get("weights"), Mapping) and "group_size" in given["weights"]):
+        default["fallback_group_sizes"] = []
     merged = merge(merge(merge(default, given), single), table)
     recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
     return recipe.model_copy(update={"ignore_also": recipe.ignore_also + ignore})
 
 
-def default_scheme(name: str) -> Scheme:
-    """Return the tables `weights` and `activations` of a scheme's default recipe as a scheme."""
+def default_scheme(name: str) -> tuple[Scheme, tuple[int, ...]]:
+    """Return a scheme's default recipe: the tables `weights` and `activations`, and the fallback group sizes."""
     default = tomllib.loads(shipped(name.lower()))
-    return check_scheme(Scheme(weights=default["weights"], activations=default.get("activations")))
+    scheme = check_scheme(Scheme(weights=default["weights"], activations=default.get("activations")))
+    return scheme, tuple(default.get("fallback_group_sizes", ()))
 
 
 def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:

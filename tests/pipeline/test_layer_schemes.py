@@ -12,8 +12,9 @@ from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.precision import INTEGERS
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.layer_schemes import scheme_for
 from quantize.pipeline.plan import make_plan
-from quantize.recipe.recipe import load_recipe
+from quantize.recipe.recipe import LayerArgs, load_recipe
 
 DOWN = "model.layers.0.mlp.down_proj"
 RTN = {"passes": [], "quantizer": {"name": "rtn"}}
@@ -46,6 +47,28 @@ def test_the_output_head_stays_unless_an_entry_gives_it_a_scheme(program):
     assert "lm_head" not in labels(program, [{"match": "re:.*", "group_size": 4}])[0]
     assert labels(program, [{"match": "lm_head", "scheme": "W8A8"}])[0]["lm_head"] == ("W8A8", 0)
     assert "lm_head" not in labels(program, [{"match": "lm_head", "ignore": True}])[0]
+
+
+def test_a_default_group_size_gives_way_to_the_largest_that_divides():
+    recipe = load_recipe("W4A4", None)
+    sizes = {1152: 128, 576: 64, 96: 32, 100: 0}
+    assert {columns: scheme_for(recipe, None, columns).weights.group_size for columns in sizes} == sizes
+    entry = LayerArgs(match="a", scheme="W4A8")
+    assert scheme_for(recipe, entry, 576).weights.group_size == 64
+    asked = load_recipe("W4A4", {"weights": {"group_size": 128}})
+    assert scheme_for(asked, None, 576).weights.group_size == 128  # which `check_groups` refuses
+
+
+def test_a_run_says_which_groups_it_took(cli, stories, stories_calibration, tmp_path):
+    shown = cli(stories, "--scheme", "W4A8", "--output-dir", tmp_path / "out", "--calibration", stories_calibration,
+                "--nsamples", 2, "--seqlen", 16)  # fmt: skip
+    assert shown.code == 0, shown.err
+    line = "groups of 128 do not divide the 64 columns of"
+    assert line in shown.err
+    assert "which take groups of 64" in shown.err
+    refused = cli(stories, "--scheme", "W4A8", "--output-dir", tmp_path / "b", "--group-size", 128)
+    assert refused.code == 2
+    assert "the group size 128 does not divide the 64 columns of model.layers.0.self_attn.q_proj" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ class ArtifactEstimate:
     @functools.cached_property
     def modules(self) -> dict[str, QuantizedLinear]:
         """The quantized linears on the meta device, by path, as far as they do not depend on data."""
-        linears = [x for segment in self.program.segments for x in self.program.linears(segment)]
+        linears = self.program.all_linears
         return {x.path: self._module(x) for x in linears if x.path in self.plan.schemes}
 
     def _module(self, linear: Linear) -> QuantizedLinear:
@@ -91,7 +91,7 @@ class ArtifactEstimate:
 
     @property
     def _replaced(self) -> set[str]:
-        linears = (x for segment in self.program.segments for x in self.program.linears(segment))
+        linears = self.program.all_linears
         return {name for x in linears if x.path in self.modules for name in (x.weight, x.bias) if name}
 
     @property
