@@ -50,6 +50,7 @@ PATH = click.Path(path_type=Path)
     help="A linear to leave in floating point: its name, or re:EXPRESSION. May be given several times.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
+@click.option("--strict", is_flag=True, help="Exit with 1 if plain rounding turns out to lose no more.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
@@ -68,6 +69,7 @@ def quantize(
     stats: Path | None,
     collect_stats: Path | None,
     dry_run: bool,
+    strict: bool,
     **settings: Any,
 ) -> None:
     """Quantize MODEL into a new directory.
@@ -110,6 +112,8 @@ def quantize(
     )
     if is_rank_zero():
         click.echo(artifact.summary())
+    if strict and artifact.warning:
+        sys.exit(1)
 
 
 @click.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.sequential import SequentialPipeline
+from quantize.pipeline.verdict import held_out_record
 from quantize.transforms import equivalence
 
 
@@ -27,7 +27,7 @@ def finish(
     prepared: Prepared,
     writer: ArtifactWriter,
     blocks: SequentialPipeline,
-    data: Mapping[str, Any],
+    data: dict[str, Any],
     console: Console | None,
 ) -> dict[str, Any]:
     """Write what is in no block, verify the files, and commit; return the manifest, which includes `data`."""
@@ -37,6 +37,7 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
+    judged = held_out_record(blocks.held_out, prepared.samples)
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,
@@ -48,7 +49,7 @@ def finish(
             "online": blocks.pass_runner.changed,
             "parity": proof,
             "untied": blocks.ties.untied,
-            **{name: record for name, record in data.items() if record},
+            **{name: record for name, record in (data | {"held_out": judged}).items() if record},
             "coverage": coverage(plan, blocks),
             "quantization": settings,
         }

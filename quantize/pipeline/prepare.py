@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.recipe.recipe import Recipe
+
+PROSE_ROWS, PROSE_TOKENS = 2, 512  # of bundled text, on which a run is judged that has no rows to hold back
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Prepared:
     """A prepared run, which has changed nothing yet: the model, the plan and the data.
 
     Attributes:
+        samples: the rows to calibrate on.
+        held_out: rows that were held back from them, to judge the result by.
         seconds: the time it took to prepare the run, most of which is the export of the graph.
     """
 
@@ -40,12 +46,15 @@ class Prepared:
     plan: Plan
     samples: Samples
     seconds: float
+    held_out: HeldOutRows = field(default_factory=HeldOutRows)
 
 
-def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True) -> Prepared:
+def prepare(
+    model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True, judge: bool = True
+) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
-    Without `read` no weight is read, so wrong weights are not found.
+    Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back.
     """
     start, checkpoint = time.perf_counter(), open_checkpoint(model)
     skeleton = checkpoint.skeleton()
@@ -60,7 +69,14 @@ def prepare(model: str | Path | nn.Module, recipe: Recipe, calibration: Path | N
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory)
     samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
-    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start)
+    held_out = HeldOutRows()
+    if judge and plan.calibrates and not program.export_error:
+        generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
+        prose = functools.partial(
+            read_calibration, None, inputs, min(recipe.seqlen, PROSE_TOKENS), PROSE_ROWS, tokenize, program.vocabulary
+        )
+        samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
+    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out)
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:

@@ -21,6 +21,7 @@ from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.fold_check import check_folds
+from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
 from quantize.pipeline.progress import track
@@ -28,6 +29,7 @@ from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
+from quantize.pipeline.verdict import sentence
 from quantize.recipe.recipe import Recipe, load_recipe
 
 
@@ -44,6 +46,11 @@ class Artifact:
     def load(self) -> nn.Module:
         """Load the quantized model."""
         return load(self.directory)
+
+    @property
+    def warning(self) -> str:
+        """Why the result may not be worth its calibration, as plain rounding is as near to the float model; or ''."""
+        return str(self.manifest.get("held_out", {}).get("warning", ""))
 
     def summary(self) -> str:
         """Describe in one sentence what was quantized, and how."""
@@ -112,7 +119,7 @@ def quantize_model(
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
-        prepared = prepare(model, resolved, Path(calibration) if calibration else None)
+        prepared = prepare(model, resolved, Path(calibration) if calibration else None, judge=stats is None)
         found = identity_of(prepared)
         collected = load_matching(Path(stats), found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
@@ -145,7 +152,7 @@ def collect_stats(
         UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
-    given = prepare(model, recipe, Path(calibration) if calibration else None)
+    given = prepare(model, recipe, Path(calibration) if calibration else None, judge=False)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)
@@ -201,7 +208,12 @@ def run_pipeline(
     if not writer:
         return {}
     data = calibration_record(prepared) if collected is None else collected.record()
-    return finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
+    manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
+    if console is not None and (record := manifest.get("held_out")):
+        console.print(sentence(record), soft_wrap=True)
+        if record["warning"]:
+            console.print(f"warning: {record['warning']}", soft_wrap=True)
+    return manifest
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
@@ -217,7 +229,9 @@ def announce(prepared: Prepared, console: Console | None) -> None:
     line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.tokens} tokens"
     bundled = prepared.samples.sha256 == sha256(BUNDLED)
     source = ", bundled prose: give --calibration for text of your own" if bundled else ""
-    console.print(line + source, soft_wrap=True)
+    held = prepared.held_out if prepared.held_out.source == "calibration data" else HeldOutRows()
+    back = f", {len(held.rows)} more held back to judge the result by" if held.rows else ""
+    console.print(line + back + source, soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
+from quantize.pipeline.held_out import HeldOutRows, HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import contiguous
@@ -60,6 +61,7 @@ class SequentialPipeline:
         self.calibration = SequentialRunner(self.program, batches, context.scratch)
         self.float_reference = SequentialRunner(self.program, batches if needs_reference else [], context.scratch)
         self.probes = SequentialRunner(self.program, self.prefixed_probes())
+        self.held_out = HeldOutRuns(self.program, prepared.held_out if runs else HeldOutRows(), context.prefix)
         if surveys is None and any(step.surveyed for step in self.plan.steps):
             surveys = context.cached(
                 "survey",
@@ -73,7 +75,9 @@ class SequentialPipeline:
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; return the tensors to store."""
         trim_heap()
-        given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
+        given, last = self._read(segment), segment is self.program.segments[-1]
+        if not last:
+            self.held_out.run_unchanged(given)
         block = self.pass_runner.apply(given)
         replaced = block.replaced
         changed = [n for n, W in block.weights.items() if n not in replaced and W is not given.weights[n]]
@@ -85,12 +89,19 @@ class SequentialPipeline:
         block = self._round(block, reference)
         del reference
         self.probes.run(segment.nodes, block.overrides())
+        if last:
+            self.held_out.score(self._read(segment), block)
+        else:
+            self.held_out.run_quantized(block)
         self._make_contiguous()
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
             self.ties.mark_replaced(linear.weight)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         return block.tensors() | self.ties.deduplicate(tensors)
+
+    def _read(self, segment: Segment) -> Block:
+        return Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
 
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""
@@ -145,6 +156,8 @@ class SequentialPipeline:
         yield "calibration", self.calibration, self.first_batch
         yield "float_reference", self.float_reference, self.first_batch
         yield "probes", self.probes, 0
+        for name, runner in self.held_out.runners().items():
+            yield name, runner, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run carries from block to block besides activations, as plain data and tensors."""
@@ -156,12 +169,14 @@ class SequentialPipeline:
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
+            "scores": self.held_out.scores,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
+        self.held_out.scores = state["scores"]
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

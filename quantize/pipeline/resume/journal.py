@@ -94,13 +94,12 @@ class Journal:
             shutil.rmtree(old)
 
     def _write_values(self, folder: Path, done: int, blocks: Resumable) -> None:
-        """Write this rank's activations; only the first rank writes those of the probes, which all ranks have."""
-        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # after the last one only probes run
+        """Write this rank's activations; only the first rank writes those that all ranks have, as of the probes."""
+        last = not blocks.calibrates_after(blocks.program.segments[done - 1])  # after it calibration data does not run
         for name, runner, first in blocks.runners():
-            for number, values in enumerate(
-                runner.values if name != "probes" or self.ranks.is_rank_zero else [], first
-            ):
-                kept = plain_values({} if last and name != "probes" else values, blocks.program)
+            own = name in ("calibration", "float_reference")
+            for number, values in enumerate(runner.values if own or self.ranks.is_rank_zero else [], first):
+                kept = plain_values({} if last and own else values, blocks.program)
                 save_state(folder / f"{name}-{number:05}.safetensors", kept)
 
     def load_last_block(self, blocks: Resumable, writer: ArtifactWriter | None) -> int:

@@ -1,0 +1,51 @@
+"""What the rows that were held back say about a run: a record for the manifest, and sentences for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantize.calibration.data import Samples
+from quantize.graph.program import Program
+from quantize.pipeline.held_out import FEW_DIFFERENT, HeldOutRuns, different_tokens
+
+ROWS_PER_COLUMN = 2  # calibration tokens for each input channel below which they are called few
+
+
+def held_out_record(runs: HeldOutRuns, samples: Samples) -> dict[str, Any]:
+    """Return the scores, the data they are of, and a warning if plain rounding loses no more; {} without rows."""
+    if not runs.scores:
+        return {}
+    tokens = sum(min(x.numel(), runs.length) for row in runs.given.rows for x in row.values() if x.dim() == 1)
+    record = {"source": runs.given.source, "rows": len(runs.given.rows), "tokens": tokens, **runs.scores}
+    found, plain = (runs.scores[name] for name in ("quantized", "plain_rounding"))
+    measure = "kl" if "kl" in found else "error"
+    if found[measure] < plain[measure]:
+        return record | {"warning": ""}
+    return record | {"warning": f"plain rounding is as near to the float model: {reason(runs.program, samples)}"}
+
+
+def reason(program: Program, samples: Samples) -> str:
+    """Return the likely reason why calibrated rounding gains nothing."""
+    different = different_tokens(samples)
+    if different is not None and different < FEW_DIFFERENT:
+        return f"the calibration data has only {different} different tokens; give running text like that in use"
+    columns = max(linear.columns for linear in program.all_linears)
+    if different is not None and samples.tokens < ROWS_PER_COLUMN * columns:
+        return f"{samples.tokens} calibration tokens are few for {columns} input channels; raise --nsamples or --seqlen"
+    return "the calibration data may be unlike these rows, or the recipe does not suit this model; try another of both"
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    """Return the scores in one line for the console."""
+    plain, found = record["plain_rounding"], record["quantized"]
+    where = f"on {record['tokens']:,} tokens" if record["tokens"] else f"on {record['rows']} samples"
+    where += f" of the {record['source']} that the run did not see"
+    if "loss" in found:
+        return (
+            f"{where}: loss {record['float']['loss']:.4f} in floating point, {plain['loss']:.4f} by plain rounding, "
+            f"{found['loss']:.4f} as quantized (KL {plain['kl']:.4f} and {found['kl']:.4f})"
+        )
+    if "kl" in found:
+        return f"{where}: KL {plain['kl']:.4f} by plain rounding, {found['kl']:.4f} as quantized"
+    return f"{where}: relative error {plain['error']:.4f} by plain rounding, {found['error']:.4f} as quantized"
