@@ -22,17 +22,19 @@ def held_out_record(runs: HeldOutRuns, samples: Samples) -> dict[str, Any]:
     measure = "kl" if "kl" in found else "error"
     if found[measure] < plain[measure]:
         return record | {"warning": ""}
-    return record | {"warning": f"plain rounding is as near to the float model: {reason(runs.program, samples)}"}
+    return record | {
+        "warning": f"plain rounding is as near to the float model or nearer: {reason(runs.program, samples)}"
+    }
 
 
 def reason(program: Program, samples: Samples) -> str:
     """Return the likely reason why calibrated rounding gains nothing."""
     different = different_tokens(samples)
-    if different is not None and different < FEW_DIFFERENT:
-        return f"the calibration data has only {different} different tokens; give running text like that in use"
     columns = max(linear.columns for linear in program.all_linears)
     if different is not None and samples.tokens < ROWS_PER_COLUMN * columns:
         return f"{samples.tokens} calibration tokens are few for {columns} input channels; raise --nsamples or --seqlen"
+    if different is not None and different < FEW_DIFFERENT:
+        return f"the calibration data has only {different} different tokens; give running text like that in use"
     return "the calibration data may be unlike these rows, or the recipe does not suit this model; try another of both"
 
 
