@@ -21,7 +21,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform import QuIPModifier, SpinQuantModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.scale.peer import peak_memory
 
@@ -70,7 +70,10 @@ def scores(model: Any, reference: Any, windows: list[list[int]]) -> dict[str, fl
 
 
 def measure(scheme: str, recipe: str, directory: str, data: Path, output: Path) -> dict[str, Any]:
-    """Quantize, score in memory and save; the peak of memory is that before scores and before saving."""
+    """Quantize, score in memory and save in the type that the model is stored in, of which only the bytes count.
+
+    The peak of memory is that before scores and before saving.
+    """
     start, tokenizer = time.perf_counter(), AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     quantize(model, recipe, scheme, data / "calibration.jsonl", tokenizer)
@@ -83,7 +86,7 @@ def measure(scheme: str, recipe: str, directory: str, data: Path, output: Path) 
                              do_sample=False, pad_token_id=0)  # fmt: skip
     found["continuation"] = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
     start = time.perf_counter()
-    model.save_pretrained(output, save_compressed=True)
+    model.to(AutoConfig.from_pretrained(directory).dtype or torch.float32).save_pretrained(output, save_compressed=True)
     found["seconds"] += time.perf_counter() - start
     return found | {"artifact_mb": sum(path.stat().st_size for path in output.glob("*.safetensors")) / 1e6}
 
