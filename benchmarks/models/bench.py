@@ -93,7 +93,9 @@ def main(
     left = missing(rows, chosen(names, schemes, recipes, peer is not None), [text.stem for text in texts])
     directories = {name: MODELS[name].directory(models_dir) for name in dict.fromkeys(cell.model for cell in left)}
     for name in (name for name, directory in directories.items() if directory is None):
-        click.echo(f"{name} is skipped: --models-dir holds no {MODELS[name].folder}; make it as gguf_to_hf.py says")
+        click.echo(
+            f"{name} is skipped: --models-dir holds no {MODELS[name].folder}; docs/measurements.md says how to make it"
+        )
     left, start, done = [cell for cell in left if directories[cell.model]], time.perf_counter(), 0
     for name, directory in directories.items():
         wanted = [cell for cell in left if cell.model == name]

@@ -26,11 +26,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from benchmarks.scale.peer import peak_memory
 
 GROUPS, NEW_TOKENS = (128, 64, 32), 24
-BEFORE: dict[str, Any] = {
-    "SmoothQuant, GPTQ": lambda: [SmoothQuantModifier(smoothing_strength=0.5)],
-    "QuIP, GPTQ": lambda: [QuIPModifier(rotations=["v", "u"], transform_type="random-hadamard", ignore=["lm_head"])],
-    "SpinQuant, GPTQ": lambda: [SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")],
-}
+# The tool takes the norm behind Gemma's attention for the one in front of its MLP, which would change the function.
+GEMMA = [
+    (["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"),
+    (["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"),
+]
+
+
+def handlers(model: Any, recipe: str) -> list[Any]:
+    """Return what runs before GPTQ."""
+    if "SmoothQuant" in recipe:
+        sandwiched = any("pre_feedforward_layernorm" in name for name, _ in model.named_modules())
+        return [SmoothQuantModifier(smoothing_strength=0.5, mappings=GEMMA if sandwiched else None)]
+    if "QuIP" in recipe:
+        return [QuIPModifier(rotations=["v", "u"], transform_type="random-hadamard", ignore=["lm_head"])]
+    return [SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")] if "SpinQuant" in recipe else []
 
 
 def gptq(model: Any, scheme: str) -> GPTQModifier:
@@ -48,8 +58,7 @@ def quantize(model: Any, recipe: str, scheme: str, calibration: Path, tokenizer:
     """Calibrate and quantize a model in place."""
     rows = [json.loads(line)["input_ids"] for line in calibration.read_text().splitlines()]
     data = Dataset.from_list([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows])
-    before = BEFORE.get(recipe.removeprefix("llm-compressor: "), list)()
-    oneshot(model=model, dataset=data, recipe=[*before, gptq(model, scheme)], tokenizer=tokenizer,
+    oneshot(model=model, dataset=data, recipe=[*handlers(model, recipe), gptq(model, scheme)], tokenizer=tokenizer,
             max_seq_length=max(map(len, rows)), num_calibration_samples=len(rows))  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from benchmarks.models.cells import DEFAULT, FLOAT, MODELS, PEERS, PLAIN, SCHEME
 Row = Mapping[str, Any]
 HEAD = """# Real models, every scheme
 
-`make bench-models` wrote this file and `models.json` on {machines}. A model is calibrated on 32 windows of 512 tokens
-(MiniLM: 128) of the bundled prose and scored on 16 windows of 256 tokens of each text. *Plain rounding* is symmetric
+{machines}.
+
+`make bench-models` wrote this file and `models.json`. A model is calibrated on 32 windows of 512 tokens (MiniLM: 128)
+of the bundled prose and scored on 16 windows of 256 tokens of each text. *Plain rounding* is symmetric
 rounding without passes, *default* the scheme's recipe, *tuned* the `-tuned` recipe. llm-compressor 0.14 is calibrated
 and scored on the same token ids, in float32, with symmetric weights in groups. Losses and KL are in nats per token;
 increases are over the float model's loss. Minutes and the peak of resident memory are those of the run alone, with the
@@ -20,24 +22,19 @@ interpreter and without the scores. MB and GB are of 10⁶ and 10⁹ bytes.
 SHORT = """
 ## In short
 
-Plain rounding → default, and the llm-compressor recipe nearest to the float model (KL): the increase of the loss on
-`{text}`, and of MiniLM the part of the float model's Spearman correlation that is left.
+Plain rounding → default, and the llm-compressor recipe nearest to the float model (KL): the increase of the loss on the
+first text of the tables below, and of MiniLM the part of the float model's Spearman correlation that is left.
 """
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the file: the short table, then each model's table and continuations."""
     machines = "; ".join(dict.fromkeys(row["machine"] for row in rows))
-    parts = [HEAD.format(machines=machines), SHORT.format(text=first_text(rows)), *short_table(rows)]
+    parts = [HEAD.format(machines=machines), SHORT, *short_table(rows)]
     for name in MODELS:
         own = [row for row in rows if row["model"] == name]
         parts += [f"\n## {name}\n", *model_table(own), *continuations(own)] if own else []
     return "\n".join(parts) + "\n"
-
-
-def first_text(rows: Sequence[Row]) -> str:
-    """Return the name of the first text that a language model was scored on."""
-    return next((text for row in rows if MODELS[row["model"]].language for text in row.get("texts", ())), "")
 
 
 def short_table(rows: Sequence[Row]) -> list[str]:

@@ -41,10 +41,9 @@ def measure(cell: Cell, model: Path, data: Path, output: Path) -> dict[str, Any]
         found, reference, quantized = {"artifact_mb": stored_bytes(model) / 1e6}, None, open_checkpoint(model).load()
     else:
         start = time.perf_counter()
-        calibration, windows = data / "calibration.jsonl", read_lengths(data / "calibration.jsonl")
-        artifact = quantize_model(
-            model, output_dir=output, scheme=cell.scheme, recipe=changes(cell), calibration=calibration, **windows
-        )
+        nsamples, seqlen = windows_of(data / "calibration.jsonl")
+        artifact = quantize_model(model, output_dir=output, scheme=cell.scheme, recipe=changes(cell),
+                                  calibration=data / "calibration.jsonl", nsamples=nsamples, seqlen=seqlen)  # fmt: skip
         found = {"seconds": time.perf_counter() - start, "peak_mb": peak_memory() / 1e6}
         found["artifact_mb"] = stored_bytes(artifact.directory) / 1e6
         reference, quantized = open_checkpoint(model).load(), artifact.load()
@@ -55,10 +54,10 @@ def measure(cell: Cell, model: Path, data: Path, output: Path) -> dict[str, Any]
     return found | {"texts": texts, "continuation": continuation(quantized, model, evaluation["prompt"])}
 
 
-def read_lengths(calibration: Path) -> dict[str, int]:
+def windows_of(calibration: Path) -> tuple[int, int]:
     """Return the number of calibration windows and of tokens in each."""
     rows = [json.loads(line)["input_ids"] for line in calibration.read_text().splitlines()]
-    return {"nsamples": len(rows), "seqlen": max(map(len, rows))}
+    return len(rows), max(map(len, rows))
 
 
 def language_scores(model: nn.Module, ids: list[list[int]], reference: nn.Module | None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_all_see_the_ids_that_the_package_takes_by_default(tmp_path):
     takes = {"input_ids": Input(torch.zeros(1, 64, dtype=torch.int64), ())}
     expected, found = (read_calibration(file, takes, 64, 3, load_tokenize(BOOKS), 4096) for file in (None, path))
     assert [r["input_ids"].tolist() for r in found.rows] == [r["input_ids"].tolist() for r in expected.rows]
-    assert run.read_lengths(path) == {"nsamples": 3, "seqlen": 64}
+    assert run.windows_of(path) == (3, 64)
 
 
 @pytest.mark.parametrize("begins", [False, True])
