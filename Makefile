@@ -47,6 +47,11 @@ bench-scale: $(VENV)/installed
 bench-cpu: $(VENV)/installed
 	$(PYTHON) -m benchmarks.cpu.bench $(ARGS)
 
+# Real models to every scheme, plainly and by default, beside llm-compressor: benchmarks/results/models.json and .md (resumes)
+# (arguments: ARGS="--models-dir DIR --text FILE --peer PYTHON --model SmolLM2 --scheme W4A4"; docs/measurements.md says how to make DIR)
+bench-models: $(VENV)/installed
+	$(PYTHON) -m benchmarks.models.bench $(ARGS)
+
 # Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
 test: lint
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
@@ -74,4 +79,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format
+.PHONY: bench-cpu bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format
