@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -30,9 +29,8 @@ class Divergence:
     kl: float = 0.0
     top1: int = 0
 
-    def __add__(self, other: Self) -> Divergence:
-        sums = (getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
-        return Divergence(*sums)
+    def __add__(self, other: Divergence) -> Divergence:
+        return Divergence(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def mean(self, name: str) -> float:
         """Return one of the sums for each token."""
@@ -47,6 +45,6 @@ def divergence(logits: Tensor, reference: Tensor, labels: Tensor) -> Divergence:
     for part in zip(logits.split(rows), reference.split(rows), labels.split(rows), strict=True):
         q, p = (log_softmax(x.float(), -1) for x in part[:2])
         kl = kl_div(q, p, reduction="sum", log_target=True)
-        losses = [float(nll_loss(x, part[2], reduction="sum").double()) for x in (q, p)]
-        total += Divergence(len(q), *losses, float(kl.double()), int((q.argmax(-1) == p.argmax(-1)).sum()))
+        loss, reference_loss = (float(nll_loss(x, part[2], reduction="sum")) for x in (q, p))
+        total += Divergence(len(q), loss, reference_loss, float(kl), int((q.argmax(-1) == p.argmax(-1)).sum()))
     return total
