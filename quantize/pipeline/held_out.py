@@ -14,7 +14,7 @@ from torch import Tensor
 from quantize.calibration.data import BATCH_TOKENS, Row, Samples
 from quantize.calibration.logits import Divergence, divergence
 from quantize.calibration.runner import SequentialRunner, unpacked
-from quantize.graph.interpreter import run_nodes
+from quantize.graph.interpreter import Overrides, run_nodes
 from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
@@ -74,11 +74,13 @@ def different_tokens(samples: Samples) -> int | None:
 class HeldOutRuns:
     """The rows that were held back, on their way through the float model, plain rounding and the quantized model.
 
-    Plain rounding takes the weights as they are to the nearest values of the same schemes, without any pass.
+    Plain rounding takes the weights as they are to the nearest values of the same schemes, without any pass. A prefix
+    stands in front of the rows in all three models.
 
     Attributes:
         scores: `loss` (nats per token) and `kl` (to the float model, nats per token), or `error` (‖y - y'‖ / ‖y'‖) of
             a model without a vocabulary, for `float`, `plain_rounding` and `quantized`; set after the last block.
+        rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
     """
 
     program: Program
@@ -88,42 +90,44 @@ class HeldOutRuns:
     plain_rounding: SequentialRunner = field(init=False)
     quantized: SequentialRunner = field(init=False)
     scores: Scores = field(default_factory=dict)
+    rounded_plainly: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         n = self.length
         rows = [{k: (x if x.is_floating_point() else x[:n])[None] for k, x in row.items()} for row in self.given.rows]
-        self.float_model, self.plain_rounding = (SequentialRunner(self.program, rows) for _ in range(2))
-        self.quantized = SequentialRunner(self.program, self.prefix.batches(rows))
+        behind = self.prefix.batches(rows)
+        self.float_model, self.plain_rounding, self.quantized = (
+            SequentialRunner(self.program, behind) for _ in range(3)
+        )
 
     @property
     def length(self) -> int:
         """The number of tokens that are taken of a row."""
         return max(2, LOGIT_BYTES // 4 // self.program.vocabulary)
 
-    def run_unchanged(self, block: Block) -> None:
-        """Run a block that is not the last, as the float model has it and rounded to nearest."""
-        self.float_model.run(block.segment.nodes, block.overrides())
-        self.plain_rounding.run(block.segment.nodes, rounded_to_nearest(block).overrides())
+    def runners(self) -> dict[str, SequentialRunner]:
+        """Return the three runners by name."""
+        names = ("float_model", "plain_rounding", "quantized")
+        return {f"held_out_{name}": getattr(self, name) for name in names}
 
-    def run_quantized(self, block: Block) -> None:
-        """Run a block that is not the last, as it is written."""
-        self.quantized.run(block.segment.nodes, block.overrides())
+    def score(self, reference: Overrides, unchanged: Block, block: Block) -> None:
+        """Run the last block in all three models, row by row, since the logits of all rows may not fit into memory.
 
-    def score(self, unchanged: Block, block: Block) -> None:
-        """Run the last block in all three models, row by row, since the logits of all rows may not fit into memory."""
+        Args:
+            reference: what the float model's block runs with.
+            unchanged: the block before any pass.
+            block: the block as it is written.
+        """
         found = {"plain_rounding": Divergence(), "quantized": Divergence()}
-        errors = dict.fromkeys(found, 0.0)
-        rounded = rounded_to_nearest(unchanged)
+        errors, states = dict.fromkeys(found, 0.0), (rounded_to_nearest(unchanged).overrides(), block.overrides())
         for number in range(len(self.given.rows)):
-            expected = self._output(self.float_model, number, unchanged)
-            for name, runner, state in (
-                ("plain_rounding", self.plain_rounding, rounded),
-                ("quantized", self.quantized, block),
-            ):
-                y = self._output(runner, number, state)[:, -expected.shape[1] :]
+            expected = self._output(self.float_model, number, block, reference)
+            for name, runner, state in zip(found, (self.plain_rounding, self.quantized), states, strict=True):
+                y = self._output(runner, number, block, state)
                 errors[name] = max(errors[name], relative_error(y, expected))
                 if y.shape[-1] == self.program.vocabulary:
-                    found[name] += divergence(y[0, :-1], expected[0, :-1], self._next_tokens(number))
+                    p, labels = len(self.prefix.tokens), self._next_tokens(number)
+                    found[name] += divergence(y[0, p:-1], expected[0, p:-1], labels)
         self.scores = self._means(found) if found["quantized"].tokens else {k: {"error": v} for k, v in errors.items()}
 
     def _means(self, found: Mapping[str, Divergence]) -> Scores:
@@ -134,9 +138,9 @@ class HeldOutRuns:
             scores["float"] = {"loss": found["quantized"].mean("reference_loss")}
         return scores
 
-    def _output(self, runner: SequentialRunner, number: int, block: Block) -> Tensor:
+    def _output(self, runner: SequentialRunner, number: int, block: Block, state: Overrides) -> Tensor:
         """Return the first output of one row, [1, tokens, V] for a model that scores a vocabulary."""
-        values, state = dict(runner.values[number]), block.overrides()
+        values = dict(runner.values[number])
         with unpacked(state.linears.values(), state.product_dtype):
             run_nodes(self.program, block.segment.nodes, values, state)
         output: Tensor = values[self.program.output.all_input_nodes[0]]
@@ -145,11 +149,6 @@ class HeldOutRuns:
     def _next_tokens(self, number: int) -> Tensor:
         row = next(x for x in self.given.rows[number].values() if not x.is_floating_point())
         return row[1 : self.length]
-
-    def runners(self) -> dict[str, SequentialRunner]:
-        """Return the three runners by name."""
-        names = ("float_model", "plain_rounding", "quantized")
-        return {f"held_out_{name}": getattr(self, name) for name in names}
 
 
 def rounded_to_nearest(block: Block) -> Block:

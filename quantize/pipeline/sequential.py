@@ -18,7 +18,7 @@ from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
-from quantize.pipeline.held_out import HeldOutRows, HeldOutRuns
+from quantize.pipeline.held_out import HeldOutRows, HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import contiguous
@@ -68,7 +68,9 @@ class SequentialPipeline:
                 lambda: collect_global_statistics(self.checkpoint, self.program, self.plan, batches, context),
             )
         self.pass_runner = PassRunner(self.program, self.plan, context, self.calibration, self.probes, surveys or {})
-        self.rounder = WeightRounder(self.program, self.plan, context, self.calibration, self.float_reference)
+        self.rounder = WeightRounder(
+            self.program, self.plan, context, self.calibration, self.float_reference, self.held_out
+        )
         self.modules: dict[str, dict[str, object]] = {}
         self.ties = TiedWeights(self.checkpoint.ties)
 
@@ -76,23 +78,25 @@ class SequentialPipeline:
         """Transform and quantize one block; return the tensors to store."""
         trim_heap()
         given, last = self._read(segment), segment is self.program.segments[-1]
-        if not last:
-            self.held_out.run_unchanged(given)
+        if not last and self.held_out.given.rows:
+            self.held_out.plain_rounding.run(segment.nodes, rounded_to_nearest(given).overrides())
         block = self.pass_runner.apply(given)
         replaced = block.replaced
         changed = [n for n, W in block.weights.items() if n not in replaced and W is not given.weights[n]]
         same = [n for n in block.weights if n not in replaced and n not in changed]
         del given
-        reference = block.overrides() if self.float_reference.values else Overrides({})
+        needed = self.float_reference.values or self.held_out.given.rows
+        reference = block.overrides() if needed else Overrides({})
         block = self._with_kv_cache(block.with_stored(changed))
         tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
         block = self._round(block, reference)
-        del reference
         self.probes.run(segment.nodes, block.overrides())
         if last:
-            self.held_out.score(self._read(segment), block)
+            self.held_out.score(reference, self._read(segment), block)
         else:
-            self.held_out.run_quantized(block)
+            self.held_out.float_model.run(segment.nodes, reference)
+            self.held_out.quantized.run(segment.nodes, block.overrides())
+        del reference
         self._make_contiguous()
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
@@ -169,14 +173,14 @@ class SequentialPipeline:
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
-            "scores": self.held_out.scores,
+            "held_out": [self.held_out.scores, self.held_out.rounded_plainly],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
-        self.held_out.scores = state["scores"]
+        self.held_out.scores, self.held_out.rounded_plainly = state["held_out"]
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

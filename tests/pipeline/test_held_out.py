@@ -10,6 +10,7 @@ from quantize.calibration.logits import divergence
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.pipeline.held_out import hold_out
 from quantize.pipeline.prepare import prepare
+from quantize.pipeline.steps.referee import Referee
 from quantize.quantizers.gptq import GPTQ
 from quantize.recipe.recipe import load_recipe
 
@@ -66,14 +67,31 @@ def test_the_manifest_says_what_unseen_rows_lose(stories, stories_calibration, s
     assert 0 < found["quantized"]["kl"] < found["plain_rounding"]["kl"]
 
 
+@pytest.fixture
+def broken_gptq(monkeypatch):
+    """Let GPTQ round weights that are half as large again."""
+    rounding = GPTQ.quantize_weights
+    monkeypatch.setattr(
+        GPTQ, "quantize_weights", lambda self, weights, *args: rounding(self, [W * 1.5 for W in weights], *args)
+    )
+
+
+@pytest.mark.usefixtures("broken_gptq")
+def test_linears_that_lose_by_calibration_are_rounded_plainly(stories, small_run):
+    found = small_run(stories, "W4A8", nsamples=16, seqlen=64).manifest
+    assert set(found["held_out"]["rounded_plainly"]) == found["quantization"]["modules"].keys()
+
+
+def test_calibration_is_kept_where_it_helps(stories, small_run):
+    found = small_run(stories, "W4A8", nsamples=64, seqlen=128).manifest
+    assert len(found["held_out"].get("rounded_plainly", [])) < len(found["quantization"]["modules"]) / 4
+
+
+@pytest.mark.usefixtures("broken_gptq")
 def test_a_result_worse_than_plain_rounding_is_a_warning_and_fails_if_strict(
     cli, stories, stories_calibration, tmp_path, monkeypatch
 ):
-    rounding = GPTQ.quantize_weights
-    monkeypatch.setattr(
-        GPTQ, "quantize_weights",
-        lambda self, weights, *args: rounding(self, [W * 1.5 for W in weights], *args),
-    )  # fmt: skip
+    monkeypatch.setattr(Referee, "choose", lambda self, part, block, weights: weights)
     options = ["--scheme", "W4A8", "--calibration", stories_calibration, "--nsamples", 16, "--seqlen", 16]
     shown = cli(stories, *options, "--output-dir", tmp_path / "a")
     warning = "warning: plain rounding is as near to the float model or nearer: 256 calibration tokens are few"

@@ -19,8 +19,10 @@ from quantize.graph.program import Program
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
+from quantize.pipeline.held_out import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
+from quantize.pipeline.steps.referee import Referee
 from quantize.transforms.online import InputTransform
 
 
@@ -31,6 +33,7 @@ class WeightRounder:
     Attributes:
         program, plan, context: the program, the plan and the context of the run.
         calibration, float_reference: the activations of the quantized and of the float model.
+        held_out: rows on which rounding by calibration data must lose less than plain rounding.
     """
 
     program: Program
@@ -38,6 +41,7 @@ class WeightRounder:
     context: RunContext
     calibration: SequentialRunner
     float_reference: SequentialRunner
+    held_out: HeldOutRuns
 
     def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
@@ -51,13 +55,19 @@ class WeightRounder:
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized, targets = dict[Linear, QuantizedLinear](), list(block.schemes)
-        for sharing, _ in zip(
+        held_out = Referee(self.program, self.held_out, self.context.prefix)
+        for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
+            held_out.quantized.advance_to_linears(block.segment, state, targets, finish=False),
+            held_out.float_model.advance_to_linears(block.segment, reference, targets, finish=False),
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                for linear, weight in zip(part, self.quantize(part, block), strict=True):
+                weights = self.quantize(part, block)
+                if self.plan.quantizer.needs_gram:
+                    weights = held_out.choose(part, block, weights)
+                for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = state.linears[linear.node] = module
                 if not keep:

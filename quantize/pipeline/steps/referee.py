@@ -1,0 +1,56 @@
+"""Rounding by calibration data is kept where it loses less than plain rounding on rows that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from quantize.calibration.runner import SequentialRunner
+from quantize.formats.qtensor import QTensor
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.block import Block
+from quantize.pipeline.held_out import HeldOutRuns
+from quantize.quantizers.rtn import RoundToNearest
+
+
+class Referee:
+    """The rows that were held back, on their way through one block, ahead of the run.
+
+    Attributes:
+        quantized, float_model: the activations of the quantized and of the float model.
+    """
+
+    def __init__(self, program: Program, held_out: HeldOutRuns, prefix: PrefixTokens) -> None:
+        self.held_out, self.rest = held_out, prefix.rest
+        self.quantized = SequentialRunner.of(program, held_out.quantized.values)
+        self.float_model = SequentialRunner.of(program, held_out.float_model.values)
+
+    def choose(self, part: Sequence[Linear], block: Block, weights: Sequence[QTensor]) -> list[QTensor]:
+        """Return for each linear the weight given or the one rounded to nearest, whichever is nearer on these rows.
+
+        The error is Σ ‖Ŵ x - W x'‖² / ‖x'‖² over tokens, where x is the rounded input and x' that of the float model.
+        """
+        source, found = part[0].source, block.input_transforms[part[0]]
+        pairs = [
+            (found.quantized(self.rest(x[source])), found.rotate(self.rest(y[source])))
+            for x, y in zip(self.quantized.values, self.float_model.values, strict=True)
+        ]
+        return [self._nearer(linear, block, weight, pairs) for linear, weight in zip(part, weights, strict=True)]
+
+    def _nearer(self, linear: Linear, block: Block, weight: QTensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> QTensor:
+        W, args, dtype = block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight]
+        (plain,) = RoundToNearest().quantize_weights([W], args, None, dtype)
+        errors = [sum(error(x, y, weight.dequantize(), W) for x, y in pairs) for weight in (plain, weight)]
+        if errors[1] <= errors[0]:
+            return weight
+        self.held_out.rounded_plainly.append(linear.path)
+        return plain
+
+
+def error(x: Tensor, reference: Tensor, W_hat: Tensor, W: Tensor) -> float:
+    """Return Σ ‖Ŵ x - W x'‖² / ‖x'‖² over the rows of x and x' [..., K], for Ŵ and W [N, K]."""
+    size = reference.square().sum(-1).clamp(min=1e-30)
+    return float((((x @ W_hat.T - reference @ W.T).square().sum(-1)) / size).sum())
