@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+Begin = Callable[[str], None]  # says that a step of some name begins
 
 
-def track(items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None) -> Iterator[T]:
+@contextlib.contextmanager
+def named_steps(names: Sequence[str], what: str, console: Console | None) -> Iterator[Begin]:
+    """Show steps like the items of `track`; what is yielded is called with the name of each step as it begins."""
+
+    def begin(name: str) -> None:
+        assert next(shown) == name
+
+    with contextlib.closing(track(names, what, str, console)) as shown:
+        yield begin
+
+
+def track(items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None) -> Generator[T, None, None]:
     """Yield items under a progress bar on a terminal, as plain lines elsewhere, silently without a console."""
     if console is None:
         yield from items

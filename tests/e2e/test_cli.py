@@ -236,7 +236,7 @@ def test_verify_and_export_read_an_artifact_and_leave_it_as_it_is(cli, artifact_
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
     assert manifest["precisions"] == {"4-bit weights, float32 activations": 7, "float32": 1}
-    assert sorted(manifest["parity"]) == ["activations", "emulation", "reference"]
+    assert sorted(manifest["parity"]) == ["activations", "emulation", "kl", "reference", "top1"]
     assert tree(artifact_rtn) == before
     exported = cli("verify", tmp_path / "onnx")  # it has a manifest of its own, and is no artifact
     assert exported.code in (1, 2)
