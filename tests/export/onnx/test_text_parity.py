@@ -51,9 +51,7 @@ def test_a_good_file_predicts_what_the_artifact_predicts(exported):
 
 
 def test_every_step_is_shown_as_it_begins(exported):
-    lines = exported[2].splitlines()
-    assert [line.split(", ")[0] for line in lines] == [f"exporting {n}/7 {step}" for n, step in enumerate(STEPS, 1)]
-    assert all(line.endswith(" s left") for line in lines[1:])
+    assert exported[2].splitlines() == [f"exporting {n}/7 {step}" for n, step in enumerate(STEPS, 1)]
 
 
 def test_a_call_without_a_console_is_silent(artifact_rtn, tmp_path, capfd):
