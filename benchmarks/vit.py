@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from quantize.export.comparison import divergence
+from quantize.eval.perplexity import divergence
 from quantize.pipeline.quantize import quantize_model
 
 CONFIG = {

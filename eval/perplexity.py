@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
-from quantize.export.comparison import divergence
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 
 @dataclass(frozen=True)
@@ -58,3 +56,11 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
 def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """Return the logits that predict each token, [tokens, V] float32."""
     return model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
+
+
+def divergence(logits: Tensor, reference: Tensor) -> Tensor:
+    """Return float64 [2]: Σ KL(reference ‖ logits), and the number of tokens that both rank first."""
+    log_q, log_p = log_softmax(logits, -1), log_softmax(reference, -1)
+    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
+    agree = (logits.argmax(-1) == reference.argmax(-1)).sum()
+    return torch.stack([kl.double(), agree.double()])

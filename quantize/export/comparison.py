@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import Scheme
@@ -51,14 +50,3 @@ def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
     """Return the largest ‖y - target‖ / ‖target‖ of the pairs."""
     pairs = ((y.double(), target.double()) for y, target in zip(outputs, expected, strict=True))
     return max(float((y - target).norm() / target.norm()) for y, target in pairs)
-
-
-def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Compare logits [tokens, V]; return float64 [2]: Σ KL(reference ‖ logits), and how often both rank the same first.
-
-    The first is in nats, the second a number of tokens.
-    """
-    log_q, log_p = log_softmax(logits, -1), log_softmax(reference, -1)
-    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
-    agree = (logits.argmax(-1) == reference.argmax(-1)).sum()
-    return torch.stack([kl.double(), agree.double()])

@@ -9,8 +9,9 @@ import numpy as np
 import onnxruntime
 import torch
 
+from quantize.calibration.logits import Divergence, divergence
 from quantize.errors import QuantizeError
-from quantize.export.comparison import copy_with_replaced_linears, divergence, with_float_activations
+from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.export.onnx.interface import Feed, Interface, Outputs
 from quantize.pipeline.progress import Begin
 
@@ -96,14 +97,13 @@ def parity_steps(real: Sequence[Feed]) -> list[str]:
 def token_parity(
     interface: Interface, sessions: Sequence[onnxruntime.InferenceSession], real: Sequence[Feed]
 ) -> dict[str, float]:
-    """Return `kl` and `top1` of `onnx_parity`, the means over all tokens of real inputs."""
-    place, sums, tokens = list(interface.outputs).index("logits"), torch.zeros(2, dtype=torch.float64), 0
+    """Return `kl` and `top1` of `onnx_parity`, the means over all tokens of real inputs that have a next one."""
+    place, total = list(interface.outputs).index("logits"), Divergence()
     for feed in real:
-        logits = torch.from_numpy(interface.run_files(sessions, feed)[place]).flatten(0, 1)
-        sums += divergence(logits, interface(feed)[place].flatten(0, 1))
-        tokens += len(logits)
-    kl, top1 = (sums / tokens).tolist()
-    return {"kl": kl, "top1": top1}
+        tokens = feed["decoder_input_ids" if "decoder_input_ids" in feed else "input_ids"]
+        logits = torch.from_numpy(interface.run_files(sessions, feed)[place])
+        total += divergence(logits[0, :-1], interface(feed)[place][0, :-1], tokens[0, 1:])
+    return {"kl": total.mean("kl"), "top1": total.mean("top1")}
 
 
 def run_torch(interface: Interface, feeds: Sequence[Feed]) -> list[Outputs]:
