@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from quantize.checkpoint.tokenizer import Tokenize
+from quantize.checkpoint.tokenizer import SpecialToken, Tokenize
 from quantize.checkpoint.untrusted_files import parse_json
 from quantize.errors import QuantizeError, UsageError
 
@@ -28,15 +28,31 @@ class Samples:
     Attributes:
         rows: for each sample the inputs by argument of `forward`, without a batch axis; token ids are int64 [length].
         sha256: the hash of the file that they come from.
+        leading: the special tokens that the tokenizer puts in front of a text, if all samples begin with them.
     """
 
     rows: tuple[Row, ...]
     sha256: str
+    leading: tuple[SpecialToken, ...] = ()
 
     @property
     def tokens(self) -> int:
         """The number of token ids in all rows."""
         return sum(x.numel() for row in self.rows for x in row.values() if not x.is_floating_point())
+
+    def size(self) -> str:
+        """Say how many tokens there are, and what each sample begins with: `64 tokens, each row behind <bos>`."""
+        return f"{self.tokens} tokens" + (f", each row behind {self.leading_text}" if self.leading else "")
+
+    @property
+    def leading_text(self) -> str:
+        """How the special tokens in front are written, such as `<bos>`."""
+        return " ".join(token.text for token in self.leading)
+
+    def size_record(self) -> dict[str, Any]:
+        """Return the numbers of rows and tokens, and the ids of the special tokens in front, as plain data."""
+        leading = {"leading_tokens": [x.id for x in self.leading]} if self.leading else {}
+        return {"rows": len(self.rows), "tokens": self.tokens} | leading
 
     def batches(self, size: int) -> list[Row]:
         """Stack neighbouring rows of equal shapes, in order, to batches of at most `size` rows."""
@@ -58,16 +74,19 @@ def read_samples(
 ) -> Samples:
     """Read windows of `seqlen` tokens of a `.txt`, or the rows of a `.jsonl`, each cut to `seqlen`.
 
+    Each window begins with the special tokens that the tokenizer puts in front of a text, and a row of `text` has all
+    that it puts around it. Rows of `input_ids` are taken as they are.
+
     Args:
         path: `.txt`, or `.jsonl` with rows of `text` or `input_ids`.
         seqlen: the number of tokens in a window.
         limit: the largest number of rows, which are spread evenly over the file; None takes all.
-        tokenize: a function from text to ids; a file of ids needs none.
+        tokenize: a function from text to ids; None will do for a file of ids.
         vocabulary: the number that all ids must lie below.
         name: the argument of `forward` that takes the ids.
 
     Raises:
-        UsageError: the file is missing or of an unknown kind, or a row is malformed.
+        UsageError: the file is missing or of an unknown kind, a row is malformed, or a window has no room for text.
         QuantizeError: the file holds nothing, or less than one window.
     """
     if not path.is_file():
@@ -79,8 +98,10 @@ def read_samples(
         else read_text(path, content, seqlen, tokenize)
     )
     check_ids(path, min(map(min, rows)), max(map(max, rows)), vocabulary)
-    chosen = tuple({name: torch.tensor(row)} for row in spread(rows, limit))
-    return Samples(chosen, hashlib.sha256(content).hexdigest())
+    chosen, special = spread(rows, limit), tokenize.leading if tokenize else ()
+    leading = [x.id for x in special]
+    behind = special if all(row[: len(leading)] == leading for row in chosen) else ()
+    return Samples(tuple({name: torch.tensor(row)} for row in chosen), hashlib.sha256(content).hexdigest(), behind)
 
 
 def spread(rows: Sequence[T], limit: int | None) -> Sequence[T]:
@@ -92,15 +113,24 @@ def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None
     """Read whole windows of one long text."""
     if path.suffix != ".txt":
         raise UsageError(f"{path} is neither .txt nor .jsonl; give one of these")
+    tokenize = require(tokenize, path)
     try:
-        ids = require(tokenize, path)(content.decode())
+        ids = tokenize(content.decode())
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
-    if len(ids) < seqlen:
-        raise QuantizeError(
-            f"{path} holds {len(ids)} tokens, less than one window of {seqlen}; give more text or a smaller --seqlen"
+    leading = [x.id for x in tokenize.leading]
+    room = seqlen - len(leading)
+    if room < 1:
+        raise UsageError(
+            f"--seqlen {seqlen} leaves no room for text behind the tokenizer's {len(leading)} special tokens; "
+            f"give {len(leading) + 1} or more"
         )
-    return [ids[i : i + seqlen] for i in range(0, len(ids) - seqlen + 1, seqlen)]
+    if len(ids) < room:
+        raise QuantizeError(
+            f"{path} holds {len(leading) + len(ids)} tokens, less than one window of {seqlen}; "
+            "give more text or a smaller --seqlen"
+        )
+    return [leading + ids[i : i + room] for i in range(0, len(ids) - room + 1, room)]
 
 
 def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None) -> list[list[int]]:
@@ -122,7 +152,7 @@ def read_jsonl(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | Non
 def read_row(row: dict[str, object], path: Path, tokenize: Tokenize | None) -> list[int]:
     """Return the ids of one JSON object."""
     text = row.get("text")
-    ids = require(tokenize, path)(text) if isinstance(text, str) and "input_ids" not in row else row["input_ids"]
+    ids = require(tokenize, path).whole(text) if isinstance(text, str) and "input_ids" not in row else row["input_ids"]
     if not isinstance(ids, list) or any(type(i) is not int for i in ids):
         raise TypeError
     return ids

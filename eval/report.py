@@ -38,9 +38,10 @@ def evaluate(
         nsamples: the largest number of windows, which are spread evenly; None takes all.
 
     Returns:
-        A flat dict. A language model has `loss`, `perplexity`, `tokens` and `bytes`, and with `against` also `kl`,
-        `top1`, `loss_against` and `loss_increase`. An encoder has `spearman` and `bytes`, and with `against` also
-        `distance`, `spearman_against` and `retained`.
+        A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
+        `against` also `kl`, `top1`, `loss_against` and `loss_increase`; `leading_tokens` are the special tokens that
+        each window begins with, such as `<bos>`, if there are any. An encoder has `spearman` and `bytes`, and with
+        `against` also `distance`, `spearman_against` and `retained`.
     """
     model, reference = load_any(directory), load_any(against) if against is not None else None
     check_kinds(directory, model, against, reference, text)
@@ -115,10 +116,11 @@ def evaluate_language(
     samples = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH_TOKENS // seqlen or 1)]
     found = score_language(model, batches, reference)
-    scores = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+    scores: dict[str, Any] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+    scores |= {"leading_tokens": samples.leading_text} if samples.leading else {}
     if reference is not None:
         base = score_language(reference, batches).loss
-        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": base, "loss_increase": found.loss - base}  # type: ignore[dict-item]
+        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": base, "loss_increase": found.loss - base}
     return scores
 
 
@@ -137,5 +139,6 @@ def scores_table(scores: Mapping[str, Any]) -> Table:
     """Return a table with one row for each figure."""
     table = Table("figure", "value")
     for name, value in scores.items():
-        table.add_row(name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}")
+        shown = f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        table.add_row(name, shown)
     return table

@@ -25,12 +25,10 @@ def write_evaluation(model: Path, path: Path, texts: list[Path], window: int = W
 
     Windows begin with the token that the model's tokenizer begins texts with, if there is one: Gemma is lost without.
     """
-    tokenizer, found = load_tokenizer(model), dict[str, list[list[int]]]()
-    prompt = tokenizer(PROMPT)["input_ids"]
-    begin = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+    found, prompt = dict[str, list[list[int]]](), load_tokenizer(model)(PROMPT)["input_ids"]
     for text in texts:
-        samples = read_samples(text, window - len(begin), windows, load_tokenize(model), vocabulary(model))
-        found[text.stem] = [begin + row["input_ids"].tolist() for row in samples.rows]
+        samples = read_samples(text, window, windows, load_tokenize(model), vocabulary(model))
+        found[text.stem] = [row["input_ids"].tolist() for row in samples.rows]
     path.write_text(json.dumps({"prompt": prompt, "texts": found}))
 
 

@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
 from quantize.errors import QuantizeError, reason
 
-Tokenize = Callable[[str], list[int]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
+LETTER = "a"  # some text, around which a tokenizer puts its special tokens
+
+
+class SpecialToken(NamedTuple):
+    """A token that is no part of a text: its id, and how it is written, such as `<bos>`."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """A function from text to token ids without special tokens, which knows those that the tokenizer puts around it.
+
+    Attributes:
+        encode: text → ids without special tokens.
+        leading: the special tokens that the tokenizer puts in front of each text, such as `<bos>` or `[CLS]`.
+        trailing: those that it puts behind each text, such as `[SEP]`.
+    """
+
+    encode: Callable[[str], list[int]]
+    leading: tuple[SpecialToken, ...] = ()
+    trailing: tuple[SpecialToken, ...] = ()
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        return self.encode(text)
+
+    def whole(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens around it."""
+        return [*(x.id for x in self.leading), *self.encode(text), *(x.id for x in self.trailing)]
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -54,7 +85,7 @@ def bos_token(directory: Path | None) -> int | None:
 
 
 def load_tokenize(directory: Path | None) -> Tokenize | None:
-    """Return a function from text to token ids without special tokens; None if the directory has no tokenizer.
+    """Return a function from text to token ids; None if the directory has no tokenizer.
 
     Raises:
         QuantizeError: there is one and it cannot be read.
@@ -63,8 +94,21 @@ def load_tokenize(directory: Path | None) -> Tokenize | None:
         return None
     tokenizer = load_tokenizer(directory)
 
-    def tokenize(text: str) -> list[int]:
+    def encode(text: str, special: bool = False) -> list[int]:
         with readable(directory):
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+            return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
-    return tokenize
+    leading, trailing = around(encode(LETTER), encode(LETTER, special=True))
+
+    def named(ids: list[int]) -> tuple[SpecialToken, ...]:
+        with readable(directory):
+            return tuple(map(SpecialToken, ids, tokenizer.convert_ids_to_tokens(ids)))
+
+    return Tokenize(encode, named(leading), named(trailing))
+
+
+def around(plain: list[int], whole: list[int]) -> tuple[list[int], list[int]]:
+    """Return what stands in front of and behind `plain` in `whole`, both [] if it is not in there in one piece."""
+    n = len(plain)
+    start = next((i for i in range(len(whole) - n + 1) if n and whole[i : i + n] == plain), None)
+    return ([], []) if start is None else (whole[:start], whole[start + n :])

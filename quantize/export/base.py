@@ -40,8 +40,9 @@ class Exporter:
         options: the command's options for this target, each with its help; `export` takes them as keywords and has
             their defaults.
         obstacles: yields what the target cannot express of an artifact, before anything is written.
-        export: writes the artifact in a directory with a writer that has the side files already; returns the manifest's
-            entries, of which `parity` says how far the written model is from the artifact.
+        export: writes the artifact in a directory with a writer that has the side files already, and shows progress on
+            a console or, with None, nowhere; returns the manifest's entries, of which `parity` says how far the written
+            model is from the artifact. Of a language model it has `kl` and `top1` where they are measured.
     """
 
     name: str

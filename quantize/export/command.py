@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from rich.console import Console
 
 from quantize.export import EXPORTERS
+
+JUDGED = ("kl", "top1")  # where these are measured, the relative distances are in the manifest alone
 
 
 class ExportCommand(click.Command):
@@ -45,6 +48,7 @@ def export(ctx: click.Context, /, directory: Path, target: str, output_dir: Path
     from quantize.export.directory import export_artifact
 
     given = {name: x for name, x in options.items() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
-    parity = export_artifact(directory, target, output_dir, **given)
-    figures = [f"{name} {value if isinstance(value, str) else f'{value:.1e}'}" for name, value in parity.items()]
+    parity = export_artifact(directory, target, output_dir, Console(stderr=True), **given)
+    figures = [f"{name} {parity[name]:.4f}" for name in JUDGED if name in parity]
+    figures = figures or [f"{name} {x if isinstance(x, str) else f'{x:.1e}'}" for name, x in parity.items()]
     click.echo(f"{output_dir}: {', '.join(figures)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from quantize.artifact.load import check_hashes
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.checkpoint.checkpoint import side_files
@@ -12,7 +14,9 @@ from quantize.export import EXPORTERS
 from quantize.export.outline import Outline
 
 
-def export_artifact(directory: Path, target: str, output: Path, **options: Any) -> dict[str, Any]:
+def export_artifact(
+    directory: Path, target: str, output: Path, console: Console | None = None, **options: Any
+) -> dict[str, Any]:
     """Export an artifact for another runtime.
 
     Args:
@@ -20,6 +24,7 @@ def export_artifact(directory: Path, target: str, output: Path, **options: Any) 
         target: a name in `EXPORTERS`.
         output: a new directory for the target's files, tokenizer and other side files, and `manifest.json` with what
             the target reports, the parity figures first.
+        console: the console that shows progress; None shows nothing.
         options: the target's options, by name.
 
     Returns:
@@ -36,7 +41,7 @@ def export_artifact(directory: Path, target: str, output: Path, **options: Any) 
         exporter.check(Outline.read(directory))
         for path in side_files(directory):
             writer.write(path, (directory / path).read_bytes())
-        said = exporter.export(directory, writer, **options)
+        said = exporter.export(directory, writer, console, **options)
         writer.commit({"format": target, **said, "artifact": sha256(directory / "manifest.json")})
     parity: dict[str, Any] = said["parity"]
     return parity

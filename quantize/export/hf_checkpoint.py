@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor
 
 from quantize.artifact.load import read_linear
@@ -22,12 +23,16 @@ from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.progress import track
 
 ROUNDING = 64  # last bits, relative to the output: a sum in another order may differ by so much
 
 
 def shards(
-    directory: Path, outline: Outline, replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]]
+    directory: Path,
+    outline: Outline,
+    replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]],
+    console: Console | None = None,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
 
@@ -36,9 +41,10 @@ def shards(
         outline: the artifact's outline.
         replace: maps a path and a linear, as `stored_linear` reads it, to the target's tensors, by name within the
             linear.
+        console: the console that shows progress; None shows nothing.
     """
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
-    for file in sorted(set(files.values())):
+    for file in track(sorted(set(files.values())), "writing", lambda file: file.name, console):
         tensors: dict[str, Tensor] = {}
         for name in (name for name, path in files.items() if path == file):
             path, _, leaf = name.rpartition(".")

@@ -17,13 +17,15 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 
 CACHES = ("cache", "past_key_values")  # transformers' name for it, and its former name
+MISSING = "prefix_tokens_in_front"  # of a cache: how many tokens stand in front of those that the caller gave
 NOT_SCORED = -100  # a label that is not scored
 
 
 def attach(model: nn.Module, tokens: Sequence[int]) -> None:
     """Let a causal language model of transformers run with a prefix, its activations in floating point.
 
-    A call returns what it would return with the prefix in front, for the given tokens only; so does `generate`.
+    A call returns what it would return with the prefix in front, for the given tokens only; so does `generate`. Tokens
+    that all sequences begin with and the prefix ends with are taken for the prefix's own (`PrefixTokens.missing`).
     Attention weights are returned as they are, and parts of the model (its body without the head) run without prefix.
     """
     prefixed = PrefixHooks(PrefixTokens(tuple(tokens), absent=True))
@@ -53,10 +55,12 @@ class PrefixHooks:
 
     Attributes:
         leading: the prefix tokens, shared with all quantized linears of the model.
+        missing: the number of tokens that stand in front of the caller's in the forward pass that runs.
         keep: the number of logits that the caller asked for, while the head must see all rows.
     """
 
     leading: PrefixTokens
+    missing: int = 0
     keep: int = 0
 
     def pre_forward(
@@ -68,32 +72,41 @@ class PrefixHooks:
             UsageError: the inputs are no token ids, or the mask does not fit them.
         """
         kwargs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        ids, p = kwargs.get("input_ids"), len(self.leading.tokens)
+        ids = kwargs.get("input_ids")
         if ids is None:
             raise UsageError("the model has a prefix of tokens and takes input_ids alone; give these")
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise UsageError("a model with a prefix takes logits_to_keep as a number; give that, and choose afterwards")
         cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
         held = 0 if cache is None else int(cache.get_seq_length())
-        check_mask(kwargs.get("attention_mask"), ids.shape[1], max(0, held - p))
-        check_positions(kwargs.get("position_ids"), held, p)
-        self.leading.absent, self.leading.shape = held > 0, (len(ids), p + ids.shape[1])
+        m = getattr(cache, MISSING, len(self.leading.tokens)) if held else self.leading.missing(ids)
+        check_mask(kwargs.get("attention_mask"), ids.shape[1], max(0, held - m))
+        check_positions(kwargs.get("position_ids"), held, m)
+        self.missing, self.leading.absent, self.leading.shape = m, held > 0, (len(ids), m + ids.shape[1])
         if isinstance(head_of(module), QuantizedLinear):  # all its rows, to know which are the prefix
             self.keep = int(kwargs.pop("logits_to_keep", 0))
         moves = HELD if held else HELD | FRONT | {"input_ids": lambda ids, _: self.leading.prepended(ids)}
         return (), kwargs | {
-            name: move(kwargs[name], p) for name, move in moves.items() if kwargs.get(name) is not None
+            name: move(kwargs[name], m) for name, move in moves.items() if kwargs.get(name) is not None
         }
 
     def post_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Remove the prefix from what is returned."""
         del module, args
         if not self.leading.absent and self.leading.shape is not None:
-            output = last(output, self.leading.shape[1] - len(self.leading.tokens))
+            output = last(output, self.leading.shape[1] - self.missing)
+            for cache in caches(output):
+                setattr(cache, MISSING, self.missing)
         if self.keep:
             output.logits = output.logits[:, -self.keep :]
         self.leading.absent, self.keep = True, 0
         return output
+
+
+def caches(output: Any) -> list[Any]:
+    """Return the KV caches among what a model returned."""
+    values = output.values() if isinstance(output, ModelOutput) else output if isinstance(output, tuple) else ()
+    return [value for value in values if hasattr(value, "get_seq_length")]
 
 
 def check_mask(mask: Any, tokens: int, held: int) -> None:

@@ -32,12 +32,26 @@ class PrefixTokens:
         return bool(self.tokens) and not self.absent
 
     def in_front(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs [B, T] of token ids with the prefix, [B, p + T]; without a prefix they stay as they are."""
+        """Return the inputs [B, T] of token ids as they run; without a prefix they stay as they are."""
         return {name: self.prepended(ids) if self.tokens else ids for name, ids in given.items()}
 
     def prepended(self, ids: Tensor) -> Tensor:
-        """Put the prefix in front of ids: int64 [B, T] → [B, p + T]."""
-        return torch.cat([ids.new_tensor(self.tokens).expand(len(ids), -1), ids], dim=1)
+        """Complete ids to sequences that begin with the prefix: int64 [B, T] → [B, m + T], m of `missing`."""
+        return torch.cat([ids.new_tensor(self.tokens[: self.missing(ids)]).expand(len(ids), -1), ids], dim=1)
+
+    def missing(self, ids: Tensor) -> int:
+        """Return how many tokens must stand in front of ids [B, T] so that they begin with the prefix, 0 to p.
+
+        Ids that begin with the prefix, or with the end of it, such as the token that begins a text, are not given these
+        tokens twice. That counts only if all sequences of a batch do, as each gets equally many tokens in front.
+        """
+        p = len(self.tokens)
+        ends = (k for k in range(min(p, ids.shape[1]), 0, -1) if self.ends_with(ids[:, :k]))
+        return p - next(ends, 0)
+
+    def ends_with(self, first: Tensor) -> bool:
+        """Return whether the last tokens of the prefix are the given ones, [B, k], in all sequences."""
+        return bool((first == first.new_tensor(self.tokens[-first.shape[1] :])).all())
 
     def batches(self, given: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Return batches with the prefix in front, then with one sequence each, whose first p rows are the prefix."""
@@ -55,6 +69,8 @@ class PrefixTokens:
         if not self.runs:
             return rest(x)
         rows, p = self._sequences(x), len(self.tokens)
+        if rows.shape[1] == p:
+            return first(x)
         y = torch.cat([first(rows[:, :p]), rest(rows[:, p:])], dim=1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 

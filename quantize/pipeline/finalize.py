@@ -99,7 +99,6 @@ def coverage(plan: Plan, blocks: SequentialPipeline) -> dict[str, str]:
 
 
 def calibration_record(prepared: Prepared) -> dict[str, Any]:
-    """Return the hash and the size of the calibration data, for the manifest."""
-    samples = prepared.samples
-    rows, tokens = (len(samples.rows), samples.tokens) if prepared.plan.calibrates else (0, 0)
-    return {"sha256": samples.sha256, "rows": rows, "tokens": tokens}
+    """Return the hash and the size of the calibration data, and the ids that all rows begin with, for the manifest."""
+    size = prepared.samples.size_record() if prepared.plan.calibrates else {"rows": 0, "tokens": 0}
+    return {"sha256": prepared.samples.sha256} | size

@@ -107,5 +107,5 @@ def describe_run(prepared: Prepared) -> str:
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
     lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]
-    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {prepared.samples.tokens} tokens")
+    lines.append(f"calibration: {len(prepared.samples.rows)} rows, {prepared.samples.size()}")
     return "\n".join([*lines, "", plan.recipe.to_toml()])

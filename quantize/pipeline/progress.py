@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
+Begin = Callable[[str], None]  # says that a step of some name begins
 
 
-def track(items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None) -> Iterator[T]:
-    """Yield items under a progress bar on a terminal, as plain lines elsewhere, silently without a console."""
+@contextlib.contextmanager
+def named_steps(names: Sequence[str], what: str, console: Console | None) -> Iterator[Begin]:
+    """Show steps like the items of `track`, without the time left, as one step says nothing about the time of another.
+
+    What is yielded is called with the name of each step as it begins.
+    """
+
+    def begin(name: str) -> None:
+        assert next(shown) == name
+
+    with contextlib.closing(track(names, what, str, console, forecast=False)) as shown:
+        yield begin
+
+
+def track(
+    items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None, forecast: bool = True
+) -> Generator[T, None, None]:
+    """Yield items under a progress bar on a terminal, as plain lines elsewhere, silently without a console.
+
+    With `forecast` the time left is told, for items that take about equally long.
+    """
     if console is None:
         yield from items
     elif console.is_terminal:
-        yield from bar(items, what, name, console)
+        yield from bar(items, what, name, console, forecast)
     else:
-        yield from lines(items, what, name, console)
+        yield from lines(items, what, name, console, forecast)
 
 
-def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
-    """Yield items under a bar that shows the current item, the number done, and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Console, forecast: bool) -> Iterator[T]:
+    """Yield items under a bar that shows the current item, the number done, and the time left or spent."""
+    time_column = TimeRemainingColumn() if forecast else TimeElapsedColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), time_column)
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=len(items))
         for item in items:
@@ -33,11 +55,11 @@ def bar(items: Sequence[T], what: str, name: Callable[[T], str], console: Consol
             progress.advance(task)
 
 
-def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Console) -> Iterator[T]:
-    """Print a line for each item, with the time left at the pace so far, and yield it."""
+def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Console, forecast: bool) -> Iterator[T]:
+    """Print a line for each item, with the time left at the pace so far if it is asked for, and yield it."""
     start = time.monotonic()
     for done, item in enumerate(items):
-        left = (time.monotonic() - start) / done * (len(items) - done) if done else None
+        left = (time.monotonic() - start) / done * (len(items) - done) if done and forecast else None
         console.print(
             f"{what} {done + 1}/{len(items)} {name(item)}" + (f", {left:.0f} s left" if left is not None else "")
         )

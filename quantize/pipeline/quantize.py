@@ -226,12 +226,12 @@ def announce(prepared: Prepared, console: Console | None) -> None:
     if console is None or not prepared.plan.calibrates:
         return
     rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples
-    line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.tokens} tokens"
+    line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.size()}"
     bundled = prepared.samples.sha256 == sha256(BUNDLED)
     source = ", bundled prose: give --calibration for text of your own" if bundled else ""
     held = prepared.held_out if prepared.held_out.source == "calibration data" else HeldOutRows()
     back = f", {len(held.rows)} more held back to judge the result by" if held.rows else ""
-    console.print(line + back + source, soft_wrap=True)
+    console.print(line + back + source, soft_wrap=True, markup=False)
 
 
 @contextlib.contextmanager

@@ -30,20 +30,23 @@ class StatisticsFile:
 
     Attributes:
         identity: the fingerprint of the model, the recipe and the code.
-        data: the hash of each part → its rows and tokens.
+        data: the hash of each part → the numbers of its rows and tokens, and the special tokens that all rows begin
+            with, as in the manifest.
         step: the number of the pass in the recipe.
         statistics: the statistics of the inputs of all linears, by weight.
     """
 
     identity: Fingerprint
-    data: Mapping[str, tuple[int, int]]
+    data: Mapping[str, Mapping[str, Any]]
     step: int
     statistics: Mapping[str, Statistic]
 
     def record(self) -> dict[str, Any]:
         """Return the manifest's entry for the data."""
-        rows, tokens = map(sum, zip(*self.data.values(), strict=True))
-        return {"sha256": list(self.data), "rows": rows, "tokens": tokens}
+        first, *rest = self.data.values()
+        sums = {name: sum(part[name] for part in self.data.values()) for name in ("rows", "tokens")}
+        alike = {name: x for name, x in first.items() if all(part.get(name) == x for part in rest)}
+        return {"sha256": list(self.data)} | alike | sums
 
 
 def only_calibrated_step(plan: Plan) -> int:
@@ -78,8 +81,7 @@ def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> Stat
     batches = context.prefix.batches(samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)))
     weights = frozenset(linear.weight for linear in program.all_linears)
     statistics = statistics_before(number, weights, prepared.checkpoint, program, plan, batches, context, {})
-    data = {samples.sha256: (len(samples.rows), samples.tokens)}
-    return StatisticsFile(without_data(found), data, number, statistics)
+    return StatisticsFile(without_data(found), {samples.sha256: samples.size_record()}, number, statistics)
 
 
 def without_data(found: Fingerprint) -> Fingerprint:

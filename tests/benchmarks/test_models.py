@@ -98,18 +98,14 @@ def test_all_see_the_ids_that_the_package_takes_by_default(tmp_path):
 
 
 @pytest.mark.parametrize("begins", [False, True])
-def test_windows_begin_as_the_tokenizer_begins(begins, tmp_path, monkeypatch):
-    class Tokenizer:
-        bos_token_id = 7
-
-        def __call__(self, _):
-            return {"input_ids": [7, 8] if begins else [8, 9]}
-
-    monkeypatch.setattr("benchmarks.models.windows.load_tokenizer", lambda directory: Tokenizer())
-    write_evaluation(BOOKS, tmp_path / "e.json", [bench.TEXT], 32, 2)
-    found = json.loads((tmp_path / "e.json").read_text())["texts"]["heldout"]
-    assert [len(ids) for ids in found] == [32, 32]
-    assert [ids[0] == 7 for ids in found] == [begins, begins]
+def test_windows_begin_as_the_tokenizer_begins(begins, stories, tmp_path):
+    """That of the books puts no token in front of a text, that of the stories puts one."""
+    write_evaluation(stories if begins else BOOKS, tmp_path / "e.json", [bench.TEXT], 32, 2)
+    found = json.loads((tmp_path / "e.json").read_text())
+    windows = found["texts"]["heldout"]
+    assert [len(ids) for ids in windows] == [32, 32]
+    assert [ids[0] == 1 for ids in [*windows, found["prompt"]]] == [begins] * 3
+    assert all(ids.count(1) == begins for ids in windows)
 
 
 def test_a_process_that_fails_has_one_line():

@@ -7,14 +7,23 @@ import json
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 
 from quantize.calibration.data import BUNDLED, read_samples
-from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.checkpoint.tokenizer import SpecialToken, Tokenize, around, load_tokenize
 from quantize.errors import QuantizeError, UsageError
 
 
-def letters(text):
+def encode(text):
     return [ord(letter) - ord("a") for letter in text]
+
+
+letters = Tokenize(encode)
+AROUND = Tokenize(encode, (SpecialToken(24, "<bos>"),), (SpecialToken(25, "<eos>"),))
 
 
 def write(path, *rows):
@@ -45,6 +54,39 @@ def test_fewer_windows_are_spread_evenly_over_the_text(tmp_path):
 def test_rows_hold_ids_or_text(tmp_path):
     path = write(tmp_path / "a.jsonl", {"input_ids": [5, 6, 7, 8]}, "\n", {"text": "abc", "source": "ignored"})
     assert ids(read_samples(path, 3, None, letters, 26)) == [[5, 6, 7], [0, 1, 2]]
+
+
+def test_windows_begin_with_what_the_tokenizer_puts_in_front(tmp_path):
+    path = write(tmp_path / "a.txt", "abcdefghij")
+    samples = read_samples(path, 4, None, AROUND, 26)
+    assert ids(samples) == [[24, 0, 1, 2], [24, 3, 4, 5], [24, 6, 7, 8]]
+    assert samples.leading == AROUND.leading
+    assert samples.size() == "12 tokens, each row behind <bos>"
+    assert samples.size_record() == {"rows": 3, "tokens": 12, "leading_tokens": [24]}
+    assert read_samples(path, 4, None, letters, 26).size() == "8 tokens"
+    assert read_samples(path, 4, None, letters, 26).size_record() == {"rows": 2, "tokens": 8}
+    assert ids(read_samples(path, 11, None, AROUND, 26)) == [[24, *range(10)]]
+    with pytest.raises(QuantizeError, match="holds 11 tokens, less than one window of 12"):
+        read_samples(path, 12, None, AROUND, 26)
+
+
+def test_rows_of_text_get_all_special_tokens_and_rows_of_ids_none(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"text": "ab"}, {"text": "abcdef"}, {"input_ids": [24, 6, 7]})
+    samples = read_samples(path, 4, None, AROUND, 26)
+    assert ids(samples) == [[24, 0, 1, 25], [24, 0, 1, 2], [24, 6, 7]]
+    assert samples.leading == AROUND.leading
+    with path.open("a") as file:
+        file.write('{"input_ids": [6, 7]}')
+    samples = read_samples(path, 4, None, AROUND, 26)
+    assert ids(samples)[-1] == [6, 7]
+    assert samples.leading == ()  # not all rows begin with it
+
+
+def test_a_window_must_have_room_for_text(tmp_path):
+    path, two = write(tmp_path / "a.txt", "abcdef"), Tokenize(encode, AROUND.leading * 2)
+    with pytest.raises(UsageError, match=r"--seqlen 2 leaves no room for text behind .* 2 special tokens; give 3 or"):
+        read_samples(path, 2, None, two, 26)
+    assert ids(read_samples(path, 3, 1, two, 26)) == [[24, 24, 0]]
 
 
 def test_rows_of_less_than_two_tokens_are_left_out(tmp_path):
@@ -131,6 +173,47 @@ def test_bundled_text_fills_the_default_windows_of_a_real_tokenizer(books):
     samples = read_samples(BUNDLED, 256, 128, load_tokenize(books), 4096)
     assert {len(row["input_ids"]) for row in samples.rows} == {256}
     assert len(samples.rows) == 128
+
+
+def test_the_tokenizer_says_what_it_puts_around_a_text(books, stories, minilm):
+    """The books' tokenizer knows a token that begins texts and puts none in front."""
+    from transformers import AutoTokenizer
+
+    expected = {books: ([], []), stories: (["<s>"], []), minilm: (["[CLS]"], ["[SEP]"])}
+    for directory, names in expected.items():
+        tokenize, text = load_tokenize(directory), "The gentleman had never seen the sea."
+        assert ([x.text for x in tokenize.leading], [x.text for x in tokenize.trailing]) == names
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        assert tokenize.whole(text) == tokenizer(text)["input_ids"]
+
+
+def test_windows_of_a_tokenizer_with_a_template(tmp_path):
+    """Two tokens in front, as in GLM, and the words of a text."""
+    words = {"[gMASK]": 0, "<sop>": 1, "a": 2, "sea": 3, "of": 4, "text": 5, "<unk>": 6}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 0), ("<sop>", 1)]
+    )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    path = write(tmp_path / "a.txt", "a sea of text a sea of")
+    samples = read_samples(path, 5, None, load_tokenize(tmp_path), 7)
+    assert ids(samples) == [[0, 1, 2, 3, 4], [0, 1, 5, 2, 3]]
+    assert samples.size() == "10 tokens, each row behind [gMASK] <sop>"
+
+
+@pytest.mark.parametrize(
+    ("plain", "whole", "found"),
+    [
+        ([5], [5], ([], [])),
+        ([5, 6], [1, 2, 5, 6, 3], ([1, 2], [3])),
+        ([5], [5, 3], ([], [3])),
+        ([], [1, 3], ([], [])),  # a tokenizer without a letter
+        ([5], [1, 6, 3], ([], [])),
+    ],
+)
+def test_special_tokens_are_what_stands_around_the_text(plain, whole, found):
+    assert around(plain, whole) == found
 
 
 def test_the_tokenizer_adds_no_special_tokens_and_reads_text_back(books, minilm, tmp_path):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.json_files import change_json
 
+from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.report import load_any
 from quantize.recipe.recipe import load_recipe
 from quantize.scheme.scheme import SCHEME_NAMES
@@ -128,7 +130,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "pass learned_rotation: 2 bases offline, 2 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
-        "calibration: 2 rows, 32 tokens",
+        "calibration: 2 rows, 32 tokens, each row behind <s>",
         "seqlen = 16",
         "the model can be exported as a graph",
         "export to onnx: yes",
@@ -161,6 +163,7 @@ def test_eval_prints_one_flat_object(cli, artifact_w4a4, stories, float_stories,
     shown = cli("eval", artifact_w4a4.directory, "--against", stories, *arguments, "--json")
     scores = json.loads(shown.out)
     assert shown.code == 0
+    assert scores.pop("leading_tokens") == "<s>"
     assert all(isinstance(value, int | float) for value in scores.values())
     rows = [json.loads(line)["input_ids"][:64] for line in stories_dev.read_text().splitlines()]
     tokens = torch.tensor(rows[:: len(rows) // 4])
@@ -175,6 +178,43 @@ def test_eval_prints_one_flat_object(cli, artifact_w4a4, stories, float_stories,
     table = cli("eval", artifact_w4a4.directory, *arguments)
     assert table.code == 0
     assert "perplexity" in table.out
+
+
+@pytest.fixture
+def prose(tmp_path):
+    path = tmp_path / "prose.txt"
+    path.write_text("Once upon a time there was a little girl who liked to sit by the sea and look at boats. " * 20)
+    return path
+
+
+@torch.no_grad()
+def test_eval_reads_windows_behind_the_token_that_begins_texts(cli, one_layer, prose):
+    shown = cli("eval", one_layer, "--text", prose, "--seqlen", 32, "--nsamples", 2, "--json")
+    scores = json.loads(shown.out)
+    assert (scores["leading_tokens"], scores["tokens"]) == ("<s>", 2 * 31)
+    text = load_tokenize(one_layer)(prose.read_text())
+    middle = len(text) // 31 // 2 * 31
+    tokens = torch.tensor([[1, *text[:31]], [1, *text[middle : middle + 31]]])
+    expected = float(load_any(one_layer)(tokens, labels=tokens).loss)
+    assert scores["loss"] == pytest.approx(expected, rel=1e-5)
+    assert re.search(r"leading_tokens\W+<s>", cli("eval", one_layer, "--text", prose, "--seqlen", 32).out)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_run_says_what_its_windows_begin_with(cli, variant, prose, tmp_path, begins):
+    model = variant()
+    if not begins:  # the tokenizer knows the token and does not put it in front, as that of SmolLM2
+        change_json(model / "tokenizer.json", post_processor=None)
+    options = ["--scheme", "W4A16", "--group-size", 0, "--nsamples", 2, "--seqlen", 16, "--calibration", prose]
+    shown = cli(model, *options, "--output-dir", tmp_path / "out")
+    behind = ", each row behind <s>" if begins else ""
+    assert f"quantizing on 2 calibration rows of 2 asked for, 32 tokens{behind}\n" in shown.err
+    record = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
+    assert {name: record.get(name) for name in ("rows", "tokens", "leading_tokens")} == {
+        "rows": 2,
+        "tokens": 32,
+        "leading_tokens": [1] if begins else None,
+    }
 
 
 def test_eval_ranks_sentences_with_an_encoder(cli, minilm, sts, tmp_path):
@@ -196,7 +236,7 @@ def test_verify_and_export_read_an_artifact_and_leave_it_as_it_is(cli, artifact_
     assert (tmp_path / "onnx" / "model.onnx").is_file()
     manifest = json.loads((tmp_path / "onnx" / "manifest.json").read_text())
     assert manifest["precisions"] == {"4-bit weights, float32 activations": 7, "float32": 1}
-    assert sorted(manifest["parity"]) == ["activations", "emulation", "reference"]
+    assert sorted(manifest["parity"]) == ["activations", "emulation", "kl", "reference", "top1"]
     assert tree(artifact_rtn) == before
     exported = cli("verify", tmp_path / "onnx")  # it has a manifest of its own, and is no artifact
     assert exported.code in (1, 2)

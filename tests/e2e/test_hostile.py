@@ -21,7 +21,7 @@ from quantize.calibration.data import read_samples
 from quantize.calibration.tensor_samples import read_tensors
 from quantize.checkpoint.checkpoint import check_weights, open_checkpoint, read_config, side_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.checkpoint.tokenizer import Tokenize, load_tokenize
 from quantize.checkpoint.untrusted_files import INDEX, parse_json, weight_files
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
@@ -54,7 +54,7 @@ def read_weights(path):
 
 
 def read_rows(path):
-    read_samples(path, 4, 8, lambda text: [ord(letter) % 7 for letter in text], 512)
+    read_samples(path, 4, 8, Tokenize(lambda text: [ord(letter) % 7 for letter in text]), 512)
 
 
 def sound_files(artifact, stories_calibration):

@@ -24,7 +24,9 @@ def words(text):
     return " ".join(text.split())
 
 
-def write_toy(directory, writer, *, depth=1, loud=False):
+def write_toy(directory, writer, console, *, depth=1, loud=False):
+    if console is not None:
+        console.print("making a toy")
     manifest = json.loads((directory / "manifest.json").read_text())
     writer.write("toy.json", json.dumps({"scheme": manifest["scheme"], "depth": depth, "loud": loud}))
     return {"parity": {"reference": 0.25, "judge": "not asked"}, "size": depth}
@@ -94,6 +96,7 @@ def test_a_target_runs_with_its_options(cli, toy, artifact_rtn, tmp_path, tree):
     toy()
     shown = cli("export", artifact_rtn.directory, "--format", "toy", "--depth", 3, "--output-dir", tmp_path / "out")
     assert (shown.code, shown.out) == (0, f"{tmp_path / 'out'}: reference 2.5e-01, judge not asked\n")
+    assert shown.err == "making a toy\n"
     assert json.loads((tmp_path / "out" / "toy.json").read_text()) == {"scheme": "W4A16", "depth": 3, "loud": False}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (manifest["format"], manifest["parity"]["reference"], manifest["size"]) == ("toy", 0.25, 3)

@@ -28,6 +28,7 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.steps import round
+from quantize.pipeline.steps.prefix_search import ordered
 from quantize.scheme.scheme import Scheme
 
 PREFIX, CHANNEL = (1, 45), 46
@@ -38,6 +39,9 @@ GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 def prefixed(**changes):
     return {"prefix": {"tokens": list(PREFIX)}, **changes}
+
+
+TEXT = "Once upon a time there was a little girl who liked to sit by the sea and look at the boats. " * 8
 
 
 def in_front(ids):
@@ -219,6 +223,51 @@ def test_rows_by_hand():
     assert [b["input_ids"].tolist() for b in leading.batches(given)] == [[[7, 1, 2]], [[7, 3, 4]]]
 
 
+@pytest.mark.parametrize(
+    ("ids", "missing"),
+    [
+        ([[5, 6]], 2),
+        ([[1, 45, 6]], 0),  # the whole prefix
+        ([[45, 6]], 1),  # its end
+        ([[1, 6]], 2),  # its start alone is no end
+        ([[45, 1, 45]], 1),
+        ([[45]], 1),
+        ([[45, 6], [45, 7]], 1),
+        ([[45, 6], [5, 7]], 2),  # not in all sequences
+    ],
+)
+def test_tokens_that_are_there_are_not_put_in_front_again(ids, missing):
+    ids, leading = torch.tensor(ids), PrefixTokens(PREFIX)
+    assert leading.missing(ids) == missing
+    front = torch.tensor(PREFIX[:missing], dtype=torch.long).expand(len(ids), -1)
+    assert torch.equal(leading.prepended(ids), torch.cat([front, ids], dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [PREFIX, PREFIX[1:]])
+def test_a_loaded_model_takes_ids_that_begin_with_the_prefix(w4a4, tmp_path, first):
+    """What follows is predicted as if these tokens had not been given, with a cache, with masks and without."""
+    model, k = w4a4.load(), len(first)
+    front = torch.tensor(first).expand(len(IDS), -1)
+    ids, expected = torch.cat([front, IDS], dim=1), model(IDS).logits
+    for given in ({}, {"attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6 + k)[None]}):
+        found = model(ids, labels=ids, output_hidden_states=True, **given)
+        assert distance(found.logits[:, k:], expected) < 1e-4
+        assert found.logits.shape[:2] == found.hidden_states[0].shape[:2] == ids.shape
+        loss = nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert float(found.loss) == pytest.approx(float(loss), rel=1e-5)
+    plain = without_prefix(w4a4, tmp_path / "plain")
+    assert distance(expected, by_cache(plain, IDS)) < 1e-4
+    assert model(front).logits.shape[:2] == (2, k)  # nothing but the prefix
+    step = model(ids[:, :3], use_cache=True)
+    held = {name: step[name] for name in CACHES[:1] if name in step} or {CACHES[1]: step[CACHES[1]]}
+    assert distance(model(ids[:, 3:], attention_mask=torch.ones_like(ids), **held).logits, expected[:, 3 - k :]) < 1e-4
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    assert torch.equal(made[:, k:], model.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY))
+    cacheless = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=False, **GREEDY)
+    assert torch.equal(made, cacheless)
+
+
 @pytest.fixture
 def planted(variant):
     """A model in which a channel of the residual stream belongs to one token id, and a row of the MLP fires on it."""
@@ -243,6 +292,7 @@ def planted(variant):
     return make
 
 
+GPTQ = {"quantizer": {"name": "gptq"}}
 SEARCH = {"prefix": {"search": True}, **RTN}
 DATA = {"nsamples": 8, "seqlen": 64}
 
@@ -281,6 +331,29 @@ def test_a_flagged_first_token_counts_as_the_one_that_begins_texts(planted, smal
     (model / "tokenizer_config.json").unlink()
     found = small_run(model, output="ids", recipe=SEARCH, calibration=text, **DATA).manifest["prefix"]
     assert found["tokens"] == [426]
+
+
+def test_windows_behind_the_token_that_is_found_have_it_once(planted, small_run, tmp_path, monkeypatch):
+    """The tokenizer of the model puts <s>, token 1, in front of texts."""
+    text, seen = tmp_path / "a.txt", []
+    text.write_text(TEXT)
+    batches = PrefixTokens.batches
+    monkeypatch.setattr(PrefixTokens, "batches", lambda self, given: seen.append(made := batches(self, given)) or made)
+    artifact = small_run(planted(1), recipe=SEARCH | GPTQ, calibration=text, nsamples=4, seqlen=16)
+    assert artifact.manifest["prefix"]["tokens"] == [1]
+    assert artifact.manifest["calibration"]["leading_tokens"] == [1]
+    calibration, probes = seen[0], seen[-1]
+    assert [(row["input_ids"] == 1).sum() for row in calibration] == [1] * 4
+    assert {row["input_ids"].shape for row in calibration} == {(1, 16)}
+    assert [row["input_ids"].shape[1] for row in probes] == [16, 17]  # the second one is random
+    assert verify_artifact(artifact.directory)["difference"] < 1e-5
+
+
+def test_tokens_that_begin_texts_are_the_end_of_the_prefix():
+    assert ordered((1, 45, 9), [1]) == (45, 9, 1)
+    assert ordered((1, 45), []) == (1, 45)
+    assert ordered((9, 45), [1]) == (9, 45)
+    assert ordered((5, 6, 7), [7, 5]) == (6, 7, 5)
 
 
 def test_nothing_flagged_is_no_prefix(one_layer, small_run):

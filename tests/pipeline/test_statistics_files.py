@@ -40,7 +40,7 @@ def test_merged_parts_quantize_as_the_whole(one_layer, parts, tmp_path):
     for name in ("first", "second", "whole"):
         collected(one_layer, parts, name, tmp_path)
     merged = merge_stats([tmp_path / "second", tmp_path / "first"], tmp_path / "merged")
-    assert sorted(rows for rows, _ in merged.data.values()) == [4, 4]
+    assert sorted(part["rows"] for part in merged.data.values()) == [4, 4]
     made = {}
     for name in ("first", "whole", "merged"):
         out, given = tmp_path / f"{name}-out", tmp_path / name
@@ -52,6 +52,7 @@ def test_merged_parts_quantize_as_the_whole(one_layer, parts, tmp_path):
     assert tensors(made["first"].directory) != tensors(made["whole"].directory)
     record = made["merged"].manifest["calibration"]
     assert (record["rows"], len(record["sha256"])) == (8, 2)
+    assert record["leading_tokens"] == [1]
     assert record["tokens"] == made["whole"].manifest["calibration"]["tokens"]
 
 

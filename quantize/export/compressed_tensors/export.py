@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor, nn
 
 from quantize.artifact.load import load
@@ -28,13 +29,14 @@ from quantize.scheme.scheme import Scheme
 
 
 def export_compressed_tensors(
-    directory: Path, writer: ArtifactWriter, calibration: Path | None = None
+    directory: Path, writer: ArtifactWriter, console: Console | None = None, calibration: Path | None = None
 ) -> dict[str, Any]:
     """Write the safetensors shards, their index and `config.json`, one shard in memory at a time; then compare.
 
     Args:
         directory: an artifact in which `obstacles` finds nothing.
         writer: an open writer; the caller writes the side files.
+        console: the console that shows progress; None shows nothing.
         calibration: data for NVFP4, as for quantizing; None takes the bundled prose.
 
     Returns:
@@ -58,7 +60,7 @@ def export_compressed_tensors(
         divisor = {"input_global_scale": divisors[path]} if path in scaled else {}
         return stored(linear.qtensor(), linear.scheme.activations is None) | bias | divisor
 
-    for shard, tensors in shards(directory, outline, compressed):
+    for shard, tensors in shards(directory, outline, compressed, console):
         writer.add(shard, tensors)
     writer.write_index()
     own = {"dtype": "bfloat16"} if running_type(schemes) == torch.bfloat16 else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,7 +94,15 @@ class Decoder(Interface):
 
     def feed(self, batch: int, length: int, past: int, seed: int) -> Feed:
         """Return random tokens after a cache of other random tokens."""
-        tokens = random_tokens(self.model, batch, past + length, seed)
+        return self.after(random_tokens(self.model, batch, past + length, seed), past)
+
+    def feed_of(self, given: Mapping[str, Tensor]) -> Feed:
+        """Return token ids [1, T] as a prompt."""
+        return self.after(given["input_ids"], 0)
+
+    def after(self, tokens: Tensor, past: int) -> Feed:
+        """Return tokens [batch, past + T], the first of them in a cache; the first one of several samples is padded."""
+        batch = len(tokens)
         mask = torch.ones_like(tokens)
         mask[0, 0] = int(batch == 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import onnxruntime
@@ -52,6 +52,10 @@ class EncoderDecoder(Interface):
         encoded = self.encoder.run_files([encoder], taken(encoder, feed))
         behind = self.decoder.behind(feed, tuple(map(torch.from_numpy, encoded)))
         return [*encoded, *self.decoder.run_files([decoder], taken(decoder, behind))]
+
+    def feed_of(self, given: Mapping[str, Tensor]) -> Feed:
+        """Return the inputs of both halves for a sample."""
+        return self.decoder.whole(given)
 
     def feeds(self, seed: int) -> dict[str, Feed]:
         """Return a prompt, one token after a cache, and two samples."""

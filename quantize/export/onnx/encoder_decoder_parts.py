@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +120,16 @@ class DecoderWithPast(Interface):
 
     def feed(self, batch: int, length: int, past: int, seed: int) -> Feed:
         """Return random inputs of one shape, with a past that the model computed."""
-        feed = self.encoder.random.feed(batch, past + length, seed)
+        return self.after(self.encoder.random.feed(batch, past + length, seed), past)
+
+    def whole(self, given: Mapping[str, Tensor]) -> Feed:
+        """Return a sample as inputs of both halves, with no token in the cache and nothing hidden."""
+        beside = {"attention_mask": torch.ones_like, "token_type_ids": torch.zeros_like}
+        more = {name: make(given["input_ids"]) for name, make in beside.items() if name in self.encoder.random.inputs}
+        return self.after({**given, **more}, 0)
+
+    def after(self, feed: Feed, past: int) -> Feed:
+        """Return inputs of both halves, with the first tokens in a cache that the model computes."""
         with torch.no_grad():
             _, cache = self.encoder.results(feed)
         held = [t[:, :, :past].contiguous() for t in tensors(cache.self_attention_cache)]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir
+from rich.console import Console
+from torch import Tensor
 
 from quantize.artifact.writer import as_json
 from quantize.errors import QuantizeError, UsageError
@@ -18,22 +21,30 @@ from quantize.export.onnx.external_data import LARGE, save
 from quantize.export.onnx.hybrid import branch_on_length, hybrid_decoder
 from quantize.export.onnx.interface import Interface
 from quantize.export.onnx.lowering import QUANTIZED_CACHE
-from quantize.export.onnx.parity import SESSION_CONFIG, WITH_VNNI, onnx_parity
+from quantize.export.onnx.parity import SESSION_CONFIG, WITH_VNNI, onnx_parity, parity_steps
 from quantize.export.onnx.precision import precision_counts
 from quantize.export.onnx.rewrites import rewrite
 from quantize.export.onnx.tracing import traced
 from quantize.graph.export import quiet
 from quantize.nn.attention import has_kv_cache
+from quantize.pipeline.progress import named_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLOAT_ROUNDING = 1e-4  # relative; on models without quantized activations the largest difference measured was 1e-6
+WRITING = "writing the weights"
 QDQ_ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 
 
 def export_onnx(
-    model: PreTrainedModel, output_dir: Path, qdq: bool = False, hybrid: bool = False, large: int = LARGE
+    model: PreTrainedModel,
+    output_dir: Path,
+    qdq: bool = False,
+    hybrid: bool = False,
+    large: int = LARGE,
+    samples: Sequence[Mapping[str, Tensor]] = (),
+    console: Console | None = None,
 ) -> dict[str, float]:
     """Write `model.onnx` and check that ONNX Runtime computes what torch computes for the same operators.
 
@@ -58,9 +69,13 @@ def export_onnx(
             the runtime decides about its 8-bit activations: ONNX Runtime does as `ort_config.json` says.
         hybrid: store the products of W4A8 language models twice, as in `HybridLinear`, so that prompts run faster.
         large: the bytes of weights above which they get a file of their own.
+        samples: real samples, each as the model takes it, [1, tokens]; the tokens' distributions of a causal language
+            model or of an encoder-decoder are compared on them.
+        console: the console that shows progress; None shows nothing.
 
     Returns:
-        What `onnx_parity` measured on two random inputs of three shapes, which are the same in every call.
+        What `onnx_parity` measured on two random inputs of three shapes, which are the same in every call, and on the
+        samples.
 
     Raises:
         UsageError: ONNX Runtime has no kernel for a layer's scheme, or the file has no inputs for what the model keeps
@@ -72,11 +87,18 @@ def export_onnx(
     if hybrid and qdq:
         raise UsageError("a hybrid file needs operators that only ONNX Runtime has; give --qdq or --hybrid, not both")
     interface = interface_of(model, hybrid)
-    made = {name: lowered(part, qdq) for name, part in interface.files().items()}
-    save({name: model for name, (model, _) in made.items()}, output_dir, large)
-    config = joined([config for _, config in made.values()])
-    (output_dir / "ort_config.json").write_text(as_json(config))
-    differences = onnx_parity(interface, output_dir, config["session_config_entries"])
+    real = [feed for sample in samples if (feed := interface.feed_of(sample)) is not None]
+    tracing = {name: f"tracing {name}" for name in interface.files()}
+    with named_steps([*tracing.values(), WRITING, *parity_steps(real)], "exporting", console) as begin:
+        made = {}
+        for name, part in interface.files().items():
+            begin(tracing[name])
+            made[name] = lowered(part, qdq)
+        begin(WRITING)
+        save({name: model for name, (model, _) in made.items()}, output_dir, large)
+        config = joined([config for _, config in made.values()])
+        (output_dir / "ort_config.json").write_text(as_json(config))
+        differences = onnx_parity(interface, output_dir, config["session_config_entries"], real, begin)
     allowed = FLOAT_ROUNDING + 2 * differences["activations"]
     if not differences["emulation"] <= allowed:  # NaN is caught too
         raise QuantizeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,6 +66,11 @@ class Interface(nn.Module):
     def run_files(self, sessions: Sequence[onnxruntime.InferenceSession], feed: Feed) -> Outputs:
         """Return the outputs of `forward`, computed by the files."""
         return list(sessions[0].run(None, {name: tensor.numpy() for name, tensor in feed.items()}))
+
+    def feed_of(self, given: Mapping[str, Tensor]) -> Feed | None:
+        """Return the inputs for a whole sample, given as the artifact takes it; None if its tokens are not scored."""
+        del given
+        return None
 
     def feeds(self, seed: int) -> dict[str, Feed]:
         """Return random inputs of three shapes, by the name of the shape; a seed gives the same ones in every call."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from quantize.artifact.load import load
@@ -21,7 +22,7 @@ from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
-def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[str, Any]:
+def export_safetensors_float(directory: Path, writer: ArtifactWriter, console: Console | None = None) -> dict[str, Any]:
     """Write shards, index, `config.json` and the model card, one shard in memory at a time; then compare.
 
     Weights are stored in the dtype that the float model's weights were stored in, under the names of its files.
@@ -29,6 +30,7 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
     Args:
         directory: an artifact in which `obstacles` finds nothing.
         writer: an open writer; the caller writes the side files.
+        console: the console that shows progress; None shows nothing.
 
     Returns:
         The entry `parity`: what `float_parity` measured.
@@ -49,7 +51,7 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter) -> dict[st
         return found if bias is None or place.bias is None else found | {"bias": bias.to(dtype)}
 
     total = len(set(index_tensors(directory, PROBE).values()))
-    for number, (_, tensors) in enumerate(shards(directory, outline, dequantized), 1):
+    for number, (_, tensors) in enumerate(shards(directory, outline, dequantized, console), 1):
         writer.add(f"model-{number:05}-of-{total:05}.safetensors", as_stored(outline.skeleton, tensors))
     writer.write_index()
     config = {name: value for name, value in outline.config.items() if name != "quantization_config"}

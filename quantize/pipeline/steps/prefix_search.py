@@ -66,11 +66,17 @@ def resolve_prefix(prepared: Prepared, context: RunContext) -> tuple[Plan, dict[
 
     flagged, sequences = context.cached("prefix", find)
     found = OutlierTokens(Counter(flagged), sequences)
-    settled = PrefixArgs(tokens=found.tokens) if found.tokens else None
+    tokens = ordered(found.tokens, [x.id for x in samples.leading])
+    settled = PrefixArgs(tokens=tokens) if tokens else None
     recipe = plan.recipe.model_copy(update={"prefix": settled})
     counts = {str(token): n for token, n in found.counts.most_common()}
     record = {"flagged_per_sequence": found.per_sequence, "flagged": counts}
-    return replace(plan, recipe=recipe), {"tokens": list(found.tokens), "searched": True} | record
+    return replace(plan, recipe=recipe), {"tokens": list(tokens), "searched": True} | record
+
+
+def ordered(tokens: tuple[int, ...], leading: Sequence[int]) -> tuple[int, ...]:
+    """Return tokens with those that every text begins with last, so that texts go on where the prefix ends."""
+    return (*(x for x in tokens if x not in leading), *(x for x in leading if x in tokens))
 
 
 def find_prefix(
