@@ -103,7 +103,7 @@ def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[
     """Apply `side` to the channels at index [copies, dim] along some axes of a value, taken as one flattened axis."""
     last = tuple(range(-len(axes), 0))
     moved = x.movedim(axes, last)
-    rows = moved.flatten(-len(axes)).double()
+    rows = moved.flatten(-len(axes)).to(torch.float64, copy=True)
     for copy in index:
         rows[..., copy] = side(rows[..., copy])
     return rows.reshape(moved.shape).movedim(last, axes).to(x.dtype)

@@ -1,14 +1,19 @@
 """A pass that changes the function is stopped, and the message says which, where and by how much."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import quantize
+from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.passes import PASSES
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.transforms import equivalence
 from quantize.transforms.fold import Diagonal, Rotation, fold
+from quantize.transforms.online import Dual
 
 pytestmark = pytest.mark.slow
 
@@ -81,6 +86,31 @@ def test_float32_that_cancels_is_compared_in_float64(stories, stories_calibratio
     passes = [{"name": "fold_norms"}, {"name": "rotate"}]
     found = run(stories, stories_calibration, tmp_path / "out", passes).manifest["gate"]["passes"]["rotate"]
     assert all(found[f"model.layers.{i}"] < 1e-11 for i in range(5))
+
+
+def test_a_dual_rotation_in_front_of_a_linear_is_exact_in_float64():
+    first, second = (torch.linalg.qr(torch.randn(2, 4, 4, dtype=torch.float64))[0] for _ in range(2))
+    online = Dual(first, torch.randperm(8), second)
+    x, W = torch.randn(5, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    assert float((online(x) @ online.weight(W).T - x @ W.T).abs().max()) < 1e-12
+
+
+def test_a_model_with_gains_of_zero_is_quantized(one_layer, stories_calibration, tmp_path):
+    """Gemma 3 has such gains; the channels stay dead, whatever the rotation puts there."""
+    model = tmp_path / "model"
+    shutil.copytree(one_layer, model)
+    (file,) = model.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.post_attention_layernorm.weight"][3] = 0
+    tensors["model.norm.weight"][[0, 5]] = 0
+    save_file(tensors, file, {"format": "pt"})
+    found = run(model, stories_calibration, tmp_path / "out", [{"name": "fold_norms"}, {"name": "rotate"}])
+    assert all(
+        difference < 1e-5 for blocks in found.manifest["gate"]["passes"].values() for difference in blocks.values()
+    )
+    ids = torch.arange(3, 35)[None]
+    expected, logits = open_checkpoint(model).load()(ids).logits, found.load()(ids).logits
+    assert float((logits - expected).norm() / expected.norm()) < 0.3
 
 
 def test_an_illegal_site_is_stopped(stories, stories_calibration, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from quantize.transforms.dual_rotation import DualRotation
@@ -32,8 +33,9 @@ class Dual(Online):
         return DualRotation(self.first, self.permutation, self.second).apply(x)
 
     def weight(self, W: Tensor) -> Tensor:
-        """T is orthogonal, so T⁻ᵀ = T."""
-        return self(W)  # type: ignore[no-any-return]
+        """Return `W @ T⁻ᵀ` in the dtype of W; the stored matrices are orthogonal only up to float32."""
+        first, second = (torch.linalg.inv(x.double()).mT for x in (self.first, self.second))
+        return DualRotation(first, self.permutation, second).apply(W)
 
     def settings(self) -> dict[str, Any]:
         """Return the kind alone; all else is saved as tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from quantize.kernels.hadamard import hadamard_factors, hadamard_transform, kronecker_transform
@@ -29,7 +30,9 @@ class Hadamard(Online):
         self.register_buffer("b", b.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., K]."""
+        """[..., K] → [..., K]; in float64 with exact factors, which the buffers are not."""
+        if x.dtype == torch.float64:
+            return hadamard_transform(x, self.size, self.stride)
         return kronecker_transform(x, self.a.to(x), self.b.to(x), self.stride)
 
     def weight(self, W: Tensor) -> Tensor:
