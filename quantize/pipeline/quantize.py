@@ -15,6 +15,7 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.errors import QuantizeError, UsageError, reason
+from quantize.nn.cpu_engine import Engine
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import SingleProcess, init_distributed
@@ -43,9 +44,9 @@ class Artifact:
     def __fspath__(self) -> str:
         return str(self.directory)
 
-    def load(self) -> nn.Module:
-        """Load the quantized model."""
-        return load(self.directory)
+    def load(self, engine: Engine = "fake_quant") -> nn.Module:
+        """Load the quantized model; `engine` is that of `quantize.load`."""
+        return load(self.directory, engine=engine)
 
     @property
     def warning(self) -> str:
