@@ -98,7 +98,8 @@ def group_products(q: Tensor, values: Tensor, scale: Tensor) -> Iterator[Tensor]
     """Yield for each group its product [M, N] with activations q [M, K], times the scale."""
     groups, columns, _ = values.shape
     if len(q) <= FEW_ROWS:
-        yield from torch.bmm(q.view(-1, groups, columns).transpose(0, 1), values).mul_(scale)
+        products = torch.bmm(q.view(-1, groups, columns).transpose(0, 1), values).mul_(scale)
+        yield from (products[group] for group in range(groups))
     else:
         for part, factor, some in zip(q.split(columns, 1), scale, values, strict=True):
             yield torch.mm(part, some).mul_(factor)

@@ -149,7 +149,8 @@ class QuantizedLinear(nn.Module):
         """Compute the same on a CPU in floating point."""
         weight, args = self.held(x.dtype), self.scheme.activations
         integers = weight.scale is not None
-        key = self._transform_key and (self._transform_key, args, integers)
+        shares = self._transform_key is not None and (args or self.online)  # otherwise there is nothing to share
+        key = (self._transform_key, args, integers) if shares else None
         return fake_quant_linear(
             LAST_INPUT.get(x, key, lambda: quantize_input(self.transform(x), args, integers)), weight, self.bias
         )

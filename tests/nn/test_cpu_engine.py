@@ -141,6 +141,17 @@ def test_a_weight_held_in_inference_mode_takes_gradients_later():
     assert float(x.grad.abs().max()) > 0
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_gradients_are_those_of_the_reference(rows):
+    """They reach the scale alone, since rounding has none."""
+    found = []
+    for engine in ("fake_quant", "reference"):
+        x = inputs(rows).requires_grad_()
+        linear(activations=INT4, online=[Hadamard(64)], engine=engine)(x).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_linears_that_read_the_same_tensor_quantize_it_once(monkeypatch):
     first, second, other = linear(online=[Hadamard(64)]), linear(online=[Hadamard(64)]), linear(online=[Hadamard(32)])
     x, calls = inputs(), []
