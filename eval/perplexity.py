@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import kl_div, log_softmax, nll_loss
+
+from quantize.eval.logits import logits_in_chunks, tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -17,15 +19,17 @@ class LanguageScores:
 
     Attributes:
         loss: the cross-entropy in nats per token.
+        tokens: the number of tokens predicted.
         kl: Σ p log(p/q) in nats per token, where p is the float model's distribution; None without a float model.
         top1: the part of the tokens for which both models rank the same token first; None without a float model.
-        tokens: the number of tokens predicted.
+        loss_against: the cross-entropy of the float model; None without one.
     """
 
     loss: float
-    kl: float | None
-    top1: float | None
     tokens: int
+    kl: float | None = None
+    top1: float | None = None
+    loss_against: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -37,30 +41,42 @@ class LanguageScores:
 def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Module | None = None) -> LanguageScores:
     """Score windows of token ids, each batch [B, T]; every token but a window's first is predicted.
 
+    At most eight tensors of `LOGIT_BYTES` are held, 256 MiB, unless one token of each window has more logits.
+
     Args:
         model: a model that returns `logits` [B, T, V].
         batches: the token ids of the fixed slice.
         against: the float model; None leaves divergence out.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for ids in batches:
-        logits, labels = logits_of(model, ids), ids[:, 1:].reshape(-1)
-        sums[0] += cross_entropy(logits, labels, reduction="sum")
-        if against is not None:
-            sums[1:] += divergence(logits, logits_of(against, ids))
+        count = tokens_at_once(model, len(ids))
+        chunks = [logits_in_chunks(each, ids, count) for each in (model, against) if each is not None]
+        for labels, *logits in zip(ids[:, 1:].split(count, 1), *chunks, strict=True):
+            sums += chunk_sums(labels.flatten(), *(part.flatten(0, 1) for part in logits))
     tokens = sum(ids[:, 1:].numel() for ids in batches)
-    loss, kl, top1 = (sums / tokens).tolist()
-    return LanguageScores(loss, kl, top1, tokens) if against is not None else LanguageScores(loss, None, None, tokens)
+    loss, kl, top1, loss_against = (sums / tokens).tolist()
+    return LanguageScores(loss, tokens, *((kl, top1, loss_against) if against is not None else ()))
 
 
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the logits that predict each token, [tokens, V] float32."""
-    return model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
+def chunk_sums(labels: Tensor, logits: Tensor, reference: Tensor | None = None) -> Tensor:
+    """Return sums over tokens, float64 [4]: the loss, the divergence, the tokens ranked alike, the reference's loss.
+
+    Args:
+        labels: [tokens].
+        logits: [tokens, V].
+        reference: the float model's logits, [tokens, V]; None gives 0 for all that needs them.
+    """
+    log_q, sums = log_softmax(logits, -1), torch.zeros(4, dtype=torch.float64)
+    sums[0] = nll_loss(log_q, labels, reduction="sum")
+    if reference is not None:
+        log_p = log_softmax(reference, -1)
+        sums[1:3] = divergence(log_q, log_p)
+        sums[3] = nll_loss(log_p, labels, reduction="sum")
+    return sums
 
 
-def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Return float64 [2]: Σ KL(reference ‖ logits), and the number of tokens that both rank first."""
-    log_q, log_p = log_softmax(logits, -1), log_softmax(reference, -1)
+def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Return float64 [2] for log-probabilities [tokens, V]: Σ KL(p ‖ q), and the number of tokens both rank first."""
     kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
-    agree = (logits.argmax(-1) == reference.argmax(-1)).sum()
-    return torch.stack([kl.double(), agree.double()])
+    return torch.stack([kl.double(), (log_q.argmax(-1) == log_p.argmax(-1)).sum().double()])

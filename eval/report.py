@@ -127,9 +127,9 @@ def evaluate_language(
     found = score_language(model, batches, reference)
     scores: dict[str, Any] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     scores |= {"leading_tokens": samples.leading_text} if samples.leading else {}
-    if reference is not None:
-        base = score_language(reference, batches).loss
-        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": base, "loss_increase": found.loss - base}
+    if found.loss_against is not None:
+        increase = found.loss - found.loss_against
+        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": found.loss_against, "loss_increase": increase}
     return scores
 
 
