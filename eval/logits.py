@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from quantize.graph.export import forward_switches
 from quantize.nn.quantized_linear import QuantizedLinear
 
-LOGIT_BYTES = 1 << 25  # of the logits of one model that are made at once, in float32
+LOGIT_BYTES = 1 << 26  # of the logits of one model that are made at once, in float32
 
 
 def tokens_at_once(model: nn.Module, rows: int) -> int:

@@ -12,6 +12,8 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from quantize.eval.logits import logits_in_chunks, tokens_at_once
 
+SCORED_LOGITS = 1 << 20  # logits of a model that are scored together, so that intermediate results stay in the cache
+
 
 @dataclass(frozen=True)
 class LanguageScores:
@@ -41,7 +43,8 @@ class LanguageScores:
 def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Module | None = None) -> LanguageScores:
     """Score windows of token ids, each batch [B, T]; every token but a window's first is predicted.
 
-    At most eight tensors of `LOGIT_BYTES` are held, 256 MiB, unless one token of each window has more logits.
+    The logits of each model take `LOGIT_BYTES`, 64 MiB, or those of one token of each window if they take more. Beside
+    them only a `forward` that scales or caps logits holds tensors of this size, one model at a time.
 
     Args:
         model: a model that returns `logits` [B, T, V].
@@ -53,7 +56,10 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
         count = tokens_at_once(model, len(ids))
         chunks = [logits_in_chunks(each, ids, count) for each in (model, against) if each is not None]
         for labels, *logits in zip(ids[:, 1:].split(count, 1), *chunks, strict=True):
-            sums += chunk_sums(labels.flatten(), *(part.flatten(0, 1) for part in logits))
+            rows = [labels.flatten(), *(part.flatten(0, 1) for part in logits)]
+            few = max(1, SCORED_LOGITS // logits[0].shape[-1])
+            for some in zip(*(part.split(few) for part in rows), strict=True):
+                sums += chunk_sums(*some)
     tokens = sum(ids[:, 1:].numel() for ids in batches)
     loss, kl, top1, loss_against = (sums / tokens).tolist()
     return LanguageScores(loss, tokens, *((kl, top1, loss_against) if against is not None else ()))
