@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy
 
+from quantize.calibration.logits import Divergence, divergence
 from quantize.eval.logits import logits_in_chunks, tokens_at_once
-
-SCORED_LOGITS = 1 << 20  # logits of a model that are scored together, so that intermediate results stay in the cache
 
 
 @dataclass(frozen=True)
@@ -51,38 +50,20 @@ def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Modu
         batches: the token ids of the fixed slice.
         against: the float model; None leaves divergence out.
     """
-    sums = torch.zeros(4, dtype=torch.float64)
+    total = Divergence()
     for ids in batches:
         count = tokens_at_once(model, len(ids))
         chunks = [logits_in_chunks(each, ids, count) for each in (model, against) if each is not None]
         for labels, *logits in zip(ids[:, 1:].split(count, 1), *chunks, strict=True):
-            rows = [labels.flatten(), *(part.flatten(0, 1) for part in logits)]
-            few = max(1, SCORED_LOGITS // logits[0].shape[-1])
-            for some in zip(*(part.split(few) for part in rows), strict=True):
-                sums += chunk_sums(*some)
-    tokens = sum(ids[:, 1:].numel() for ids in batches)
-    loss, kl, top1, loss_against = (sums / tokens).tolist()
-    return LanguageScores(loss, tokens, *((kl, top1, loss_against) if against is not None else ()))
+            total += compare(labels.flatten(), *(part.flatten(0, 1) for part in logits))
+    if against is None:
+        return LanguageScores(total.mean("loss"), total.tokens)
+    means = (total.mean(name) for name in ("kl", "top1", "reference_loss"))
+    return LanguageScores(total.mean("loss"), total.tokens, *means)
 
 
-def chunk_sums(labels: Tensor, logits: Tensor, reference: Tensor | None = None) -> Tensor:
-    """Return sums over tokens, float64 [4]: the loss, the divergence, the tokens ranked alike, the reference's loss.
-
-    Args:
-        labels: [tokens].
-        logits: [tokens, V].
-        reference: the float model's logits, [tokens, V]; None gives 0 for all that needs them.
-    """
-    log_q, sums = log_softmax(logits, -1), torch.zeros(4, dtype=torch.float64)
-    sums[0] = nll_loss(log_q, labels, reduction="sum")
+def compare(labels: Tensor, logits: Tensor, reference: Tensor | None = None) -> Divergence:
+    """Compare logits [tokens, V] with those of a reference, if there is one, and with the tokens [tokens] that come."""
     if reference is not None:
-        log_p = log_softmax(reference, -1)
-        sums[1:3] = divergence(log_q, log_p)
-        sums[3] = nll_loss(log_p, labels, reduction="sum")
-    return sums
-
-
-def divergence(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Return float64 [2] for log-probabilities [tokens, V]: Σ KL(p ‖ q), and the number of tokens both rank first."""
-    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return torch.stack([kl.double(), (log_q.argmax(-1) == log_p.argmax(-1)).sum().double()])
+        return divergence(logits, reference, labels)
+    return Divergence(len(labels), float(cross_entropy(logits, labels, reduction="sum")))
