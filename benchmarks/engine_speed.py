@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from quantize.artifact.load import load
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.formats import FORMATS
-from quantize.nn.cpu_engine import ENGINES
 from quantize.pipeline.quantize import quantize_model
+from quantize.scheme.scheme import ENGINES
 
 MODEL = Path(__file__).resolve().parents[1] / "tests" / "models" / "books-llama-6m"
 SCHEMES = ("W8A8", "W4A8", "W4A4", "W4A16", "MXFP4", "NVFP4")
@@ -59,7 +59,7 @@ def ratios(reference: nn.Module, model: nn.Module) -> tuple[float, float]:
     """Return how fast a model is, relative to the reference, on a prompt and on each token behind it."""
     models = (reference, model)
     ids = torch.randint(reference.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr, arg-type]
-    caches = [m(input_ids=ids, use_cache=True).past_key_values for m in models]  # and the weights are held now
+    caches = [m(input_ids=ids, use_cache=True).cache for m in models]  # and the weights are held now
     prefill = interleaved([lambda m=m: m(input_ids=ids) for m in models], PROMPTS)  # type: ignore[misc]
     steps = [step(m, ids[:, -1:], cache) for m, cache in zip(models, caches, strict=True)]
     return prefill, interleaved(steps, STEPS)

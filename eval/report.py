@@ -20,7 +20,7 @@ from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
-from quantize.nn.cpu_engine import Engine
+from quantize.scheme.scheme import Engine
 
 BATCH_TOKENS = 4096
 ROWS = 16  # rows of a text on which kurtosis is measured

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.command import export
-from quantize.scheme.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import ENGINES, SCHEME_NAMES, Engine
 
 PATH = click.Path(path_type=Path)
 
@@ -167,7 +167,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 )
 @click.option(
     "--engine",
-    type=click.Choice(["fake_quant", "reference"]),
+    type=click.Choice(ENGINES),
     default="fake_quant",
     show_default=True,
     help="How an artifact runs on a CPU: in floating point, or exactly and slowly.",
@@ -180,7 +180,7 @@ def evaluate(
     text: Path,
     nsamples: int | None,
     seqlen: int,
-    engine: Any,
+    engine: Engine,
     kurtosis: bool,
     as_json: bool,
 ) -> None:

@@ -20,12 +20,12 @@ from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.attention import set_kv_cache
-from quantize.nn.cpu_engine import ENGINES, Engine
 from quantize.nn.kv_cache import read_kv_cache
 from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
+from quantize.scheme.scheme import ENGINES, Engine
 from quantize.transforms.online import Online, restore
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from quantize.formats.qtensor import CachedQTensor, QTensor, cached_rows
 from quantize.kernels.ops import centred, fake_integers
 from quantize.scheme.scheme import ActivationArgs
 
-Engine = Literal["fake_quant", "reference"]
-ENGINES: tuple[str, ...] = get_args(Engine)
 Result = TypeVar("Result")
 FEW_ROWS = 16  # up to which one product of all groups is faster than a product for each
 

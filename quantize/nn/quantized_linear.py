@@ -14,7 +14,6 @@ from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.nn.cpu_engine import (
     LAST_INPUT,
-    Engine,
     FloatWeight,
     fake_quant_linear,
     hold_weight,
@@ -23,7 +22,7 @@ from quantize.nn.cpu_engine import (
 )
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.scheme.scheme import ActivationArgs, Scheme
+from quantize.scheme.scheme import ActivationArgs, Engine, Scheme
 from quantize.transforms.online import Online
 
 

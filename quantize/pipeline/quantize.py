@@ -15,7 +15,6 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.errors import QuantizeError, UsageError, reason
-from quantize.nn.cpu_engine import Engine
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import SingleProcess, init_distributed
@@ -32,6 +31,7 @@ from quantize.pipeline.statistics_files import StatisticsFile, collect, load_mat
 from quantize.pipeline.steps.prefix_search import resolve_prefix
 from quantize.pipeline.verdict import sentence
 from quantize.recipe.recipe import Recipe, load_recipe
+from quantize.scheme.scheme import Engine
 
 
 @dataclass(frozen=True)
