@@ -13,6 +13,10 @@ bench-analysis: $(VENV)/installed
 bench-handlers: $(VENV)/installed
 	$(PYTHON) -m benchmarks.handlers.bench
 
+# Speed of loaded artifacts on this CPU as a part of float32's (argument: ARGS=MODEL, a directory)
+bench-engine: $(VENV)/installed
+	$(PYTHON) -m benchmarks.engine_speed $(ARGS)
+
 # Six- and four-bit handlers on a small ViT that is trained first
 bench-vit: $(VENV)/installed
 	$(PYTHON) -m benchmarks.vit
@@ -79,4 +83,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format
+.PHONY: bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from quantize.eval.perplexity import divergence
+from quantize.calibration.logits import divergence
 from quantize.pipeline.quantize import quantize_model
 
 CONFIG = {
@@ -71,8 +71,7 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 def scores(model: nn.Module, reference: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
     """Return the accuracy, and the mean KL to the float model in nats."""
     logits, expected = (m(pixel_values=images).logits for m in (model, reference))
-    kl, _ = (divergence(logits, expected) / len(labels)).tolist()
-    return float((logits.argmax(-1) == labels).float().mean()), kl
+    return float((logits.argmax(-1) == labels).float().mean()), divergence(logits, expected, labels).mean("kl")
 
 
 def main() -> None:

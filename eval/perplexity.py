@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
+
+from quantize.calibration.logits import Divergence, divergence
+from quantize.eval.logits import logits_in_chunks, tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -17,15 +20,17 @@ class LanguageScores:
 
     Attributes:
         loss: the cross-entropy in nats per token.
+        tokens: the number of tokens predicted.
         kl: Σ p log(p/q) in nats per token, where p is the float model's distribution; None without a float model.
         top1: the part of the tokens for which both models rank the same token first; None without a float model.
-        tokens: the number of tokens predicted.
+        loss_against: the cross-entropy of the float model; None without one.
     """
 
     loss: float
-    kl: float | None
-    top1: float | None
     tokens: int
+    kl: float | None = None
+    top1: float | None = None
+    loss_against: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -37,30 +42,28 @@ class LanguageScores:
 def score_language(model: nn.Module, batches: Sequence[Tensor], against: nn.Module | None = None) -> LanguageScores:
     """Score windows of token ids, each batch [B, T]; every token but a window's first is predicted.
 
+    The logits of each model take `LOGIT_BYTES`, 64 MiB, or those of one token of each window if they take more. Beside
+    them only a `forward` that scales or caps logits holds tensors of this size, one model at a time.
+
     Args:
         model: a model that returns `logits` [B, T, V].
         batches: the token ids of the fixed slice.
         against: the float model; None leaves divergence out.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    total = Divergence()
     for ids in batches:
-        logits, labels = logits_of(model, ids), ids[:, 1:].reshape(-1)
-        sums[0] += cross_entropy(logits, labels, reduction="sum")
-        if against is not None:
-            sums[1:] += divergence(logits, logits_of(against, ids))
-    tokens = sum(ids[:, 1:].numel() for ids in batches)
-    loss, kl, top1 = (sums / tokens).tolist()
-    return LanguageScores(loss, kl, top1, tokens) if against is not None else LanguageScores(loss, None, None, tokens)
+        count = tokens_at_once(model, len(ids))
+        chunks = [logits_in_chunks(each, ids, count) for each in (model, against) if each is not None]
+        for labels, *logits in zip(ids[:, 1:].split(count, 1), *chunks, strict=True):
+            total += compare(labels.flatten(), *(part.flatten(0, 1) for part in logits))
+    if against is None:
+        return LanguageScores(total.mean("loss"), total.tokens)
+    means = (total.mean(name) for name in ("kl", "top1", "reference_loss"))
+    return LanguageScores(total.mean("loss"), total.tokens, *means)
 
 
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Return the logits that predict each token, [tokens, V] float32."""
-    return model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()  # type: ignore[no-any-return]
-
-
-def divergence(logits: Tensor, reference: Tensor) -> Tensor:
-    """Return float64 [2]: Σ KL(reference ‖ logits), and the number of tokens that both rank first."""
-    log_q, log_p = log_softmax(logits, -1), log_softmax(reference, -1)
-    kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
-    agree = (logits.argmax(-1) == reference.argmax(-1)).sum()
-    return torch.stack([kl.double(), agree.double()])
+def compare(labels: Tensor, logits: Tensor, reference: Tensor | None = None) -> Divergence:
+    """Compare logits [tokens, V] with those of a reference, if there is one, and with the tokens [tokens] that come."""
+    if reference is not None:
+        return divergence(logits, reference, labels)
+    return Divergence(len(labels), float(cross_entropy(logits, labels, reduction="sum")))

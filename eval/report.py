@@ -20,13 +20,19 @@ from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
+from quantize.scheme.scheme import Engine
 
 BATCH_TOKENS = 4096
 ROWS = 16  # rows of a text on which kurtosis is measured
 
 
 def evaluate(
-    directory: Path, against: str | None, text: Path, seqlen: int = 256, nsamples: int | None = None
+    directory: Path,
+    against: str | None,
+    text: Path,
+    seqlen: int = 256,
+    nsamples: int | None = None,
+    engine: Engine = "fake_quant",
 ) -> dict[str, Any]:
     """Measure a model or artifact.
 
@@ -36,6 +42,7 @@ def evaluate(
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
         seqlen: the number of tokens in a window.
         nsamples: the largest number of windows, which are spread evenly; None takes all.
+        engine: how an artifact runs, as in `quantize.load`.
 
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
@@ -43,7 +50,7 @@ def evaluate(
         each window begins with, such as `<bos>`, if there are any. An encoder has `spearman` and `bytes`, and with
         `against` also `distance`, `spearman_against` and `retained`.
     """
-    model, reference = load_any(directory), load_any(against) if against is not None else None
+    model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
     check_kinds(directory, model, against, reference, text)
     if text.suffix == ".tsv":
         scores = evaluate_pairs(model, reference, directory, text)
@@ -98,9 +105,11 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
 
 
-def load_any(model: str | Path) -> nn.Module:
-    """Load an artifact, or a float model in float32."""
-    return load(model) if (Path(model) / "manifest.json").is_file() else open_checkpoint(model).load()
+def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
+    """Load an artifact with an engine, or a float model in float32."""
+    if (Path(model) / "manifest.json").is_file():
+        return load(model, engine=engine)
+    return open_checkpoint(model).load()
 
 
 def stored_bytes(directory: Path) -> int:
@@ -118,9 +127,9 @@ def evaluate_language(
     found = score_language(model, batches, reference)
     scores: dict[str, Any] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     scores |= {"leading_tokens": samples.leading_text} if samples.leading else {}
-    if reference is not None:
-        base = score_language(reference, batches).loss
-        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": base, "loss_increase": found.loss - base}
+    if found.loss_against is not None:
+        increase = found.loss - found.loss_against
+        scores |= {"kl": found.kl, "top1": found.top1, "loss_against": found.loss_against, "loss_increase": increase}
     return scores
 
 

@@ -19,13 +19,14 @@ SIGN = 8  # the sign bit of a code
 LARGEST = 6.0  # of E2M1
 E4M3_SMALLEST, E4M3_LARGEST = 2.0**-9, 448.0
 E8M0_BIAS = 127
+EXPONENT = 0x7F800000  # the bits of a float32 that hold its exponent
 
 
 def round_to_e2m1(x: Tensor) -> Tensor:
     """Return the nearest of ±`MAGNITUDES`, ties to the even mantissa, saturating at ±12, in the dtype of `x`."""
-    size = x.abs()
-    step = 1 + (size >= 4).to(x.dtype) + 2 * (size >= 8).to(x.dtype)
-    return ((x / step).round() * step).clamp(-MAGNITUDES[-1], MAGNITUDES[-1])
+    power = (x.float().view(torch.int32) & EXPONENT).view(torch.float32)  # the largest power of two in x
+    step = power.mul_(0.5).clamp_(1, 4).to(x.dtype)
+    return (x / step).round_().mul_(step).clamp_(-MAGNITUDES[-1], MAGNITUDES[-1])
 
 
 def pack_fp4(q: Tensor) -> Tensor:
@@ -90,8 +91,14 @@ def quantize_fp4(x: Tensor, number_format: str, group_size: int, clip_ratio: flo
     Returns:
         q int8 [..., K] of values ±`MAGNITUDES`, and scale float32 [..., K / group_size].
     """
+    values, scale = round_groups(x, number_format, group_size, clip_ratio)
+    return values.flatten(-2).to(torch.int8), scale
+
+
+def round_groups(x: Tensor, number_format: str, group_size: int, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """Return the result of `quantize_fp4` in float32, its values [..., K / group_size, group_size]."""
     groups = x.unflatten(-1, (-1, group_size))
     largest = groups.abs().amax(dim=-1) * clip_ratio
     global_scale = nvfp4_global_scale(largest.amax(dim=-1, keepdim=True)) if number_format == "nvfp4" else None
     scale = fp4_scale(largest, global_scale)
-    return round_to_e2m1(groups / scale[..., None]).flatten(-2).to(torch.int8), scale
+    return round_to_e2m1(groups / scale[..., None]), scale

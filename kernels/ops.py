@@ -15,7 +15,15 @@ from quantize.kernels.packed import PackedWeight, QuantizedActivations
 from quantize.kernels.packing import pack_int4, unpack_int4
 from quantize.kernels.prepack import prepack, supported
 from quantize.kernels.prologue import NOTHING, Prologue, fuses
-from quantize.kernels.reference import dequantize, quantize_dynamically, quantize_per_token, quantized_linear
+from quantize.kernels.reference import (
+    centred,
+    dequantize,
+    fake_integers,
+    fake_quantize_dynamically,
+    quantize_dynamically,
+    quantize_per_token,
+    quantized_linear,
+)
 from quantize.kernels.runtime_smooth import runtime_smooth_linear, smooth_scales
 from quantize.kernels.smooth_linear import smooth_linear, smooth_prepack, tile_columns
 
@@ -23,9 +31,12 @@ __all__ = [
     "PackedWeight",
     "Prologue",
     "QuantizedActivations",
+    "centred",
     "decode_scale",
     "dequantize",
     "encode_scale",
+    "fake_integers",
+    "fake_quantize_dynamically",
     "fp4_linear",
     "fuses",
     "gemm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantize.kernels.fp4 import quantize_fp4
+from quantize.kernels.fp4 import quantize_fp4, round_groups
 
 
 def integer_range(num_bits: int) -> tuple[int, int]:
@@ -19,9 +19,10 @@ def scale_and_zero_point(low: Tensor, high: Tensor, num_bits: int, symmetric: bo
     Symmetric grids reach ±(2^(b-1) - 1), so the zero point is 0; a range of zero width gets the scale 1.
     """
     qmin, qmax = integer_range(num_bits)
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    if not symmetric:
+        low, high = low.clamp(max=0), high.clamp(min=0)
     scale = torch.maximum(-low, high) / qmax if symmetric else (high - low) / (qmax - qmin)
-    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, 1.0)
     zero_point = torch.zeros_like(scale) if symmetric else (qmin - low / scale).round().clamp(qmin, qmax)
     return scale, zero_point
 
@@ -29,6 +30,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, num_bits: int, symmetric: bo
 def round_to_grid(x: Tensor, scale: Tensor, zero_point: Tensor, num_bits: int) -> Tensor:
     """Return the nearest integers of the grid, half to even and saturating, in the dtype of `x`."""
     return (x / scale + zero_point).round().clamp(*integer_range(num_bits))
+
+
+def token_qparams(x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """Return the scale and the zero point [..., 1] of each row of activations [..., K], in the dtype of x."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # on a CPU 16 times as fast as `aminmax`
+    if clip_ratio != 1:
+        low, high = low * clip_ratio, high * clip_ratio
+    return scale_and_zero_point(low, high, num_bits, symmetric)
 
 
 def quantize_per_token(
@@ -45,8 +54,7 @@ def quantize_per_token(
     Returns:
         q [..., K] int8, scale [..., 1] in the dtype of x, zero_point [..., 1] int8.
     """
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    scale, zero_point = scale_and_zero_point(low * clip_ratio, high * clip_ratio, num_bits, symmetric)
+    scale, zero_point = token_qparams(x, num_bits, symmetric, clip_ratio)
     return round_to_grid(x, scale, zero_point, num_bits).to(torch.int8), scale, zero_point.to(torch.int8)
 
 
@@ -62,6 +70,32 @@ def quantize_dynamically(
         return quantize_per_token(x, num_bits, symmetric, clip_ratio)
     q, scale = quantize_fp4(x.float(), number_format, group_size, clip_ratio)
     return q, scale.to(x), torch.zeros_like(q[..., :1])
+
+
+def fake_integers(x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float) -> tuple[Tensor, Tensor]:
+    """Quantize activations [..., K] by `quantize_per_token`, but keep the integers in floating point.
+
+    All steps but the first work in place.
+
+    Returns:
+        q - zero_point, float32 [..., K], and scale float32 [..., 1], both equal to those of `quantize_per_token`.
+    """
+    x = x.float()
+    scale, zero_point = token_qparams(x, num_bits, symmetric, clip_ratio)
+    if symmetric:
+        return (x / scale).round_().clamp_(*integer_range(num_bits)), scale
+    return (x / scale).add_(zero_point).round_().clamp_(*integer_range(num_bits)).sub_(zero_point), scale
+
+
+def fake_quantize_dynamically(
+    x: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, number_format: str, group_size: int
+) -> Tensor:
+    """Return `dequantize(*quantize_dynamically(x.float(), ...))`, float32 [..., K], without integers in between."""
+    if number_format == "int":
+        q, scale = fake_integers(x, num_bits, symmetric, clip_ratio)
+        return q.mul_(scale)
+    values, scale = round_groups(x.float(), number_format, group_size, clip_ratio)
+    return values.mul_(scale[..., None]).flatten(-2)
 
 
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:

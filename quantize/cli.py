@@ -15,7 +15,7 @@ from rich.console import Console
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.command import export
-from quantize.scheme.scheme import SCHEME_NAMES
+from quantize.scheme.scheme import ENGINES, SCHEME_NAMES, Engine
 
 PATH = click.Path(path_type=Path)
 
@@ -165,10 +165,24 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 @click.option(
     "--seqlen", type=click.IntRange(2), default=256, show_default=True, help="The number of tokens in a window."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="fake_quant",
+    show_default=True,
+    help="How an artifact runs on a CPU: in floating point, or exactly and slowly.",
+)
 @click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
 def evaluate(
-    directory: Path, against: str | None, text: Path, nsamples: int | None, seqlen: int, kurtosis: bool, as_json: bool
+    directory: Path,
+    against: str | None,
+    text: Path,
+    nsamples: int | None,
+    seqlen: int,
+    engine: Engine,
+    kurtosis: bool,
+    as_json: bool,
 ) -> None:
     """Measure a model or an artifact on a text."""
     if kurtosis:
@@ -180,7 +194,7 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-    scores = measure(directory, against, text, seqlen, nsamples)
+    scores = measure(directory, against, text, seqlen, nsamples, engine)
     click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
 
 

@@ -16,7 +16,7 @@ from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
 from quantize.checkpoint.size_limits import limit_parameters
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.untrusted_files import check_files, read_json
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.attention import set_kv_cache
@@ -25,6 +25,7 @@ from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
+from quantize.scheme.scheme import ENGINES, Engine
 from quantize.transforms.online import Online, restore
 
 
@@ -62,25 +63,38 @@ def check_hashes(directory: Path) -> int:
     return len(listed)
 
 
-def load(directory: str | Path, dtype: torch.dtype = torch.float32, skeleton: nn.Module | None = None) -> nn.Module:
+def load(
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    skeleton: nn.Module | None = None,
+    engine: Engine = "fake_quant",
+) -> nn.Module:
     """Load the quantized model in evaluation mode; for a causal language model `generate` works.
 
     Args:
         directory: an artifact.
         dtype: the dtype of all parameters that are not integers, and so of the computation.
         skeleton: the architecture, for artifacts of modules that transformers does not know; its weights are replaced.
+        engine: how quantized linears run on a CPU. `fake_quant` holds each weight dequantized in `dtype` and multiplies
+            in floating point; `reference` multiplies integers and sums them exactly, for proofs, and is slow.
 
     Raises:
-        UsageError: the directory is no artifact.
+        UsageError: the directory is no artifact, or there is no such engine.
         QuantizeError: its files are damaged.
     """
     directory = Path(directory)
+    if engine not in ENGINES:
+        raise UsageError(f"there is no engine {shown(engine)}; choose {' or '.join(ENGINES)}")
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
     with limit_parameters(index_tensors(directory, PROBE)):
         model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
-    return fill(model, directory, settings, dtype)
+    model = fill(model, directory, settings, dtype)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.engine = engine
+    return model
 
 
 def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:

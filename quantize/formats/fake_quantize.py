@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.base import get_format
-from quantize.kernels.ops import dequantize, quantize_dynamically, quantize_per_token, smooth_scales
+from quantize.kernels.ops import fake_quantize_dynamically, quantize_per_token, smooth_scales
 from quantize.scheme.scheme import ActivationArgs, KVCacheArgs
 
 
@@ -14,8 +14,10 @@ def fake_quantize(x: Tensor, args: ActivationArgs | None) -> Tensor:
     """Return activations [..., K] as the quantized linear sees them, unchanged if they are not quantized."""
     if args is None:
         return x
+    if args.runtime_smooth is None:
+        return fake_quantize_dynamically(x, *quantizer_arguments(args)).to(x)
     s = smooth_scale(x, args)
-    return dequantize(*quantize_dynamically(x / s, *quantizer_arguments(args))).to(x) * s
+    return fake_quantize_dynamically(x / s, *quantizer_arguments(args)).to(x) * s
 
 
 def smoothed(x: Tensor, args: ActivationArgs | None) -> Tensor:

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
+from quantize.nn.cpu_engine import (
+    LAST_INPUT,
+    FloatWeight,
+    fake_quant_linear,
+    hold_weight,
+    quantize_input,
+    runs_fake_quant,
+)
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.scheme.scheme import ActivationArgs, Scheme
+from quantize.scheme.scheme import ActivationArgs, Engine, Scheme
 from quantize.transforms.online import Online
 
 
@@ -25,6 +33,8 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         leading: the tokens in front of each sequence, whose activations are not quantized.
+        engine: how the product is computed on a CPU: `reference` unpacks the weight at each call and sums integers
+            exactly; `fake_quant` holds the weight in floating point (`cpu_engine.py`).
     """
 
     qweight: Tensor
@@ -47,8 +57,12 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
+        has_tensors = any(part.state_dict() for part in self.online)  # tensors, which the settings do not tell apart
+        self._transform_key = None if has_tensors else str([part.settings() for part in self.online])
         self.leading = PrefixTokens()
+        self.engine: Engine = "reference"
         self._packed: Operands | None = None
+        self._held: FloatWeight | None = None
         self._unpacked: QTensor | None = None
 
     def weight_integers(self) -> Tensor:
@@ -88,21 +102,28 @@ class QuantizedLinear(nn.Module):
         self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
 
+    def held(self, dtype: torch.dtype) -> FloatWeight:
+        """Return the weight as `fake_quant` reads it, made once, held beside the buffers, and never saved."""
+        held, args = self._held, self.scheme.activations
+        if held is None or held.values.dtype != dtype or held.args is not args:
+            self._held = held = hold_weight(self.qtensor(), args, dtype)
+        return held
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop the laid-out weight, since the buffers move or change their type."""
-        self._packed = None
+        """Drop the weights that are laid out, since the buffers move or change their type."""
+        self._packed = self._held = None
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the laid-out weight, since the buffers get other values."""
-        self._packed = None
+        """Drop the weights that are laid out, since the buffers get other values."""
+        self._packed = self._held = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        return self.leading.apart(
-            x, lambda first: self._forward_float_activations(self.transform(first)), self._forward_reference
-        )
+        fake_quant = self.engine == "fake_quant" and runs_fake_quant(x, self.scheme.activations)
+        rest = self._forward_fake_quant if fake_quant else self._forward_reference
+        return self.leading.apart(x, lambda first: self._forward_float_activations(self.transform(first)), rest)
 
     def _forward_float_activations(self, x: Tensor) -> Tensor:
         """Multiply with activations as they are."""
@@ -122,6 +143,16 @@ class QuantizedLinear(nn.Module):
             grid = (args.num_bits, args.symmetric, args.clip_ratio)
             return runtime_smooth_linear(*operands, *grid, smooth.group_size, smooth.normalize_tokens)
         return quantized_linear(*operands, *quantizer_arguments(args))
+
+    def _forward_fake_quant(self, x: Tensor) -> Tensor:
+        """Compute the same on a CPU in floating point."""
+        weight, args = self.held(x.dtype), self.scheme.activations
+        integers = weight.scale is not None
+        shares = self._transform_key is not None and (args or self.online)  # otherwise there is nothing to share
+        key = (self._transform_key, args, integers) if shares else None
+        return fake_quant_linear(
+            LAST_INPUT.get(x, key, lambda: quantize_input(self.transform(x), args, integers)), weight, self.bias
+        )
 
     def _forward_gpu(self, x: Tensor, args: ActivationArgs) -> Tensor:
         """Compute the same on a GPU, where the quantizer takes a small Hadamard transform along."""

@@ -31,6 +31,7 @@ from quantize.pipeline.statistics_files import StatisticsFile, collect, load_mat
 from quantize.pipeline.steps.prefix_search import resolve_prefix
 from quantize.pipeline.verdict import sentence
 from quantize.recipe.recipe import Recipe, load_recipe
+from quantize.scheme.scheme import Engine
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Artifact:
     def __fspath__(self) -> str:
         return str(self.directory)
 
-    def load(self) -> nn.Module:
-        """Load the quantized model."""
-        return load(self.directory)
+    def load(self, engine: Engine = "fake_quant") -> nn.Module:
+        """Load the quantized model; `engine` is that of `quantize.load`."""
+        return load(self.directory, engine=engine)
 
     @property
     def warning(self) -> str:

@@ -108,3 +108,5 @@ class Scheme(Data):
 
 SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
+Engine = Literal["fake_quant", "reference"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)  # how a loaded model runs on a CPU (`nn/cpu_engine.py`)

@@ -1,13 +1,16 @@
 """Measurements against hand-sized numbers, and on the models whose scores are known."""
 
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from quantize import load
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
+from quantize.eval import report
 from quantize.eval.perplexity import score_language
 from quantize.eval.report import evaluate
 from quantize.eval.similarity import embed_pairs, read_pairs, score_pairs
@@ -100,3 +103,15 @@ def test_the_float_model_must_be_of_the_same_kind(stories, books, minilm, storie
     ):
         with pytest.raises(UsageError, match="cannot be compared"):
             evaluate(model, str(other), text)
+
+
+@pytest.mark.parametrize("engine", ["fake_quant", "reference"])
+def test_eval_takes_an_engine(artifact_one_layer, stories_dev, cli, monkeypatch, engine):
+    loaded = []
+    monkeypatch.setattr(report, "load", lambda *a, **k: loaded.append(k) or load(*a, **k))
+    arguments = ("--text", stories_dev, "--nsamples", 2, "--seqlen", 16, "--json")
+    chosen = ("--engine", engine) if engine == "reference" else ()
+    found = cli("eval", artifact_one_layer.directory, *arguments, *chosen)
+    assert found.code == 0
+    assert json.loads(found.out)["tokens"] == 30
+    assert loaded == [{"engine": engine}]

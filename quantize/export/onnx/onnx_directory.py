@@ -38,7 +38,7 @@ def export_onnx_directory(
     Returns:
         `parity`, the result of `export_onnx`, and the precisions in which the products run.
     """
-    model = load(directory)
+    model = load(directory, engine="reference")
     samples = real_samples(directory, model)
     parity = export_onnx(model, writer.directory, qdq, hybrid, samples=samples, console=console)
     writer.write("config.json", (directory / "config.json").read_bytes())

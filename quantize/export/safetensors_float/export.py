@@ -80,7 +80,7 @@ def float_parity(directory: Path, written: Path, eps: float) -> dict[str, float]
     Raises:
         QuantizeError: the checkpoint cannot be loaded, or random errors do not explain the difference.
     """
-    inputs, model = probe_inputs(directory), load(directory)
+    inputs, model = probe_inputs(directory), load(directory, engine="reference")
     rounded = first_outputs(model, inputs)
     expected = first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs)
     noisy = copy_with_replaced_linears(model, lambda linear: with_noise(linear, eps / 2))
