@@ -126,8 +126,8 @@ class HeldOutRuns:
                 y = self._output(runner, number, block, state)
                 errors[name] = max(errors[name], relative_error(y, expected))
                 if y.shape[-1] == self.program.vocabulary:
-                    p, labels = len(self.prefix.tokens), self._next_tokens(number)
-                    found[name] += divergence(y[0, p:-1], expected[0, p:-1], labels)
+                    labels = self._next_tokens(number)
+                    found[name] += divergence(*(x[0, -len(labels) - 1 : -1] for x in (y, expected)), labels)
         self.scores = self._means(found) if found["quantized"].tokens else {k: {"error": v} for k, v in errors.items()}
 
     def _means(self, found: Mapping[str, Divergence]) -> Scores:
