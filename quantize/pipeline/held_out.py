@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from quantize.calibration.data import BATCH_TOKENS, Row, Samples
+from quantize.calibration.data import BATCH_TOKENS, Row, Samples, spread
 from quantize.calibration.logits import Divergence, divergence
 from quantize.calibration.runner import SequentialRunner, unpacked
 from quantize.graph.interpreter import Overrides, run_nodes
@@ -21,6 +21,7 @@ from quantize.pipeline.block import Block
 from quantize.quantizers.rtn import RoundToNearest
 
 PART = 16  # one row in so many is held back
+PROSE_TOKENS = 1024  # of text that takes the place of rows held back
 ENOUGH = 8  # rows of which one can be spared
 FEW_DIFFERENT = 100  # token ids; running text has hundreds of different ones in a window
 LOGIT_BYTES = 1 << 27  # the most that the logits of a row may take; rows for large vocabularies are cut
@@ -54,7 +55,7 @@ def hold_out(samples: Samples, generates: bool, prose: Callable[[], Samples] | N
     """
     count, different = len(samples.rows), different_tokens(samples)
     if prose is not None and (count < ENOUGH or (different is not None and different < FEW_DIFFERENT)):
-        return samples, HeldOutRows(prose().rows, "bundled prose", generates)
+        return samples, HeldOutRows(unseen(prose(), samples), "bundled prose", generates)
     if count < 3:
         return samples, HeldOutRows()
     number = max(1, min(count // PART, BATCH_TOKENS * count // max(samples.tokens, 1)))
@@ -62,6 +63,13 @@ def hold_out(samples: Samples, generates: bool, prose: Callable[[], Samples] | N
     rest = tuple(row for i, row in enumerate(samples.rows) if i not in chosen)
     held = HeldOutRows(tuple(samples.rows[i] for i in chosen), generates=generates)
     return replace(samples, rows=rest), held
+
+
+def unseen(other: Samples, samples: Samples) -> tuple[Row, ...]:
+    """Return some rows of other samples that are not among the samples, `PROSE_TOKENS` in all or a little more."""
+    seen = {tuple(x.tolist()) for row in samples.rows for x in row.values()}
+    left = [row for row in other.rows if not any(tuple(x.tolist()) in seen for x in row.values())]
+    return tuple(spread(left, max(2, PROSE_TOKENS * len(other.rows) // other.tokens)))
 
 
 def different_tokens(samples: Samples) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -27,8 +28,6 @@ from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.recipe.recipe import Recipe
-
-PROSE_ROWS, PROSE_TOKENS = 2, 512  # of bundled text, on which a run is judged that has no rows to hold back
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def prepare(
     if judge and plan.calibrates and not program.export_error:
         generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
         prose = functools.partial(
-            read_calibration, None, inputs, min(recipe.seqlen, PROSE_TOKENS), PROSE_ROWS, tokenize, program.vocabulary
+            read_calibration, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary
         )
         samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out)

@@ -40,6 +40,14 @@ def test_few_rows_are_all_calibrated_on_and_other_text_judges():
         assert (held.source, len(held.rows)) == ("bundled prose", 2)
 
 
+def test_other_text_judges_only_by_windows_that_the_run_does_not_see():
+    given, other = samples(4), samples(40)
+    assert all(any(torch.equal(a["input_ids"], b["input_ids"]) for b in other.rows) for a in given.rows)
+    held = hold_out(given, True, lambda: other)[1]
+    assert len(held.rows) == 16
+    assert not any(torch.equal(a["input_ids"], b["input_ids"]) for a in given.rows for b in held.rows)
+
+
 def test_without_a_tokenizer_one_of_three_rows_is_held_back():
     rest, held = hold_out(samples(3), False, None)
     assert (len(rest.rows), len(held.rows)) == (2, 1)
