@@ -11,7 +11,7 @@ from quantize.errors import UsageError
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
-from quantize.scheme.scheme import Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 
 def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear]) -> Recipe:
@@ -107,7 +107,7 @@ def before_fallback(recipe: Recipe, entry: LayerArgs | None) -> tuple[Scheme, in
 def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Iterable[Linear]) -> list[str]:
     """Return a sentence for each number of columns that a default group size does not divide."""
     taken: Counter[tuple[int, int, int]] = Counter()
-    for linear in (x for x in linears if x.path in schemes):
+    for linear in (x for x in linears if schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME):
         wanted, size = (
             before_fallback(recipe, entry_for(recipe, linear.path))[1],
             schemes[linear.path].weights.group_size,

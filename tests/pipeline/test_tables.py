@@ -255,7 +255,5 @@ def test_an_artifact_without_its_table_is_refused(small_run, untied):
         weights = load_file(path)
         if weights.pop(f"{TABLE}.scale", None) is not None:
             save_file(weights, path, {"format": "pt"})
-    with pytest.raises(
-        QuantizeError, match=r"lists model\.embed_tokens as a table in 8 bits but holds no model"
-    ):
+    with pytest.raises(QuantizeError, match=r"lists model\.embed_tokens as a table in 8 bits but holds no model"):
         load(artifact.directory)
