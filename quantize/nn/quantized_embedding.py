@@ -45,7 +45,7 @@ class QuantizedEmbedding(nn.Embedding):
         return look_up(self.qweight, self.scale, ids)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[misc, override]
+    def weight(self) -> Tensor:  # type: ignore[override]
         """A tensor without values, for callers that ask for the table's shape or dtype."""
         return torch.empty(self.qweight.shape, dtype=self.scale.dtype, device="meta")
 
