@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from quantize.nn.attention import set_kv_cache
 from quantize.nn.kv_cache import read_kv_cache
 from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.nn.quantized_embedding import quantize_embedding
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.recipe.recipe import validated
 from quantize.scheme.scheme import ENGINES, Engine
@@ -115,9 +117,13 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
             linear = read_linear(path, settings, files, dtype)
             check_place(model.get_submodule(path), linear, path)
             model.set_submodule(path, linear)
+        for path in settings.get("tables", ()):
+            qweight, scale = read_table(path, files)
+            quantize_embedding(model.get_submodule(path), qweight, scale.to(dtype), path)
     except (AttributeError, ValueError) as error:  # there is no such module, or the name is empty
         raise QuantizeError(f"{directory} does not fit the model: {error}") from None
-    modules = {path: model.get_submodule(path).state_dict() for path in settings["modules"]}
+    quantized = (*settings["modules"], *settings.get("tables", ()))
+    modules = {path: model.get_submodule(path).state_dict() for path in quantized}
     held = {
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # scales of FP4 keep their dtype
@@ -152,6 +158,19 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
     linear.leading = PrefixTokens(tuple(settings.get("prefix", ())))
     return linear
+
+
+def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
+    """Read the integers [V, K] and the scales [V, 1] of a table of words.
+
+    Raises:
+        QuantizeError: the files lack one of them.
+    """
+    names = [f"{path}.qweight", f"{path}.scale"]
+    if missing := [name for name in names if name not in files]:
+        raise QuantizeError(f"the artifact lists {path} as a table in 8 bits but holds no {missing[0]}")
+    qweight, scale = (read_tensor(files[name], name) for name in names)
+    return qweight, scale
 
 
 def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:

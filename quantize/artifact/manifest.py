@@ -29,12 +29,14 @@ class QuantizationSettings(Data):
 
     Attributes:
         modules: path → the quantized linear there.
+        tables: the modules whose table of words is held in 8 bits.
         prefix: the token ids of the prefix.
     """
 
     quant_method: str
     scheme: Scheme
     modules: dict[str, Entry]
+    tables: tuple[str, ...] = ()
     prefix: tuple[Annotated[int, Field(ge=0)], ...] = ()
     kv_cache: KVCacheArgs | None = None
 

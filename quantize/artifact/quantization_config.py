@@ -27,6 +27,7 @@ def quantization_settings(
 ) -> dict[str, Any]:
     """Return the artifact's quantization settings, with the entries of `linear_settings` by path."""
     settings: dict[str, Any] = {"quant_method": METHOD, "scheme": default.model_dump(), "modules": modules}
+    settings |= {"tables": [path for path in recipe.tables or () if path not in modules]}
     settings |= {"prefix": list(recipe.prefix_tokens)} if recipe.prefix else {}
     return settings | ({"kv_cache": recipe.kv_cache.model_dump()} if recipe.kv_cache else {})
 

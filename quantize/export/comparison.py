@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quantize.nn.quantized_embedding import QuantizedEmbedding
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import Scheme
 
@@ -32,6 +33,22 @@ def with_float_activations(layer: QuantizedLinear) -> QuantizedLinear:
     """Turn off a layer's activation quantization, in place; for `copy_with_replaced_linears`, which copies layers."""
     layer.scheme = Scheme(weights=layer.scheme.weights)
     return layer
+
+
+def as_float(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear without online transforms as a float32 `nn.Linear`, its weight rounded to `dtype`."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(layer.qtensor().dequantize().to(dtype).float(), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
+    return linear
+
+
+def round_tables(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round tables of words in 8 bits, in place, to the `dtype` in which a checkpoint of floats holds them."""
+    for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            module.dequantize(dtype)
 
 
 @torch.no_grad()

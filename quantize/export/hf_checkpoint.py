@@ -11,7 +11,7 @@ import transformers
 from rich.console import Console
 from torch import Tensor
 
-from quantize.artifact.load import read_linear
+from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
@@ -22,6 +22,7 @@ from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
+from quantize.nn.quantized_embedding import dequantized_table
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
 
@@ -36,6 +37,8 @@ def shards(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
 
+    Tables of words in 8 bits become tables in the dtype in which the float model has them.
+
     Args:
         directory: an artifact.
         outline: the artifact's outline.
@@ -44,6 +47,7 @@ def shards(
         console: the console that shows progress; None shows nothing.
     """
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
+    tables = outline.settings.get("tables", ())
     for file in track(sorted(set(files.values())), "writing", lambda file: file.name, console):
         tensors: dict[str, Tensor] = {}
         for name in (name for name, path in files.items() if path == file):
@@ -51,7 +55,10 @@ def shards(
             if path in modules and leaf == "qweight":
                 linear = stored_linear(path, outline, files)
                 tensors |= {f"{path}.{part}": tensor for part, tensor in replace(path, linear).items()}
-            elif path not in modules and path.rpartition(".transform.")[0] not in modules:
+            elif path in tables and leaf == "qweight":
+                qweight, scale = read_table(path, files)
+                tensors[f"{path}.weight"] = dequantized_table(qweight, scale, scale.dtype)
+            elif path not in (*modules, *tables) and path.rpartition(".transform.")[0] not in modules:
                 tensors[name] = read_tensor(file, name)
         yield file.name, tensors
 

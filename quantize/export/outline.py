@@ -48,7 +48,8 @@ class Outline:
         settings, config = read_manifest(directory)["quantization"], read_config(directory)
         with limit_parameters(index_tensors(directory, PROBE)):
             skeleton = build_skeleton(config)
-        if missing := settings["modules"].keys() - {path for path, _ in skeleton.named_modules()}:
+        listed = {*settings["modules"], *settings.get("tables", ())}
+        if missing := listed - {path for path, _ in skeleton.named_modules()}:
             raise QuantizeError(f"{directory} does not fit the model: it lists {min(missing)}, which the model lacks")
         return cls(config, settings, skeleton)
 

@@ -165,7 +165,7 @@ def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
 def find_linears(prepared: Prepared) -> dict[str, Linear]:
     """Return the linears that would be quantized, by path."""
     found = prepared.program.all_linears
-    return {linear.path: linear for linear in found if linear.path in prepared.plan.schemes}
+    return {linear.path: linear for linear in found if linear.weight in prepared.plan.reader_schemes}
 
 
 def stand_in(linear: Linear, parameters: dict[str, nn.Parameter], settings: FinetuneSettings) -> RegularizedLinear:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
+from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program, Segment
-from quantize.graph.usage_probe import read_past_forward
+from quantize.graph.usage_probe import looks_up, read_past_forward
 
 
 def export_program(skeleton: nn.Module) -> Program:
@@ -31,7 +32,7 @@ def export_program(skeleton: nn.Module) -> Program:
     Raises:
         ExportError: the exporter refuses the model; the message carries its reason.
     """
-    buffers = dict(skeleton.named_buffers())
+    buffers, ties = dict(skeleton.named_buffers()), ties_of(skeleton)
     untie(skeleton)
     skeleton.eval().to("meta")
     switches = forward_switches(skeleton)
@@ -46,8 +47,10 @@ def export_program(skeleton: nn.Module) -> Program:
         raise ExportError(reason(error)) from error
     program = from_exported(exported, buffers, switches, tuple(inputs))
     linears = program.all_linears
+    embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
-        return replace(program, weights_read_directly=read_past_forward(skeleton, linears, example))
+        direct = read_past_forward(skeleton, linears, example)
+    return replace(program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties)
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -42,6 +43,8 @@ class Program:
         output: the node that returns.
         intermediate_outputs: outputs that are no result, such as an encoder's states, which the decoder reads.
         weights_read_directly: the names of weights that the model reads itself, apart from their product.
+        embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
+        ties: parameter → all names of the same parameter of the model, itself among them.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
     """
 
@@ -54,6 +57,8 @@ class Program:
     output: fx.Node
     intermediate_outputs: frozenset[fx.Node] = frozenset()
     weights_read_directly: frozenset[str] = frozenset()
+    embeddings: frozenset[str] = frozenset()
+    ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
     export_error: str = ""
 
     @property
@@ -68,13 +73,29 @@ class Program:
     @property
     def vocabulary(self) -> int:
         """The rows of the smallest table that the inputs index, which token ids lie below."""
-        ids, tables = set(self.inputs.values()), list[Any]()
+        return min([rows(lookup) for lookup in self._lookups] or [2**31])
+
+    @functools.cached_property
+    def word_tables(self) -> dict[str, list[fx.Node]]:
+        """The tables of the vocabulary that nothing but lookups of token ids reads, by name, each with its lookups."""
+        found: dict[str, list[fx.Node]] = {}
+        for lookup in self._lookups:
+            name = self.parameters.get(table := lookup.args[0], "")  # type: ignore[arg-type]
+            alone = all(user in self._lookups and user.args[1] is not table for user in table.users)  # type: ignore[union-attr]
+            if name in self.embeddings and alone and rows(lookup) == self.vocabulary:
+                found.setdefault(name, []).append(lookup)
+        return found
+
+    @functools.cached_property
+    def _lookups(self) -> list[fx.Node]:
+        """The nodes that look up rows by the inputs, as they are or in another shape."""
+        ids, found = set(self.inputs.values()), list[fx.Node]()
         for node in self.module.graph.nodes:
             if node.target in VIEWS | MOVES and node.args[0] in ids:
                 ids.add(node)
             if node.target is ATEN.embedding.default and node.args[1] in ids:
-                tables.append(node.args[0])
-        return min([int(table.meta["val"].shape[0]) for table in tables] or [2**31])
+                found.append(node)
+        return found
 
     def linears(self, segment: Segment) -> list[Linear]:
         """Return the linears of a segment that a quantized linear can stand in for, in order."""
@@ -110,3 +131,8 @@ class Program:
     def last_use(self) -> dict[fx.Node, fx.Node]:
         """Return for each value the last node that reads it."""
         return {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}
+
+
+def rows(lookup: fx.Node) -> int:
+    """Return the number of rows of the table that a lookup reads."""
+    return int(lookup.args[0].meta["val"].shape[0])  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,30 @@ class StandIn(nn.Module):
         value = getattr(self.__dict__["original"], name)
         self.__dict__["asked"] |= name not in KNOWN
         return value
+
+
+class LookUp(nn.Embedding):
+    """Notes that the lookup of `nn.Embedding` ran, and returns rows without values."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] → [..., K]."""
+        self.__dict__["ran"] = True
+        return torch.empty(*ids.shape, self.embedding_dim, device=ids.device)
+
+
+def looks_up(module: nn.Module) -> bool:
+    """Return whether a module on the meta device is an `nn.Embedding` that reads its table by that class's lookup.
+
+    Classes that derive from it may do more to the rows, such as to scale them.
+    """
+    if not isinstance(module, nn.Embedding):
+        return False
+    own, probe = type(module), copy.copy(module)
+    bases = (LookUp,) if own is nn.Embedding else (own, LookUp)
+    probe.__class__ = type(own.__name__, bases, {})
+    with contextlib.suppress(Exception):  # a class of its own may ask for other arguments
+        probe(torch.zeros(1, 1, dtype=torch.int64, device="meta"))
+    return "ran" in vars(probe)
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.scheme.scheme import Scheme
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 from quantize.transforms.online import InputTransform
 
 
@@ -35,6 +37,7 @@ class Block:
         input_transforms: the input transform in front of each linear.
         quantized: the quantized linear that runs in place of a linear, once it is rounded.
         operators: functions that run in place of other nodes.
+        tables: the integers and scales of tables of words, by the name of the parameter, once they are rounded.
     """
 
     segment: Segment
@@ -45,6 +48,7 @@ class Block:
     input_transforms: Mapping[Linear, InputTransform]
     quantized: Mapping[Linear, QuantizedLinear] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
+    tables: Mapping[str, QTensor] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -91,6 +95,18 @@ class Block:
         rounded = {name: self.weights[name].to(self.dtypes[name]).float() for name in names}
         return replace(self, weights=self.weights | rounded)
 
+    def with_tables(self, lookups: Mapping[str, Iterable[fx.Node]]) -> Block:
+        """Return the block with tables rounded to nearest, each given by its name with the nodes that look up in it.
+
+        From then on `weights` holds the integers of these tables.
+        """
+        tables, operators = dict[str, QTensor](), dict(self.operators)
+        for name in (name for name in lookups if name in self.weights):
+            tables[name] = round_table(self.weights[name], self.dtypes[name])
+            operators |= dict.fromkeys(lookups[name], Lookup(tables[name].scale))
+        weights = self.weights | {name: table.data for name, table in tables.items()}
+        return replace(self, weights=weights, operators=operators, tables=tables)
+
     def with_input_transforms(self, changed: Mapping[Linear, InputTransform]) -> Block:
         """Return the block with new input transforms for some linears; the weights absorb new online transforms."""
         folded = {}
@@ -123,12 +139,15 @@ class Block:
         return Overrides(self.weights, runs, self.operators)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the quantized linears, as they are stored."""
-        return {
-            f"{linear.path}.{name}": tensor
-            for linear, module in self.quantized.items()
-            for name, tensor in module.state_dict().items()
-        }
+        """Return the tensors of the quantized linears and tables, as they are stored."""
+        stored = {linear.path: module.state_dict() for linear, module in self.quantized.items()}
+        stored |= {name.rpartition(".")[0]: table.tensors() for name, table in self.tables.items()}
+        return {f"{path}.{name}": tensor for path, held in stored.items() for name, tensor in held.items()}
+
+
+def round_table(W: Tensor, dtype: torch.dtype | None = None) -> QTensor:
+    """Round a table of words [V, K] to nearest, with scales in `dtype`, or else in that of the table."""
+    return RoundToNearest().quantize(W.float(), TABLE_SCHEME.weights, None, dtype or W.dtype)
 
 
 @dataclass(frozen=True)

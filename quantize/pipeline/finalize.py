@@ -95,7 +95,7 @@ def coverage(plan: Plan, blocks: SequentialPipeline) -> dict[str, str]:
     """Return for each parameter `quantized`, or the reason why it is not."""
     linears = (linear for segment in blocks.program.segments for linear in blocks.program.linears(segment))
     done = {linear.weight: "quantized" for linear in linears if linear.path in blocks.modules}
-    return dict(sorted((plan.skipped | done).items()))
+    return dict(sorted((plan.skipped | done | dict.fromkeys(plan.tables, "quantized")).items()))
 
 
 def calibration_record(prepared: Prepared) -> dict[str, Any]:

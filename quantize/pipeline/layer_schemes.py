@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from quantize.errors import UsageError
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
-from quantize.graph.program import Program
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
-from quantize.scheme.scheme import Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 
-def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) -> Recipe:
+def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear]) -> Recipe:
     """Return the recipe with one list `ignore`, which has its own patterns and the caller's.
 
-    By default the linear that scores the vocabulary, if there is one, stays in floating point, unless an entry of
-    `layers` gives it a scheme.
+    By default it names the linear that scores the vocabulary, `head`, if there is one and no entry of `layers` gives it
+    a scheme; `choose_tables` then says whether that linear is held in 8 bits or stays in floating point.
 
     Raises:
         UsageError: a pattern of `layers` matches nothing.
@@ -28,14 +27,17 @@ def resolve_ignore(recipe: Recipe, program: Program, linears: Sequence[Linear]) 
     for found in recipe.layers:
         require_match("layers", found.match, paths)
     if ignore is None:
-        sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
-        head = [x.path for x in linears[-1:] if sizes[x.weight] == x.columns * program.vocabulary]
-        ignore = tuple(p for p in head if (entry := entry_for(recipe, p)) is None or entry.scheme is None)
+        entry = entry_for(recipe, head.path) if head else None
+        ignore = (head.path,) if head and (entry is None or entry.scheme is None) else ()
     return recipe.model_copy(update={"ignore": ignore + recipe.ignore_also, "ignore_also": ()})
 
 
-def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme], dict[str, str]]:
+def select(
+    recipe: Recipe, linears: Sequence[Linear], tables: Sequence[str] = ()
+) -> tuple[dict[str, Scheme], dict[str, str]]:
     """Return the scheme of each linear to quantize, by path in order, and the reason for each weight left out.
+
+    The patterns of `targets` and `ignore` may also match modules with `tables` of words.
 
     Raises:
         UsageError: a pattern matches nothing, an entry of `layers` decides nothing, nothing is left, or a group size
@@ -44,7 +46,7 @@ def select(recipe: Recipe, linears: Sequence[Linear]) -> tuple[dict[str, Scheme]
     paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
         for pattern in patterns:
-            require_match(kind, pattern, paths)
+            require_match(kind, pattern, [*paths, *tables])
     reasons: dict[str, str] = {}
     for path in paths:
         entry, ignored = entry_for(recipe, path), [p for p in ignore if matches(p, path)]
@@ -105,7 +107,7 @@ def before_fallback(recipe: Recipe, entry: LayerArgs | None) -> tuple[Scheme, in
 def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Iterable[Linear]) -> list[str]:
     """Return a sentence for each number of columns that a default group size does not divide."""
     taken: Counter[tuple[int, int, int]] = Counter()
-    for linear in (x for x in linears if x.path in schemes):
+    for linear in (x for x in linears if schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME):
         wanted, size = (
             before_fallback(recipe, entry_for(recipe, linear.path))[1],
             schemes[linear.path].weights.group_size,
@@ -126,8 +128,8 @@ def matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def require_match(kind: str, pattern: str, paths: list[str]) -> None:
-    """Check that a pattern matches a linear; the error lists the nearest paths."""
+def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear") -> None:
+    """Check that a pattern matches one of some modules; the error says of what kind they are and lists the nearest."""
     try:
         if any(matches(pattern, path) for path in paths):
             return
@@ -135,7 +137,7 @@ def require_match(kind: str, pattern: str, paths: list[str]) -> None:
         raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
     known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-    raise UsageError(f"{kind}: {pattern!r} matches no linear; near are {', '.join(near)}")
+    raise UsageError(f"{kind}: {pattern!r} matches no {what}; near are {', '.join(near) or 'none'}")
 
 
 def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[Linear]) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from quantize.artifact.load import read_linear
+from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.writer import PROBE
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.tensor_files import index_tensors, read_float
@@ -19,9 +19,11 @@ from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program, Segment
 from quantize.nn.kv_cache import quantized_attention, read_kv_cache
+from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.progress import track
+from quantize.pipeline.tables import module_of
 from quantize.transforms import equivalence
 
 
@@ -92,10 +94,16 @@ def stored_state(
     linears = [linear for linear in program.linears(segment) if linear.path in settings["modules"]]
     replaced = {name for linear in linears for name in (linear.weight, linear.bias)}
     names = {
-        name: next(n for n in (name, *ties.get(name, ())) if n in files)
+        name: next((n for n in (name, *ties.get(name, ())) if n in files), "")
         for name in segment.parameters
         if name not in replaced
     }
-    weights = {name: read_float(files[stored], stored) for name, stored in names.items()}
+    held = settings.get("tables", ())
+    tables = {name: nodes for name, nodes in program.word_tables.items() if module_of(name) in held}
+    weights = {name: read_float(files[stored], stored) for name, stored in names.items() if name not in tables}
     modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
-    return Overrides(weights, dict(modules), quantized_attention(segment, read_kv_cache(settings)))
+    operators = dict(quantized_attention(segment, read_kv_cache(settings)))
+    for name in (name for name in names if name in tables):
+        weights[name], scale = read_table(module_of(name), files)
+        operators |= dict.fromkeys(tables[name], Lookup(scale))
+    return Overrides(weights, dict(modules), operators)

@@ -14,9 +14,10 @@ from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
 from quantize.pipeline.layer_schemes import resolve_ignore, select
+from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
-from quantize.scheme.scheme import Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 NO_LINEAR = "no weight of a linear"
 
@@ -45,7 +46,9 @@ class Plan:
         steps: the passes in order.
         quantizer: the quantizer that rounds weights.
         schemes: the scheme of each linear to quantize, by path, in order; other linears stay in floating point.
-        reader_schemes: the same schemes by the name of the weight, which is how a basis names its readers.
+        reader_schemes: the same schemes by the name of the weight, which is how a basis names its readers, without
+            that of the linear that scores the vocabulary, for which no pass does anything.
+        tables: the names of the tables of words that are held in 8 bits.
         skipped: the parameters that are not quantized, each with the reason.
     """
 
@@ -55,6 +58,7 @@ class Plan:
     schemes: dict[str, Scheme]
     reader_schemes: dict[str, Scheme]
     skipped: dict[str, str]
+    tables: tuple[str, ...] = ()
 
     @functools.cached_property
     def default_scheme(self) -> Scheme:
@@ -71,7 +75,7 @@ class Plan:
         """Return whether anything after a block uses the calibration activations."""
         later = program.segments[program.segments.index(segment) + 1 :]
         return bool(later) and (
-            bool(self.steps) or any(x.path in self.schemes for s in later for x in program.linears(s))
+            bool(self.steps) or any(x.weight in self.reader_schemes for s in later for x in program.linears(s))
         )
 
 
@@ -82,8 +86,9 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
         UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
     """
     linears = program.all_linears
-    recipe = resolve_ignore(recipe, program, linears)
-    schemes, skipped = select(recipe, linears)
+    head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
+    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears)
+    schemes, skipped = select(recipe, linears, words)
     chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)
@@ -93,11 +98,28 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
     reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.not_replaceable | skipped
+    steps = make_steps(handlers, program, chosen)
+    tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
+    held = [*map(module_of, tables)]
+    if head and with_head:
+        schemes[head.path] = TABLE_SCHEME
+        recipe = recipe.model_copy(update={"ignore": tuple(p for p in recipe.ignore or () if p != head.path)})
+        held.append(head.path)
     resolved = recipe.model_copy(
-        update={"passes": tuple(settings(handler) for handler in handlers), "quantizer": settings(quantizer)}
+        update={
+            "passes": tuple(settings(handler) for handler in handlers),
+            "quantizer": settings(quantizer),
+            "tables": tuple(held),
+        }
     )
-    left = {name: why for name, why in reasons.items() if name not in reader_schemes}
-    return Plan(resolved, make_steps(handlers, program, chosen), quantizer, schemes, reader_schemes, left)
+    done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
+    left = {name: why for name, why in reasons.items() if name not in done}
+    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, tables)
+
+
+def changed_by(steps: Iterable[Step]) -> set[str]:
+    """Return the names of the parameters that passes change, which then differ from what they were tied to."""
+    return {edge.parameter for step in steps for b in step.sites for edge in (*b.writers, *b.readers)}
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:

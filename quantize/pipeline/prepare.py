@@ -27,6 +27,7 @@ from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
 from quantize.pipeline.prefix_check import check_prefix
+from quantize.pipeline.tables import module_of
 from quantize.recipe.recipe import Recipe
 
 
@@ -97,10 +98,12 @@ def describe_run(prepared: Prepared) -> str:
     """Return what a run would do, in lines."""
     plan, program = prepared.plan, prepared.program
     counts = Counter(scheme.label for scheme in plan.schemes.values())
-    what = " and ".join(f"{count} linears to {label}" for label, count in counts.items())
+    first, *others = counts.items()
+    what = ", ".join([f"{first[1]} linears to {first[0]}", *(f"{count} to {label}" for label, count in others)])
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
+    lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:
         lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
     for step in plan.steps:

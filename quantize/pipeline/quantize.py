@@ -57,7 +57,8 @@ class Artifact:
         """Describe in one sentence what was quantized, and how."""
         done = sum(how == "quantized" for how in self.manifest["coverage"].values())
         counts = self.manifest["schemes"]
-        mixed = ", ".join(f"{label} in {count} linears" for label, count in counts.items())
+        first, *others = (f"{label} in {count}" for label, count in counts.items())
+        mixed = ", ".join([f"{first} linears", *others])
         size = sum(path.stat().st_size for path in self.directory.glob("model-*.safetensors"))
         how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)

@@ -16,7 +16,7 @@ from quantize.checkpoint.tied_weights import TiedWeights
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
-from quantize.pipeline.block import Block
+from quantize.pipeline.block import Block, round_table
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out import HeldOutRows, HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
@@ -26,6 +26,8 @@ from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
+from quantize.pipeline.tables import module_of
+from quantize.scheme.scheme import TABLE_SCHEME
 
 TUNE_TOKENS = 1024  # tokens in a batch of tuning
 
@@ -81,13 +83,14 @@ class SequentialPipeline:
         if not last and self.held_out.given.rows:
             self.held_out.plain_rounding.run(segment.nodes, rounded_to_nearest(given).overrides())
         block = self.pass_runner.apply(given)
-        replaced = block.replaced
+        tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
+        replaced = block.replaced | tables.keys()
         changed = [n for n, W in block.weights.items() if n not in replaced and W is not given.weights[n]]
         same = [n for n in block.weights if n not in replaced and n not in changed]
         del given
         needed = self.float_reference.values or self.held_out.given.rows
         reference = block.overrides() if needed else Overrides({})
-        block = self._with_kv_cache(block.with_stored(changed))
+        block = self._with_kv_cache(block.with_stored(changed)).with_tables(tables)
         tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
         block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
@@ -101,6 +104,8 @@ class SequentialPipeline:
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
             self.ties.mark_replaced(linear.weight)
+        for name in block.tables:
+            self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         return block.tensors() | self.ties.deduplicate(tensors)
 
@@ -110,7 +115,7 @@ class SequentialPipeline:
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""
         finish, tune = self.calibrates_after(block.segment), self.plan.recipe.tune
-        if tune is None or not block.schemes:
+        if tune is None or all(scheme == TABLE_SCHEME for scheme in block.schemes.values()):
             return self.rounder.apply(block, reference, finish, keep=False)
         starts = list(self.calibration.values)
         block = self.rounder.apply(block, reference, finish, keep=True)
@@ -149,7 +154,9 @@ class SequentialPipeline:
         """Return the buffers, and the parameters that the forward pass never reads, as they are stored."""
         read = {name for segment in self.program.segments for name in segment.parameters}
         unread = {name: self.checkpoint.tensor(name) for name in self.program.parameters.values() if name not in read}
-        return self.ties.deduplicate(unread) | self.checkpoint.buffers()
+        tables = {name: round_table(unread.pop(name)).tensors() for name in self.plan.tables if name in unread}
+        stored = {f"{module_of(name)}.{part}": x for name, table in tables.items() for part, x in table.items()}
+        return self.ties.deduplicate(unread) | stored | self.checkpoint.buffers()
 
     def prefixed_probes(self) -> list[dict[str, Tensor]]:
         """Return the verification inputs with the prefix in front, as they run."""

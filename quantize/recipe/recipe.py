@@ -85,6 +85,8 @@ class Recipe(Data):
         ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one.
         ignore_also: further linears to leave in floating point.
         layers: linears with schemes of their own; if several entries match a linear, the last one counts.
+        tables: tables of words, and the linear that scores the vocabulary, to hold in 8 bits: patterns as in `targets`;
+            None names all that the artifact would not store as one tensor.
         nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
         seed: the seed of every random choice the run makes.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
@@ -102,6 +104,7 @@ class Recipe(Data):
     ignore: tuple[str, ...] | None = None
     ignore_also: tuple[str, ...] = ()
     layers: tuple[LayerArgs, ...] = ()
+    tables: tuple[str, ...] | None = None
     nsamples: int = Field(128, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)

@@ -106,6 +106,9 @@ class Scheme(Data):
         return self.weights.format.upper() if self.activations else f"{bits} {self.weights.format}"
 
 
+# Of tables of words and of the linear that scores the vocabulary, which are rounded to nearest, one scale for each row.
+TABLE_SCHEME = Scheme(weights=WeightArgs(num_bits=8))
+
 SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
 Engine = Literal["fake_quant", "reference"]

@@ -67,10 +67,10 @@ def test_every_parameter_is_listed_as_quantized_or_with_a_reason(artifact_w4a4, 
     coverage = artifact_w4a4.manifest["coverage"]
     assert coverage.keys() == {name for name, _ in float_stories.named_parameters(remove_duplicate=False)}
     linears = [name for name in coverage if name.endswith("_proj.weight")]
-    assert [name for name, how in coverage.items() if how == "quantized"] == linears
+    done = {name for name, how in coverage.items() if how == "quantized"}
+    assert done == {*linears, "lm_head.weight", "model.embed_tokens.weight"}
     assert len(linears) == 35
     reasons = {name: why for name, why in coverage.items() if why != "quantized"}
-    assert reasons.pop("lm_head.weight") == "ignored by 'lm_head'"
     assert set(reasons.values()) == {"no weight of a linear"}
 
 
@@ -81,10 +81,16 @@ def test_integers_are_packed_and_the_config_says_how(artifact_w4a4, float_storie
     for path, entry in settings["modules"].items():
         rows, columns = float_stories.get_submodule(path).weight.shape
         assert entry["columns"] == columns
+        if path == "lm_head":
+            continue
         assert stored[f"{path}.qweight"].nbytes == rows * -(-columns // 2)
         assert stored[f"{path}.zero_point"].nbytes == rows
         assert stored[f"{path}.scale"].shape == (rows, 1)
         assert f"{path}.weight" not in stored
+    for path in ("lm_head", *settings["tables"]):
+        assert (stored[f"{path}.qweight"].dtype, stored[f"{path}.scale"].shape) == (torch.int8, (512, 1))
+        assert f"{path}.weight" not in stored and f"{path}.zero_point" not in stored
+    assert settings["tables"] == ["model.embed_tokens"]
     index = read(artifact_w4a4.directory / "model.safetensors.index.json")["weight_map"]
     for name, file in index.items():
         with safe_open(artifact_w4a4.directory / file, framework="pt") as opened:
@@ -96,7 +102,7 @@ def test_it_loads_and_generates(artifact_w4a4, float_stories):
     model = load(artifact_w4a4.directory)
     assert type(model) is type(float_stories)
     assert not model.training
-    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 35
+    assert sum(isinstance(layer, QuantizedLinear) for layer in model.modules()) == 36
     found, expected = (m.generate(PROMPT, max_new_tokens=8, do_sample=False) for m in (model, float_stories))
     assert found.shape == expected.shape == (1, 12)
     with torch.no_grad():
@@ -122,7 +128,8 @@ def test_rotation_unties_weights_and_says_so(artifact_w4a4):
     assert artifact_w4a4.manifest["untied"]
     assert not read(artifact_w4a4.directory / "config.json")["tie_word_embeddings"]
     stored = tensors(artifact_w4a4.directory)
-    assert float((stored["lm_head.weight"] - stored["model.embed_tokens.weight"]).abs().max()) > 0.1
+    head, table = (stored[f"{path}.qweight"] * stored[f"{path}.scale"] for path in ("lm_head", "model.embed_tokens"))
+    assert float((head - table).abs().max()) > 0.1
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantize import load
 from quantize.errors import QuantizeError
+from quantize.nn.quantized_embedding import QuantizedEmbedding
 from quantize.nn.quantized_linear import QuantizedLinear
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -86,7 +87,7 @@ def test_a_transformers_module_loads_back_and_generates(small_run):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     loaded = load(artifact.directory)
     assert type(loaded) is LlamaForCausalLM
-    assert sum(isinstance(layer, QuantizedLinear) for layer in loaded.modules()) == 7
+    assert sum(isinstance(layer, QuantizedLinear) for layer in loaded.modules()) == 8
     assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 23)
     with torch.no_grad():
         found, expected = loaded(TOKENS).logits, model.eval()(TOKENS).logits
@@ -99,8 +100,9 @@ def test_a_hand_written_module_loads_into_a_fresh_one(small_run, module):
     artifact = small_run(model, "W8A8")
     loaded = load(artifact.directory, skeleton=fresh)
     assert type(loaded.blocks[0].qkv) is QuantizedLinear
-    assert type(loaded.head) is nn.Linear  # it scores the vocabulary
-    assert artifact.manifest["coverage"]["head.weight"] == "ignored by 'head'"
+    assert loaded.head.scheme.label == "W8A16"  # it scores the vocabulary, as `embed` holds it, and they are not tied
+    assert type(loaded.embed) is QuantizedEmbedding
+    assert {artifact.manifest["coverage"][f"{path}.weight"] for path in ("head", "embed")} == {"quantized"}
     assert distance(loaded, model) < 0.05
     assert not (artifact.directory / "config.json").exists()
     parameters = dict(model.named_parameters(remove_duplicate=False))

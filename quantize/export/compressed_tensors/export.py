@@ -18,14 +18,26 @@ from torch import Tensor, nn
 from quantize.artifact.load import load
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.errors import UsageError
-from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
+from quantize.export.comparison import (
+    as_float,
+    copy_with_replaced_linears,
+    first_outputs,
+    relative_error,
+    round_tables,
+    with_float_activations,
+)  # fmt: skip
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.format import has_packed_zero_points, quantization_config, stored
+from quantize.export.compressed_tensors.format import (
+    has_packed_zero_points,
+    held_schemes,
+    quantization_config,
+    stored,
+)
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.scheme.scheme import Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 
 def export_compressed_tensors(
@@ -49,7 +61,7 @@ def export_compressed_tensors(
         QuantizeError: a file is damaged, or transformers computes something else.
     """
     outline = Outline.read(directory)
-    schemes = outline.schemes()
+    schemes = held_schemes(outline)
     scaled = {path for path, scheme in schemes.items() if get_format(scheme.weights.format).has_global_scale}
     if not scaled and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
@@ -57,6 +69,8 @@ def export_compressed_tensors(
 
     def compressed(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
         bias = {} if linear.bias is None else {"bias": linear.bias}
+        if path not in schemes:
+            return {"weight": linear.qtensor().dequantize().to(linear.scale.dtype)} | bias
         divisor = {"input_global_scale": divisors[path]} if path in scaled else {}
         return stored(linear.qtensor(), linear.scheme.activations is None) | bias | divisor
 
@@ -104,9 +118,11 @@ def compressed_tensors_parity(
         QuantizeError: the checkpoint cannot be loaded, or rounding does not explain the difference.
     """
     inputs, model, options = probe_inputs(directory), load(directory, engine="reference"), dict[str, Any]()
+    round_tables(model, dtype)
+    model = copy_with_replaced_linears(model, lambda x: as_float(x, dtype) if x.scheme == TABLE_SCHEME else x)
     if any(map(has_packed_zero_points, schemes.values())):
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-        model = copy_with_replaced_linears(model, lambda layer: unpacked(layer, dtype))
+        model = copy_with_replaced_linears(model, lambda layer: as_float(layer, dtype))
     expected = first_outputs(model, inputs)
     found = {
         "reference": relative_error(outputs_of(written, inputs, running_type(schemes), **options), expected),
@@ -116,15 +132,6 @@ def compressed_tensors_parity(
     }
     check_difference(found["reference"], ROUNDING * torch.finfo(running_type(schemes)).eps + 2 * found["activations"])
     return found
-
-
-def unpacked(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
-    """Return a linear without online transforms as a float32 `nn.Linear`, its weight rounded to `dtype`."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    linear.weight = nn.Parameter(layer.qtensor().dequantize().to(dtype).float(), requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
-    return linear
 
 
 def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:

@@ -11,15 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import pack_int4
-from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
 MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways
 SIGN_BITS = 0x88  # the sign bits of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD = 8  # the number of 4-bit integers in an int32
+
+
+def held_schemes(outline: Outline) -> dict[str, Scheme]:
+    """Return the schemes of the linears that a checkpoint holds as integers, by path.
+
+    The linear that scores the vocabulary is left out where it is in 8 bits: it becomes floating point again, as the
+    format has no place for it beside weights with zero points, and engines differ on whether they read it.
+    """
+    return {path: scheme for path, scheme in outline.schemes().items() if scheme != TABLE_SCHEME}
 
 
 def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:

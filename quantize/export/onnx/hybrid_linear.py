@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quantize.export.onnx.lowering import lower, lower_for_prefill
-from quantize.export.onnx.matmul_integer import IntegerLinear
-from quantize.export.onnx.matmul_nbits import BlockLinear
+from quantize.export.onnx.lowering import Lowered, lower, lower_for_prefill
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -47,7 +45,7 @@ def gains(layer: QuantizedLinear) -> bool:
     return integers and (weights.num_bits, activations and activations.num_bits) == (4, 8)
 
 
-def lower_for_prompt(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
+def lower_for_prompt(layer: QuantizedLinear) -> Lowered:
     """Lower as `lower_for_prefill`; for W4A8 in groups of columns the weights are first rounded anew by channel."""
     if layer.scale.shape[1] > 1 and gains(layer):
         return lower_for_prefill(by_channel(layer))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from quantize.errors import UsageError
 from quantize.export.base import Obstacle
+from quantize.export.onnx.matmul_cast import CastLinear
 from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.matmul_nbits import BlockLinear, odd_groups
 from quantize.export.outline import Outline
@@ -17,6 +18,7 @@ from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import Scheme
 
+Lowered = BlockLinear | IntegerLinear | CastLinear
 RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
 QUANTIZED_CACHE = Obstacle(
     "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input",
@@ -47,8 +49,8 @@ def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
         return SMOOTH
     if is_block(scheme):
         return odd_groups(columns, weights.group_size)
-    if activations is None:
-        what = f"{weights.num_bits}-bit weights with floating-point activations"
+    if activations is None and (weights.group_size, weights.symmetric) != (0, True):
+        what = f"{weights.num_bits}-bit weights in groups or with zero points, and floating-point activations,"
         return Obstacle(f"{what} have no fast kernel in ONNX Runtime", instead)
     return None
 
@@ -58,10 +60,11 @@ def is_block(scheme: Scheme) -> bool:
     return scheme.weights.num_bits == 4 and (scheme.activations is None or scheme.activations.num_bits == 8)
 
 
-def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
+def lower(layer: QuantizedLinear) -> Lowered:
     """Lower a linear, float32 [..., K] → [..., N], to the ONNX operators that are fast on few tokens.
 
-    4-bit weights with float or 8-bit activations become `BlockLinear`, all other pairs of integers `IntegerLinear`.
+    4-bit weights with float or 8-bit activations become `BlockLinear`, all other pairs of integers `IntegerLinear`, and
+    other weights with float activations `CastLinear`.
 
     Raises:
         UsageError: ONNX Runtime has no kernel for the layer's scheme.
@@ -69,12 +72,12 @@ def lower(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
     if obstacle := unrunnable(layer.scheme, layer.in_features):
         raise UsageError(str(obstacle))
     activations = layer.scheme.activations
-    if activations is None or is_block(layer.scheme):
+    if is_block(layer.scheme):
         return BlockLinear(layer)
-    return IntegerLinear(layer, activations)
+    return CastLinear(layer) if activations is None else IntegerLinear(layer, activations)
 
 
-def lower_for_prefill(layer: QuantizedLinear) -> BlockLinear | IntegerLinear:
+def lower_for_prefill(layer: QuantizedLinear) -> Lowered:
     """Lower as `lower`, but make W4A8 with one group an `IntegerLinear`, which is exact.
 
     From 16 tokens on it is up to twice as fast. Its weights take 8 bits in memory.

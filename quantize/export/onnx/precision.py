@@ -8,6 +8,7 @@ import onnx_ir
 
 from quantize.export.onnx.rewrites.matching import attribute, constant, made_by
 
+CAST = "8-bit weights, float32 activations"
 INTEGERS = "8-bit weights, 8-bit activations by token, 32-bit sums"  # values of 4 and 6 bits are held in 8 bits
 PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 
@@ -22,8 +23,9 @@ def takes_weights(node: onnx_ir.Node) -> bool:
     """Return whether a node is a product with a constant matrix."""
     if node.op_type not in PRODUCTS:
         return str(node.op_type).startswith(("MatMulNBits", "MatMulInteger"))
-    turned = made_by(node.inputs[1], "Transpose")  # the exporter leaves the Transpose of a large table as it is
-    return constant(node.inputs[1] if turned is None else turned.inputs[0]) is not None
+    # The exporter leaves the Transpose of a large table as it is, and the Cast of a large weight.
+    made = made_by(node.inputs[1], "Transpose") or made_by(node.inputs[1], "Cast")
+    return constant(node.inputs[1] if made is None else made.inputs[0]) is not None
 
 
 def precision(node: onnx_ir.Node) -> str:
@@ -31,4 +33,6 @@ def precision(node: onnx_ir.Node) -> str:
     if node.op_type == "MatMulNBits":
         block = f"8-bit activations in blocks of {attribute(node, 'block_size')}"
         return f"4-bit weights, {block if attribute(node, 'accuracy_level') == 4 else 'float32 activations'}"
-    return INTEGERS if "Integer" in node.op_type else "float32"
+    if "Integer" in node.op_type:
+        return INTEGERS
+    return CAST if made_by(node.inputs[1], "Cast") is not None else "float32"

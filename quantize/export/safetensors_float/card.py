@@ -13,7 +13,7 @@ from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import sha256
 from quantize.export.outline import Outline
 from quantize.recipe.recipe import Recipe, load_recipe
-from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightArgs
 
 CARD = """\
 ---
@@ -86,6 +86,8 @@ def done(manifest: Mapping[str, Any], recipe: Recipe, outline: Outline) -> dict[
     folded = "; each is multiplied into the weight behind it here, or added to its bias" if kinds else ""
     return {
         "weights": counted(described(scheme.weights) for scheme in schemes),
+        "tables of words": counted(described(TABLE_SCHEME.weights) for _ in outline.settings.get("tables", ()))
+        or "floating point",
         "activations of the artifact": counted(rounded(scheme) for scheme in schemes),
         "passes": ", ".join(entry["name"] for entry in recipe.passes) or "none",
         "transforms in front of linears in the artifact": (counted(kinds) or "none") + folded,

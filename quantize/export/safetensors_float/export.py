@@ -13,7 +13,13 @@ from quantize.artifact.load import load
 from quantize.artifact.writer import PROBE, ArtifactWriter, as_json
 from quantize.checkpoint.key_mapping import as_stored
 from quantize.checkpoint.tensor_files import index_tensors
-from quantize.export.comparison import copy_with_replaced_linears, first_outputs, relative_error, with_float_activations
+from quantize.export.comparison import (
+    copy_with_replaced_linears,
+    first_outputs,
+    relative_error,
+    round_tables,
+    with_float_activations,
+)  # fmt: skip
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.export.safetensors_float.card import model_card
@@ -56,12 +62,13 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter, console: C
     writer.write_index()
     config = {name: value for name, value in outline.config.items() if name != "quantization_config"}
     writer.write("config.json", as_json(config))
-    parity = float_parity(directory, writer.directory, max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0))
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+    parity = float_parity(directory, writer.directory, coarsest)
     writer.write("README.md", model_card(directory, outline, dtypes, parity))
     return {"parity": parity}
 
 
-def float_parity(directory: Path, written: Path, eps: float) -> dict[str, float]:
+def float_parity(directory: Path, written: Path, dtype: torch.dtype) -> dict[str, float]:
     """Measure how far the checkpoint is from the artifact with activations in floating point, on its two probes.
 
     Both run in float32, so they differ only by the dtype in which weights are stored, which moves each weight by at
@@ -70,7 +77,7 @@ def float_parity(directory: Path, written: Path, eps: float) -> dict[str, float]
     Args:
         directory: the artifact.
         written: the checkpoint.
-        eps: the machine epsilon of the dtype in which weights are stored.
+        dtype: the dtype in which weights are stored.
 
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
@@ -81,9 +88,10 @@ def float_parity(directory: Path, written: Path, eps: float) -> dict[str, float]
         QuantizeError: the checkpoint cannot be loaded, or random errors do not explain the difference.
     """
     inputs, model = probe_inputs(directory), load(directory, engine="reference")
+    round_tables(model, dtype)
     rounded = first_outputs(model, inputs)
     expected = first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs)
-    noisy = copy_with_replaced_linears(model, lambda linear: with_noise(linear, eps / 2))
+    noisy = copy_with_replaced_linears(model, lambda linear: with_noise(linear, torch.finfo(dtype).eps / 2))
     found = {
         "reference": relative_error(outputs_of(written, inputs), expected),
         "rounding": relative_error(first_outputs(noisy, inputs), expected),

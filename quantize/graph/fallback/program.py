@@ -101,6 +101,7 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
         segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
         output=output,
         export_error=export_error,
+        ties=checkpoint.ties,
         model=model,
         paths=tuple(linears),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,11 @@ from quantize.graph.program import Program
 from quantize.graph.shapes import ShapeInfo
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes.base import LinearContext
-from quantize.pipeline.plan import Plan, Step
+from quantize.pipeline.plan import Plan, Step, changed_by
 from quantize.pipeline.rng import derived_generator
+from quantize.pipeline.tables import module_of
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.scheme.scheme import Scheme, WeightArgs
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 from quantize.transforms.online import InputTransform
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -79,15 +80,20 @@ class ArtifactEstimate:
     @functools.cached_property
     def tensors(self) -> list[dict[str, Tensor]]:
         """The tensors that each file of weights will hold."""
-        kept, found = set(self.parameters) - self._replaced - self._left_out, list[dict[str, Tensor]]()
+        tables = {name: self.parameters[name] for name in self.plan.tables}
+        kept = set(self.parameters) - self._replaced - self._left_out - set(tables)
+        found = list[dict[str, Tensor]]()
         for segment in self.program.segments:
             new = {name: self.parameters[name] for name in segment.parameters if name in kept}
             for linear in self.program.linears(segment):
                 state = self.modules[linear.path].state_dict() if linear.path in self.modules else {}
                 new |= {f"{linear.path}.{name}": tensor for name, tensor in state.items()}
+            new |= stored_tables(tables, segment.parameters)
             found.append(new)
             kept -= set(new)
-        return [*found, {name: self.parameters[name] for name in kept} | self.checkpoint.buffers()]
+        read = {name for segment in self.program.segments for name in segment.parameters}
+        unread = stored_tables(tables, tables.keys() - read)
+        return [*found, {name: self.parameters[name] for name in kept} | unread | self.checkpoint.buffers()]
 
     @property
     def _replaced(self) -> set[str]:
@@ -97,8 +103,8 @@ class ArtifactEstimate:
     @property
     def _left_out(self) -> set[str]:
         """The names that will not be stored: all but one of tied parameters that no pass touches and that stay tied."""
-        touched = {e.parameter for step in self.plan.steps for b in step.sites for e in (*b.writers, *b.readers)}
-        groups = {names for names in self.checkpoint.ties.values() if not {*names} & (touched | self._replaced)}
+        changed = changed_by(self.plan.steps) | self._replaced | set(self.plan.tables)
+        groups = {names for names in self.checkpoint.ties.values() if not {*names} & changed}
         order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
         return {name for names in groups for name in sorted(names, key=lambda n: order.get(n, len(order)))[1:]}
 
@@ -148,6 +154,16 @@ class ArtifactEstimate:
 def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
     """Quantize a weight on the meta device; blocks are alike, so each shape is quantized once."""
     return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
+
+
+def stored_tables(tables: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors that are stored of some of the tables of words, which are given on the meta device."""
+    made = {
+        module_of(name): quantize_on_meta(tables[name].shape, tables[name].dtype, TABLE_SCHEME.weights)
+        for name in names
+        if name in tables
+    }
+    return {f"{path}.{part}": x for path, table in made.items() for part, x in table.tensors().items()}
 
 
 def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.dtype]:

@@ -99,8 +99,8 @@ class MemoryEstimate(ArtifactEstimate):
         return self.plan.recipe.tune is None
 
     def together(self, segment: Segment) -> list[list[Linear]]:
-        """Return the linears of a block that are quantized, those with the same input together."""
-        return by_input(x for x in self.program.linears(segment) if x.path in self.modules)
+        """Return the linears of a block that the quantizer rounds, those with the same input together."""
+        return by_input(x for x in self.program.linears(segment) if x.weight in self.plan.reader_schemes)
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:
         """Return the quantizer's bytes: copies of the weights that share an input, H in float32, drift and input."""

@@ -23,6 +23,8 @@ from quantize.pipeline.held_out import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.steps.referee import Referee
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.scheme.scheme import TABLE_SCHEME
 from quantize.transforms.online import InputTransform
 
 
@@ -54,7 +56,11 @@ class WeightRounder:
             keep: whether the float weights stay in the block.
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
-        quantized, targets = dict[Linear, QuantizedLinear](), list(block.schemes)
+        quantized = {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
+        state.linears.update({linear.node: module for linear, module in quantized.items()})
+        if not keep:
+            self._free_weights(state, list(quantized))
+        targets = [linear for linear in block.schemes if linear not in quantized]
         held_out = Referee(self.program, self.held_out, self.context.prefix)
         for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
@@ -74,6 +80,15 @@ class WeightRounder:
                     self._free_weights(state, part)
             trim_heap()
         return replace(block, quantized=quantized)
+
+    def _rounded_head(self, linear: Linear, block: Block) -> QuantizedLinear:
+        """Round the linear that scores the vocabulary to nearest, whatever the quantizer, as its columns cost too much.
+
+        Every rank rounds all of it, which takes no longer than to send a part of it.
+        """
+        W, args = block.weight(linear), block.schemes[linear].weights
+        weight = RoundToNearest().quantize(W, args, None, block.dtypes[linear.weight])
+        return block.quantize(linear, weight, self.context.prefix)
 
     def _free_weights(self, state: Overrides, linears: Sequence[Linear]) -> None:
         """Drop float weights that only replaced linears have read."""

@@ -18,7 +18,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.rng import derived_generator
-from quantize.scheme.scheme import TuneArgs
+from quantize.scheme.scheme import TABLE_SCHEME, TuneArgs
 from quantize.transforms.equivalence import floating
 
 CELL = 0.49  # in steps: a weight starts at most this far from its rounded value, so that tuning starts at that value
@@ -87,7 +87,8 @@ class BlockTuner:
             starts: the quantized model's values in front of the block, batch by batch.
             targets: the outputs of the float model's block for the same batches, by node.
         """
-        made = {linear: STELinear(done, block.weight(linear)) for linear, done in block.quantized.items()}
+        rest = {x: done for x, done in block.quantized.items() if done.scheme == TABLE_SCHEME}  # rounded to nearest
+        made = {x: STELinear(done, block.weight(x)) for x, done in block.quantized.items() if x not in rest}
         state, segment = block.overrides(), block.segment
         live = replace(state, linears=state.linears | {linear.node: latent for linear, latent in made.items()})
         adam = torch.optim.Adam([latent.u for latent in made.values()], self.args.learning_rate)
@@ -99,7 +100,7 @@ class BlockTuner:
             adam.step()
             schedule.step()
         tuned = {x: block.quantize(x, to_qtensor(latent), self.context.prefix) for x, latent in made.items()}
-        return replace(block, quantized=tuned)
+        return replace(block, quantized=tuned | rest)
 
     def _loss(self, segment: Segment, values: Values, target: Mapping[fx.Node, Tensor], live: Overrides) -> Tensor:
         """Return the loss: a mean over tokens, and a sum over the block's outputs."""

@@ -263,10 +263,10 @@ def test_what_onnx_runtime_cannot_do_is_refused():
     smooth = SYMMETRIC_8.model_copy(update={"runtime_smooth": RuntimeSmoothArgs()})
     with pytest.raises(UsageError, match=r"runtime smooth sorts .* quantize without the pass `runtime_smooth`"):
         lower(random_linear(48, scheme(4, smooth)))
-    with pytest.raises(UsageError, match=r"8-bit weights with floating-point activations .* quantize with one of"):
-        lower(random_linear(48, scheme(8)))
-    with pytest.raises(UsageError, match=r"^6-bit weights with floating-point activations .* one of W8A8, W6A6"):
-        lower(random_linear(48, scheme(6)))
+    with pytest.raises(UsageError, match=r"8-bit weights in groups or .*, and floating-point .* quantize with one of"):
+        lower(random_linear(48, scheme(8, group_size=24)))
+    with pytest.raises(UsageError, match=r"^6-bit weights in groups or with zero points, .* one of W8A8, W6A6"):
+        lower(random_linear(48, scheme(6, symmetric=False)))
 
 
 def test_a_rewritten_model_shares_its_weights():

@@ -268,8 +268,10 @@ def test_the_card_says_what_was_done(cli, artifact_one_layer, tmp_path):
     own = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for line in [
         "# LlamaForCausalLM: weights of W4A4 in floating point",
-        "- weights: 7 × 4-bit integers, with zero points, one scale for each channel",
-        "- activations of the artifact: 7 × 4 bits",
+        "- weights: 7 × 4-bit integers, with zero points, one scale for each channel; "
+        "1 × 8-bit integers, symmetric, one scale for each channel",
+        "- tables of words: 1 × 8-bit integers, symmetric, one scale for each channel",
+        "- activations of the artifact: 7 × 4 bits; 1 × floating point",
         "- passes: rescale, fold_norms, learned_rotation, activation_clip",
         "- transforms in front of linears in the artifact: 2 × hadamard; each is multiplied into the weight behind it "
         "here, or added to its bias",
@@ -295,6 +297,7 @@ def test_the_card_of_weights_alone(artifact_rtn, tmp_path):
     assert "leaves activations in floating point, too: it computes the same." in card
     assert "Activations are not quantized" not in card
     for line in (
+        "- tables of words: floating point",
         "- activations of the artifact: 7 × floating point",
         "- passes: none",
         "- transforms in front of linears in the artifact: none",

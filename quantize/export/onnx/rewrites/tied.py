@@ -60,4 +60,4 @@ def is_transpose(weight: onnx_ir.Value, table: onnx_ir.Value) -> bool:
         return transpose.inputs[0] is table and attribute(transpose, "perm") == [1, 0]
     if columns is None or rows is None or columns.ndim != 2 or rows.shape != columns.shape[::-1]:
         return False
-    return np.array_equal(rows, columns.T)
+    return rows.dtype == columns.dtype and np.array_equal(rows, columns.T)
