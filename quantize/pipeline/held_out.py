@@ -135,7 +135,8 @@ class HeldOutRuns:
                 errors[name] = max(errors[name], relative_error(y, expected))
                 if y.shape[-1] == self.program.vocabulary:
                     labels = self._next_tokens(number)
-                    found[name] += divergence(*(x[0, -len(labels) - 1 : -1] for x in (y, expected)), labels)
+                    scored = slice(-len(labels) - 1, -1)
+                    found[name] += divergence(y[0, scored], expected[0, scored], labels)
         self.scores = self._means(found) if found["quantized"].tokens else {k: {"error": v} for k, v in errors.items()}
 
     def _means(self, found: Mapping[str, Divergence]) -> Scores:
