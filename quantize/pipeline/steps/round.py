@@ -114,22 +114,26 @@ class WeightRounder:
         """Return the Gram matrix of a linear's input, rounded if the quantizer compares it with the float model's."""
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals, ranks, rest = gram.totals(columns, 1 + float_reference), self.context.ranks, self.context.prefix.rest
+        totals, ranks = gram.totals(columns, 1 + float_reference), self.context.ranks
         pairs = self._inputs(source, input_transform)
         ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
         fill_lower(totals[0])
-        seen = sum(rest(values[source]).numel() for values in self.calibration.values) // columns
+        seen = sum(values[source].numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
         return gram
 
     def _inputs(self, source: fx.Node, input_transform: InputTransform) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the arguments of `Gram.update`, batch by batch."""
-        rest = self.context.prefix.rest
+        """Yield the arguments of `Gram.update`, batch by batch.
+
+        Rows of the prefix are not rounded, but weights multiply them like all others.
+        """
+        rotate, runs = input_transform.rotate, self.calibration.values
         if not self.plan.quantizer.needs_float_reference:
-            return ((input_transform.rotate(rest(values[source])), None) for values in self.calibration.values)
-        pairs = zip(self.calibration.values, self.float_reference.values, strict=True)
+            return ((rotate(values[source]), None) for values in runs)
+        pairs = zip(runs, self.float_reference.values, strict=True)
+        apart = self.context.prefix.apart
         return (
-            (input_transform.quantized(rest(values[source])), input_transform.rotate(rest(reference[source])))
+            (apart(values[source], rotate, input_transform.quantized), rotate(reference[source]))
             for values, reference in pairs
         )
 
