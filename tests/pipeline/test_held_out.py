@@ -87,7 +87,7 @@ def broken_gptq(monkeypatch):
 @pytest.mark.usefixtures("broken_gptq")
 def test_linears_that_lose_by_calibration_are_rounded_plainly(stories, small_run):
     found = small_run(stories, "W4A8", nsamples=16, seqlen=64).manifest
-    assert set(found["held_out"]["rounded_plainly"]) == found["quantization"]["modules"].keys()
+    assert set(found["held_out"]["rounded_plainly"]) == found["quantization"]["modules"].keys() - {"lm_head"}
 
 
 def test_calibration_is_kept_where_it_helps(stories, small_run):
