@@ -77,6 +77,7 @@ def artifact_w4a4(stories, stories_calibration, tmp_path_factory):
         stories,
         output_dir=output,
         scheme="W4A4",
+        recipe="w4a4-folded",
         calibration=stories_calibration,
         group_size=0,
         nsamples=8,
@@ -103,7 +104,7 @@ def program(one_layer):
 def artifact_one_layer(one_layer, stories_calibration, tmp_path_factory):
     """Quantize one layer, rotated and rounded by GPTQ, with the least data and seed 0."""
     output = tmp_path_factory.mktemp("one-layer-w4a4") / "artifact"
-    return quantize_model(one_layer, output_dir=output, scheme="W4A4", calibration=stories_calibration, **SMALL)
+    return quantize_model(one_layer, output_dir=output, recipe="w4a4-folded", calibration=stories_calibration, **SMALL)
 
 
 @pytest.fixture(scope="session")

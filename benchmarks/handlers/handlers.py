@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from quantize.recipe.recipe import load_recipe
 
-DEFAULT = "default recipe"
+WHOLE = "whole recipe"  # the default recipe, and at W4A4 `w4a4-folded`, whose parts are the handlers here
 GPTQ, RTN = {"name": "gptq"}, {"name": "rtn"}
 RIDGE = {"name": "gptaq", "alpha": 1.0, "ridge": 1.0}
 FOLD, ROTATE = {"name": "fold_norms"}, {"name": "rotate"}
@@ -54,19 +55,25 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "Hadamard, prefix tokens searched": recipe(FOLD, ROTATE, prefix={"search": True}),
     FINETUNED: recipe(),
     "rescaled, Hadamard, GPTAQ with a ridge": recipe(named("rescale"), FOLD, ROTATE, quantizer=RIDGE),
-    DEFAULT: {},
+    WHOLE: {},
 }
 LANGUAGE_ONLY = {"Hadamard, prefix tokens searched", FINETUNED}
 
 
+def whole(scheme: str) -> dict[str, Any]:
+    """Return the changes of a scheme's default recipe that make the recipe whose parts are measured."""
+    folded = load_recipe("W4A4", Path("w4a4-folded"))
+    return {"passes": list(folded.passes)} if scheme == "W4A4" else {}
+
+
 @functools.cache
 def left_out(scheme: str) -> dict[str, dict[str, Any]]:
-    """Return the default recipe without one of its handlers, for each in turn.
+    """Return the whole recipe without one of its handlers, for each in turn.
 
     A better quantizer counts as a handler, and a fold of gains does not. Learned rotations are left out twice: in
     favour of random Hadamard matrices, and of none.
     """
-    default = load_recipe(scheme, None)
+    default = load_recipe(scheme, whole(scheme))
     without: dict[str, dict[str, Any]] = {
         step["name"]: {"passes": [other for other in default.passes if other is not step]}
         for step in default.passes
@@ -79,4 +86,4 @@ def left_out(scheme: str) -> dict[str, dict[str, Any]]:
         without["GPTAQ, with GPTQ"] = {"quantizer": GPTQ}
     if default.quantizer.get("ridge"):
         without["the ridge"] = {"quantizer": {**default.quantizer, "ridge": 0.0}}
-    return {f"{DEFAULT}, without {name}": changes for name, changes in without.items()}
+    return {f"{WHOLE}, without {name}": whole(scheme) | changes for name, changes in without.items()}

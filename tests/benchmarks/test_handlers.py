@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from benchmarks.handlers.bench import SCHEMES, SEEDS, TOGETHER, cells, missing
-from benchmarks.handlers.handlers import DEFAULT, HANDLERS, LANGUAGE_ONLY, left_out
+from benchmarks.handlers.handlers import HANDLERS, LANGUAGE_ONLY, WHOLE, left_out, whole
 from benchmarks.handlers.report import markdown
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.errors import UsageError
@@ -77,14 +77,14 @@ def test_every_handler_is_a_legal_recipe(changes):
 
 def test_what_is_left_out_of_a_default_recipe():
     """Each handler, the learning of rotations without the rotations, and what is better than GPTQ; never the fold."""
-    default = load_recipe("W4A4", None)
+    default = load_recipe("W4A4", whole("W4A4"))
     left = {name: load_recipe("W4A4", changes) for name, changes in left_out("W4A4").items()}
     assert len(left) == len(default.passes) - 1 + 3
     for recipe in left.values():
-        assert recipe.passes[-1] == default.passes[-1] or recipe == left[f"{DEFAULT}, without activation_clip"]
+        assert recipe.passes[-1] == default.passes[-1] or recipe == left[f"{WHOLE}, without activation_clip"]
         assert {"name": "fold_norms"} in recipe.passes
         assert (recipe.passes, recipe.quantizer) != (default.passes, default.quantizer)
-    assert list(left_out("W8A8")) == [f"{DEFAULT}, without smoothquant"]
+    assert list(left_out("W8A8")) == [f"{WHOLE}, without smoothquant"]
 
 
 def test_what_is_measured_is_not_measured_again():
@@ -96,8 +96,8 @@ def test_what_is_measured_is_not_measured_again():
     assert set(cells("MiniLM", "W4A8")) - set(left) == {("AQAS", 0)}
     language = {handler for handler, _ in cells("books-llama", "W4A8")}
     assert language - {handler for handler, _ in cells("MiniLM", "W4A8")} == LANGUAGE_ONLY
-    assert {(DEFAULT, seed) for seed in SEEDS["W4A8"]} < set(left)
-    assert {(DEFAULT, seed) for seed in SEEDS["W4A4"]} < set(cells("MiniLM", "W4A4"))
+    assert {(WHOLE, seed) for seed in SEEDS["W4A8"]} < set(left)
+    assert {(WHOLE, seed) for seed in SEEDS["W4A4"]} < set(cells("MiniLM", "W4A4"))
     assert everything[0][3][0][1] == SEEDS["W4A4"][0] < everything[-1][3][0][1]
 
 
@@ -105,9 +105,9 @@ def test_tables_mark_the_best_and_claims_that_do_not_hold():
     common = {"scheme": "W4A4", "seed": 0, "cost": 0.05, "kurtosis": 3.0, "kurtosis_before": 20.0}
     rows = [
         common | {"model": "books-llama", "twin": "as it is", "handler": "AQAS", "increase": 0.2, "kl": 0.1},
-        common | {"model": "books-llama", "twin": "as it is", "handler": DEFAULT, "increase": 0.1, "kl": 0.2},
+        common | {"model": "books-llama", "twin": "as it is", "handler": WHOLE, "increase": 0.1, "kl": 0.2},
         common | {"model": "MiniLM", "twin": "channel", "handler": "AQAS", "retained": 0.5, "distance": 0.2},
-        common | {"model": "MiniLM", "twin": "channel", "handler": DEFAULT, "retained": 0.9, "distance": 0.1},
+        common | {"model": "MiniLM", "twin": "channel", "handler": WHOLE, "retained": 0.9, "distance": 0.1},
     ]
     claim = {"claim": "x ≤ y", "paper": "p", "left": 2.0, "right": 1.0, "factor": 1.0, "holds": False}
     lines = markdown(rows, [claim]).splitlines()
@@ -119,7 +119,7 @@ def test_tables_mark_the_best_and_claims_that_do_not_hold():
 def test_what_a_handler_adds_is_a_ratio_seed_by_seed():
     common = {"scheme": "W4A4", "model": "MiniLM", "twin": "as it is", "cost": 0.0, "kurtosis": 1.0}
     common |= {"retained": 1.0, "kurtosis_before": 1.0}
-    found = {DEFAULT: (0.1, 0.2), f"{DEFAULT}, without a": (0.12, 0.2), f"{DEFAULT}, without b": (0.09, 0.1)}
+    found = {WHOLE: (0.1, 0.2), f"{WHOLE}, without a": (0.12, 0.2), f"{WHOLE}, without b": (0.09, 0.1)}
     rows = [common | {"handler": h, "seed": s, "distance": d[s]} for h, d in found.items() for s in (0, 1)]
     lines = markdown(rows, []).splitlines()
     assert "| a | +10.0% (+0.0% to +20.0%) | +10.0% ± 10.0% |" in lines

@@ -127,7 +127,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
     )
     for line in [
         "6 linears to W4A4, in 3 blocks, rounded by gptaq",
-        "pass learned_rotation: 2 bases offline, 2 linears online",
+        "pass rotate: 1 bases offline, 6 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
         "calibration: 2 rows, 32 tokens, each row behind <s>",

@@ -29,7 +29,7 @@ def test_experts_stay_in_float_and_follow_the_rotation(tmp_path):
     text.write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in ids))
     out = tmp_path / "out"
     artifact = quantize_model(
-        tmp_path / "model", output_dir=out, scheme="W4A4", calibration=text, group_size=0, seqlen=16
+        tmp_path / "model", output_dir=out, recipe="w4a4-folded", calibration=text, group_size=0, seqlen=16
     )
     assert artifact.manifest["coverage"]["model.layers.0.mlp.experts.down_proj"] == STACK
     assert max(artifact.manifest["gate"]["passes"]["learned_rotation"].values()) < 1e-5

@@ -153,7 +153,7 @@ def test_every_linear_is_rotated_online_and_only_that(small_run, module):
     assert artifact.manifest["coverage"]["blocks.1.up.weight"] == "ignored by 'blocks.1.up'"
     assert artifact.manifest["coverage"].keys() == dict(module().named_parameters()).keys()
     (passed,) = artifact.manifest["gate"]["passes"].items()
-    assert passed[0] == "learned_rotation"
+    assert passed[0] == "rotate"
     assert passed[1].keys() == {"blocks.0", "blocks.1", "tail"}
     assert all(0 < difference < 1e-5 for difference in passed[1].values())
 
@@ -295,7 +295,7 @@ def test_a_directory_through_the_command(cli, longformer, stories_calibration, t
     options += ["--calibration", stories_calibration]
     planned = cli(longformer, *options, "--dry-run")
     assert planned.code == 0
-    assert "pass learned_rotation: 0 bases offline, 13 linears online" in planned.out.splitlines()
+    assert "pass rotate: 0 bases offline, 13 linears online" in planned.out.splitlines()
     line = next(line for line in planned.out.splitlines() if line.startswith("the model cannot be exported ("))
     assert WHY in line
     assert line.endswith("): only online transforms are used")

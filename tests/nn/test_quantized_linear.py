@@ -296,7 +296,8 @@ def gpt2(tmp_path_factory):
 def quantized(gpt2):
     """Artifacts of all of it by scheme."""
     settings = {"calibration": gpt2 / "rows.jsonl", "group_size": 0, "nsamples": 16, "seqlen": 32}
-    return {s: quantize_model(gpt2 / "model", output_dir=gpt2 / s, scheme=s, **settings) for s in ("W8A8", "W4A4")}
+    recipes = {"W8A8": "w8a8", "W4A4": "w4a4-folded"}
+    return {s: quantize_model(gpt2 / "model", output_dir=gpt2 / s, recipe=r, **settings) for s, r in recipes.items()}
 
 
 def test_gpt2_end_to_end(gpt2, quantized):

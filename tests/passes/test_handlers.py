@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,7 +289,7 @@ def test_whole_bases_are_learned_and_heads_are_not():
 
 def test_a_basis_that_runs_through_the_model_is_surveyed(one_layer, program):
     """Inputs of all linears that read the residual stream, as they are behind the passes before: of norm one."""
-    plan = make_plan(load_recipe("W4A4", {}, group_size=0), program)
+    plan = make_plan(load_recipe(None, Path("w4a4-folded"), group_size=0), program)
     found = collect_global_statistics(
         open_checkpoint(one_layer), program, plan, [{"input_ids": torch.arange(96).reshape(2, 48)}], RunContext()
     )

@@ -230,7 +230,7 @@ def test_parts_double_until_half_a_minute_is_over(foreseen, one_layer, monkeypat
 
 
 def test_what_is_learned_in_steps_takes_part_of_them(foreseen, one_layer):
-    changes = {"tune": {"steps": 100}}
+    changes = {"tune": {"steps": 100}, "passes": [{"name": "learned_rotation"}]}
     plan = shortened(foreseen(one_layer, "W4A4", changes).plan, 1 / 16)
     steps = {step.handler.name: step.handler.steps for step in plan.steps if "steps" in step.handler.model_dump()}
     assert steps == {"learned_rotation": 12}
@@ -250,7 +250,8 @@ def test_times_are_told_as_people_tell_them():
 
 
 def test_hadamard_sizes_are_named(foreseen, one_layer):
-    assert list(foreseen(one_layer, "W4A4").hadamards()) == [
+    passes = [{"name": "fold_norms"}, {"name": "learned_rotation"}]
+    assert list(foreseen(one_layer, "W4A4", {"passes": passes}).hadamards()) == [
         "learned_rotation: 1 bases offline, order 64 = 8 ⊗ 8",
         "learned_rotation: 1 bases offline, order 8 = 2 ⊗ 4",
         "online in front of 1 linears: order 8 = 2 ⊗ 4 across heads of 8",

@@ -153,7 +153,8 @@ def test_an_artifact_holds_each_scheme_and_says_so(mixed):
 
 def test_a_dry_run_tells_both(cli, one_layer, tmp_path):
     recipe = tmp_path / "mixed.toml"
-    recipe.write_text('[[layers]]\nmatch = "re:.*down_proj"\nscheme = "W8A8"\n')
+    passes = 'passes = [{ name = "fold_norms" }, { name = "rotate" }]'
+    recipe.write_text(f'{passes}\n[[layers]]\nmatch = "re:.*down_proj"\nscheme = "W8A8"\n')
     options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--recipe", recipe]
     shown = cli(one_layer, "--scheme", "W4A4", *options, "--dry-run")
     assert shown.code == 0

@@ -21,12 +21,14 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.resume.work_dir import partial_directory
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.serialization import contiguous, load_state, save_state
+from quantize.recipe.recipe import load_recipe
 from quantize.transforms.fold import CentredRotation, Diagonal, Rotation
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
+FOLDED = {"passes": list(load_recipe("W4A4", Path("w4a4-folded")).passes)}
 RECIPES = {
     "GPTQ": {"scheme": "W4A16", "changes": {"quantizer": {"name": "gptq"}}},
-    "learned rotations and GPTAQ": {"scheme": "W4A4", "changes": {}},
+    "learned rotations and GPTAQ": {"scheme": "W4A4", "changes": FOLDED},
     "runtime smooth and tuning": {
         "scheme": "W4A4",
         "changes": {
@@ -97,7 +99,7 @@ def attempt(cli, program, stories_calibration, tmp_path, monkeypatch):
     monkeypatch.setattr("quantize.graph.export.export_program", lambda _: program)
 
     def run(model, *arguments, data=stories_calibration, resume=("--resume",)):
-        options = ["--scheme", "W4A4", "--group-size", 0, "--calibration", data, "--nsamples", 2, "--seqlen", 16]
+        options = ["--recipe", "w4a4-folded", "--group-size", 0, "--calibration", data, "--nsamples", 2, "--seqlen", 16]
         return cli(model, *options, "--output-dir", tmp_path / "out", *resume, *arguments)
 
     return run
