@@ -112,7 +112,7 @@ def test_tables_mark_the_best_and_claims_that_do_not_hold():
     claim = {"claim": "x ≤ y", "paper": "p", "left": 2.0, "right": 1.0, "factor": 1.0, "holds": False}
     lines = markdown(rows, [claim]).splitlines()
     assert "| AQAS | 5.0% | **+0.2000 (0.1000)** κ 3.0 |" in lines
-    assert "| default recipe | 5.0% | **90.0% (0.1000)** κ 3.0 |" in lines
+    assert "| whole recipe | 5.0% | **90.0% (0.1000)** κ 3.0 |" in lines
     assert "| x ≤ y | p | 2 | 1 | 1 | **no** |" in lines
 
 

@@ -24,6 +24,7 @@ from quantize.graph.program import Program
 from quantize.graph.shapes import ShapeInfo
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes.base import LinearContext
+from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.plan import Plan, Step, changed_by
 from quantize.pipeline.rng import derived_generator
 from quantize.pipeline.tables import module_of
@@ -41,6 +42,7 @@ class ArtifactEstimate:
     Attributes:
         checkpoint, program, plan, samples: the parts of the prepared run.
         dtypes: the dtype in which each parameter is stored.
+        held_out: the rows that the run judges its result by.
     """
 
     checkpoint: Checkpoint
@@ -48,6 +50,7 @@ class ArtifactEstimate:
     plan: Plan
     samples: Samples
     dtypes: Mapping[str, torch.dtype]
+    held_out: HeldOutRows
 
     @functools.cached_property
     def parameters(self) -> dict[str, Tensor]:

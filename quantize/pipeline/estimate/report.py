@@ -16,7 +16,9 @@ from quantize.pipeline.prepare import Prepared
 def preflight(prepared: Prepared) -> MemoryEstimate:
     """Estimate a prepared run from the headers of the files alone."""
     dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
-    return MemoryEstimate(prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes)
+    return MemoryEstimate(
+        prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes, prepared.held_out
+    )
 
 
 def estimates(found: MemoryEstimate, opened: float, console: Console | None = None) -> Iterator[str]:
