@@ -18,7 +18,8 @@ from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.pipeline.block import Block, round_table
 from quantize.pipeline.context import RunContext
-from quantize.pipeline.held_out import HeldOutRows, HeldOutRuns, rounded_to_nearest
+from quantize.pipeline.held_out import HeldOutRows
+from quantize.pipeline.held_out_runs import HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import contiguous

@@ -7,7 +7,8 @@ from typing import Any
 
 from quantize.calibration.data import Samples
 from quantize.graph.program import Program
-from quantize.pipeline.held_out import FEW_DIFFERENT, HeldOutRuns, different_tokens
+from quantize.pipeline.held_out import FEW_DIFFERENT, different_tokens
+from quantize.pipeline.held_out_runs import HeldOutRuns
 
 ROWS_PER_COLUMN = 2  # calibration tokens for each input channel below which they are called few
 

@@ -8,6 +8,7 @@ import torch
 from quantize.calibration.data import Samples
 from quantize.calibration.logits import divergence
 from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.errors import UsageError
 from quantize.pipeline.held_out import hold_out
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.steps.referee import Referee
@@ -46,6 +47,13 @@ def test_other_text_judges_only_by_windows_that_the_run_does_not_see():
     held = hold_out(given, True, lambda: other)[1]
     assert len(held.rows) == 16
     assert not any(torch.equal(a["input_ids"], b["input_ids"]) for a in given.rows for b in held.rows)
+
+
+def test_a_tokenizer_that_does_not_fit_the_model_is_no_reason_to_stop():
+    def wrong():
+        raise UsageError("the token id 900; the model knows 0 to 63")
+
+    assert len(hold_out(samples(4), True, wrong)[1].rows) == 1
 
 
 def test_without_a_tokenizer_one_of_three_rows_is_held_back():

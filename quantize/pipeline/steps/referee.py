@@ -12,7 +12,7 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
-from quantize.pipeline.held_out import HeldOutRuns
+from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.quantizers.rtn import RoundToNearest
 
 

@@ -19,7 +19,7 @@ from quantize.graph.program import Program
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
-from quantize.pipeline.held_out import HeldOutRuns
+from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.steps.referee import Referee

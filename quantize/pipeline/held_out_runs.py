@@ -1,0 +1,119 @@
+"""The run says at its end what the float model, plain rounding and its result make of the rows held back.
+
+The three models go through the blocks side by side, so that no weight is held longer than the run itself holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from quantize.calibration.logits import Divergence, divergence
+from quantize.calibration.runner import SequentialRunner, unpacked
+from quantize.graph.interpreter import Overrides, run_nodes
+from quantize.graph.program import Program
+from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.block import Block
+from quantize.pipeline.held_out import HeldOutRows
+from quantize.quantizers.rtn import RoundToNearest
+
+LOGIT_BYTES = 1 << 27  # the most that the logits of a row may take; rows for large vocabularies are cut
+Scores = dict[str, dict[str, float]]
+
+
+@dataclass
+class HeldOutRuns:
+    """The rows that were held back, on their way through the float model, plain rounding and the quantized model.
+
+    Plain rounding takes the weights as they are to the nearest values of the same schemes, without any pass. A prefix
+    stands in front of the rows in all three models.
+
+    Attributes:
+        scores: `loss` (nats per token) and `kl` (to the float model, nats per token), or `error` (‖y - y'‖ / ‖y'‖) of
+            a model without a vocabulary, for `float`, `plain_rounding` and `quantized`; set after the last block.
+        rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
+    """
+
+    program: Program
+    given: HeldOutRows
+    prefix: PrefixTokens
+    float_model: SequentialRunner = field(init=False)
+    plain_rounding: SequentialRunner = field(init=False)
+    quantized: SequentialRunner = field(init=False)
+    scores: Scores = field(default_factory=dict)
+    rounded_plainly: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        n = self.length
+        rows = [{k: (x if x.is_floating_point() else x[:n])[None] for k, x in row.items()} for row in self.given.rows]
+        behind = self.prefix.batches(rows)
+        self.float_model, self.plain_rounding, self.quantized = (
+            SequentialRunner(self.program, behind) for _ in range(3)
+        )
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that are taken of a row."""
+        return max(2, LOGIT_BYTES // 4 // self.program.vocabulary)
+
+    def runners(self) -> dict[str, SequentialRunner]:
+        """Return the three runners by name."""
+        names = ("float_model", "plain_rounding", "quantized")
+        return {f"held_out_{name}": getattr(self, name) for name in names}
+
+    def score(self, reference: Overrides, unchanged: Block, block: Block) -> None:
+        """Run the last block in all three models, row by row, since the logits of all rows may not fit into memory.
+
+        Args:
+            reference: what the float model's block runs with.
+            unchanged: the block before any pass.
+            block: the block as it is written.
+        """
+        found = {"plain_rounding": Divergence(), "quantized": Divergence()}
+        errors, states = dict.fromkeys(found, 0.0), (rounded_to_nearest(unchanged).overrides(), block.overrides())
+        for number in range(len(self.given.rows)):
+            expected = self._output(self.float_model, number, block, reference)
+            for name, runner, state in zip(found, (self.plain_rounding, self.quantized), states, strict=True):
+                y = self._output(runner, number, block, state)
+                errors[name] = max(errors[name], relative_error(y, expected))
+                if y.shape[-1] == self.program.vocabulary:
+                    labels = self._next_tokens(number)
+                    scored = slice(-len(labels) - 1, -1)
+                    found[name] += divergence(y[0, scored], expected[0, scored], labels)
+        self.scores = self._means(found) if found["quantized"].tokens else {k: {"error": v} for k, v in errors.items()}
+
+    def _means(self, found: Mapping[str, Divergence]) -> Scores:
+        scores = {name: {"kl": each.mean("kl")} for name, each in found.items()}
+        if self.given.generates:
+            for name, each in found.items():
+                scores[name]["loss"] = each.mean("loss")
+            scores["float"] = {"loss": found["quantized"].mean("reference_loss")}
+        return scores
+
+    def _output(self, runner: SequentialRunner, number: int, block: Block, state: Overrides) -> Tensor:
+        """Return the first output of one row, [1, tokens, V] for a model that scores a vocabulary."""
+        values = dict(runner.values[number])
+        with unpacked(state.linears.values(), state.product_dtype):
+            run_nodes(self.program, block.segment.nodes, values, state)
+        output: Tensor = values[self.program.output.all_input_nodes[0]]
+        return output
+
+    def _next_tokens(self, number: int) -> Tensor:
+        row = next(x for x in self.given.rows[number].values() if not x.is_floating_point())
+        return row[1 : self.length]
+
+
+def rounded_to_nearest(block: Block) -> Block:
+    """Return a block whose linears are rounded to nearest as they are."""
+    rtn, found = RoundToNearest(), {}
+    for linear, scheme in block.schemes.items():
+        (weight,) = rtn.quantize_weights([block.weight(linear)], scheme.weights, None, block.dtypes[linear.weight])
+        found[linear] = block.quantize(linear, weight, PrefixTokens())
+    return replace(block, quantized=found)
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    """Return ‖y - y'‖ / ‖y'‖."""
+    return float((y.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
