@@ -56,10 +56,10 @@ def hold_out(samples: Samples, generates: bool, prose: Callable[[], Samples] | N
 
 
 def unseen(other: Samples, samples: Samples) -> tuple[Row, ...]:
-    """Return some rows of other samples that are not among the samples, `PROSE_TOKENS` in all or a little more."""
+    """Return two to four rows of other samples that are not among the samples, or up to `PROSE_TOKENS` of them."""
     seen = {tuple(x.tolist()) for row in samples.rows for x in row.values()}
     left = [row for row in other.rows if not any(tuple(x.tolist()) in seen for x in row.values())]
-    return tuple(spread(left, max(2, PROSE_TOKENS * len(other.rows) // other.tokens)))
+    return tuple(spread(left, min(4, max(2, PROSE_TOKENS * len(other.rows) // other.tokens))))
 
 
 def different_tokens(samples: Samples) -> int | None:

@@ -84,13 +84,13 @@ def test_the_console_script_writes_the_same_bytes_as_the_function(
 ):
     """In another process the hashes of strings are others, so an order that depends on them shows."""
     script = Path(sys.executable).with_name("quantize-model")
-    options = ["--scheme", "W4A4", "--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--seed", "0"]
+    options = ["--recipe", "w4a4-folded", "--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--seed", "0"]
     arguments = [one_layer, *options, "--calibration", stories_calibration, "--output-dir", "out"]
     run = subprocess.run(
         [script, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("out: W4A4, 7 of 12 parameters quantized, ")
+    assert run.stdout.startswith("out: W4A4 in 7 linears, W8A16 in 1, 9 of 12 parameters quantized, ")
     assert "Warning" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "layers.0" in line]
     assert tree(tmp_path / "out") == tree(artifact_one_layer)
