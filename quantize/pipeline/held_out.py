@@ -31,6 +31,10 @@ class HeldOutRows:
     source: str = "calibration data"
     generates: bool = False
 
+    def batches(self, length: int) -> list[Row]:
+        """Return each row as a batch of its own, token ids cut to a length."""
+        return [{k: (x if x.is_floating_point() else x[:length])[None] for k, x in row.items()} for row in self.rows]
+
 
 def hold_out(samples: Samples, generates: bool, prose: Callable[[], Samples] | None) -> tuple[Samples, HeldOutRows]:
     """Split samples into those to calibrate on and rows held back, evenly spread.

@@ -5,7 +5,7 @@ The three models go through the blocks side by side, so that no weight is held l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from quantize.calibration.logits import Divergence, divergence
 from quantize.calibration.runner import SequentialRunner, unpacked
 from quantize.graph.interpreter import Overrides, run_nodes
-from quantize.graph.program import Program
+from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
 from quantize.pipeline.held_out import HeldOutRows
@@ -46,9 +46,7 @@ class HeldOutRuns:
     rounded_plainly: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        n = self.length
-        rows = [{k: (x if x.is_floating_point() else x[:n])[None] for k, x in row.items()} for row in self.given.rows]
-        behind = self.prefix.batches(rows)
+        behind = self.prefix.batches(self.given.batches(self.length))
         self.float_model, self.plain_rounding, self.quantized = (
             SequentialRunner(self.program, behind) for _ in range(3)
         )
@@ -56,27 +54,32 @@ class HeldOutRuns:
     @property
     def length(self) -> int:
         """The number of tokens that are taken of a row."""
-        return max(2, LOGIT_BYTES // 4 // self.program.vocabulary)
+        return scored_length(self.program.vocabulary)
 
     def runners(self) -> dict[str, SequentialRunner]:
         """Return the three runners by name."""
         names = ("float_model", "plain_rounding", "quantized")
         return {f"held_out_{name}": getattr(self, name) for name in names}
 
-    def score(self, reference: Overrides, unchanged: Block, block: Block) -> None:
-        """Run the last block in all three models, row by row, since the logits of all rows may not fit into memory.
+    def run(self, segment: Segment, float_model: Overrides, plain_rounding: Overrides, quantized: Overrides) -> None:
+        """Run a block in all three models, each with what is given; the last block is scored."""
+        if not self.given.rows:
+            return
+        states = (float_model, plain_rounding, quantized)
+        if segment is self.program.segments[-1]:
+            return self._score(segment, states)
+        for runner, state in zip(self.runners().values(), states, strict=True):
+            runner.run(segment.nodes, state)
+        return None
 
-        Args:
-            reference: what the float model's block runs with.
-            unchanged: the block before any pass.
-            block: the block as it is written.
-        """
+    def _score(self, segment: Segment, states: Sequence[Overrides]) -> None:
+        """Run the last block row by row, since the logits of all rows may not fit into memory."""
         found = {"plain_rounding": Divergence(), "quantized": Divergence()}
-        errors, states = dict.fromkeys(found, 0.0), (rounded_to_nearest(unchanged).overrides(), block.overrides())
+        errors, runners = dict.fromkeys(found, 0.0), list(self.runners().values())
         for number in range(len(self.given.rows)):
-            expected = self._output(self.float_model, number, block, reference)
-            for name, runner, state in zip(found, (self.plain_rounding, self.quantized), states, strict=True):
-                y = self._output(runner, number, block, state)
+            expected = self._output(runners[0], number, segment, states[0])
+            for name, runner, state in zip(found, runners[1:], states[1:], strict=True):
+                y = self._output(runner, number, segment, state)
                 errors[name] = max(errors[name], relative_error(y, expected))
                 if y.shape[-1] == self.program.vocabulary:
                     labels = self._next_tokens(number)
@@ -92,11 +95,11 @@ class HeldOutRuns:
             scores["float"] = {"loss": found["quantized"].mean("reference_loss")}
         return scores
 
-    def _output(self, runner: SequentialRunner, number: int, block: Block, state: Overrides) -> Tensor:
+    def _output(self, runner: SequentialRunner, number: int, segment: Segment, state: Overrides) -> Tensor:
         """Return the first output of one row, [1, tokens, V] for a model that scores a vocabulary."""
         values = dict(runner.values[number])
         with unpacked(state.linears.values(), state.product_dtype):
-            run_nodes(self.program, block.segment.nodes, values, state)
+            run_nodes(self.program, segment.nodes, values, state)
         output: Tensor = values[self.program.output.all_input_nodes[0]]
         return output
 
@@ -105,11 +108,16 @@ class HeldOutRuns:
         return row[1 : self.length]
 
 
+def scored_length(vocabulary: int) -> int:
+    """Return how many tokens of a row may have logits over a vocabulary."""
+    return max(2, LOGIT_BYTES // 4 // vocabulary)
+
+
 def rounded_to_nearest(block: Block) -> Block:
     """Return a block whose linears are rounded to nearest as they are."""
-    rtn, found = RoundToNearest(), {}
+    found = {}
     for linear, scheme in block.schemes.items():
-        (weight,) = rtn.quantize_weights([block.weight(linear)], scheme.weights, None, block.dtypes[linear.weight])
+        weight = RoundToNearest().quantize(block.weight(linear), scheme.weights, None, block.dtypes[linear.weight])
         found[linear] = block.quantize(linear, weight, PrefixTokens())
     return replace(block, quantized=found)
 

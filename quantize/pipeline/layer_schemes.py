@@ -108,10 +108,8 @@ def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: I
     """Return a sentence for each number of columns that a default group size does not divide."""
     taken: Counter[tuple[int, int, int]] = Counter()
     for linear in (x for x in linears if schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME):
-        wanted, size = (
-            before_fallback(recipe, entry_for(recipe, linear.path))[1],
-            schemes[linear.path].weights.group_size,
-        )
+        _, wanted, _ = before_fallback(recipe, entry_for(recipe, linear.path))
+        size = schemes[linear.path].weights.group_size
         taken[linear.columns, wanted, size] += wanted != size
     return [
         f"groups of {wanted} do not divide the {columns} columns of {count} linears, which take "

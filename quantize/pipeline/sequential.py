@@ -80,9 +80,8 @@ class SequentialPipeline:
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; return the tensors to store."""
         trim_heap()
-        given, last = self._read(segment), segment is self.program.segments[-1]
-        if not last and self.held_out.given.rows:
-            self.held_out.plain_rounding.run(segment.nodes, rounded_to_nearest(given).overrides())
+        given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
+        plain = rounded_to_nearest(given).overrides() if self.held_out.given.rows else Overrides({})
         block = self.pass_runner.apply(given)
         tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
         replaced = block.replaced | tables.keys()
@@ -95,12 +94,8 @@ class SequentialPipeline:
         tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
         block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
-        if last:
-            self.held_out.score(reference, self._read(segment), block)
-        else:
-            self.held_out.float_model.run(segment.nodes, reference)
-            self.held_out.quantized.run(segment.nodes, block.overrides())
-        del reference
+        self.held_out.run(segment, reference, plain, block.overrides())
+        del reference, plain
         self._make_contiguous()
         for linear, module in block.quantized.items():
             self.modules[linear.path] = linear_settings(module, self.plan.default_scheme)
@@ -109,9 +104,6 @@ class SequentialPipeline:
             self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         return block.tensors() | self.ties.deduplicate(tensors)
-
-    def _read(self, segment: Segment) -> Block:
-        return Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
 
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""

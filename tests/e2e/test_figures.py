@@ -14,8 +14,8 @@ from quantize.eval.report import evaluate
 pytestmark = pytest.mark.slow
 
 GOALS = {
-    "w8a8": 0.0015,  # 0.00103 with one row in sixteen held back, 0.0009 with all
-     "w4a16": 0.060, "w4a8": 0.065, "w4a4": 0.145,
+    "w8a8": 0.0015,  # by rows: 0.0010 if two of the 32 are held back and -0.0005 if none is, KL 0.0011 both times
+    "w4a16": 0.060, "w4a8": 0.065, "w4a4": 0.145,
     "w4a16-tuned": 0.050, "w4a8-tuned": 0.050,
     "w4a4-tuned": 0.130,  # learning ends elsewhere with each order of sums: 0.112 to 0.124 by seed and processor
 }  # fmt: skip
@@ -30,6 +30,7 @@ def test_loss_increase_on_stories(recipe, stories, stories_calibration, stories_
     scores = evaluate(artifact.directory, str(stories), stories_dev)
     assert scores["loss_against"] == pytest.approx(1.286, abs=1e-3)
     assert scores["loss_increase"] < GOALS[recipe]
+    assert recipe != "w8a8" or scores["kl"] < 0.0012  # which the choice of rows hardly moves
 
 
 @pytest.fixture(scope="module")

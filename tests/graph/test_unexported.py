@@ -177,7 +177,7 @@ def test_a_linear_that_never_runs_is_left_out_or_rounded_without_data(small_run,
     ) as raised:
         small_run(model)
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.partial"}  # what was finished
     left_out = small_run(model, output="left_out", ignore=["seldom"])
     assert left_out.manifest["coverage"]["seldom.weight"] == "ignored by 'seldom'"
     rounded = small_run(model, "W8A8", output="rounded", recipe={**RTN, "passes": [{"name": "rotate"}]})
@@ -219,7 +219,7 @@ def test_an_interruption_inside_the_model_leaves_nothing(small_run, module, tmp_
     with pytest.raises(KeyboardInterrupt):
         small_run(module())
     assert len(runs) == 6
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.partial"}  # what was finished
 
 
 class WithoutLinears(Chooses):
@@ -286,7 +286,7 @@ def test_what_stays_impossible_is_one_sentence(small_run, tmp_path, kind, senten
     with pytest.raises(QuantizeError, match=sentence) as raised:
         small_run(kind(), recipe={"ignore": []})
     assert "\n" not in str(raised.value)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.partial"}  # what was finished
 
 
 @pytest.mark.slow
@@ -309,7 +309,7 @@ def test_a_directory_through_the_command(cli, longformer, stories_calibration, t
     for_onnx = cli("export", tmp_path / "out", "--output-dir", tmp_path / "onnx")
     assert for_onnx.code == 1
     assert for_onnx.err.splitlines()[-1].startswith("error: the model cannot be traced for ONNX: ")
-    assert for_onnx.err.count("error") == 1
+    assert all(line.startswith("exporting ") for line in for_onnx.err.splitlines()[:-1])
     assert not (tmp_path / "onnx").exists()
 
 

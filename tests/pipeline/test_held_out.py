@@ -98,6 +98,17 @@ def test_linears_that_lose_by_calibration_are_rounded_plainly(stories, small_run
     assert set(found["held_out"]["rounded_plainly"]) == found["quantization"]["modules"].keys() - {"lm_head"}
 
 
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_a_run_that_has_nothing_to_judge_by_says_nothing(quantizer, variant, small_run):
+    """Neither one without calibration data, nor one of two rows whose model has no tokenizer to read other text."""
+    model = variant()
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    artifact = small_run(model, "W4A16", recipe={"passes": [], "quantizer": {"name": quantizer}})
+    assert "held_out" not in artifact.manifest
+    assert artifact.warning == ""
+
+
 def test_calibration_is_kept_where_it_helps(stories, small_run):
     found = small_run(stories, "W4A8", nsamples=64, seqlen=128).manifest
     assert len(found["held_out"].get("rounded_plainly", [])) < len(found["quantization"]["modules"]) / 4

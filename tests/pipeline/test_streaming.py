@@ -31,5 +31,4 @@ def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_p
         seqlen=32,
     )
     total = sum(path.stat().st_size for path in stories.glob("*.safetensors"))
-    # A fifth is one of the five blocks; the float block stays while the rounded one is judged by rows held back.
-    assert 0.1 * total < most < 0.4 * total
+    assert 0.1 * total < most < 0.35 * total  # a fifth of it is one of the five blocks

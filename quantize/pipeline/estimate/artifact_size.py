@@ -137,7 +137,8 @@ class ArtifactEstimate:
         coverage = dict.fromkeys(self.parameters, "quantized") | self.plan.skipped
         manifest = {"gate": gates, "online": online, "coverage": coverage, "files": ["0" * 96] * len(self.tensors)}
         config = len(as_json(self.checkpoint.config)) if self.checkpoint.config else 0
-        return listed + config + len(as_json(manifest)) + len(self.plan.recipe.to_toml()) + 2000
+        scores = 400 if self.held_out.rows else 0
+        return listed + config + len(as_json(manifest)) + len(self.plan.recipe.to_toml()) + scores + 2000
 
     @property
     def steps(self) -> list[Step]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.data import BATCH_TOKENS, Row
 from quantize.calibration.spill import IN_MEMORY
 from quantize.calibration.statistics import Rows
 from quantize.graph.linears import Linear, by_input
@@ -19,8 +19,11 @@ from quantize.graph.shapes import LiveBytes, ShapeInfo, walk
 from quantize.kernels.hadamard import hadamard_factors
 from quantize.passes.rotate import Rotate
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
+from quantize.pipeline.held_out_runs import scored_length
 from quantize.pipeline.sequential import TUNE_TOKENS
 from quantize.transforms.online import Hadamard
+
+BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # each input's name and shape
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,11 @@ class MemoryEstimate(ArtifactEstimate):
         return max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1
 
     @functools.cached_property
-    def batches(self) -> Counter[tuple[tuple[str, tuple[int, ...]], ...]]:
+    def batches(self) -> Counter[BatchShapes]:
         """The shapes of the inputs of a batch → the number of batches that have them."""
-        given = self.samples.batches(self.batch) if self.plan.calibrates else []
+        return self._shapes(self.samples.batches(self.batch) if self.plan.calibrates else [])
+
+    def _shapes(self, given: Iterable[Row]) -> Counter[BatchShapes]:
         p = len(self.plan.recipe.prefix_tokens)
         return Counter(
             tuple((name, (*x.shape[:1], x.shape[1] + p, *x.shape[2:])) for name, x in rows.items()) for rows in given
@@ -45,7 +50,15 @@ class MemoryEstimate(ArtifactEstimate):
     @functools.cached_property
     def alive(self) -> list[tuple[int, ShapeInfo, LiveBytes]]:
         """For each shape of batch the number of such batches, the shapes of all values, and the bytes alive."""
-        found = [(count, ShapeInfo(self.program, dict(shapes))) for shapes, count in self.batches.items()]
+        return self._alive(self.batches)
+
+    @functools.cached_property
+    def held_out_alive(self) -> list[tuple[int, ShapeInfo, LiveBytes]]:
+        """The same of the rows that are held back, each a batch of its own."""
+        return self._alive(self._shapes(self.held_out.batches(scored_length(self.program.vocabulary))))
+
+    def _alive(self, batches: Counter[BatchShapes]) -> list[tuple[int, ShapeInfo, LiveBytes]]:
+        found = [(count, ShapeInfo(self.program, dict(shapes))) for shapes, count in batches.items()]
         return [(count, sizes, walk(sizes)) for count, sizes in found]
 
     @property
@@ -54,9 +67,16 @@ class MemoryEstimate(ArtifactEstimate):
         return 1 + (self.plan.quantizer.needs_float_reference or self.plan.recipe.tune is not None)
 
     def journal_bytes(self) -> int:
-        """Return the bytes of the journal: the activations at two borders at once, and the global statistics."""
-        borders = [self.border_bytes(segment) for segment in self.carrying]
-        return 2 * self.runners * max([0, *borders]) + self._surveyed_bytes()
+        """Return the bytes of the journal: the activations at two borders at once, and the global statistics.
+
+        Rows that are held back go through three models.
+        """
+        borders = [
+            self.runners * self.border_bytes(segment)
+            + 3 * sum(count * alive.borders[segment.name] for count, _, alive in self.held_out_alive)
+            for segment in self.carrying
+        ]
+        return 2 * max([0, *borders]) + self._surveyed_bytes()
 
     def border_bytes(self, segment: Segment) -> int:
         """Return the bytes of the activations of all batches that are alive after a block."""

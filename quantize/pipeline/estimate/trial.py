@@ -48,10 +48,8 @@ def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -
     plan = shortened(found.plan, (rows or total) / total)
     # The segments end with an empty one, because global statistics are collected on all segments but the last.
     program = replace(found.program, segments=(*segments, Segment("", (), ())))
-    prepared, context = (
-        Prepared(found.checkpoint, program, plan, samples, 0.0, found.held_out),
-        RunContext(plan.recipe.seed),
-    )
+    prepared = Prepared(found.checkpoint, program, plan, samples, 0.0, found.held_out)
+    context = RunContext(plan.recipe.seed)
     start = time.perf_counter()
     with running("the model"):
         plan, _ = resolve_prefix(prepared, context)

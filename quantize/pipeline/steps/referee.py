@@ -23,16 +23,21 @@ class Referee:
         quantized, float_model: the activations of the quantized and of the float model.
     """
 
-    def __init__(self, program: Program, held_out: HeldOutRuns, prefix: PrefixTokens) -> None:
+    def __init__(self, program: Program, held_out: HeldOutRuns, prefix: PrefixTokens, judges: bool) -> None:
+        """Start where the rows are; a referee that does not judge has no rows."""
         self.held_out, self.rest = held_out, prefix.rest
-        self.quantized = SequentialRunner.of(program, held_out.quantized.values)
-        self.float_model = SequentialRunner.of(program, held_out.float_model.values)
+        self.quantized, self.float_model = (
+            SequentialRunner.of(program, runner.values if judges else ())
+            for runner in (held_out.quantized, held_out.float_model)
+        )
 
     def choose(self, part: Sequence[Linear], block: Block, weights: Sequence[QTensor]) -> list[QTensor]:
         """Return for each linear the weight given or the one rounded to nearest, whichever is nearer on these rows.
 
         The error is Σ ‖Ŵ x - W x'‖² / ‖x'‖² over tokens, where x is the rounded input and x' that of the float model.
         """
+        if not self.quantized.values:
+            return list(weights)
         source, found = part[0].source, block.input_transforms[part[0]]
         pairs = [
             (found.quantized(self.rest(x[source])), found.rotate(self.rest(y[source])))
@@ -42,7 +47,7 @@ class Referee:
 
     def _nearer(self, linear: Linear, block: Block, weight: QTensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> QTensor:
         W, args, dtype = block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight]
-        (plain,) = RoundToNearest().quantize_weights([W], args, None, dtype)
+        plain = RoundToNearest().quantize(W, args, None, dtype)
         errors = [sum(error(x, y, weight.dequantize(), W) for x, y in pairs) for weight in (plain, weight)]
         if errors[1] <= errors[0]:
             return weight

@@ -61,18 +61,16 @@ class WeightRounder:
         if not keep:
             self._free_weights(state, list(quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
-        held_out = Referee(self.program, self.held_out, self.context.prefix)
+        referee = Referee(self.program, self.held_out, self.context.prefix, self.plan.quantizer.needs_gram)
         for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
-            held_out.quantized.advance_to_linears(block.segment, state, targets, finish=False),
-            held_out.float_model.advance_to_linears(block.segment, reference, targets, finish=False),
+            referee.quantized.advance_to_linears(block.segment, state, targets, finish=False),
+            referee.float_model.advance_to_linears(block.segment, reference, targets, finish=False),
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                weights = self.quantize(part, block)
-                if self.plan.quantizer.needs_gram:
-                    weights = held_out.choose(part, block, weights)
+                weights = referee.choose(part, block, self.quantize(part, block))
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = state.linears[linear.node] = module
