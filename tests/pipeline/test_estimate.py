@@ -118,7 +118,7 @@ def test_the_journal_is_foreseen(foreseen, small_run, one_layer, monkeypatch):
     def renamed(self, path):
         nonlocal largest
         rename(self, path)
-        largest = max(largest, sum(p.stat().st_size for p in path.glob("[cf]*-*")))
+        largest = max(largest, sum(p.stat().st_size for p in path.glob("[cfh]*-*")))
 
     monkeypatch.setattr("quantize.pipeline.resume.journal.Journal._rename", renamed)
     small_run(one_layer, "W4A16", nsamples=64, seqlen=256)

@@ -58,21 +58,20 @@ def test_batches_come_in_turn():
 
 
 @pytest.mark.slow
-def test_tuning_brings_a_model_nearer_to_the_float_model(one_layer, small_run, tree, stories_dev):
-    """The KL on text not seen falls by a tenth in the mean of two seeds; the same run gives the same bytes."""
+def test_tuning_brings_a_model_nearer_to_the_float_model(stories, small_run, tree, stories_dev):
+    """The KL on text not seen falls by a fifth; the same run gives the same bytes."""
     rows = torch.stack([row["input_ids"] for row in read_samples(stories_dev, 64, 8, None, 512).rows])
 
-    def run(name, seed, **recipe):
-        return small_run(one_layer, "W4A16", name, recipe={"passes": [], **recipe}, seed=seed, nsamples=128, seqlen=128)
+    def run(name, **recipe):
+        return small_run(stories, "W4A16", name, recipe={"passes": [], **recipe}, nsamples=128, seqlen=128)
 
     @torch.no_grad()
     def kl(artifact):
         target, found = (
-            m(input_ids=rows).logits.log_softmax(-1) for m in (open_checkpoint(one_layer).load(), artifact.load())
+            m(input_ids=rows).logits.log_softmax(-1) for m in (open_checkpoint(stories).load(), artifact.load())
         )
         return float((target.exp() * (target - found)).sum(-1).mean())
 
-    tuned = [run(f"tuned-{seed}", seed, tune={"steps": 200}) for seed in (0, 1)]
-    assert tree(tuned[0]) == tree(run("again", 0, tune={"steps": 200}))
-    ratios = [kl(artifact) / kl(run(f"plain-{seed}", seed)) for seed, artifact in enumerate(tuned)]
-    assert sum(ratios) / len(ratios) < 0.9
+    tuned = run("tuned", tune={"steps": 100})
+    assert kl(tuned) < 0.8 * kl(run("plain"))
+    assert tree(tuned) == tree(run("again", tune={"steps": 100}))
