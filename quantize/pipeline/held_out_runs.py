@@ -34,6 +34,7 @@ class HeldOutRuns:
         scores: `loss` (nats per token) and `kl` (to the float model, nats per token), or `error` (‖y - y'‖ / ‖y'‖) of
             a model without a vocabulary, for `float`, `plain_rounding` and `quantized`; set after the last block.
         rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
+        not_tuned: the blocks that lost less on these rows before they were tuned, and so stayed as they were.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class HeldOutRuns:
     quantized: SequentialRunner = field(init=False)
     scores: Scores = field(default_factory=dict)
     rounded_plainly: list[str] = field(default_factory=list)
+    not_tuned: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         behind = self.prefix.batches(self.given.batches(self.length))

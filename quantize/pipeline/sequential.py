@@ -113,7 +113,8 @@ class SequentialPipeline:
         starts = list(self.calibration.values)
         block = self.rounder.apply(block, reference, finish, keep=True)
         targets = [block_outputs(values, block.segment) for values in self.float_reference.values]
-        block = BlockTuner(self.program, self.context, tune).apply(block, starts, targets)
+        tuner = BlockTuner(self.program, self.context, tune)
+        block = tuner.keep_nearer(block, tuner.apply(block, starts, targets), self.held_out, reference)
         for number, values in enumerate(starts):
             self.calibration.values[number] = values
         state = replace(block.overrides(), product_dtype=block.product_dtype)
@@ -173,14 +174,14 @@ class SequentialPipeline:
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
-            "held_out": [self.held_out.scores, self.held_out.rounded_plainly],
+            "held_out": [self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
-        self.held_out.scores, self.held_out.rounded_plainly = state["held_out"]
+        self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned = state["held_out"]
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

@@ -22,6 +22,10 @@ def samples(count, length=64, words=1000, seed=0):
     return Samples(rows, "hash")
 
 
+def read_tensors(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("*.safetensors")}
+
+
 def prose():
     return samples(2, seed=1)
 
@@ -96,6 +100,15 @@ def broken_gptq(monkeypatch):
 def test_linears_that_lose_by_calibration_are_rounded_plainly(stories, small_run):
     found = small_run(stories, "W4A8", nsamples=16, seqlen=64).manifest
     assert set(found["held_out"]["rounded_plainly"]) == found["quantization"]["modules"].keys() - {"lm_head"}
+
+
+def test_a_block_that_loses_by_tuning_stays_as_it_was(one_layer, small_run):
+    """Steps of half the format's range leave nothing of the weights; such a run gives the integers of one without."""
+    arguments = {"nsamples": 16, "seqlen": 64}
+    plain = small_run(one_layer, "W4A16", "plain", **arguments)
+    found = small_run(one_layer, "W4A16", recipe={"tune": {"steps": 5, "learning_rate": 8.0}}, **arguments)
+    assert found.manifest["held_out"]["not_tuned"] == ["model.layers.0"]
+    assert read_tensors(found.directory) == read_tensors(plain.directory)
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "gptq"])

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
-from quantize.graph.interpreter import Overrides, Values, run_node
+from quantize.graph.interpreter import Overrides, Values, run_node, run_nodes
 from quantize.graph.program import Program, Segment
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
+from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.rng import derived_generator
 from quantize.scheme.scheme import TABLE_SCHEME, TuneArgs
 from quantize.transforms.equivalence import floating
@@ -101,6 +102,27 @@ class BlockTuner:
             schedule.step()
         tuned = {x: block.quantize(x, to_qtensor(latent), self.context.prefix) for x, latent in made.items()}
         return replace(block, quantized=tuned | rest)
+
+    @torch.no_grad()
+    def keep_nearer(self, rounded: Block, tuned: Block, held_out: HeldOutRuns, reference: Overrides) -> Block:
+        """Return the tuned block unless it loses more on the rows held back than the block did before.
+
+        Args:
+            rounded, tuned: the block before and after tuning.
+            held_out: the rows, in front of the block.
+            reference: what the float model's block runs with.
+        """
+        segment, losses = rounded.segment, [0.0, 0.0]
+        for x, y in zip(held_out.quantized.values, held_out.float_model.values, strict=True):
+            values = dict(y)
+            run_nodes(self.program, segment.nodes, values, reference)
+            target = block_outputs(values, segment)
+            for number, block in enumerate((rounded, tuned)):
+                losses[number] += float(self._loss(segment, dict(x), target, block.overrides()))
+        if losses[1] <= losses[0]:
+            return tuned
+        held_out.not_tuned.append(segment.name)
+        return rounded
 
     def _loss(self, segment: Segment, values: Values, target: Mapping[fx.Node, Tensor], live: Overrides) -> Tensor:
         """Return the loss: a mean over tokens, and a sum over the block's outputs."""
