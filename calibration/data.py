@@ -127,7 +127,8 @@ def read_text(path: Path, content: bytes, seqlen: int, tokenize: Tokenize | None
         )
     if len(ids) < room:
         raise QuantizeError(
-            f"{path} holds {len(ids) + len(leading)} tokens, less than one window of {seqlen}; give more text or a smaller --seqlen"
+            f"{path} holds {len(ids) + len(leading)} tokens, less than one window of {seqlen}; "
+            "give more text or a smaller --seqlen"
         )
     return [leading + ids[i : i + room] for i in range(0, len(ids) - room + 1, room)]
 
