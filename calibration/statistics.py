@@ -54,16 +54,17 @@ class Gram:
     def update(self, x: Tensor, float_reference: Tensor | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Take in x [..., K], and x' of the same shape, rounded to `dtype`; sums are in float32."""
         lefts, x = gram_factors(x, float_reference, dtype)
-        add_products(self.totals(x.shape[1], len(lefts)), lefts, x, self.rows)
-        fill_lower(self.totals(x.shape[1], 1)[0])
+        totals = self.totals(x.shape[1], len(lefts), x.device)
+        add_products(totals, lefts, x, self.rows)
+        fill_lower(totals[0])
         self.rows += len(x)
 
-    def totals(self, K: int, count: int) -> list[Tensor]:
+    def totals(self, K: int, count: int, device: torch.device) -> list[Tensor]:
         """Return `value` and, for a `count` of two, `drift`; they are zeros if nothing was seen."""
         if self.value is None:
-            self.value = torch.zeros(K, K)
+            self.value = torch.zeros(K, K, device=device)
         if self.drift is None and count > 1:
-            self.drift = torch.zeros(K, K)
+            self.drift = torch.zeros(K, K, device=device)
         return [self.value] if self.drift is None else [self.value, self.drift]
 
     def merge(self, other: Self) -> None:
@@ -110,6 +111,6 @@ class Rows:
 def digests(rows: Tensor) -> Tensor:
     """Return a digest, int64 [n], of each row of float32 [n, K], evenly spread, from the row's bits alone."""
     bits = rows.contiguous().view(torch.int32).long()
-    odd = torch.arange(1, 2 * rows.shape[1], 2) * 0x9E3779B1
+    odd = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device) * 0x9E3779B1
     mixed = (bits * odd).sum(-1) * 0x5851F42D4C957F2D
     return (mixed ^ (mixed >> 29)) * 0x14057B7EF767814F

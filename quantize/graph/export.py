@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
-from quantize.graph.program import Program, Segment
+from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
 
@@ -88,7 +88,7 @@ def from_exported(
     """Read a `Program` off an exported graph; nodes that the exporter placed on meta are moved to the CPU."""
     module, signature = exported.graph_module, exported.graph_signature
     drop_assertions(module)
-    move_to_cpu(module)
+    name_device(module, torch.device("cpu"))
     count_in_floats(module)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
@@ -118,18 +118,6 @@ def drop_assertions(module: fx.GraphModule) -> None:
             if "_assert" in str(node.target) and not node.users:
                 graph_module.graph.erase_node(node)
         graph_module.graph.eliminate_dead_code()
-
-
-def move_to_cpu(module: fx.GraphModule) -> None:
-    """Replace the device that nodes name (`arange(device=meta)`), in nested graphs too."""
-
-    def on_cpu(argument: Any) -> Any:
-        return torch.device("cpu") if isinstance(argument, torch.device) else argument
-
-    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
-        for node in graph_module.graph.nodes:
-            node.args, node.kwargs = map_aggregate(node.args, on_cpu), map_aggregate(node.kwargs, on_cpu)
-        graph_module.recompile()
 
 
 def count_in_floats(module: fx.GraphModule) -> None:

@@ -37,7 +37,7 @@ def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
     """Return the values before the first node: the inputs by name (a tensor is the only input), and the switches."""
     if isinstance(given, Tensor):
         given = dict(zip(program.inputs, [given], strict=True))
-    return {**{program.inputs[name]: value for name, value in given.items()}, **program.constants}
+    return {**{program.inputs[name]: value.to(program.device) for name, value in given.items()}, **program.constants}
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
+import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
 
 from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, not_replaceable, stacks
 
@@ -46,6 +48,7 @@ class Program:
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
+        device: where the graph runs.
     """
 
     module: fx.GraphModule
@@ -60,6 +63,12 @@ class Program:
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
     export_error: str = ""
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
+
+    def to(self, device: torch.device) -> Self:
+        """Return the program as it runs on a device; its graph is changed in place."""
+        name_device(self.module, device)
+        return replace(self, device=device, buffers={node: x.to(device) for node, x in self.buffers.items()})
 
     @property
     def export_error_message(self) -> str:
@@ -131,6 +140,18 @@ class Program:
     def last_use(self) -> dict[fx.Node, fx.Node]:
         """Return for each value the last node that reads it."""
         return {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}
+
+
+def name_device(module: fx.GraphModule, device: torch.device) -> None:
+    """Replace the device that nodes name (`arange(device=meta)`), in nested graphs too."""
+
+    def here(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for graph_module in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, here), map_aggregate(node.kwargs, here)
+        graph_module.recompile()
 
 
 def rows(lookup: fx.Node) -> int:

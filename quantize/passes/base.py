@@ -39,6 +39,11 @@ class BasisContext:
     generator: torch.Generator
 
     @property
+    def device(self) -> torch.device:
+        """Where the block's parameters are."""
+        return next(iter(self.weights.values())).device
+
+    @property
     def reader_schemes(self) -> dict[str, Scheme]:
         """The schemes of the linears that read the basis, in this block or another."""
         return {e.parameter: self.schemes[e.parameter] for e in self.basis.readers if e.parameter in self.schemes}
@@ -52,7 +57,7 @@ class BasisContext:
         for edge in self.basis.readers:
             if edge.parameter in self.weights:
                 W = self.weights[edge.parameter].movedim(edge.axis, -1).flatten(0, -2)
-                yield self.statistics.get(edge.parameter), W, edge.index, self.schemes.get(edge.parameter)
+                yield self.statistics.get(edge.parameter), W, edge.index.to(W.device), self.schemes.get(edge.parameter)
 
     def inputs(self) -> Tensor:
         """Return rows of the basis' channels [rows, dim], from `Rows` of the inputs of all linears that read it."""
@@ -129,7 +134,7 @@ class Pass(Data):
 
     def transform(self, context: BasisContext) -> Transform:
         """Return T for one basis on which the pass acts."""
-        return Diagonal(torch.ones(context.basis.dim))
+        return Diagonal(torch.ones(context.basis.dim, device=context.device))
 
     def transforms_input(self, basis: Basis | None, columns: int) -> bool:
         """Return whether `input_transform` may change anything for a linear of `columns` inputs that reads `basis`."""

@@ -27,7 +27,7 @@ class Rescale(Scaling):
 
 def energies(context: BasisContext) -> tuple[Tensor, Tensor]:
     """Return Σ X_j² and Σ W_j² of each channel of a basis over the linears that read it, float64 [dim]."""
-    X, W = torch.zeros(2, context.basis.dim, dtype=torch.float64)
+    X, W = torch.zeros(2, context.basis.dim, dtype=torch.float64, device=context.device)
     for seen, weight, indices, _ in context.readers():
         inputs = None if seen is None else seen.value.double().square().sum(dim=0)
         weights = weight.double().square().sum(dim=0)

@@ -34,7 +34,7 @@ class Scaling(Pass):
 
 def reach(context: BasisContext) -> tuple[Tensor, Tensor]:
     """Return max|X_j| and max|W_j| of each channel of a basis, float64 [dim]; 0 where no linear reads the channel."""
-    X, W = torch.zeros(context.basis.dim, dtype=torch.float64), torch.zeros(context.basis.dim, dtype=torch.float64)
+    X, W = torch.zeros(2, context.basis.dim, dtype=torch.float64, device=context.device)
     for seen, weight, indices, _ in context.readers():
         largest = weight.abs().amax(dim=0).double()
         for index in indices:
@@ -61,7 +61,7 @@ def joint_error(context: BasisContext, s: Tensor) -> float:
     for seen, W, indices, scheme in context.readers():
         if seen is None or scheme is None:
             continue
-        X, columns = seen.value, torch.ones(W.shape[1])
+        X, columns = seen.value, torch.ones_like(W[0])
         for index in indices:
             columns[index] = s.float()
         target = X @ W.T

@@ -41,4 +41,4 @@ class RunContext:
 
     def cached(self, name: str, make: Callable[[], T]) -> T:
         """Return what `make` returns, or what it returned before the run was killed, if this run resumes one."""
-        return make() if self.journal is None else self.journal.cached(name, make)
+        return make() if self.journal is None else self.journal.cached(name, make, self.device)

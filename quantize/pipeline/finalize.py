@@ -82,7 +82,7 @@ def write_side_files(
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)
-        output = torch.cat([at_last_token(found) for found in blocks.probes.outputs()[::first]])
+        output = torch.cat([at_last_token(found) for found in blocks.probes.outputs()[::first]]).cpu()
     writer.add_probe({**given, "output": output})
 
 

@@ -107,7 +107,7 @@ class HeldOutRuns:
 
     def _next_tokens(self, number: int) -> Tensor:
         row = next(x for x in self.given.rows[number].values() if not x.is_floating_point())
-        return row[1 : self.length]
+        return row[1 : self.length].to(self.program.device)
 
 
 def scored_length(vocabulary: int) -> int:

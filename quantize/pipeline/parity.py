@@ -100,10 +100,11 @@ def stored_state(
     }
     held = settings.get("tables", ())
     tables = {name: nodes for name, nodes in program.word_tables.items() if module_of(name) in held}
-    weights = {name: read_float(files[stored], stored) for name, stored in names.items() if name not in tables}
-    modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32)) for lin in linears}
+    device = program.device
+    weights = {name: read_float(files[stored], stored).to(device) for name, stored in names.items() if name not in tables}
+    modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32).to(device)) for lin in linears}
     operators = dict(quantized_attention(segment, read_kv_cache(settings)))
     for name in (name for name in names if name in tables):
-        weights[name], scale = read_table(module_of(name), files)
+        weights[name], scale = (x.to(device) for x in read_table(module_of(name), files))
         operators |= dict.fromkeys(tables[name], Lookup(scale))
     return Overrides(weights, dict(modules), operators)

@@ -17,6 +17,7 @@ from quantize.calibration.data import BUNDLED
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext
+from quantize.pipeline.device import resolve_device
 from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.finalize import calibration_record, finish, shard_name
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
@@ -84,6 +85,7 @@ def quantize_model(
     seed: int | None = None,
     resume: bool = False,
     stats: str | Path | None = None,
+    device: str | torch.device = "auto",
     console: Console | None = None,
 ) -> Artifact:
     """Quantize a model into a new directory.
@@ -106,12 +108,14 @@ def quantize_model(
         seed: the seed of every random choice.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
+        device: where the run computes: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.
         console: the console that shows progress; None shows nothing.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
         QuantizeError: the run failed; what is finished is kept for `resume`, and nothing else is left behind.
     """
+    here = resolve_device(device)
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     resolved = load_recipe(
         scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
@@ -122,6 +126,7 @@ def quantize_model(
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
         prepared = prepare(model, resolved, Path(calibration) if calibration else None, judge=stats is None)
+        prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
         collected = load_matching(Path(stats), found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
@@ -131,7 +136,7 @@ def quantize_model(
             return Artifact(output, read_manifest(output))
         shown = console if ranks.is_rank_zero else None
         scratch = journal.directory.parent
-        context = RunContext(resolved.seed, ranks=ranks, scratch=scratch, console=shown, journal=journal)
+        context = RunContext(resolved.seed, here, ranks, scratch=scratch, console=shown, journal=journal)
         return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0])
 
 

@@ -91,7 +91,7 @@ class SequentialPipeline:
         needed = self.float_reference.values or self.held_out.given.rows
         reference = block.overrides() if needed else Overrides({})
         block = self._with_kv_cache(block.with_stored(changed)).with_tables(tables)
-        tensors = {name: block.weights[name].to(block.dtypes[name]) for name in changed}
+        tensors = {name: block.weights[name].to(block.dtypes[name]).cpu() for name in changed}
         block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
         self.held_out.run(segment, reference, plain, block.overrides())
@@ -103,7 +103,7 @@ class SequentialPipeline:
         for name in block.tables:
             self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
-        return block.tensors() | self.ties.deduplicate(tensors)
+        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(tensors)
 
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""

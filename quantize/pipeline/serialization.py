@@ -30,7 +30,8 @@ def contiguous(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         plain = value.stride() == torch.empty(value.shape, device="meta").stride()
-        return value if plain and value.data_ptr() % ALIGNMENT == 0 else fresh(value)
+        aligned = value.device.type != "cpu" or value.data_ptr() % ALIGNMENT == 0
+        return value if plain and aligned else fresh(value)
     if isinstance(value, list | tuple):
         return [*map(contiguous, value)] if isinstance(value, list) else (*map(contiguous, value),)
     if isinstance(value, Mapping):
@@ -54,18 +55,18 @@ def save_state(path: Path, value: Any) -> None:
     """
     tensors: list[Tensor] = []
     plain = flatten(value, tensors)
-    save_file({str(i): fresh(x) for i, x in enumerate(tensors)}, path, {"stored": json.dumps(plain)})
+    save_file({str(i): fresh(x.cpu()) for i, x in enumerate(tensors)}, path, {"stored": json.dumps(plain)})
 
 
-def load_state(path: Path) -> Any:
-    """Read what `save_state` wrote; each tensor is contiguous, in its own aligned memory.
+def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Read what `save_state` wrote; each tensor is contiguous, in its own aligned memory on a device.
 
     Raises:
         SafetensorError, ValueError, KeyError, RuntimeError: the file is damaged, or another program wrote it.
     """
     with safe_open(path, framework="pt") as file:
         plain = json.loads((file.metadata() or {})["stored"])
-        tensors = [fresh(file.get_tensor(str(i))) for i in range(len(file.keys()))]
+        tensors = [fresh(file.get_tensor(str(i)).to(device)) for i in range(len(file.keys()))]
     return unflatten(plain, tensors)
 
 
@@ -73,7 +74,7 @@ def to_bytes(value: Any) -> bytes:
     """Serialize like `save_state`, for another process, which needs only the values of tensors, not their layout."""
     tensors: list[Tensor] = []
     plain = flatten(value, tensors)
-    content: bytes = save({str(i): fresh(x) for i, x in enumerate(tensors)}, {"stored": json.dumps(plain)})
+    content: bytes = save({str(i): fresh(x.cpu()) for i, x in enumerate(tensors)}, {"stored": json.dumps(plain)})
     return content
 
 

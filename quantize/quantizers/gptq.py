@@ -51,14 +51,14 @@ class GPTQ(Quantizer):
         gram, H = require_gram(gram)
         importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
         H.diagonal()[dead] = 1
-        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
+        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H), device=H.device)
         permute(H, order)
         weights = self.target_weights(weights, gram, H, factor(H, self.damp), order)
         grids = [compute_qparams(W, args, scale_dtype, self.mse, importance) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
         group = order // (args.group_size or len(H))
         columns = OrderedColumns(scale, None if args.symmetric else zero, group, args)
-        R = torch.empty(len(H), scale.shape[1])
+        R = torch.empty(len(H), scale.shape[1], device=H.device)
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
             for rows in panels(len(W), cached_rows(len(H))):
                 part[:, rows] = W[rows].T[order]

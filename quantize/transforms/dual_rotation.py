@@ -42,7 +42,7 @@ def dual_rotation(X: Tensor, generator: torch.Generator) -> DualRotation:
     """Find R1, P and R2 for activations: R1 spreads outliers within blocks, P deals them out, R2 spreads them again.
 
     Args:
-        X: activations [..., K] on the CPU, at least one row; the search runs in float32.
+        X: activations [..., K], at least one row; the search runs in float32.
         generator: what draws the random part of the rotations.
     """
     size = block_size(X.shape[-1])
@@ -75,8 +75,8 @@ def greedy_rotation(X: Tensor, generator: torch.Generator, steps: int) -> Tensor
         generator: what draws the one matrix S that all steps and blocks use.
         steps: the number of steps to try.
     """
-    S = spreading_matrix(X.shape[-1], generator)
-    R = torch.eye(X.shape[-1], dtype=torch.float64).expand(len(X), -1, -1)
+    S = spreading_matrix(X.shape[-1], generator).to(X.device)
+    R = torch.eye(X.shape[-1], dtype=torch.float64, device=X.device).expand(len(X), -1, -1)
     best, channels = R.contiguous(), X.abs().amax(dim=1)
     lowest = channels.amax(dim=-1)
     for _ in range(steps):
@@ -101,7 +101,7 @@ def spreading_matrix(size: int, generator: torch.Generator) -> Tensor:
 
 def swapped(S: Tensor, channel: Tensor) -> Tensor:
     """Return E S E [n, b, b]; E swaps the first channel and each of `channel` [n], so row `channel` is S's first."""
-    index = torch.arange(len(S)).repeat(len(channel), 1)
+    index = torch.arange(len(S), device=S.device).repeat(len(channel), 1)
     index.scatter_(1, channel[:, None], 0)
     index[:, 0] = channel
     return S[index[:, :, None], index[:, None, :]]

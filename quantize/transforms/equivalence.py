@@ -104,7 +104,7 @@ def on_channels(x: Tensor, axes: tuple[int, ...], index: Tensor, side: Callable[
     last = tuple(range(-len(axes), 0))
     moved = x.movedim(axes, last)
     rows = moved.flatten(-len(axes)).to(torch.float64, copy=True)
-    for copy in index:
+    for copy in index.to(x.device):
         rows[..., copy] = side(rows[..., copy])
     return rows.reshape(moved.shape).movedim(last, axes).to(x.dtype)
 

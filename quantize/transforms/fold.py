@@ -140,7 +140,7 @@ def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tens
     rows = max(1, CHUNK // max(1, channels_last[:1].numel()))
     for piece in channels_last.split(rows) if channels_last.dim() > 1 else [channels_last]:
         wide = piece.double() + edge.offset
-        for index in edge.index:
+        for index in edge.index.to(weight.device):
             wide[..., index] = side(wide[..., index])
         piece.copy_(wide - edge.offset)
     return result

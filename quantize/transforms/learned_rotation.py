@@ -31,7 +31,7 @@ def learn_rotation(
     tokens drawn at random; the result is the float64 factor of the last Z.
 
     Args:
-        X: activations [..., K] on the CPU, at least one row.
+        X: activations [..., K], at least one row.
         objective: `whip` or `kurtosis`, the functions `whip` and `kurtail` below.
         generator: what draws the signs of the Hadamard matrix and the tokens.
         steps: the number of steps of Adam; 0 returns the Hadamard matrix.
@@ -41,7 +41,7 @@ def learn_rotation(
         R [K, K] float64; x R is the rotated token.
     """
     rows = X.detach().reshape(-1, X.shape[-1]).float()
-    Z = starting_point(X.shape[-1], generator, centred).float().requires_grad_()
+    Z = starting_point(X.shape[-1], generator, centred).to(rows).requires_grad_()
     optimizer = torch.optim.Adam([Z], LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for _ in range(steps):
@@ -50,7 +50,7 @@ def learn_rotation(
         OBJECTIVES[objective](rotate(tokens, orthogonal_factor(Z), centred)).backward()
         optimizer.step()
         schedule.step()
-    identity = torch.eye(X.shape[-1], dtype=torch.float64)
+    identity = torch.eye(X.shape[-1], dtype=torch.float64, device=rows.device)
     return rotate(identity, orthogonal_factor(Z.detach().double()), centred)
 
 

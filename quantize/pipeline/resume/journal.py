@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors import SafetensorError
 
 from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
@@ -62,8 +63,8 @@ class Journal:
         """Whether a block is finished, or statistics of the whole model are."""
         return any(path.name != "identity.json" and path.suffix != ".part" for path in self.directory.iterdir())
 
-    def cached(self, name: str, make: Callable[[], T], /) -> T:
-        """Return what `make` returned in this run or in the one that it resumes; `save_state` must know its type."""
+    def cached(self, name: str, make: Callable[[], T], device: torch.device, /) -> T:
+        """Return what `make` returned on a device, now or before the run was killed; `save_state` must know its type."""
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             made: T = contiguous(make())
@@ -71,7 +72,7 @@ class Journal:
                 self._write_atomically(path, lambda temporary: save_state(temporary, made))
             return made
         with translate_damage(self.directory.parent):
-            return load_state(path)  # type: ignore[no-any-return]
+            return load_state(path, device)  # type: ignore[no-any-return]
 
     def save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
         """Store the state after block number `done`, then remove the border before it.
@@ -115,12 +116,13 @@ class Journal:
         files: list[dict[str, str]] = [{}, {}]
         if borders:
             with translate_damage(self.directory.parent):
-                state = load_state(borders[-1] / "state.safetensors")
+                state = load_state(borders[-1] / "state.safetensors", blocks.program.device)
                 files = state.pop("files")
                 blocks.load_state_dict(state)
                 for name, runner, first in blocks.runners():
                     for number in range(len(runner.values)):
-                        plain = load_state(borders[-1] / f"{name}-{first + number:05}.safetensors")
+                        stored = borders[-1] / f"{name}-{first + number:05}.safetensors"
+                        plain = load_state(stored, blocks.program.device)
                         runner.values[number] = values_of(plain, blocks.program)
         if writer:
             restore_files(writer, *files)

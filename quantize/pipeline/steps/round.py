@@ -112,7 +112,7 @@ class WeightRounder:
         """Return the Gram matrix of a linear's input, rounded if the quantizer compares it with the float model's."""
         source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals, ranks = gram.totals(columns, 1 + float_reference), self.context.ranks
+        totals, ranks = gram.totals(columns, 1 + float_reference, self.context.device), self.context.ranks
         pairs = self._inputs(source, input_transform)
         ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
         fill_lower(totals[0])

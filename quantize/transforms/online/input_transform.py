@@ -61,5 +61,5 @@ class InputTransform:
         """Return the output bias [N] that takes the shift back exactly, where W [N, K] is the weight of the product."""
         if not self.has_shift:
             return bias
-        surplus = self.transform(torch.zeros(W.shape[1], dtype=torch.float64)) @ W.double().T
+        surplus = self.transform(torch.zeros_like(W[0], dtype=torch.float64)) @ W.double().T
         return (-surplus if bias is None else bias.double() - surplus).to(W.dtype)
