@@ -18,7 +18,8 @@ rounding without passes, *default* the scheme's recipe, *tuned* the `-tuned` rec
 and scored on the same token ids, in float32, with symmetric weights in groups. Losses and KL are in nats per token;
 increases are over the float model's loss. CPU minutes are processor time, of which two idle cores spend two a minute,
 and like the peak of resident memory those of the run alone, with the interpreter and without the scores; a run of ours
-with data holds some of the windows back and judges itself on them, within that time. MB and GB are of 10⁶ and 10⁹ bytes.
+with data holds some of the windows back and judges itself on them, within that time. MB and GB are of 10⁶ and 10⁹
+bytes.
 """
 SHORT = """
 ## In short

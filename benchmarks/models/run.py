@@ -34,8 +34,8 @@ def measure(cell: Cell, model: Path, data: Path, output: Path) -> dict[str, Any]
         output: the artifact's directory.
 
     Returns:
-        `seconds` of processor time and `peak_mb` of the run, without those of the scores; `artifact_mb`; `texts`, the scores on each;
-        and a language model's `continuation` of the prompt.
+        `seconds` of processor time and `peak_mb` of the run, without those of the scores; `artifact_mb`; `texts`, the
+        scores on each; and a language model's `continuation` of the prompt.
     """
     if cell.scheme == FLOAT:
         found, reference, quantized = {"artifact_mb": stored_bytes(model) / 1e6}, None, open_checkpoint(model).load()
