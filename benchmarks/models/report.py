@@ -16,9 +16,10 @@ HEAD = """# Real models, every scheme
 of the bundled prose and scored on 16 windows of 256 tokens of each text. *Plain rounding* is symmetric
 rounding without passes, *default* the scheme's recipe, *tuned* the `-tuned` recipe. llm-compressor 0.14 is calibrated
 and scored on the same token ids, in float32, with symmetric weights in groups. Losses and KL are in nats per token;
-increases are over the float model's loss. Minutes and the peak of resident memory are those of the run alone, with the
-interpreter and without the scores; a run of ours with data holds some of the windows back and judges itself on them,
-within that time. MB and GB are of 10⁶ and 10⁹ bytes.
+increases are over the float model's loss. CPU minutes are processor time, of which two idle cores spend two a minute,
+and like the peak of resident memory those of the run alone, with the interpreter and without the scores; a run of ours
+with data holds some of the windows back and judges itself on them, within that time. MB and GB are of 10⁶ and 10⁹
+bytes.
 """
 SHORT = """
 ## In short
@@ -83,7 +84,7 @@ def model_table(rows: Sequence[Row]) -> list[str]:
     base = next((row for row in rows if row["scheme"] == FLOAT), {})
     names = ("loss increase", "KL", "top-1") if MODELS[rows[0]["model"]].language else ("retained", "distance")
     heads = [f"{text}: {names[0]}" if at == 0 else names[at] for text in texts for at in range(len(names))]
-    columns = ["scheme", "recipe", *heads, "MB", "minutes", "peak GB"]
+    columns = ["scheme", "recipe", *heads, "MB", "CPU minutes", "peak GB"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = [row["scheme"], row["recipe"]]

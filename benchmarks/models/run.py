@@ -34,17 +34,17 @@ def measure(cell: Cell, model: Path, data: Path, output: Path) -> dict[str, Any]
         output: the artifact's directory.
 
     Returns:
-        `seconds` and `peak_mb` of the run, without those of the scores; `artifact_mb`; `texts`, the scores on each;
-        and a language model's `continuation` of the prompt.
+        `seconds` of processor time and `peak_mb` of the run, without those of the scores; `artifact_mb`; `texts`, the
+        scores on each; and a language model's `continuation` of the prompt.
     """
     if cell.scheme == FLOAT:
         found, reference, quantized = {"artifact_mb": stored_bytes(model) / 1e6}, None, open_checkpoint(model).load()
     else:
-        start = time.perf_counter()
+        start = time.process_time()
         nsamples, seqlen = windows_of(data / "calibration.jsonl")
         artifact = quantize_model(model, output_dir=output, scheme=cell.scheme, recipe=changes(cell),
                                   calibration=data / "calibration.jsonl", nsamples=nsamples, seqlen=seqlen)  # fmt: skip
-        found = {"seconds": time.perf_counter() - start, "peak_mb": peak_memory() / 1e6}
+        found = {"seconds": time.process_time() - start, "peak_mb": peak_memory() / 1e6}
         found["artifact_mb"] = stored_bytes(artifact.directory) / 1e6
         reference, quantized = open_checkpoint(model).load(), artifact.load()
     if not (data / "evaluation.json").is_file():
