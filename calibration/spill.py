@@ -81,16 +81,16 @@ class SpilledTensor:
     """A tensor in a file."""
 
     def __init__(self, x: Tensor, file: SpillFile) -> None:
-        self.file, self.shape, self.dtype, self.nbytes = file, x.shape, x.dtype, x.nbytes
+        self.file, self.shape, self.dtype, self.device, self.nbytes = file, x.shape, x.dtype, x.device, x.nbytes
         self.offset = file.opened.seek(-(-file.opened.tell() // 64) * 64)  # aligned as in memory
-        rest = x.reshape(-1).view(torch.uint8).numpy().data
+        rest = x.cpu().reshape(-1).view(torch.uint8).numpy().data
         while len(rest):  # one call writes 2 GiB at most
             rest = rest[file.opened.write(rest) :]
 
     def read(self) -> Tensor:
-        """Return the tensor, memory-mapped; changes to it do not reach the file."""
+        """Return the tensor, memory-mapped or moved to where it was; changes to it do not reach the file."""
         mapped = np.memmap(self.file.opened, np.uint8, "c", self.offset, self.nbytes)
-        return torch.from_numpy(mapped).view(self.dtype).view(self.shape)
+        return torch.from_numpy(mapped).view(self.dtype).view(self.shape).to(self.device)
 
 
 def size(value: Any) -> int:

@@ -143,7 +143,10 @@ class CachedQTensor(QTensor):
     @functools.cached_property
     def _weight(self) -> Tensor:
         """The dequantized weight, made a few rows at a time, so that intermediate results stay in a core's cache."""
-        values, rows = torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device), cached_rows(self.columns)
+        values, rows = (
+            torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device),
+            cached_rows(self.columns),
+        )
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
             part.copy_(self.slice_rows(slice(start, start + rows)).dequantize())
         return values

@@ -10,11 +10,9 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 
 from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason

@@ -19,7 +19,5 @@ def resolve_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"--device {name}: torch finds no such device here; give cpu, cuda, cuda:1 or auto"
-        ) from error
+        raise UsageError(f"--device {name}: torch finds no such device here; give cpu, cuda, cuda:1 or auto") from error
     return device

@@ -14,7 +14,7 @@ from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import side_files
 from quantize.checkpoint.meta_model import build_skeleton
 from quantize.graph.program import Program
-from quantize.pipeline.fingerprint import versions
+from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
@@ -43,7 +43,7 @@ def finish(
             "scheme": plan.recipe.scheme,
             "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
             "seed": plan.recipe.seed,
-            "versions": versions(),
+            "versions": versions() | machine(program.device),
             "export": program.export_record() | {"not_compared": not_compared(blocks)},
             "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
             "online": blocks.pass_runner.changed,

@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parents[1]
 SOURCES = {".py", ".toml"}
 
 
-def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples) -> Fingerprint:
+def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples, device: torch.device) -> Fingerprint:
     """Return the fingerprint of all that an artifact's bytes depend on; every file of the model is read once.
 
     Args:
@@ -32,6 +32,7 @@ def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Sample
         graph: the graph of the program as text, the only record of what a module in memory computes.
         recipe: the resolved recipe.
         samples: the calibration data.
+        device: where the run computes.
     """
     in_memory = checkpoint.module is not None
     return {
@@ -39,6 +40,7 @@ def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Sample
         "recipe": {name: json.dumps(value) for name, value in recipe.model_dump(mode="json").items()},
         "data": {"calibration": samples.sha256},
         "code": {**versions(), "sources": sources_hash()},
+        "machine": machine(device),
     }
 
 
@@ -89,7 +91,13 @@ def sources() -> Iterator[Path]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that the bytes may depend on, and the CPU's unit for bfloat16 products."""
+    """Return the versions that the bytes may depend on."""
     packages = ("quantize-model", "torch", "transformers", "numpy", "safetensors")
-    unit = {"bfloat16 products": bfloat16_unit()}
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, **unit}
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Return the device that the bytes may depend on: the CPU with its unit for bfloat16 products, or a GPU's name."""
+    if device.type == "cuda":
+        return {"device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
+    return {"device": device.type, "bfloat16 products": bfloat16_unit()}

@@ -101,7 +101,9 @@ def stored_state(
     held = settings.get("tables", ())
     tables = {name: nodes for name, nodes in program.word_tables.items() if module_of(name) in held}
     device = program.device
-    weights = {name: read_float(files[stored], stored).to(device) for name, stored in names.items() if name not in tables}
+    weights = {
+        name: read_float(files[stored], stored).to(device) for name, stored in names.items() if name not in tables
+    }
     modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32).to(device)) for lin in linears}
     operators = dict(quantized_attention(segment, read_kv_cache(settings)))
     for name in (name for name in names if name in tables):

@@ -91,7 +91,7 @@ def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
 def identity_of(prepared: Prepared) -> Fingerprint:
     """Return the fingerprint of what the artifact of a run depends on."""
     graph = str(prepared.program.module.graph)
-    return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples)
+    return identity(prepared.checkpoint, graph, prepared.plan.recipe, prepared.samples, prepared.program.device)
 
 
 def describe_run(prepared: Prepared) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
@@ -126,6 +127,7 @@ def quantize_model(
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
         prepared = prepare(model, resolved, Path(calibration) if calibration else None, judge=stats is None)
+        here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
         prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
         collected = load_matching(Path(stats), found) if stats else None

@@ -85,8 +85,8 @@ def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> Stat
 
 
 def without_data(found: Fingerprint) -> Fingerprint:
-    """Return the part of a fingerprint that all parts of the data share."""
-    return {part: hashes for part, hashes in found.items() if part != "data"}
+    """Return the part of a fingerprint that all parts of the data share, wherever they were run."""
+    return {part: hashes for part, hashes in found.items() if part not in ("data", "machine")}
 
 
 def write_collected(path: Path, found: StatisticsFile) -> None:

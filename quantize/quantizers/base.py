@@ -103,7 +103,11 @@ def search_qparams(
     x, low, high, s, z, weighting = (
         t.flatten(0, 1) for t in (groups, low, high, scale, zero_point, weighting.expand_as(groups))
     )
-    best, live, found = quantization_error(x, s, z, args, weighting), torch.arange(len(x), device=x.device), torch.stack([s, z])
+    best, live, found = (
+        quantization_error(x, s, z, args, weighting),
+        torch.arange(len(x), device=x.device),
+        torch.stack([s, z]),
+    )
     ends = number_format.clipping_range(args)
     for number, factor in enumerate(number_format.scale_search):
         tried = number_format.compute_qparams(low * factor, high * factor, args, dtype, global_scale)

@@ -51,7 +51,11 @@ class GPTQ(Quantizer):
         gram, H = require_gram(gram)
         importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
         H.diagonal()[dead] = 1
-        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H), device=H.device)
+        order = (
+            H.diagonal().argsort(descending=True, stable=True)
+            if self.act_order
+            else torch.arange(len(H), device=H.device)
+        )
         permute(H, order)
         weights = self.target_weights(weights, gram, H, factor(H, self.damp), order)
         grids = [compute_qparams(W, args, scale_dtype, self.mse, importance) for W in weights]

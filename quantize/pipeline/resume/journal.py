@@ -64,7 +64,7 @@ class Journal:
         return any(path.name != "identity.json" and path.suffix != ".part" for path in self.directory.iterdir())
 
     def cached(self, name: str, make: Callable[[], T], device: torch.device, /) -> T:
-        """Return what `make` returned on a device, now or before the run was killed; `save_state` must know its type."""
+        """Return what `make` returned, now or before the run was killed; `save_state` must know its type."""
         path = self.directory / f"{name}.safetensors"
         if not path.exists():
             made: T = contiguous(make())

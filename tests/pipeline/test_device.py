@@ -1,0 +1,78 @@
+"""A run on another device than the CPU: the same bytes, nothing forgotten on the CPU, no growth from block to block."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.json_files import change_json
+from safetensors import safe_open
+
+from quantize.calibration.spill import SpilledTensor, SpillFile
+from quantize.errors import UsageError
+from quantize.pipeline.device import resolve_device
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "prefix", "rotated", "searched"]
+
+
+@pytest.fixture(scope="module")
+def found(stories, stories_calibration, tmp_path_factory):
+    """Run all in a process that has a pretended accelerator."""
+    directory = tmp_path_factory.mktemp("device")
+    model = directory / "model"
+    model.mkdir()
+    for path in stories.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    change_json(model / "config.json", num_hidden_layers=2)
+    command = [sys.executable, HELPERS / "pretend_run.py", model, stories_calibration, directory / "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HELPERS), *sys.path])}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_another_device_writes_the_same_bytes(found, name):
+    assert found[name]["files"] == 5
+    assert found[name]["differ"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_piles_up_on_the_device(found, name):
+    """A block leaves the activations that it was given room for, and a run leaves nothing."""
+    head, first, *_ = found[name]["alive"]
+    assert first <= 1.02 * head
+    assert found[name]["left"] == 0
+
+
+@pytest.mark.slow
+def test_weights_cross_once_and_no_number_is_read_between_columns(found, one_layer):
+    """W4A16 has no pass: the float32 weights cross, and what verification reads; float weights do not come back."""
+    with safe_open(one_layer / "model.safetensors", "pt") as file:
+        sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    floats = 4 * sum(n for name, n in sizes.items() if ".layers." not in name or re.search(r"layers\.[01]\.", name))
+    given = found["W4A16"]
+    assert floats < given["to_device"] < floats + 1.5 * given["artifact_bytes"]
+    assert given["scalars_in_columns"] == 0
+
+
+def test_devices_are_named():
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == torch.device("cpu")
+    for name in ("cuda:99", "abacus"):
+        with pytest.raises(UsageError, match=f"--device {name}: torch finds no such device here; give cpu, cuda, "):
+            resolve_device(name)
+
+
+def test_a_tensor_comes_back_from_a_file_to_where_it_was(tmp_path):
+    x = torch.arange(4096.0).reshape(64, 64)
+    back = SpilledTensor(x, SpillFile(tmp_path)).read()
+    assert torch.equal(back, x)
+    assert back.device == x.device
