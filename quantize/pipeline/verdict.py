@@ -20,7 +20,8 @@ def held_out_record(runs: HeldOutRuns, samples: Samples) -> dict[str, Any]:
     tokens = sum(min(x.numel(), runs.length) for row in runs.given.rows for x in row.values() if x.dim() == 1)
     kept = {"rounded_plainly": runs.rounded_plainly, "not_tuned": runs.not_tuned}
     record: dict[str, Any] = {name: found for name, found in kept.items() if found}
-    record |= runs.scores | {"source": runs.given.source, "rows": len(runs.given.rows), "tokens": tokens}
+    record |= runs.scores
+    record |= {"source": runs.given.source, "rows": len(runs.given.rows), "tokens": tokens}
     found, plain = (runs.scores[name] for name in ("quantized", "plain_rounding"))
     measure = "kl" if "kl" in found else "error"
     if found[measure] < plain[measure]:
