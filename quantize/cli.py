@@ -50,9 +50,7 @@ PATH = click.Path(path_type=Path)
     help="A linear to leave in floating point: its name, or re:EXPRESSION. May be given several times.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
-@click.option(
-    "--device", default="auto", help="Where the run computes: cpu, cuda, cuda:1.  [default: a GPU if there is one]"
-)
+@click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
 @click.option("--strict", is_flag=True, help="Exit with 1 if plain rounding turns out to lose no more.")
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")

@@ -86,7 +86,7 @@ def quantize_model(
     seed: int | None = None,
     resume: bool = False,
     stats: str | Path | None = None,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "cpu",
     console: Console | None = None,
 ) -> Artifact:
     """Quantize a model into a new directory.
@@ -109,7 +109,7 @@ def quantize_model(
         seed: the seed of every random choice.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
-        device: where the run computes: `cpu`, `cuda`, `cuda:1`; `auto` takes a GPU if there is one.
+        device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
         console: the console that shows progress; None shows nothing.
 
     Raises:
@@ -132,7 +132,7 @@ def quantize_model(
         found = identity_of(prepared)
         collected = load_matching(Path(stats), found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
-        check_ranks(resolved, ranks, found)
+        check_ranks(resolved, here, ranks, found)
         journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
         if ranks.gather(writer is not None and writer.finished)[0]:
             return Artifact(output, read_manifest(output))
@@ -169,12 +169,16 @@ def collect_stats(
     return found
 
 
-def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> None:
+def check_ranks(recipe: Recipe, device: torch.device, ranks: SingleProcess, found: Fingerprint) -> None:
     """Check that several ranks can do what the recipe asks for, and have the same model, data and code.
 
     Raises:
         UsageError: they cannot, or have not.
     """
+    if ranks.count > 1 and device.type != "cpu":
+        raise UsageError(
+            f"--device {device}: several ranks compute on the CPU; start without torchrun, or leave it out"
+        )
     if ranks.count > 1 and recipe.tune is not None:
         raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
     for rank, other in enumerate(ranks.gather(found)):
@@ -248,6 +252,10 @@ def running(name: str) -> Iterator[None]:
     """Turn an operator's error about its operands into the reason why a part of the model does not run."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise QuantizeError(
+            f"{name} does not fit into the device's memory ({reason(error)}); give a smaller --seqlen, or --device cpu"
+        ) from error
     except (IndexError, RuntimeError) as error:
         raise QuantizeError(
             f"{name} does not run on the calibration data ({reason(error)}); "

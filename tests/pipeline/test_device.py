@@ -14,8 +14,9 @@ from helpers.json_files import change_json
 from safetensors import safe_open
 
 from quantize.calibration.spill import SpilledTensor, SpillFile
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.device import resolve_device
+from quantize.pipeline.quantize import running
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "prefix", "rotated", "searched"]
@@ -62,6 +63,17 @@ def test_weights_cross_once_and_no_number_is_read_between_columns(found, one_lay
     given = found["W4A16"]
     assert floats < given["to_device"] < floats + 1.5 * given["artifact_bytes"]
     assert given["scalars_in_columns"] == 0
+
+
+def test_a_full_device_is_said_to_be_full():
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(QuantizeError, match=r"layers\.3 does not fit into the device's memory .* a smaller --seqlen"):
+        fail_in("model.layers.3", full)
+
+
+def fail_in(name, error):
+    with running(name):
+        raise error
 
 
 def test_devices_are_named():
