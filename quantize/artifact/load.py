@@ -13,8 +13,7 @@ from quantize.artifact.manifest import Manifest
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
-from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
-from quantize.checkpoint.size_limits import limit_parameters
+from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
@@ -90,9 +89,9 @@ def load(
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
-    with limit_parameters(index_tensors(directory, PROBE)):
-        model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
-    model = fill(model, directory, settings, dtype)
+    if skeleton is None:
+        skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
+    model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.engine = engine

@@ -14,8 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
-from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors, ties_of
-from quantize.checkpoint.size_limits import limit_parameters
+from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.tensor_files import CHUNK, index_tensors, is_finite, read_float, read_tensor
 from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.errors import QuantizeError, UsageError, reason
@@ -47,7 +46,7 @@ class Checkpoint:
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None:
-            model = build_skeleton(self.config)
+            model = build_skeleton(self.config, self.files)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             return model
@@ -114,8 +113,7 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
     check_files(directory)
     files = index_tensors(directory)
-    with limit_parameters(files):
-        model = build_skeleton(config)
+    model = build_on_meta(config, files)
     return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files))
 
 

@@ -18,7 +18,8 @@ INDEX = "model.safetensors.index.json"
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 CAN_RUN_CODE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".keras"}
 UNREADABLE = (SafetensorError, OSError, KeyError, AttributeError, TypeError)  # the last two for types that torch lacks
-LARGEST_JSON = 1 << 28  # in bytes; the largest tokenizers take a tenth of it
+LARGEST_JSON = 1 << 25  # bytes of a config, index or manifest, which take fifty times as much memory when parsed
+LARGEST_SIDE_FILE = 1 << 28  # bytes; the largest tokenizers take a tenth of it
 
 
 def check_files(directory: Path) -> None:
@@ -38,6 +39,11 @@ def check_files(directory: Path) -> None:
             raise UsageError(f"{path} is a link out of the directory, to {path.resolve()}; put the file itself there")
         if not path.is_file():
             raise UsageError(f"{path} is no regular file; put one there, or remove it")
+        if path.suffix in SIDE_FILES and path.stat().st_size > LARGEST_SIDE_FILE:
+            raise UsageError(
+                f"{path} has {path.stat().st_size} bytes; files beside the weights may have {LARGEST_SIDE_FILE}, so "
+                "remove it"
+            )
 
 
 def is_hidden(path: Path) -> bool:

@@ -78,7 +78,7 @@ def write_side_files(
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config) if checkpoint.config else checkpoint.skeleton()
+        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)
