@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact.manifest import Manifest
+from quantize.artifact.manifest import REQUIRED, Manifest, digest_of
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
@@ -41,24 +42,37 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = read_json(path) if path.is_file() else {}
     except QuantizeError as error:
         manifest, why = {}, f": {error}"
-    if not Manifest.model_fields.keys() <= manifest.keys():
+    if not manifest.keys() >= REQUIRED:
         raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
-    validated(lambda: Manifest(**manifest), str(path))
+    validated(lambda: Manifest.model_validate_json(json.dumps(manifest), strict=True), str(path))
     check_files(directory)
     return manifest
 
 
-def check_hashes(directory: Path) -> int:
-    """Compare every file with the manifest and return how many files there are.
+def check_hashes(directory: Path, digest: str | None = None) -> int:
+    """Compare the manifest with its digest and every file with the manifest, and return how many files there are.
+
+    Args:
+        directory: an artifact.
+        digest: the digest that the run printed; None trusts the one in the manifest, which whoever changes a file can
+            change as well.
 
     Raises:
-        QuantizeError: a file is missing, changed or not listed; the message names the first one.
+        UsageError: the directory is no artifact.
+        QuantizeError: the digest is another one, or a file is missing, changed or not listed; the message names it.
     """
-    listed = read_manifest(directory)["files"]
-    found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {"manifest.json"}
-    for name in sorted(found | set(listed)):
-        if name not in listed or name not in found:
+    manifest = read_manifest(directory)
+    found, listed = digest_of(manifest), manifest["files"]
+    if manifest.get("digest") != found:
+        raise QuantizeError(f"{directory / 'manifest.json'} has changed since it was written: its digest is {found}")
+    if digest not in (None, found):
+        raise QuantizeError(f"the digest of {directory} is {found} and not {shown(digest)}; fetch the artifact anew")
+    paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if not path.is_dir()}
+    for name in sorted((paths.keys() | listed) - {"manifest.json"}):
+        if name not in listed or name not in paths:
             raise QuantizeError(f"{directory / name} is {'missing' if name in listed else 'not in the manifest'}")
+        if not paths[name].is_file():
+            raise QuantizeError(f"{directory / name} is no regular file")
         if sha256(directory / name) != listed[name]:
             raise QuantizeError(f"{directory / name} has changed since it was written")
     return len(listed)

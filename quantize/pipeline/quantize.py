@@ -123,7 +123,7 @@ def quantize_model(
     ):
         prepared = prepare(model, resolved, Path(calibration) if calibration else None, judge=stats is None)
         found = identity_of(prepared)
-        collected = load_matching(Path(stats), found) if stats else None
+        collected = load_matching(Path(stats), prepared, found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, ranks, found)
         journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
+from quantize.artifact.writer import ArtifactWriter, first_existing_parent, remove, translate_disk_errors
 from quantize.errors import UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint
@@ -109,6 +109,5 @@ def join_journal(output: Path, ranks: SingleProcess) -> Journal:
 
 def partial_directory(output: Path) -> Path:
     """Return the directory in which a run works, beside the output or its first parent that does not exist yet."""
-    path = output.absolute()
-    beside = next(parent for parent in path.parents if parent.exists())
+    path, beside = output.absolute(), first_existing_parent(output)
     return beside / f".{'-'.join(path.relative_to(beside).parts)}.partial"
