@@ -15,7 +15,7 @@ from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
@@ -140,7 +140,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     held = {
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # scales of FP4 keep their dtype
-    tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
+    tensors = {name: read_checked(file, name) for name, file in files.items() if name not in held}
     wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
@@ -155,7 +155,7 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
 
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
-        return read_tensor(files[key], key) if key in files else None
+        return read_checked(files[key], key) if key in files else None
 
     scheme, entry = linear_scheme(settings, path), settings["modules"][path]
     data, scale, bias = get("qweight"), get("scale"), get("bias")
@@ -173,6 +173,15 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
     return linear
 
 
+def read_checked(file: Path, name: str) -> Tensor:
+    """Read one tensor, whose numbers must be finite.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    return require_finite(name, read_tensor(file, name), file)
+
+
 def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
     """Read the integers [V, K] and the scales [V, 1] of a table of words.
 
@@ -182,7 +191,7 @@ def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
     names = [f"{path}.qweight", f"{path}.scale"]
     if missing := [name for name in names if name not in files]:
         raise QuantizeError(f"the artifact lists {path} as a table in 8 bits but holds no {missing[0]}")
-    qweight, scale = (read_tensor(files[name], name) for name in names)
+    qweight, scale = (read_checked(files[name], name) for name in names)
     return qweight, scale
 
 
@@ -206,7 +215,7 @@ def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], colu
         QuantizeError: there is no such transform.
     """
     names = [name for name in files if name.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): read_tensor(files[name], name) for name in names}
+    tensors = {name.removeprefix(prefix): read_checked(files[name], name) for name in names}
     try:
         online = restore(given, tensors, columns)
         fits = online(torch.zeros(1, columns)).shape == (1, columns)

@@ -77,6 +77,8 @@ def test_artifacts_with_hostile_settings(damaged, artifact_rtn):
         ("scale", torch.ones(172, 2)),
         ("scale", torch.zeros(172, 1)),
         ("scale", torch.full((172, 1), float("nan"))),
+        ("scale", torch.full((172, 1), float("inf"))),
+        ("bias", torch.full((172,), float("inf"))),
         ("scale", torch.ones(172, 1, dtype=torch.int32)),
         ("zero_point", torch.zeros(172, 0, dtype=torch.int8)),
         ("zero_point", torch.zeros(172, 1)),
@@ -90,12 +92,13 @@ def test_an_artifact_with_tensors_of_another_kind(name, tensor, damaged):
     path = next(path for path in directory.glob("model-*") if "up_proj" in str(load_file(path).keys()))
     kept = {other: found for other, found in load_file(path).items() if other != key}
     save_file(kept | ({} if tensor is None else {key: tensor}), path, {"format": "pt"})
-    with pytest.raises(QuantizeError, match=r"of model.layers.0.mlp.up_proj"):
+    with pytest.raises(QuantizeError, match=r"(of|safetensors:) model.layers.0.mlp.up_proj"):
         verify_artifact(damaged())
 
 
 def test_an_artifact_with_other_tensors_that_do_not_fit(damaged):
-    for tensor in (torch.ones(63), torch.ones(0), torch.ones(64, dtype=torch.int8)):
+    wrong = torch.ones(64).index_fill_(0, torch.tensor(3), float("nan"))
+    for tensor in (torch.ones(63), torch.ones(0), torch.ones(64, dtype=torch.int8), wrong):
         path = next(path for path in damaged().glob("model-*") if "model.norm.weight" in load_file(path))
         save_file(load_file(path) | {"model.norm.weight": tensor}, path, {"format": "pt"})
         with pytest.raises(QuantizeError, match=r"model.norm.weight"):

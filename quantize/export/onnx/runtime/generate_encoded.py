@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from quantize.checkpoint.tensor_files import require_finite
 from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import UsageError
 from quantize.export.onnx.encoder_decoder import DECODER, ENCODER
@@ -84,7 +85,10 @@ def of_file(encoder: onnxruntime.InferenceSession, data: Path | None) -> Arrays:
         raise UsageError(f"the model takes {takes}; give an --input FILE.safetensors that holds this")
     if not data.is_file():
         raise UsageError(f"no such file: {data}; give a .safetensors with {takes}")
-    found = {name: tensor[:1].float().numpy() for name, tensor in read_all(data).items()}
+    given = {
+        name: require_finite(name, tensor[:1].float(), data) for name, tensor in read_all(data).items() if tensor.dim()
+    }
+    found = {name: tensor.numpy() for name, tensor in given.items()}
     if {name: list(array.shape[1:]) for name, array in found.items()} != {n: s[1:] for n, s in wanted.items()}:
         held = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
         raise UsageError(f"{data} holds {held} as its first sample; the model takes {takes}")
