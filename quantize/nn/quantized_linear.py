@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,23 @@ from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepa
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.scheme.scheme import ActivationArgs, Engine, Scheme
 from quantize.transforms.online import Online
+
+
+class FP8Bytes(NamedTuple):
+    """A tensor of 8-bit floating point as uint8, since torch pickles no such tensors."""
+
+    values: Tensor
+    dtype: torch.dtype
+
+    def restored(self) -> Tensor:
+        """Return the tensor."""
+        return self.values.view(self.dtype)
+
+
+def as_bytes(x: Tensor | None) -> Tensor | FP8Bytes | None:
+    """Return a tensor, or what stands for it in a pickle."""
+    fp8 = x is not None and x.is_floating_point() and x.element_size() == 1
+    return FP8Bytes(x.view(torch.uint8), x.dtype) if fp8 and x is not None else x
 
 
 class QuantizedLinear(nn.Module):
@@ -119,9 +136,23 @@ class QuantizedLinear(nn.Module):
         self._packed = self._held = None
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: FP8 as bytes, which pickle knows, and nothing that is laid out."""
+        buffers = {name: as_bytes(buffer) for name, buffer in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers, "_packed": None, "_held": None, "_unpacked": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what `__getstate__` returned."""
+        buffers = {
+            name: buffer.restored() if isinstance(buffer, FP8Bytes) else buffer
+            for name, buffer in state["_buffers"].items()
+        }
+        super().__setstate__(state | {"_buffers": buffers})
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         fake_quant = self.engine == "fake_quant" and runs_fake_quant(x, self.scheme.activations)
+        fake_quant = fake_quant and not (torch.compiler.is_compiling() and self._held is None)  # nothing is held yet
         rest = self._forward_fake_quant if fake_quant else self._forward_reference
         return self.leading.apart(x, lambda first: self._forward_float_activations(self.transform(first)), rest)
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
-from quantize.checkpoint.checkpoint import side_files
 from quantize.checkpoint.meta_model import build_skeleton
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import machine, versions
@@ -38,6 +37,7 @@ def finish(
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     judged = held_out_record(blocks.held_out, prepared.samples)
+    checkpoint.seen.require_all_same()
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,
@@ -71,14 +71,13 @@ def write_side_files(
         writer.write("config.json", as_json({**checkpoint.config, **untied, "quantization_config": settings}))
     writer.write("recipe.toml", prepared.plan.recipe.to_toml())
     writer.write_index()
-    if checkpoint.directory is not None:
-        for path in side_files(checkpoint.directory):
-            writer.write(path, (checkpoint.directory / path).read_bytes())
+    for path in checkpoint.side_files:
+        writer.write(path.relative_to(checkpoint.directory or path), checkpoint.seen.read(path))
     given = {
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config) if checkpoint.config else checkpoint.skeleton()
+        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

@@ -130,7 +130,7 @@ def quantize_model(
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
         prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
-        collected = load_matching(Path(stats), found) if stats else None
+        collected = load_matching(Path(stats), prepared, found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, here, ranks, found)
         journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
