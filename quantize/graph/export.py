@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,6 +32,7 @@ def export_program(skeleton: nn.Module) -> Program:
     """
     buffers, ties = dict(skeleton.named_buffers()), ties_of(skeleton)
     untie(skeleton)
+    turn_caches_off(skeleton)
     skeleton.eval().to("meta")
     switches = forward_switches(skeleton)
     try:
@@ -48,13 +49,30 @@ def export_program(skeleton: nn.Module) -> Program:
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
         direct = read_past_forward(skeleton, linears, example)
-    return replace(program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties)
+    more = inspect.signature(skeleton.forward).parameters.keys() - example.keys()
+    unreached = unread(program.parameters, ties) if more else frozenset[str]()
+    return replace(
+        program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties, unreached=unreached
+    )
+
+
+def unread(parameters: Mapping[fx.Node, str], ties: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """Return the names of the parameters that the graph reads under no name."""
+    read = {name for node, name in parameters.items() if node.users}
+    return frozenset(name for name in parameters.values() if not read & {name, *ties.get(name, ())})
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:
     """Return `use_cache=False` if `forward` takes that switch, because a pass over whole sequences needs no cache."""
     known = hasattr(getattr(model, "config", None), "use_cache")
     return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def turn_caches_off(model: nn.Module) -> None:
+    """Tell every model inside of a model to return no cache, since the one around them may have no such switch."""
+    for config in (getattr(module, "config", None) for module in model.modules()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
 def untie(model: nn.Module) -> None:

@@ -47,6 +47,7 @@ class Program:
         weights_read_directly: the names of weights that the model reads itself, apart from their product.
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
+        unreached: the names of parameters that this pass does not read, and another could, as it takes more arguments.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
         device: where the graph runs.
     """
@@ -62,6 +63,7 @@ class Program:
     weights_read_directly: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unreached: frozenset[str] = frozenset()
     export_error: str = ""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
