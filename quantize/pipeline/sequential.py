@@ -172,6 +172,7 @@ class SequentialPipeline:
             "modules": self.modules,
             "untied": self.ties.untied,
             "tied": self.ties.stored,
+            "left_out": self.ties.left_out,
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
@@ -182,6 +183,7 @@ class SequentialPipeline:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
+        self.ties.left_out = state["left_out"]
         self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned = state["held_out"]
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
