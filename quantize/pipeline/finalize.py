@@ -59,6 +59,7 @@ def finish(
             "untied": blocks.ties.untied,
             **{name: record for name, record in (data | {"held_out": judged}).items() if record},
             "coverage": coverage(plan, blocks),
+            "body": plan.body.record(),
             "quantization": settings,
         },
         functools.partial(check_loads, prepared),

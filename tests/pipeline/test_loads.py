@@ -20,7 +20,7 @@ SIZES = {
 
 @pytest.fixture
 def bart(tmp_path):
-    """A directory of an encoder-decoder with one table, which encoder, decoder and head share; a function of its ids."""
+    """An encoder-decoder with one table, which encoder, decoder and head share, its directory, and ids for it."""
     torch.manual_seed(0)
     model = transformers.BartForConditionalGeneration(transformers.BartConfig(**SIZES)).eval()
     for name, parameter in model.named_parameters():
