@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -82,13 +82,18 @@ class ArtifactWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Add the manifest with the hash of every file and its digest, flush all to disk, rename, and return it."""
+    def commit(self, manifest: dict[str, Any], check: Callable[[Path], object] | None = None) -> dict[str, Any]:
+        """Add the manifest with the hash of every file and its digest, flush all to disk, rename, and return it.
+
+        `check` is called with the directory before it is renamed, and may raise an error.
+        """
         paths = {str(p.relative_to(self.directory)): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
         files = {name: self.hashes.get(name) or sha256(path) for name, path in paths.items()}
         manifest = json.loads(as_json({**manifest, "files": files}))
         manifest["digest"] = digest_of(manifest)
         self.write("manifest.json", as_json(manifest))
+        if check is not None:
+            check(self.directory)
         self.publish()
         return manifest
 

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from quantize.graph.linears import ATEN, NOT_ALONE, READ_ITSELF, VIEWS, Linear, find_linear, not_replaceable, stacks
+from quantize.graph.linears import (
+    ATEN,
+    NOT_ALONE,
+    READ_ITSELF,
+    VIEWS,
+    Linear,
+    by_weight,
+    find_linear,
+    not_replaceable,
+    stacks,
+)
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
@@ -47,6 +57,7 @@ class Program:
         weights_read_directly: the names of weights that the model reads itself, apart from their product.
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
+        unreached: the names of parameters that this pass does not read, and another could, as it takes more arguments.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
         device: where the graph runs.
     """
@@ -62,6 +73,7 @@ class Program:
     weights_read_directly: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unreached: frozenset[str] = frozenset()
     export_error: str = ""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
@@ -107,8 +119,8 @@ class Program:
         return found
 
     def linears(self, segment: Segment) -> list[Linear]:
-        """Return the linears of a segment that a quantized linear can stand in for, in order."""
-        found = (self._linears[node] for node in segment.nodes if node in self._linears)
+        """Return the linears of a segment that a quantized linear can stand in for, in order, each once."""
+        found = by_weight(self._linears[node] for node in segment.nodes if node in self._linears)
         return [linear for linear in found if linear.weight not in self.not_replaceable]
 
     @property
@@ -135,6 +147,11 @@ class Program:
     def _linears(self) -> dict[fx.Node, Linear]:
         found = ((node, find_linear(node, self.parameters)) for segment in self.segments for node in segment.nodes)
         return {node: linear for node, linear in found if linear is not None}
+
+    @functools.cached_property
+    def first_readers(self) -> dict[str, Segment]:
+        """The first segment that reads each parameter, which stores it."""
+        return {name: segment for segment in reversed(self.segments) for name in segment.parameters}
 
     @functools.cached_property
     def last_use(self) -> dict[fx.Node, fx.Node]:

@@ -107,7 +107,7 @@ class ArtifactEstimate:
     def _left_out(self) -> set[str]:
         """The names that will not be stored: all but one of tied parameters that no pass touches and that stay tied."""
         changed = changed_by(self.plan.steps) | self._replaced | set(self.plan.tables)
-        groups = {names for names in self.checkpoint.ties.values() if not {*names} & changed}
+        groups = {names for names in self.program.ties.values() if not {*names} & changed}
         order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
         return {name for names in groups for name in sorted(names, key=lambda n: order.get(n, len(order)))[1:]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
@@ -57,7 +57,7 @@ class WeightRounder:
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized = {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
-        state.linears.update({linear.node: module for linear, module in quantized.items()})
+        state.linears.update({node: module for linear, module in quantized.items() for node in linear.calls})
         if not keep:
             self._free_weights(state, list(quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
@@ -70,10 +70,12 @@ class WeightRounder:
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                weights = referee.choose(part, block, self.quantize(part, block))
+                rounded = self.quantize(part, block, state, reference)
+                weights = referee.choose(part, block, rounded, state, reference)
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
-                    quantized[linear] = state.linears[linear.node] = module
+                    quantized[linear] = module
+                    state.linears.update(dict.fromkeys(linear.calls, module))
                 if not keep:
                     self._free_weights(state, part)
             trim_heap()
@@ -108,35 +110,41 @@ class WeightRounder:
         """Return what a Gram matrix depends on."""
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
-    def _gram(self, linear: Linear, block: Block) -> Gram:
-        """Return the Gram matrix of a linear's input, rounded if the quantizer compares it with the float model's."""
-        source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
+    def _gram(self, linear: Linear, block: Block, state: Overrides, reference: Overrides) -> Gram:
+        """Return the Gram matrix of a linear's inputs, rounded if the quantizer compares with the float model's."""
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals, ranks = gram.totals(columns, 1 + float_reference, self.context.device), self.context.ranks
-        pairs = self._inputs(source, input_transform)
-        ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
+        totals, ranks = gram.totals(linear.columns, 1 + float_reference, self.context.device), self.context.ranks
+        seen = 0
+
+        def factors() -> Iterator[tuple[list[Tensor], Tensor]]:
+            nonlocal seen
+            for x, y in self._inputs(linear, block, state, reference):
+                seen += x.numel() // linear.columns
+                yield gram_factors(x, y, block.product_dtype)
+
+        ranks.sum_products(totals, factors())
         fill_lower(totals[0])
-        seen = sum(values[source].numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
         return gram
 
-    def _inputs(self, source: fx.Node, input_transform: InputTransform) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the arguments of `Gram.update`, batch by batch.
+    def _inputs(
+        self, linear: Linear, block: Block, state: Overrides, reference: Overrides
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the arguments of `Gram.update`, batch by batch and call by call.
 
         Rows of the prefix are not rounded, but weights multiply them like all others.
         """
-        rotate, runs = input_transform.rotate, self.calibration.values
+        found, inputs = block.input_transforms[linear], self.calibration.inputs(block.segment, linear, state)
         if not self.plan.quantizer.needs_float_reference:
-            return ((rotate(values[source]), None) for values in runs)
-        pairs = zip(runs, self.float_reference.values, strict=True)
-        apart = self.context.prefix.apart
-        return (
-            (apart(values[source], rotate, input_transform.quantized), rotate(reference[source]))
-            for values, reference in pairs
-        )
+            return ((found.rotate(x), None) for x in inputs)
+        expected, apart = self.float_reference.inputs(block.segment, linear, reference), self.context.prefix.apart
+        pairs = zip(inputs, expected, strict=True)
+        return ((apart(x, found.rotate, found.quantized), found.rotate(y)) for x, y in pairs)
 
-    def quantize(self, part: Sequence[Linear], block: Block) -> list[QTensor]:
+    def quantize(self, part: Sequence[Linear], block: Block, state: Overrides, reference: Overrides) -> list[QTensor]:
         """Round the weights of linears that see the same input and have the same scheme for weights.
+
+        `state` and `reference` are what the quantized and the float model's block run with.
 
         Raises:
             QuantizeError: the quantizer cannot round them; the message names the linears.
@@ -144,7 +152,7 @@ class WeightRounder:
         quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
         args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
         trim_heap()
-        gram = self._gram(first, block) if quantizer.needs_gram else None
+        gram = self._gram(first, block, state, reference) if quantizer.needs_gram else None
         trim_heap()
         weights = [block.weight(linear) for linear in part]
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
