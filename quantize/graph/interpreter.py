@@ -33,6 +33,14 @@ class Overrides:
     product_dtype: torch.dtype = torch.float32
 
 
+def free_replaced(program: Program, state: Overrides, names: Iterable[str]) -> None:
+    """Drop those of some weights that only replaced linears have read."""
+    for name in set(names):
+        readers = [n for node, held in program.parameters.items() if held == name for n in node.users]
+        if all(reader in state.linears for reader in readers):
+            state.weights.pop(name, None)
+
+
 def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
     """Return the values before the first node: the inputs by name (a tensor is the only input), and the switches."""
     if isinstance(given, Tensor):

@@ -13,7 +13,7 @@ from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.tied_weights import TiedWeights
-from quantize.graph.interpreter import Overrides
+from quantize.graph.interpreter import Overrides, free_replaced
 from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.pipeline.block import Block, round_table
@@ -81,7 +81,7 @@ class SequentialPipeline:
         """Transform and quantize one block; return the tensors to store."""
         trim_heap()
         given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
-        plain = rounded_to_nearest(given).overrides() if self.held_out.given.rows else Overrides({})
+        plain = self._plain_rounding(given) if self.held_out.given.rows else Overrides({})
         block = self.pass_runner.apply(given)
         tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
         replaced = block.replaced | tables.keys()
@@ -105,6 +105,13 @@ class SequentialPipeline:
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         first = {name: tensor for name, tensor in tensors.items() if self.program.first_readers[name] is segment}
         return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(first)
+
+    def _plain_rounding(self, block: Block) -> Overrides:
+        """Return what the block runs with by plain rounding, without float weights that it does not read."""
+        state = rounded_to_nearest(block).overrides()
+        state = replace(state, weights=dict(state.weights))
+        free_replaced(self.program, state, block.replaced)
+        return state
 
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""

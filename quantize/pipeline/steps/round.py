@@ -13,7 +13,7 @@ from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
-from quantize.graph.interpreter import Overrides
+from quantize.graph.interpreter import Overrides, free_replaced
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -59,7 +59,7 @@ class WeightRounder:
         quantized = {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
         state.linears.update({node: module for linear, module in quantized.items() for node in linear.calls})
         if not keep:
-            self._free_weights(state, list(quantized))
+            free_replaced(self.program, state, (linear.weight for linear in quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
         referee = Referee(self.program, self.held_out, self.context.prefix, self.plan.quantizer.needs_gram)
         for sharing, *_ in zip(
@@ -77,7 +77,7 @@ class WeightRounder:
                     quantized[linear] = module
                     state.linears.update(dict.fromkeys(linear.calls, module))
                 if not keep:
-                    self._free_weights(state, part)
+                    free_replaced(self.program, state, (linear.weight for linear in part))
             trim_heap()
         return replace(block, quantized=quantized)
 
@@ -89,13 +89,6 @@ class WeightRounder:
         W, args = block.weight(linear), block.schemes[linear].weights
         weight = RoundToNearest().quantize(W, args, None, block.dtypes[linear.weight])
         return block.quantize(linear, weight, self.context.prefix)
-
-    def _free_weights(self, state: Overrides, linears: Sequence[Linear]) -> None:
-        """Drop float weights that only replaced linears have read."""
-        for name in {linear.weight for linear in linears}:
-            readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
-            if all(reader in state.linears for reader in readers):
-                state.weights.pop(name, None)
 
     def rounded_together(self, sharing: Sequence[Linear], block: Block) -> list[list[Linear]]:
         """Split linears that share an input into those that see the same of it and are rounded alike."""
