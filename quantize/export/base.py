@@ -57,6 +57,11 @@ class Exporter:
         Raises:
             UsageError: it cannot; the message names all obstacles, and what to change.
         """
+        if outline.experts:
+            advice = "; quantize with --ignore 're:.*experts.*', or run the artifact itself"
+            raise UsageError(
+                f"--format {self.name} has no place for stacks of experts yet, as {outline.experts[0]}{advice}"
+            )
         if found := [str(obstacle) for obstacle in self.obstacles(outline)]:
             raise UsageError("; ".join(found))
 

@@ -44,7 +44,7 @@ def export_program(skeleton: nn.Module) -> Program:
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
     program = from_exported(exported, buffers, switches, tuple(inputs))
-    linears = program.all_linears
+    linears = [linear for linear in program.all_linears if linear.experts is None]
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
         direct = read_past_forward(skeleton, linears, example)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
@@ -22,59 +21,33 @@ from quantize.nn.cpu_engine import (
 )
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.scheme.scheme import ActivationArgs, Engine, Scheme
+from quantize.nn.quantized_weight import QuantizedWeight
+from quantize.scheme.scheme import ActivationArgs, Scheme
 from quantize.transforms.online import Online
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(QuantizedWeight):
     """Drop-in for `nn.Linear` that holds packed values of a number format.
 
-    Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+    Forward takes [..., K] and gives [..., N] in the input's dtype.
 
     Attributes:
         leading: the tokens in front of each sequence, whose activations are not quantized.
-        engine: how the product is computed on a CPU: `reference` unpacks the weight at each call and sums integers
-            exactly; `fake_quant` holds the weight in floating point (`cpu_engine.py`).
     """
 
-    qweight: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    global_scale: Tensor | None
-    bias: Tensor | None
-
     def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
-        super().__init__()
-        self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
-        stored = {
-            "qweight": weight.data,
-            "scale": weight.scale,
-            "zero_point": weight.zero_point,
-            "global_scale": weight.global_scale,
-        }
-        for name, tensor in stored.items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", bias)
-        self.online = tuple(online)
-        self.transform = nn.Sequential(*self.online)
+        super().__init__(weight, bias, scheme, online)
+        self.out_features = weight.data.shape[0]
         has_tensors = any(part.state_dict() for part in self.online)  # tensors, which the settings do not tell apart
         self._transform_key = None if has_tensors else str([part.settings() for part in self.online])
         self.leading = PrefixTokens()
-        self.engine: Engine = "reference"
         self._packed: Operands | None = None
         self._held: FloatWeight | None = None
         self._unpacked: QTensor | None = None
 
-    def weight_integers(self) -> Tensor:
-        """int8 [N, K]."""
-        return self.qtensor().unpack()
-
     def qtensor(self) -> QTensor:
         """Return the buffers as they are now, in one piece."""
-        args = self.scheme.weights
-        return self._unpacked or QTensor(
-            self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale
-        )
+        return self._unpacked or super().qtensor()
 
     @contextlib.contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
@@ -109,15 +82,9 @@ class QuantizedLinear(nn.Module):
             self._held = held = hold_weight(self.qtensor(), args, dtype)
         return held
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop the weights that are laid out, since the buffers move or change their type."""
+    def drop_laid_out(self) -> None:
+        """Drop the weights that are laid out."""
         self._packed = self._held = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the weights that are laid out, since the buffers get other values."""
-        self._packed = self._held = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

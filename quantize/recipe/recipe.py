@@ -82,7 +82,8 @@ class Recipe(Data):
             for leaves none.
         kv_cache: how keys and values are quantized; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
-        ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one.
+        ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one, and
+            those that choose experts.
         ignore_also: further linears to leave in floating point.
         layers: linears with schemes of their own; if several entries match a linear, the last one counts.
         tables: tables of words, and the linear that scores the vocabulary, to hold in 8 bits: patterns as in `targets`;

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx
 
@@ -16,12 +17,13 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.pipeline.block import Block
+from quantize.pipeline.block import Block, Product
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
+from quantize.pipeline.steps.expert_rows import ExpertRows
+from quantize.pipeline.steps.experts import ExpertRounder
 from quantize.pipeline.steps.referee import Referee
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
@@ -36,6 +38,7 @@ class WeightRounder:
         program, plan, context: the program, the plan and the context of the run.
         calibration, float_reference: the activations of the quantized and of the float model.
         held_out: rows on which rounding by calibration data must lose less than plain rounding.
+        tokens_seen: how many rows of the calibration data each expert saw, by the path of the experts.
     """
 
     program: Program
@@ -44,6 +47,7 @@ class WeightRounder:
     calibration: SequentialRunner
     float_reference: SequentialRunner
     held_out: HeldOutRuns
+    tokens_seen: dict[str, list[int]] = field(default_factory=dict)
 
     def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
@@ -70,7 +74,7 @@ class WeightRounder:
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                weights = referee.choose(part, block, self.quantize(part, block))
+                weights = self._rounded(part, block, referee)
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = state.linears[linear.node] = module
@@ -79,7 +83,7 @@ class WeightRounder:
             trim_heap()
         return replace(block, quantized=quantized)
 
-    def _rounded_head(self, linear: Linear, block: Block) -> QuantizedLinear:
+    def _rounded_head(self, linear: Linear, block: Block) -> Product:
         """Round the linear that scores the vocabulary to nearest, whatever the quantizer, as its columns cost too much.
 
         Every rank rounds all of it, which takes no longer than to send a part of it.
@@ -91,8 +95,7 @@ class WeightRounder:
     def _free_weights(self, state: Overrides, linears: Sequence[Linear]) -> None:
         """Drop float weights that only replaced linears have read."""
         for name in {linear.weight for linear in linears}:
-            readers = [n for node, held in self.program.parameters.items() if held == name for n in node.users]
-            if all(reader in state.linears for reader in readers):
+            if self.program.readers(name) <= state.linears.keys():
                 state.weights.pop(name, None)
 
     def rounded_together(self, sharing: Sequence[Linear], block: Block) -> list[list[Linear]]:
@@ -135,12 +138,27 @@ class WeightRounder:
             for values, reference in pairs
         )
 
-    def quantize(self, part: Sequence[Linear], block: Block) -> list[QTensor]:
-        """Round the weights of linears that see the same input and have the same scheme for weights.
+    def _rounded(self, part: Sequence[Linear], block: Block, referee: Referee) -> list[QTensor]:
+        """Return the weights of linears that see the same input, rounded as the referee decides.
 
         Raises:
             QuantizeError: the quantizer cannot round them; the message names the linears.
         """
+        try:
+            if part[0].experts is None:
+                return referee.choose(part, block, self.quantize(part, block))
+            references = self.float_reference.values if self.plan.quantizer.needs_float_reference else ()
+            rows = ExpertRows(self.program, part[0], self.calibration.values, references)
+            rounder = ExpertRounder(part, block, self.plan.quantizer, rows, self.context.ranks)
+            self.tokens_seen.update(
+                dict.fromkeys((x.path for x in part), rounder.counts()) if self.calibration.values else {}
+            )
+            return rounder.quantize(functools.partial(referee.choose_expert, part, block))
+        except QuantizeError as error:
+            raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
+
+    def quantize(self, part: Sequence[Linear], block: Block) -> list[QTensor]:
+        """Round the weights of linears that see the same input and have the same scheme for weights."""
         quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
         args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
         trim_heap()
@@ -150,10 +168,7 @@ class WeightRounder:
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
-        try:
-            found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
-        except QuantizeError as error:
-            raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
+        found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
         if not splits:
             return found
         shares = ranks.gather([weight.tensors() for weight in found])
