@@ -112,3 +112,33 @@ def routers(nodes: Iterable[fx.Node], linears: Mapping[fx.Node, Linear]) -> set[
                 seen.add(source)
                 ahead.append(source)
     return found
+
+
+def nodes_between(producer: Linear, follower: Linear) -> list[fx.Node] | None:
+    """Return the nodes that make the input of experts of the output of other experts, in order, row by row.
+
+    Returns:
+        None if they read anything else that depends on the row but biases (`gathered_bias`).
+    """
+    behind, between = {producer.node}, list[fx.Node]()
+    node = producer.node
+    while node is not follower.node:
+        node = node.next
+        if behind & {*node.all_input_nodes}:
+            behind.add(node)
+            between.append(node)
+    needed, ahead = set[fx.Node](), [follower.source]
+    while ahead:
+        if (node := ahead.pop()) in behind and node not in needed:
+            needed.add(node)
+            ahead += node.all_input_nodes
+    others = {source for node in needed - {producer.node} for source in node.all_input_nodes} - needed
+    if producer.node not in needed or not all(gathered_bias(other) for other in others):
+        return None
+    return [node for node in between if node in needed]
+
+
+def gathered_bias(node: fx.Node) -> bool:
+    """Return whether a value holds for each row the bias of its expert: a row of a placeholder, taken by a number."""
+    source = node.args[0] if node.op == "call_function" and name_of(node) == "index" else None
+    return isinstance(source, fx.Node) and source.op == "placeholder" and len(node.args[1]) == 1  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from quantize.graph.experts import consumers, find_experts, read_otherwise, routers, token_index, turned
+from quantize.graph.experts import CASTS, consumers, find_experts, read_otherwise, routers, token_index, turned
 from quantize.graph.linears import (
     ATEN,
     NOT_ALONE,
@@ -24,6 +24,7 @@ from quantize.graph.linears import (
     not_replaceable,
     stacks,
 )
+from quantize.graph.rules.table import name_of
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
@@ -109,10 +110,10 @@ class Program:
 
     @functools.cached_property
     def _lookups(self) -> list[fx.Node]:
-        """The nodes that look up rows by the inputs, as they are or in another shape."""
+        """The nodes that look up rows by the inputs, as they are, in another shape, or on another device."""
         ids, found = set(self.inputs.values()), list[fx.Node]()
         for node in self.module.graph.nodes:
-            if node.target in VIEWS | MOVES and node.args[0] in ids:
+            if (node.target in VIEWS | MOVES or name_of(node) in CASTS) and node.args[0] in ids:
                 ids.add(node)
             if node.target is ATEN.embedding.default and node.args[1] in ids:
                 found.append(node)

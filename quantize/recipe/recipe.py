@@ -94,6 +94,8 @@ class Recipe(Data):
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: how the rounding of each block is tuned afterwards; None does not tune.
+        calibrate_all_experts: whether each expert of a mixture is rounded on all tokens, and not only on those that the
+            router sends to it.
     """
 
     scheme: SchemeName
@@ -113,6 +115,7 @@ class Recipe(Data):
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
+    calibrate_all_experts: bool = False
 
     @property
     def linear_scheme(self) -> Scheme:

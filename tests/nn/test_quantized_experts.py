@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers its product)
 from torch.nn import functional
 
-import transformers.integrations.moe  # noqa: F401  (registers its product)
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +13,14 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.pipeline.block import Block
 from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.steps.all_experts import AllTokens
 from quantize.pipeline.steps.expert_rows import ExpertRows
 from quantize.quantizers.base import Quantizer
 from quantize.quantizers.rtn import RoundToNearest
 
 FEW = 4  # rows for each column, below which an expert's Gram matrix is shrunk towards that of all rows
 Judge = Callable[[int, Sequence[QTensor]], Sequence[QTensor]]
+Rows = ExpertRows | AllTokens
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ExpertRounder:
     part: Sequence[Linear]
     block: Block
     quantizer: Quantizer
-    rows: ExpertRows
+    rows: Rows
     ranks: SingleProcess
 
     def quantize(self, judge: Judge) -> list[QTensor]:
@@ -52,7 +55,7 @@ class ExpertRounder:
         args, weights = self.block.schemes[first].weights, [self.block.weight(linear) for linear in self.part]
         if get_format(args.format).has_global_scale:
             return RoundToNearest().quantize_weights(weights, args, None, dtype)
-        experts, counts = first.experts or 1, self.counts()
+        experts, counts = first.experts or 1, self.counts
         pooled = self._pooled(counts) if self.quantizer.needs_gram else None
         found: list[list[QTensor]] = [[] for _ in self.part]
         for expert in range(experts):
@@ -67,8 +70,9 @@ class ExpertRounder:
                 pieces.append(weight)
         return [pieces[0].cat_rows([piece.tensors() for piece in pieces]) for pieces in found]
 
+    @functools.cached_property
     def counts(self) -> list[int]:
-        """Return how many rows each expert sees."""
+        """How many rows each expert sees."""
         return [sum(of_ranks) for of_ranks in zip(*self.ranks.gather(self.rows.counts), strict=True)]
 
     def _pooled(self, counts: Sequence[int]) -> Gram | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,8 +21,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
-from quantize.pipeline.steps.expert_rows import ExpertRows
-from quantize.pipeline.steps.experts import ExpertRounder
+from quantize.pipeline.steps.block_experts import BlockExperts
 from quantize.pipeline.steps.referee import Referee
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
@@ -38,7 +36,7 @@ class WeightRounder:
         program, plan, context: the program, the plan and the context of the run.
         calibration, float_reference: the activations of the quantized and of the float model.
         held_out: rows on which rounding by calibration data must lose less than plain rounding.
-        tokens_seen: how many rows of the calibration data each expert saw, by the path of the experts.
+        expert_tokens: how many tokens of the calibration data each expert saw, by the path of the experts.
     """
 
     program: Program
@@ -47,7 +45,7 @@ class WeightRounder:
     calibration: SequentialRunner
     float_reference: SequentialRunner
     held_out: HeldOutRuns
-    tokens_seen: dict[str, list[int]] = field(default_factory=dict)
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
@@ -66,6 +64,17 @@ class WeightRounder:
             self._free_weights(state, list(quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
         referee = Referee(self.program, self.held_out, self.context.prefix, self.plan.quantizer.needs_gram)
+        experts = BlockExperts(
+            self.program,
+            self.plan,
+            self.context,
+            self.calibration,
+            self.float_reference,
+            block,
+            (state, reference),
+            referee,
+            self.expert_tokens,
+        )
         for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
@@ -74,10 +83,11 @@ class WeightRounder:
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                weights = self._rounded(part, block, referee)
+                weights = self._rounded(part, block, referee, experts)
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = state.linears[linear.node] = module
+                experts.quantize_ahead(part)
                 if not keep:
                     self._free_weights(state, part)
             trim_heap()
@@ -138,22 +148,16 @@ class WeightRounder:
             for values, reference in pairs
         )
 
-    def _rounded(self, part: Sequence[Linear], block: Block, referee: Referee) -> list[QTensor]:
+    def _rounded(self, part: Sequence[Linear], block: Block, referee: Referee, experts: BlockExperts) -> list[QTensor]:
         """Return the weights of linears that see the same input, rounded as the referee decides.
 
         Raises:
             QuantizeError: the quantizer cannot round them; the message names the linears.
         """
         try:
-            if part[0].experts is None:
-                return referee.choose(part, block, self.quantize(part, block))
-            references = self.float_reference.values if self.plan.quantizer.needs_float_reference else ()
-            rows = ExpertRows(self.program, part[0], self.calibration.values, references)
-            rounder = ExpertRounder(part, block, self.plan.quantizer, rows, self.context.ranks)
-            self.tokens_seen.update(
-                dict.fromkeys((x.path for x in part), rounder.counts()) if self.calibration.values else {}
-            )
-            return rounder.quantize(functools.partial(referee.choose_expert, part, block))
+            if part[0].experts is not None:
+                return experts.quantize(part)
+            return referee.choose(part, block, self.quantize(part, block))
         except QuantizeError as error:
             raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
 
