@@ -39,7 +39,7 @@ def export_program(skeleton: nn.Module) -> Program:
         example = {name: found.example for name, found in inputs.items()} | switches
         dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
         shapes = {**dynamic, **dict.fromkeys(switches)}
-        with quiet():
+        with quiet(), without_cache(skeleton):
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
@@ -55,6 +55,21 @@ def forward_switches(model: nn.Module) -> dict[str, bool]:
     """Return `use_cache=False` if `forward` takes that switch, because a pass over whole sequences needs no cache."""
     known = hasattr(getattr(model, "config", None), "use_cache")
     return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Let a model's config say that it needs no cache, for models that `forward_switches` has no switch for."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is not True:
+        yield
+        return
+    config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config.use_cache = before  # type: ignore[union-attr]
 
 
 def untie(model: nn.Module) -> None:

@@ -83,6 +83,10 @@ class Stack:
         """Return the shape, or the size of one axis."""
         return self.shape if axis is None else self.shape[axis]
 
+    def __len__(self) -> int:
+        """Return the size of the first axis."""
+        return self.shape[0]
+
     def data_ptr(self) -> int:
         """Return where the integers lie."""
         return self.experts.qweight.data_ptr()
@@ -92,8 +96,11 @@ class Stack:
         whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.dim() < 2
         if self.index is not None or not (whole or isinstance(index, int)):
             return self.dequantize()[index]
-        many = isinstance(index, Tensor) and index.dim() == 1
-        return StackView(self.experts, index if many else int(index), self.transposed)
+        if isinstance(index, Tensor) and index.dim() == 1:
+            return StackView(self.experts, index, self.transposed)
+        if not -len(self) <= int(index) < len(self):
+            raise IndexError(f"expert {int(index)} of {len(self)}")
+        return StackView(self.experts, int(index) % len(self), self.transposed)
 
     def transpose(self, first: int, second: int) -> Any:
         """Return the transpose, if the last two axes are exchanged."""

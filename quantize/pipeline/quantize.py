@@ -226,8 +226,9 @@ def run_pipeline(
         console.print(sentence(record), soft_wrap=True)
         if record["warning"]:
             console.print(f"warning: {record['warning']}", soft_wrap=True)
-    if console is not None and (warning := unseen_experts(manifest.get("expert_tokens", {}))):
-        console.print(f"warning: {warning}", soft_wrap=True)
+    unseen = "" if plan.recipe.calibrate_all_experts else unseen_experts(manifest.get("expert_tokens", {}))
+    if console is not None and unseen:
+        console.print(f"warning: {unseen}", soft_wrap=True)
     return manifest
 
 

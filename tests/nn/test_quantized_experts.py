@@ -139,3 +139,13 @@ def test_experts_stand_in_the_place_of_a_parameter_and_follow_their_model():
     model.float().load_state_dict({f"mlp.up.{name}": x for name, x in other.state_dict().items()})
     assert torch.equal(stack(rows(6), OFFS), other(rows(6), OFFS))
     assert not torch.equal(stack(rows(6), OFFS), before)
+
+
+def test_experts_are_counted_and_gone_through_as_a_tensor_is():
+    stack, W = experts(), rounded(W4A16).dequantize().unflatten(0, (E, N))
+    assert len(stack) == E
+    for own, expected in zip(list(stack), W, strict=True):
+        assert torch.equal(own.dequantize(), expected)
+    assert torch.equal(stack[-1].dequantize(), W[-1])
+    with pytest.raises(IndexError, match="expert 3 of 3"):
+        stack[3]
