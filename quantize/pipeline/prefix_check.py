@@ -28,7 +28,7 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
             f"recipe: prefix: the model has no token id {max(prefix.tokens)}; "
             f"give ids from 0 to {program.vocabulary - 1}"
         )
-    linears = [x for x in program.all_linears if x.weight in plan.reader_schemes]
+    linears = [x for x in program.all_linears if x.weight in plan.reader_schemes and x.experts is None]
     odd = [linear.path for linear in linears if not rows_are_tokens(program, linear.source)]
     if odd:
         raise UsageError(f"recipe: a prefix needs linears that run token by token; --ignore {odd[0]}, or leave it out")

@@ -73,7 +73,7 @@ def build_family(name: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.15, generator=generator)
+                parameter.normal_(0, 0.1, generator=generator)
             elif not bool(parameter.isfinite().all()):
                 parameter.zero_()
     return model
