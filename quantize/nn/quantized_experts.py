@@ -126,7 +126,7 @@ def by_expert(x: Tensor, offs: Tensor | None, product: Callable[[int, Tensor], T
 
 def expert_rows(offs: Tensor) -> list[tuple[int, slice]]:
     """Return each expert that has rows with its rows, which end at `offs` [experts]."""
-    ends = [0, *map(int, offs.tolist())]
+    ends = [0, *map(int, offs.cpu().tolist())]
     return [(e, slice(*ends[e : e + 2])) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]
 
 

@@ -12,7 +12,7 @@ from quantize.calibration.runner import SequentialRunner
 from quantize.errors import QuantizeError
 from quantize.graph.export import export_program
 from quantize.graph.interpreter import Overrides
-from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.steps.all_experts import AllTokens
@@ -150,7 +150,7 @@ def test_an_expert_of_few_rows_is_drawn_towards_all(analysed):
     class Block:
         input_transforms, product_dtype = {linear: PLAIN}, torch.float32
 
-    rounder = ExpertRounder([linear], Block, GPTQ(), rows, SingleProcess())
+    rounder = ExpertRounder([linear], Block, GPTQ(), rows, RunContext(0))
     own, pooled = rounder._gram([1], 3), rounder._gram(range(3), 43)
     X = rows.rows
     torch.testing.assert_close(own.value, X[1].T @ X[1])

@@ -51,8 +51,8 @@ class AllTokens:
 
     def _a_row_of_each_token(self, values: Values) -> Tensor:
         tokens = values[self.program.token_of_row[self.producer.offsets]]  # type: ignore[index]
-        place = torch.full((int(tokens.max()) + 1,), -1)
-        place[tokens] = torch.arange(len(tokens))
+        place = tokens.new_full((int(tokens.max()) + 1,), -1)
+        place[tokens] = torch.arange(len(tokens), device=tokens.device)
         return place[place >= 0]
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class AllTokens:
         if self.linear is self.producer:
             return rows
         nodes = nodes_between(self.producer, self.linear) or []
-        ends = (torch.arange(self.producer.experts or 0) >= expert) * len(rows)
+        ends = (torch.arange(self.producer.experts or 0, device=rows.device) >= expert) * len(rows)
         made: Values = dict(zip(self.producer.operands, (rows, ends), strict=True))
         for bias in (source for node in nodes for source in node.all_input_nodes if gathered_bias(source)):
             of_all = state.weights[self.program.parameters[bias.args[0]]]  # type: ignore[index]

@@ -70,7 +70,7 @@ class BlockExperts:
                     (self.ahead[linear],) = rounder.quantize(lambda _, weights: weights)
 
     def _rounder(self, part: Sequence[Linear], rows: Rows) -> ExpertRounder:
-        return ExpertRounder(part, self.block, self.plan.quantizer, rows, self.context.ranks)
+        return ExpertRounder(part, self.block, self.plan.quantizer, rows, self.context)
 
     def _all_tokens(self, producer: Linear, linear: Linear) -> AllTokens:
         references = self.float_reference.values if self.plan.quantizer.needs_float_reference else ()

@@ -83,14 +83,16 @@ class ExpertRows:
     def _partners(self, number: int, values: Values, expert: int) -> tuple[Tensor, Tensor]:
         """Return which of an expert's rows have a partner in the float model, and where its row is."""
         if self.linear.offsets is None:
-            every = torch.arange(values[self.linear.source].shape[1])
+            x = values[self.linear.source]
+            every = torch.arange(x.shape[1], device=x.device)
             return every, every
         tokens, other = self.program.token_of_row.get(self.linear.offsets), self.float_model[number]
         if tokens is None:
-            return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+            none = values[self.linear.source].new_empty(0, dtype=torch.int64)
+            return none, none
         rows = slice(0, None) if self.program.gathers_tokens(self.linear) else self._slice(other, expert)
         mine, held = values[tokens][self._slice(values, expert)], other[tokens][rows]
-        place = torch.full((1 + int(torch.cat([mine, held]).max()),), -1)
-        place[held] = torch.arange(len(held)) + rows.start
+        place = held.new_full((1 + int(torch.cat([mine, held]).max()),), -1)
+        place[held] = torch.arange(len(held), device=held.device) + rows.start
         where = (place[mine] >= 0).nonzero()[:, 0]
         return where, place[mine][where]

@@ -12,7 +12,7 @@ from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.pipeline.block import Block
-from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.steps.all_experts import AllTokens
 from quantize.pipeline.steps.expert_rows import ExpertRows
 from quantize.quantizers.base import Quantizer
@@ -34,14 +34,14 @@ class ExpertRounder:
         block: the block they lie in.
         quantizer: the quantizer.
         rows: the rows that reach the experts.
-        ranks: the processes, each of which has some of the batches.
+        context: the context of the run; each of its ranks has some of the batches.
     """
 
     part: Sequence[Linear]
     block: Block
     quantizer: Quantizer
     rows: Rows
-    ranks: SingleProcess
+    context: RunContext
 
     def quantize(self, judge: Judge) -> list[QTensor]:
         """Return the rounded weight of each linear, [experts · N, K].
@@ -73,7 +73,7 @@ class ExpertRounder:
     @functools.cached_property
     def counts(self) -> list[int]:
         """How many rows each expert sees."""
-        return [sum(of_ranks) for of_ranks in zip(*self.ranks.gather(self.rows.counts), strict=True)]
+        return [sum(of_ranks) for of_ranks in zip(*self.context.ranks.gather(self.rows.counts), strict=True)]
 
     def _pooled(self, counts: Sequence[int]) -> Gram | None:
         """Return the Gram matrix of all experts' rows, if any expert with rows sees few."""
@@ -87,7 +87,7 @@ class ExpertRounder:
             self.quantizer.needs_float_reference,
             self.block.input_transforms[self.part[0]],
         )
-        totals = gram.totals(self.part[0].columns, 1 + references)
+        totals = gram.totals(self.part[0].columns, 1 + references, self.context.device)
         pairs = (pair for expert in experts for pair in self.rows.of(expert, found))
         factors = (
             gram_factors(x, y, self.block.product_dtype)
@@ -95,7 +95,7 @@ class ExpertRounder:
             else gram_factors(y, None, self.block.product_dtype)
             for x, y in pairs
         )
-        self.ranks.sum_products(totals, factors)
+        self.context.ranks.sum_products(totals, factors)
         fill_lower(totals[0])
         gram.rows = count
         return gram
