@@ -50,7 +50,7 @@ class AllTokens:
             yield found.quantized(x), found.rotate(y)
 
     def _a_row_of_each_token(self, values: Values) -> Tensor:
-        tokens = values[self.program.token_of_row[self.producer.offsets]]  # type: ignore[index]
+        tokens: Tensor = values[self.program.token_of_row[self.producer.offsets]]  # type: ignore[index]
         place = tokens.new_full((int(tokens.max()) + 1,), -1)
         place[tokens] = torch.arange(len(tokens), device=tokens.device)
         return place[place >= 0]
