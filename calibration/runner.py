@@ -31,7 +31,10 @@ class SequentialRunner:
 
     Attributes:
         values: for each batch the values that are alive.
+        position: at a stop of `advance_to_linears`, how many nodes of the segment have run.
     """
+
+    position: int = 0
 
     def __init__(
         self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]], scratch: Path | None = None
@@ -68,7 +71,7 @@ class SequentialRunner:
     def advance_to_linears(
         self, segment: Segment, state: Overrides, targets: Iterable[Linear], finish: bool = True
     ) -> Iterator[list[Linear]]:
-        """Advance through a segment, stopping before the first of the targets that share an input, for each input.
+        """Advance through a segment, stopping before the first call of the targets that share inputs, for all inputs.
 
         The caller may change `state.linears` at each stop, and the linears then run as it says. Without `finish` the
         run ends at the last stop.
@@ -77,7 +80,7 @@ class SequentialRunner:
         for sharing in by_input(targets):
             position = segment.nodes.index(sharing[0].node)
             self.run(segment.nodes[done:position], state)
-            done = position
+            done = self.position = position
             yield sharing
         if finish:
             self.run(segment.nodes[done:], state)
@@ -99,16 +102,32 @@ class SequentialRunner:
             ahead = SequentialRunner.of(self.program, [dict(values)])
             for sharing in ahead.advance_to_linears(segment, state, targets):
                 for linear in sharing:
-                    x = behind[linear](ahead.values[0][linear.source])
-                    collected.setdefault(linear.weight, make()).update(x)
+                    found = collected.setdefault(linear.weight, make())
+                    for x in ahead.inputs(segment, linear, state):
+                        found.update(behind[linear](x))
         return collected
+
+    def inputs(self, segment: Segment, linear: Linear, state: Overrides) -> Iterator[Tensor]:
+        """Yield the inputs of a linear [..., K], of each batch and call, at the stop before the first call.
+
+        Inputs of later calls come from a run ahead, which does not advance the batches.
+        """
+        stops = [self.position, *map(segment.nodes.index, linear.calls[1:])]
+        for values in self.values:
+            yield values[linear.source]
+            if len(stops) == 1:
+                continue
+            ahead = SequentialRunner.of(self.program, [values])
+            for (first, last), source in zip(itertools.pairwise(stops), linear.sources[1:], strict=True):
+                ahead.run(segment.nodes[first:last], state)
+                yield ahead.values[0][source]
 
 
 @contextlib.contextmanager
 def unpacked(linears: Iterable[Callable[..., Tensor]], dtype: torch.dtype) -> Iterator[None]:
     """Keep the weights of some linears unpacked until the `with` block ends; they multiply in `dtype`."""
     with contextlib.ExitStack() as stack:
-        for linear in linears:
+        for linear in {id(linear): linear for linear in linears}.values():  # a linear may be called twice
             if hold := getattr(linear, "unpacked", None):
                 stack.enter_context(hold(dtype))
         yield

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.gram_sums import add_products, fill_lower, gram_factors
+from quantize.errors import shown
 
 
 class Statistic(Protocol):
@@ -19,6 +20,13 @@ class Statistic(Protocol):
 
     def merge(self, other: Self) -> None:
         """Take in what another accumulator has seen."""
+
+    def check(self) -> int | None:
+        """Check that this can have been seen; return K, or None if nothing was seen.
+
+        Raises:
+            ValueError: it cannot; the message names the tensor and the value.
+        """
 
 
 @dataclass
@@ -36,6 +44,10 @@ class Absmax:
         """Take the larger of both magnitudes."""
         if other.value is not None:
             self.update(other.value)
+
+    def check(self) -> int | None:
+        """Check that magnitudes are finite and not negative."""
+        return None if self.value is None else check_numbers("absmax", self.value, 1, least=0.0).shape[0]
 
 
 @dataclass
@@ -75,6 +87,15 @@ class Gram:
             self.drift = other.drift if self.drift is None else self.drift.add_(other.drift)
         self.rows += other.rows
 
+    def check(self) -> int | None:
+        """Check that the sums are finite square matrices of as many channels."""
+        if type(self.rows) is not int or self.rows < 0:
+            raise ValueError(f"rows is {shown(self.rows)}, which is no number of rows")
+        shapes = {check_numbers("a sum", x, 2).shape for x in (self.value, self.drift) if x is not None}
+        if len({size for shape in shapes for size in shape}) > 1:
+            raise ValueError(f"a sum has the shape {list(max(shapes))}, which is not square")
+        return next(iter(shapes))[0] if shapes else None
+
 
 @dataclass
 class Rows:
@@ -106,6 +127,31 @@ class Rows:
         if other.value is not None:
             self.update(other.value)
             self.absmax.merge(other.absmax)
+
+    def check(self) -> int | None:
+        """Check that the sample is of finite rows, and the magnitudes of as many channels."""
+        if not isinstance(self.absmax, Absmax):
+            raise ValueError(f"absmax is {shown(self.absmax)}, which is no statistic")
+        columns = self.absmax.check()
+        shape = (0, columns) if self.value is None else check_numbers("a row", self.value, 2).shape
+        if shape[1] != columns or shape[0] > self.LIMIT:
+            raise ValueError(f"there are rows {list(shape)} beside the magnitudes of {columns} channels")
+        return columns
+
+
+def check_numbers(what: str, x: object, dim: int, least: float = -torch.inf) -> Tensor:
+    """Return a floating-point tensor of `dim` axes, none of them empty, whose numbers are finite and at least `least`.
+
+    Raises:
+        ValueError: it is none; the message names the first wrong value.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != dim or not x.numel():
+        raise ValueError(f"{what} is {f'{list(x.shape)} of {x.dtype}' if isinstance(x, Tensor) else shown(x)}")
+    wrong = ~(x.isfinite() & (x >= least))
+    if bool(wrong.any()):
+        index = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{what} holds {float(x[tuple(index)])} at {index}")
+    return x
 
 
 def digests(rows: Tensor) -> Tensor:

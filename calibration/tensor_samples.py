@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Samples, check_ids, read_samples, spread
+from quantize.checkpoint.safetensors_reader import stamp
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import read_all
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import ChangedError, QuantizeError, UsageError
 from quantize.graph.inputs import Input
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -49,13 +50,16 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
     """
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
-    content = path.read_bytes()
-    tensors = read_all(path)
+    before, tensors = stamp(path), read_all(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if stamp(path) != before:
+        raise ChangedError(f"{path} has changed while it was read; start again with a file that stays as it is")
     check_shapes(path, tensors, inputs)
     check_values(path, tensors, vocabulary)
     chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
     rows = ({name: sample(tensors[name][i], seqlen) for name in inputs} for i in chosen)
-    return Samples(tuple(rows), hashlib.sha256(content).hexdigest())
+    return Samples(tuple(rows), digest)
 
 
 def sample(tensor: Tensor, seqlen: int) -> Tensor:

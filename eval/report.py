@@ -47,7 +47,8 @@ def evaluate(
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
         `against` also `kl`, `top1`, `loss_against` and `loss_increase`; `leading_tokens` are the special tokens that
-        each window begins with, such as `<bos>`, if there are any. An encoder has `spearman` and `bytes`, and with
+        each window begins with, such as `<bos>`, if there are any, and `text_part` says which part of a large text was
+        read. An encoder has `spearman` and `bytes`, and with
         `against` also `distance`, `spearman_against` and `retained`.
     """
     model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
@@ -127,6 +128,7 @@ def evaluate_language(
     found = score_language(model, batches, reference)
     scores: dict[str, Any] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     scores |= {"leading_tokens": samples.leading_text} if samples.leading else {}
+    scores |= {"text_part": samples.part_text} if samples.part else {}
     if found.loss_against is not None:
         increase = found.loss - found.loss_against
         scores |= {"kl": found.kl, "top1": found.top1, "loss_against": found.loss_against, "loss_increase": increase}

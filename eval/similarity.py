@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from quantize.errors import UsageError
 
 BATCH = 64
+LARGEST = 1 << 24  # bytes of a file of scored pairs; the largest known has a tenth of it
 Pairs = Sequence[tuple[float, str, str]]
 
 
@@ -40,11 +42,15 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
     """
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
+    if path.stat().st_size > LARGEST:
+        raise UsageError(f"{path} has {path.stat().st_size} bytes; scored pairs may take {LARGEST}, so give fewer")
     try:
-        rows = [line.split("\t") for line in path.read_text().splitlines()]
+        rows = [line.split("\t") for line in path.read_text("utf-8").splitlines()]
         pairs = [(float(row[0]), row[1], row[2]) for row in rows if len(row) >= 3 and row[0].strip()]
+        if not all(math.isfinite(score) for score, _, _ in pairs):
+            raise ValueError
     except ValueError:
-        raise UsageError(f"{path} holds a score that is no number, or is not UTF-8 text") from None
+        raise UsageError(f"{path} holds a score that is no finite number, or is not UTF-8 text") from None
     if len(pairs) < 2:
         raise UsageError(f"{path} holds fewer than two rows of score, sentence and sentence, separated by tabs")
     return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from quantize.kernels import engine
 from quantize.kernels.config import Config, architecture, choose_config
 from quantize.kernels.packed import BLOCK, PackedWeight, QuantizedActivations, pack_activations
-from quantize.kernels.prepack import exact_gemm
+from quantize.kernels.prepack import exact_expert_gemm, exact_gemm
 from quantize.kernels.prologue import Prologue
 from quantize.kernels.reference import quantize_per_token
 
@@ -79,3 +80,38 @@ def launch_gemm(
     in_groups = pw.group_scale is not None
     launch = grouped.launch if in_groups else split_k.launch if config.split_k > 1 else gemm.launch
     return launch(qa, pw, bias, out_dtype, config)
+
+
+@torch.library.custom_op("quantize_model::expert_gemm", mutates_args=())
+def expert_gemm(
+    activations: Sequence[Tensor], activation_layout: str,
+    weight: Sequence[Tensor | None], columns: int, weight_layout: str,
+    ends: Tensor, bias: Tensor | None, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Multiply rows that are sorted by expert, each by its expert's weight: [M, N] = X Wₑᵀ + bₑ."""
+    qa = QuantizedActivations.of(activations, activation_layout)
+    pw = PackedWeight.of(weight, columns, weight_layout)
+    multiply = triton_expert_gemm if engine.runs_on_triton(qa.q) else exact_expert_gemm
+    return multiply(qa, pw, ends, bias, out_dtype)
+
+
+@expert_gemm.register_fake
+def _(
+    activations: Sequence[Tensor], _: str, weight: Sequence[Tensor], columns: int, __: str, ends: Tensor, *others: Any
+) -> Tensor:
+    del columns
+    q, data = activations[0], weight[0]
+    return q.new_empty((q.shape[0], data.shape[0] // ends.shape[0]), dtype=others[-1])
+
+
+def triton_expert_gemm(
+    qa: QuantizedActivations, pw: PackedWeight, ends: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute the product in the configuration that the table has for as many tokens as an expert gets in the mean."""
+    from quantize.kernels import experts
+
+    M, E = qa.q.shape[0], ends.shape[0]
+    scheme = f"{pw.layout}a{4 if qa.layout == 'pair' else 8}" + "g" * (pw.group_scale is not None)
+    shape = (-(-M // E), pw.data.shape[0] // E, qa.q.shape[1])
+    config = replace(choose_config(*shape, scheme, architecture(qa.q.device)), split_k=1)
+    return experts.launch(qa, pw, ends, bias, out_dtype, config)

@@ -25,14 +25,15 @@ from quantize.kernels.tiles import operands, rows_of, store_scaled, tile_of
 @triton.jit
 def add_group(
     total: tl.tensor, weighted: tl.tensor, acc: tl.tensor, group: tl.tensor, n: tl.tensor, m: tl.tensor,
-    N: tl.tensor, M: tl.tensor, G: tl.tensor,
+    N: tl.tensor, M: tl.tensor, G: tl.tensor, stride: tl.tensor,
     group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor, a_sum: tl.tensor, VARIANT: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Add the scaled sum of one group to `total` [BLOCK_N, BLOCK_M], and its scaled weights to `weighted` [BLOCK_N].
 
-    A last block may be half full; then its second group does not exist, and adds nothing.
+    A last block may be half full; then its second group does not exist, and adds nothing. What is stored by groups has
+    `stride` channels in each.
     """
-    at, here = group * N + n, n < tl.where(group < G, N, 0)
+    at, here = group * stride + n, n < tl.where(group < G, N, 0)
     factor: tl.constexpr = 1 if VARIANT == "bytes" else 16  # in the sum; the scale absorbs a power of two exactly
     if zero_w is not None:
         sums = tl.load(a_sum + m * G + group, mask=m < tl.where(group < G, M, 0), other=0)
@@ -40,6 +41,46 @@ def add_group(
     scale = tl.load(group_scale + at, mask=here, other=0).to(tl.float32)
     weighted += scale * tl.load(w_sum + at, mask=here, other=0).to(tl.float32)
     return total + acc.to(tl.float32) * (scale * (1.0 / factor))[:, None], weighted
+
+
+@triton.jit
+def sum_groups(
+    w: tl.tensor, a: tl.tensor, start: tl.tensor, stop: tl.tensor, n: tl.tensor, m: tl.tensor,
+    N: tl.tensor, M: tl.tensor, G: tl.tensor, stride: tl.tensor,
+    group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor, a_sum: tl.tensor, zero_a: tl.tensor,
+    VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Return Σ scale · (q_w - zero_w)(q_a - zero_a) over the steps start to stop, float32 [BLOCK_N, BLOCK_M].
+
+    A step is a group of 128 or more, or a span of bytes. The other arguments are those of `add_group`.
+    """
+    total, weighted = tl.zeros((BLOCK_N, BLOCK_M), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    none = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
+    for step in range(start, stop):
+        if GROUP >= 128:
+            acc = none
+            for block in tl.static_range(GROUP // 128):
+                w_low, a_low, w_high, a_high = operands(w, a, step * (GROUP // 128) + block, SPAN, VARIANT, ASM)
+                acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
+                acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
+            total, weighted = add_group(
+                total, weighted, acc, step, n, m, N, M, G, stride, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+        else:
+            w_low, a_low, w_high, a_high = operands(w, a, step, SPAN, VARIANT, ASM)
+            group = step * SPAN // 64 * (128 // GROUP) + step * SPAN % 64 // GROUP
+            acc = tl.dot(w_low, a_low, none, out_dtype=tl.int32)
+            total, weighted = add_group(
+                total, weighted, acc, group, n, m, N, M, G, stride, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+            acc = tl.dot(w_high, a_high, none, out_dtype=tl.int32)
+            second = group + 64 // GROUP
+            total, weighted = add_group(
+                total, weighted, acc, second, n, m, N, M, G, stride, group_scale, zero_w, w_sum, a_sum, VARIANT
+            )
+    of_token = tl.load(zero_a + m, mask=m < M, other=0).to(tl.float32)
+    return total - weighted[:, None] * of_token[None, :]
 
 
 @triton.jit
@@ -51,35 +92,14 @@ def grouped_kernel(
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
     GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A program computes a part of K of one tile of Y [M, N]; a step is a group of 128 or more, or a span of bytes."""
+    """A program computes a part of K of one tile of Y [M, N]."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     w, a = rows_of(w, a, n, m, N, M, w_stride, a_stride)
     start, stop = part_of(steps, SPLIT_K)
-    total, weighted = tl.zeros((BLOCK_N, BLOCK_M), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    none = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    for step in range(start, stop):
-        if GROUP >= 128:
-            acc = none
-            for block in tl.static_range(GROUP // 128):
-                w_low, a_low, w_high, a_high = operands(w, a, step * (GROUP // 128) + block, SPAN, VARIANT, ASM)
-                acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
-                acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
-            total, weighted = add_group(
-                total, weighted, acc, step, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
-            )
-        else:
-            w_low, a_low, w_high, a_high = operands(w, a, step, SPAN, VARIANT, ASM)
-            group = step * SPAN // 64 * (128 // GROUP) + step * SPAN % 64 // GROUP
-            acc = tl.dot(w_low, a_low, none, out_dtype=tl.int32)
-            total, weighted = add_group(
-                total, weighted, acc, group, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
-            )
-            acc = tl.dot(w_high, a_high, none, out_dtype=tl.int32)
-            total, weighted = add_group(
-                total, weighted, acc, group + 64 // GROUP, n, m, N, M, G, group_scale, zero_w, w_sum, a_sum, VARIANT
-            )
-    of_token = tl.load(zero_a + m, mask=m < M, other=0).to(tl.float32)
-    total -= weighted[:, None] * of_token[None, :]
+    total = sum_groups(
+        w, a, start, stop, n, m, N, M, G, N, group_scale, zero_w, w_sum, a_sum, zero_a,
+        VARIANT, ASM, BLOCK_M, BLOCK_N, SPAN, GROUP,
+    )  # fmt: skip
     if SPLIT_K > 1:
         own = own_part(parts, BLOCK_N, BLOCK_M, SPLIT_K)
         tl.store(own + tl.program_id(1) * BLOCK_N * BLOCK_M, total)

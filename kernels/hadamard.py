@@ -27,8 +27,18 @@ def hadamard_transform(x: Tensor, size: int, stride: int = 1) -> Tensor:
         size: the order of `H`, any integer ≥ 1.
         stride: the order of the identity: 1 mixes neighbours; `head_dim` mixes the same channel of different heads.
     """
-    a, b = (factor.to(x) for factor in hadamard_factors(size))
+    if torch.compiler.is_compiling():
+        a, b = (torch.tensor(constant_factor(size, n), dtype=torch.float64).to(x) for n in (0, 1))
+    else:
+        a, b = (factor.to(x) for factor in hadamard_factors(size))
     return kronecker_transform(x, a, b, stride)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_factor(n: int, number: int) -> list[list[float]]:
+    """Return one of the `hadamard_factors` to a compiler, which takes these numbers as constants."""
+    rows: list[list[float]] = hadamard_factors(n)[number].tolist()
+    return rows
 
 
 def kronecker_transform(x: Tensor, a: Tensor, b: Tensor, stride: int = 1) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import engine
+from quantize.kernels.custom_ops import expert_gemm as expert_operator
 from quantize.kernels.custom_ops import gemm as gemm_operator
 from quantize.kernels.custom_ops import quantize_tokens
 from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale, pack_fp4, unpack_fp4
@@ -35,6 +36,8 @@ __all__ = [
     "decode_scale",
     "dequantize",
     "encode_scale",
+    "expert_gemm",
+    "expert_linear",
     "fake_integers",
     "fake_quantize_dynamically",
     "fp4_linear",
@@ -104,6 +107,27 @@ def gemm(
     return y
 
 
+def expert_gemm(
+    qa: QuantizedActivations,
+    pw: PackedWeight,
+    ends: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """X Wₑᵀ + bₑ, [M, N], where e is the expert of the row; integers are summed exactly, in groups each for itself.
+
+    Args:
+        qa: [M, K], sorted by expert.
+        pw: [E · N, K], the weights of all experts.
+        ends: int32 [E], the row behind each expert's last one; the last is M.
+        bias: [E · N] or None.
+        out_dtype: float16, bfloat16 or float32.
+    """
+    operands = (qa.tensors(), qa.layout, pw.tensors(), pw.columns, pw.layout)
+    y: Tensor = expert_operator(*operands, ends, bias, out_dtype)
+    return y
+
+
 def on_kernels(x: Tensor) -> bool:
     """Return whether activations x [..., K] run on Triton's kernels."""
     return engine.runs_on_triton(x) and x.dtype in DTYPES
@@ -141,9 +165,36 @@ def packed_linear(
         clip_ratio: the part of a token's range that its grid spans.
         hadamard: the order of a Hadamard transform in front, as in `Prologue`; 0 for none.
     """
+    rows = x.reshape(-1, x.shape[-1])
+    y = gemm(activations_for(pw, rows, num_bits, symmetric, clip_ratio, hadamard), pw, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def expert_linear(
+    x: Tensor,
+    pw: PackedWeight,
+    ends: Tensor,
+    bias: Tensor | None,
+    num_bits: int,
+    symmetric: bool,
+    clip_ratio: float,
+    hadamard: int = 0,
+) -> Tensor:
+    """Compute `packed_linear` with the weight of each row's expert: [M, K] → [M, N] in the dtype of x.
+
+    Args:
+        ends: int32 [E], the row behind each expert's last one; rows are sorted by expert.
+        x, pw, bias, num_bits, symmetric, clip_ratio, hadamard: as there, with pw [E · N, K] and bias [E · N].
+    """
+    qa = activations_for(pw, x, num_bits, symmetric, clip_ratio, hadamard)
+    return expert_gemm(qa, pw, ends, bias, x.dtype)
+
+
+def activations_for(
+    pw: PackedWeight, rows: Tensor, num_bits: int, symmetric: bool, clip_ratio: float, hadamard: int
+) -> QuantizedActivations:
+    """Quantize rows [M, K] as the kernel for a weight reads them."""
     pairs = num_bits == 4 and pw.layout == "w4" and pw.group_size == 0
     group_size = 0 if pw.zero_point is None else pw.group_size
-    rows, layout, front = x.reshape(-1, x.shape[-1]), "pair" if pairs else "int8", Prologue(hadamard=hadamard)
-    qa = quantize_activations(rows, num_bits, symmetric, clip_ratio, layout, group_size, front)
-    y = gemm(qa, pw, bias, x.dtype)
-    return y.reshape(*x.shape[:-1], y.shape[1])
+    layout, front = "pair" if pairs else "int8", Prologue(hadamard=hadamard)
+    return quantize_activations(rows, num_bits, symmetric, clip_ratio, layout, group_size, front)

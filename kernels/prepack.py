@@ -103,7 +103,21 @@ def exact_gemm(qa: QuantizedActivations, pw: PackedWeight, bias: Tensor | None, 
 
     The arguments are those of `gemm.launch`.
     """
+    ends = torch.tensor([len(qa.q)], dtype=torch.int32)
+    return exact_expert_gemm(qa, pw, ends, bias, out_dtype)
+
+
+def exact_expert_gemm(
+    qa: QuantizedActivations, pw: PackedWeight, ends: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """Compute `experts.launch`, expert by expert."""
     q, scale, zero_point = unpack_weight(pw)
+    w = centred(q, zero_point)
     a = unpack_activations(qa)[:, : pw.columns].to(torch.int16) - qa.zero_point[:, None].to(torch.int16)
-    y = grouped_product(a, centred(q, zero_point), scale) * qa.scale[:, None]
-    return (y if bias is None else y + bias.to(y)).to(out_dtype)
+    N, start, parts = len(w) // len(ends), 0, []
+    for expert, end in enumerate(ends.tolist()):
+        rows, channels = slice(start, end), slice(expert * N, (expert + 1) * N)
+        y = grouped_product(a[rows], w[channels], scale[channels]) * qa.scale[rows, None]
+        parts.append((y if bias is None else y + bias[channels].to(y)).to(out_dtype))
+        start = end
+    return torch.cat(parts)

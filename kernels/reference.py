@@ -7,6 +7,8 @@ from torch import Tensor
 
 from quantize.kernels.fp4 import quantize_fp4, round_groups
 
+LARGEST_DIFFERENCE = 255  # of two int8, such as an integer and its zero point
+
 
 def integer_range(num_bits: int) -> tuple[int, int]:
     """Return the smallest and the largest signed integer of `num_bits`."""
@@ -101,9 +103,13 @@ def fake_quantize_dynamically(
 def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return `a @ b.T` of integers [..., K] and [N, K] held as int8 or int16, summed exactly, in floating point.
 
-    BLAS has no integer product, so it runs in the narrowest float whose mantissa holds every partial sum.
+    BLAS has no integer product, so it runs in the narrowest float whose mantissa holds every partial sum. A compiler
+    knows no values, so that it takes what differences of two int8 reach.
     """
-    largest = a.shape[-1] * int(a.abs().max()) * int(b.abs().max()) if a.numel() and b.numel() else 0
+    if torch.compiler.is_compiling():
+        largest = a.shape[-1] * LARGEST_DIFFERENCE**2
+    else:
+        largest = a.shape[-1] * int(a.abs().max()) * int(b.abs().max()) if a.numel() and b.numel() else 0
     dtype = torch.float32 if largest < 2**24 else torch.float64
     return a.to(dtype) @ b.to(dtype).T
 

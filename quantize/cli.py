@@ -13,7 +13,7 @@ import click
 from click_default_group import DefaultGroup
 from rich.console import Console
 
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.command import export
 from quantize.scheme.scheme import ENGINES, SCHEME_NAMES, Engine
 
@@ -114,7 +114,7 @@ def quantize(
         **settings,
     )
     if is_rank_zero():
-        click.echo(artifact.summary())
+        click.echo(f"{artifact.summary()}\ndigest {artifact.manifest['digest']}")
     if strict and artifact.warning:
         sys.exit(1)
 
@@ -245,16 +245,18 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 
 @click.command()
 @click.argument("directory", type=PATH)
-def verify(directory: Path) -> None:
+@click.option("--digest", help="The digest that the run printed, so that nobody can have changed the manifest as well.")
+def verify(directory: Path, digest: str | None) -> None:
     """Check that an artifact is as it was written.
 
     The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
     """
     from quantize.artifact.verify import verify_artifact
 
-    found = verify_artifact(directory)
+    found = verify_artifact(directory, digest)
     click.echo(
-        f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e})"
+        f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
+        f"digest {found['digest']}"
     )
 
 
@@ -270,6 +272,14 @@ commands: click.Group = DefaultGroup(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(package_name="quantize-model")(commands)
+
+
+def system_error(error: OSError | MemoryError) -> str:
+    """Say what the system refused, such as a file in a place that cannot be written."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; --dry-run says how much a run takes"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or reason(error)}; give a place that can be read and written and has room"
 
 
 def main() -> NoReturn:
@@ -293,9 +303,10 @@ def main() -> NoReturn:
         kept = getattr(error.__cause__ if isinstance(error, click.Abort) else error, "__notes__", [])
         # a library may have made another error of the interruption
         if not signals and not isinstance(error, KeyboardInterrupt | click.Abort):
-            if not isinstance(error, QuantizeError):
+            if not isinstance(error, QuantizeError | OSError | MemoryError):
                 raise
-            click.echo("; ".join([f"error: {error}", *kept]), err=True)
+            told = error if isinstance(error, QuantizeError) else system_error(error)
+            click.echo("; ".join([f"error: {told}", *kept]), err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

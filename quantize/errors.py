@@ -15,6 +15,10 @@ class UsageError(QuantizeError):
     """The caller gave a wrong option, recipe or path (exit code 2)."""
 
 
+class ChangedError(QuantizeError):
+    """Files changed while a run read them, so that what was made of them is worth nothing."""
+
+
 class ExportError(QuantizeError):
     """The exporter refuses a model.
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.engines import Case, Contender, contenders
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.engines import Contender, contenders
 from benchmarks.gpu.machine import cache_bytes, ceilings, clocks, describe, poisoned, require_gpu
 from benchmarks.gpu.roofline import Roof, specified
 from benchmarks.gpu.rows import Row, row_of, table, with_speedups

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.case import Case, floats, integers
+from benchmarks.gpu.experts import EXPERTS
 from benchmarks.gpu.roofline import Product
 from quantize.kernels import ops
 from quantize.kernels.config import Config, architecture
@@ -20,19 +22,6 @@ from quantize.kernels.prepack import exact_gemm
 
 SMALLEST_INT_MM = 32  # torch._int_mm takes more than 16 tokens; smaller products are padded
 GROUP = 128
-
-
-@dataclass(frozen=True)
-class Case:
-    """One product on random data.
-
-    Attributes:
-        run: computes the product.
-        expected: computes the product in another way, in float64 or from exact integers.
-    """
-
-    run: Callable[[], Tensor]
-    expected: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,17 +39,6 @@ class Contender:
     product: Callable[[int, int, int], Product]
     case: Callable[[int, int, int, torch.Generator], Case]
     tolerance: float = 1e-2
-
-
-def floats(*shape: int, rng: torch.Generator, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Draw from the normal distribution."""
-    return torch.randn(shape, generator=rng, device=rng.device).to(dtype)
-
-
-def integers(*shape: int, bits: int, rng: torch.Generator) -> Tensor:
-    """Draw int8 uniformly from all integers of so many bits."""
-    half = 1 << (bits - 1)
-    return torch.randint(-half, half, shape, generator=rng, device=rng.device, dtype=torch.int8)
 
 
 def bf16_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
@@ -163,6 +141,8 @@ def contenders(device: torch.device) -> Iterator[Contender]:
     yield Contender("int8", lambda M, N, K: Product(max(M, SMALLEST_INT_MM), N, K, 8, 8, 8), int8_case, 0.0)
     for name, ours in OURS.items():
         yield Contender(name, ours.product, ours.case)
+    for name, experts in EXPERTS.items():
+        yield Contender(name, experts.product, experts.case)
     if architecture(device) in INT4_ARCHITECTURES:
         yield Contender("W4A4 int4", lambda M, N, K: Product(M, N, K, 4, 4, 4), Native().case)
     if find_spec("gemlite"):

@@ -1,21 +1,23 @@
-"""Entries of `kernels/budgets.json` other than integer products are quantizers, runtime smooth and FP4."""
+"""Entries of `kernels/budgets.json` other than single integer products: experts, quantizers, runtime smooth and FP4."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.kernel_budgets.compile_ahead import ARCHITECTURES
-from benchmarks.kernel_budgets.entries import INT8, Entry, K, M, N
-from benchmarks.kernel_budgets.meta_operands import meta, meta_activations
-from quantize.kernels import fp4_gemm, fp4_linear, fp4_quantizer, smooth_gemm, smooth_maxima, token_quantizer
+from benchmarks.kernel_budgets.entries import INT8, LAYOUTS, LOGIC, Entry, K, M, N, configurations
+from benchmarks.kernel_budgets.meta_operands import meta, meta_activations, meta_weight
+from quantize.kernels import experts, fp4_gemm, fp4_linear, fp4_quantizer, smooth_gemm, smooth_maxima, token_quantizer
 from quantize.kernels.config import Config
 from quantize.kernels.fp4_quantizer import Fp4Activations
 from quantize.kernels.prologue import Prologue
 
+EXPERTS = 8
 NO_MMA = r""
 HALF_MMA = r"HMMA\.16816\.F32\.BF16|v_mfma_f32_\w+_bf16(_1k)?"  # of a Hadamard matrix with bf16
 FP4_MMA = {"sm_100": r"UTCOMMA\S*", "sm_120": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.\S+"}
@@ -27,6 +29,7 @@ def others() -> Iterator[Entry]:
     for arch in ARCHITECTURES:
         yield from quantizers(arch)
         yield from smooth(arch)
+        yield from (expert_product(scheme, arch) for scheme in ("w8a8", "w4a8", "w4a4", "w4a8g"))
     for arch in FP4_MMA:
         yield from fp4(arch)
 
@@ -60,6 +63,20 @@ def smooth(arch: str) -> Iterator[Entry]:
             qx, data, scale, None, True, order, meta(K, dtype=torch.float32), 128, False, None, torch.bfloat16, config
         ),
         config.block_n * 128, re.compile(INT8[arch]), SMOOTH_LOGIC, scales=True,
+    )  # fmt: skip
+
+
+def expert_product(scheme: str, arch: str) -> Entry:
+    """Return the product of eight experts in the smallest tile of the table, as when a few tokens are generated."""
+    in_groups, (weights, activations) = scheme.endswith("g"), LAYOUTS[scheme.removesuffix("g")]
+    config = min(configurations(arch, scheme), key=lambda config: (config.block_m, config.block_n))
+    qa, pw = meta_activations(M, K, activations, in_groups), meta_weight(N, K, weights, in_groups)
+    pw = replace(pw, zero_point=None) if in_groups else pw
+    return Entry(
+        f"experts {scheme} {config.block_m}x{config.block_n}", arch,
+        lambda: experts.launch(qa, pw, meta(EXPERTS), None, torch.bfloat16, replace(config, split_k=1)),
+        config.block_n * (128 if in_groups else config.block_k), re.compile(INT8[arch]), LOGIC[config.variant],
+        scales=in_groups,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 
 REASONS = (  # kernel, GPU, reason; the first match counts
     (
-        r"w4a8g .*", r"gfx942",
+        r"(experts )?w4a8g .*", r"gfx942",
         "the AMD compiler takes shifts of int8 tensors apart, and inline assembly on them does not compile; masks "
         "instead would need sums of half groups of activations",
     ),
@@ -15,7 +15,7 @@ REASONS = (  # kernel, GPU, reason; the first match counts
         "zero points and sums of a group pass through shared memory on their way, and count among the operands there",
     ),
     (
-        r"w[48]a8g 16x64", r".*",
+        r"(experts )?w[48]a8g 16x64", r".*",
         "16 tokens of one group are 1 KB, 8 bytes for each of the 128 threads; two groups at once would be two sums",
     ),
     (

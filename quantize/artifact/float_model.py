@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from quantize.artifact.writer import ArtifactWriter, as_json
-from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.checkpoint.checkpoint import Checkpoint
 
 
 def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Mapping[str, Tensor]) -> None:
@@ -24,6 +24,7 @@ def save_float_model(checkpoint: Checkpoint, writer: ArtifactWriter, weights: Ma
     tensors = {name: weight.detach().float() for name, weight in weights.items()}
     writer.add("model.safetensors", checkpoint.buffers() | tensors)
     writer.write("config.json", as_json(checkpoint.config | {"dtype": "float32"}))
-    for path in side_files(checkpoint.directory) if checkpoint.directory else ():
-        writer.write(path, (checkpoint.directory / path).read_bytes())  # type: ignore[operator]
+    for path in checkpoint.side_files:
+        writer.write(path.relative_to(checkpoint.directory or path), checkpoint.seen.read(path))
+    checkpoint.seen.require_all_same()
     writer.publish()

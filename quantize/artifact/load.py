@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact.manifest import Manifest
+from quantize.artifact.manifest import REQUIRED, Manifest, digest_of
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
-from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton
-from quantize.checkpoint.size_limits import limit_parameters
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
+from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
+from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
@@ -44,24 +44,37 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = read_json(path) if path.is_file() else {}
     except QuantizeError as error:
         manifest, why = {}, f": {error}"
-    if not Manifest.model_fields.keys() <= manifest.keys():
+    if not manifest.keys() >= REQUIRED:
         raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
-    validated(lambda: Manifest(**manifest), str(path))
+    validated(lambda: Manifest.model_validate_json(json.dumps(manifest), strict=True), str(path))
     check_files(directory)
     return manifest
 
 
-def check_hashes(directory: Path) -> int:
-    """Compare every file with the manifest and return how many files there are.
+def check_hashes(directory: Path, digest: str | None = None) -> int:
+    """Compare the manifest with its digest and every file with the manifest, and return how many files there are.
+
+    Args:
+        directory: an artifact.
+        digest: the digest that the run printed; None trusts the one in the manifest, which whoever changes a file can
+            change as well.
 
     Raises:
-        QuantizeError: a file is missing, changed or not listed; the message names the first one.
+        UsageError: the directory is no artifact.
+        QuantizeError: the digest is another one, or a file is missing, changed or not listed; the message names it.
     """
-    listed = read_manifest(directory)["files"]
-    found = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {"manifest.json"}
-    for name in sorted(found | set(listed)):
-        if name not in listed or name not in found:
+    manifest = read_manifest(directory)
+    found, listed = digest_of(manifest), manifest["files"]
+    if manifest.get("digest") != found:
+        raise QuantizeError(f"{directory / 'manifest.json'} has changed since it was written: its digest is {found}")
+    if digest not in (None, found):
+        raise QuantizeError(f"the digest of {directory} is {found} and not {shown(digest)}; fetch the artifact anew")
+    paths = {str(path.relative_to(directory)): path for path in directory.rglob("*") if not path.is_dir()}
+    for name in sorted((paths.keys() | listed) - {"manifest.json"}):
+        if name not in listed or name not in paths:
             raise QuantizeError(f"{directory / name} is {'missing' if name in listed else 'not in the manifest'}")
+        if not paths[name].is_file():
+            raise QuantizeError(f"{directory / name} is no regular file")
         if sha256(directory / name) != listed[name]:
             raise QuantizeError(f"{directory / name} has changed since it was written")
     return len(listed)
@@ -92,9 +105,9 @@ def load(
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
-    with limit_parameters(index_tensors(directory, PROBE)):
-        model = skeleton if skeleton is not None else build_skeleton(read_config(directory))
-    model = fill(model, directory, settings, dtype)
+    if skeleton is None:
+        skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
+    model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.engine = engine
@@ -127,7 +140,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     held = {
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # scales of FP4 keep their dtype
-    tensors = {name: read_tensor(file, name) for name, file in files.items() if name not in held}
+    tensors = {name: read_checked(file, name) for name, file in files.items() if name not in held}
     wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
@@ -160,7 +173,7 @@ def read_linear(
 
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
-        return read_tensor(files[key], key) if key in files else None
+        return read_checked(files[key], key) if key in files else None
 
     scheme, entry = linear_scheme(settings, path), settings["modules"][path]
     data, scale, bias = get("qweight"), get("scale"), get("bias")
@@ -185,6 +198,15 @@ def read_linear(
     return linear
 
 
+def read_checked(file: Path, name: str) -> Tensor:
+    """Read one tensor, whose numbers must be finite.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    return require_finite(name, read_tensor(file, name), file)
+
+
 def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
     """Read the integers [V, K] and the scales [V, 1] of a table of words.
 
@@ -194,7 +216,7 @@ def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
     names = [f"{path}.qweight", f"{path}.scale"]
     if missing := [name for name in names if name not in files]:
         raise QuantizeError(f"the artifact lists {path} as a table in 8 bits but holds no {missing[0]}")
-    qweight, scale = (read_tensor(files[name], name) for name in names)
+    qweight, scale = (read_checked(files[name], name) for name in names)
     return qweight, scale
 
 
@@ -218,7 +240,7 @@ def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], colu
         QuantizeError: there is no such transform.
     """
     names = [name for name in files if name.startswith(prefix)]
-    tensors = {name.removeprefix(prefix): read_tensor(files[name], name) for name in names}
+    tensors = {name.removeprefix(prefix): read_checked(files[name], name) for name in names}
     try:
         online = restore(given, tensors, columns)
         fits = online(torch.zeros(1, columns)).shape == (1, columns)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, model_validator
@@ -53,14 +56,49 @@ class QuantizationSettings(Data):
         return self
 
 
+class Gate(BaseModel):
+    """What the gate found: the largest difference of each pass in each block."""
+
+    passes: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+
+class Calibration(BaseModel):
+    """The data: its hash, or those of its parts, and the numbers of rows and tokens."""
+
+    sha256: str | list[str]
+    rows: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+
+
 class Manifest(BaseModel):
     """The part of `manifest.json` that is read again.
 
     Attributes:
         files: relative path → SHA-256.
         parity: how far what was read back differs from what was quantized.
+        digest: `digest_of` the manifest, and so of all files; `verify` asks for it.
+        coverage: parameter → `quantized`, or the reason why it is not.
+        versions: package → version.
     """
 
     files: dict[str, str]
     quantization: QuantizationSettings
-    parity: dict[str, Any]
+    parity: dict[str, float | str | None]
+    digest: str = ""
+    coverage: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    gate: Gate = Field(default_factory=Gate)
+    calibration: Calibration | None = None
+
+
+REQUIRED = {"files", "quantization", "parity"}
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256, in hex, of a manifest's content without its own entry `digest`.
+
+    The content is canonical JSON: keys sorted, no white space, ASCII alone. It names all other files with their hashes,
+    so that one digest stands for the whole directory.
+    """
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

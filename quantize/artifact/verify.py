@@ -19,22 +19,47 @@ from quantize.transforms import equivalence
 LOAD_TOLERANCE = 1e-2  # another machine sums in another order, which can move an activation to the next integer
 
 
-def verify_artifact(directory: Path) -> dict[str, Any]:
+def verify_artifact(directory: Path, digest: str | None = None) -> dict[str, Any]:
     """Check the hash of every file, load the model, and compare its output on the probes with the recorded one.
+
+    Args:
+        directory: an artifact.
+        digest: the digest that the run printed; None trusts the one in the manifest.
 
     Raises:
         UsageError: the directory is no artifact.
         QuantizeError: a file has changed, or the model computes something else.
     """
-    files = check_hashes(directory)
-    probe, model = read_all(directory / PROBE), load(directory, engine="reference")
-    output = probe.pop("output", None)
-    if output is None:
-        raise QuantizeError(f"{directory / PROBE} holds no output to compare with")
-    found = equivalence.relative(run_probe(model, probe), output)
+    files = check_hashes(directory, digest)
+    (inputs, recorded), model = read_probe(directory), load(directory, engine="reference")
+    output = run_probe(model, inputs)
+    if recorded.shape != output.shape or not recorded.is_floating_point():
+        raise QuantizeError(
+            f"{directory / PROBE} holds an output {list(recorded.shape)} of {recorded.dtype}, where the model gives "
+            f"{list(output.shape)} of {output.dtype}"
+        )
+    found = equivalence.relative(output, recorded)
     if found > LOAD_TOLERANCE:
         raise QuantizeError(f"{directory} loads, but its output differs from the recorded one by {found:.1e}")
-    return {"files": files, "difference": found, "parity": read_manifest(directory)["parity"]}
+    manifest = read_manifest(directory)
+    return {"files": files, "difference": found, "parity": manifest["parity"], "digest": manifest["digest"]}
+
+
+def read_probe(directory: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """Return an artifact's inputs to verify with, each [samples, ...], and the output that was recorded for them.
+
+    Raises:
+        QuantizeError: the file is damaged or holds something else.
+    """
+    inputs = read_all(directory / PROBE)
+    output = inputs.pop("output", None)
+    if output is None:
+        raise QuantizeError(f"{directory / PROBE} holds no output to compare with")
+    counts = {len(x) if x.dim() else 0 for x in inputs.values()}
+    if len(counts) != 1 or 0 in counts:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in inputs.items()) or "nothing"
+        raise QuantizeError(f"{directory / PROBE} holds {shapes} as inputs; each has a first axis of as many samples")
+    return inputs, output
 
 
 def written_output(

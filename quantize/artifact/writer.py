@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from safetensors.torch import save as serialize
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantize.artifact.manifest import digest_of
 from quantize.checkpoint.untrusted_files import INDEX
 from quantize.errors import QuantizeError, UsageError
 
@@ -44,7 +45,7 @@ class ArtifactWriter:
         self.hashes: dict[str, str] = {}
 
     def __enter__(self) -> Self:
-        beside = next(parent for parent in self.output.absolute().parents if parent.exists())
+        beside = first_existing_parent(self.output)
         with translate_disk_errors(self.output):
             self.directory = Path(tempfile.mkdtemp(prefix=f".{self.output.name}.", dir=beside))
         return self
@@ -81,12 +82,18 @@ class ArtifactWriter:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    def commit(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Add the manifest with the hash of every file, flush all to disk, rename, and return the whole manifest."""
+    def commit(self, manifest: dict[str, Any], check: Callable[[Path], object] | None = None) -> dict[str, Any]:
+        """Add the manifest with the hash of every file and its digest, flush all to disk, rename, and return it.
+
+        `check` is called with the directory before it is renamed, and may raise an error.
+        """
         paths = {str(p.relative_to(self.directory)): p for p in sorted(self.directory.rglob("*")) if p.is_file()}
         files = {name: self.hashes.get(name) or sha256(path) for name, path in paths.items()}
-        manifest = {**manifest, "files": files}
+        manifest = json.loads(as_json({**manifest, "files": files}))
+        manifest["digest"] = digest_of(manifest)
         self.write("manifest.json", as_json(manifest))
+        if check is not None:
+            check(self.directory)
         self.publish()
         return manifest
 
@@ -99,6 +106,11 @@ class ArtifactWriter:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.directory.rename(self.output)
             flush(self.output.parent)
+
+
+def first_existing_parent(path: Path) -> Path:
+    """Return the nearest folder above a path that exists; a root lies in itself."""
+    return next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
 
 
 @contextlib.contextmanager

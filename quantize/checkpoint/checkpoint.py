@@ -13,10 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
-from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors, ties_of
-from quantize.checkpoint.size_limits import limit_parameters
-from quantize.checkpoint.tensor_files import CHUNK, index_tensors, is_finite, read_float, read_tensor
+from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.errors import QuantizeError, UsageError, reason
 
@@ -35,6 +35,7 @@ class Checkpoint:
         sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
+        seen: the files as they were when the model was opened, which must not change while they are read.
     """
 
     directory: Path | None
@@ -43,11 +44,12 @@ class Checkpoint:
     module: nn.Module | None = None
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
+    seen: FilesSeen = field(default_factory=FilesSeen)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None:
-            model = build_skeleton(self.config)
+            model = build_skeleton(self.config, self.files)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             return model
@@ -61,6 +63,7 @@ class Checkpoint:
 
         Raises:
             QuantizeError: the parameter is missing or cannot be read.
+            ChangedError: its file has changed since the model was opened.
         """
         if self.module is not None:
             return self.module.get_parameter(name).detach()
@@ -68,7 +71,7 @@ class Checkpoint:
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
         try:
-            return self.sources[stored].read(stored, lambda part: read_tensor(self.files[part], part))
+            return self.sources[stored].read(stored, lambda part: read_tensor(self._file(part), part))
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
@@ -77,13 +80,25 @@ class Checkpoint:
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if self.module is not None or stored is None:
             return self.tensor(name).float()
-        return self.sources[stored].read(stored, lambda part: read_float(self.files[part], part)).float()
+        return self.sources[stored].read(stored, lambda part: read_float(self._file(part), part)).float()
+
+    def _file(self, part: str) -> Path:
+        """Return the file that holds a tensor, if it is still what it was."""
+        self.seen.require_same(self.files[part])
+        return self.files[part]
 
     def load(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the whole model in floating point and in evaluation mode."""
         model = self.skeleton()
-        assign_and_tie(model, {name: self.tensor(name).to(dtype) for name, _ in model.named_parameters()})
+        read = ((name, require_finite(name, self.tensor(name))) for name, _ in model.named_parameters())
+        assign_and_tie(model, {name: tensor.to(dtype) for name, tensor in read})
         return model.eval()
+
+    @property
+    def side_files(self) -> list[Path]:
+        """The tokenizer's and other small files to take along, as they were when the model was opened."""
+        taken = {*self.files.values(), (self.directory or Path()) / "config.json"}
+        return [path for path in self.seen.stamps if path not in taken]
 
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that belong to the model's state."""
@@ -109,14 +124,17 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     if isinstance(model, nn.Module):
         return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
     directory = Path(model) if Path(model).is_dir() else download(str(model))
+    require_config(directory)
+    check_files(directory)
+    files = index_tensors(directory)
+    seen = FilesSeen.of(
+        {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
+    )
     config = read_config(directory)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    check_files(directory)
-    files = index_tensors(directory)
-    with limit_parameters(files):
-        model = build_skeleton(config)
-    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files))
+    model = build_on_meta(config, files)
+    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files), seen)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -142,11 +160,17 @@ def download(name: str) -> Path:
         ) from None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read `config.json` as a dict."""
+def require_config(directory: Path) -> Path:
+    """Return the path of `config.json`."""
     path = directory / "config.json"
     if not path.is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")
+    return path
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read `config.json` as a dict."""
+    path = require_config(directory)
     config = read_json(path)
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise UsageError(f"{path} does not name its architecture; add the key architectures")
@@ -167,6 +191,4 @@ def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
             raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        if not all(map(is_finite, tensor.flatten().split(CHUNK))):
-            index = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise QuantizeError(f"{name} holds {float(tensor[tuple(index)])} at {index}; repair the checkpoint first")
+        require_finite(name, tensor)

@@ -2,34 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor, nn
 
-from quantize.errors import QuantizeError, UsageError, reason
+from quantize.checkpoint.size_limits import bounded
+from quantize.errors import QuantizeError, UsageError, reason, shown
 
 
-def build_skeleton(config: dict[str, Any]) -> nn.Module:
+def build_skeleton(config: dict[str, Any], files: Mapping[str, Path] | None = None) -> nn.Module:
     """Build the model class that a config names without weights; code from the model's directory is never run.
 
+    Args:
+        config: the config.
+        files: tensor name → the file that holds it; the model may not be far larger. None for a config of one's own.
+
     Raises:
-        UsageError: transformers has no such class, or the config does not fit it.
+        UsageError: transformers has no such class, or the config does not fit it, asks for far more than the files
+            hold, or names a part that lies on the hub.
+    """
+    cls, bounds = model_class(config), contextlib.nullcontext() if files is None else bounded(files)
+    try:
+        with bounds, init_empty_weights(include_buffers=False), offline():
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(without_kernels(config)))  # type: ignore[attr-defined]
+    except OfflineModeIsEnabled:
+        raise UsageError(
+            f"the config of the {cls.__name__} names a part that lies on the hub, such as its `backbone`, and a local "
+            "directory never goes to the network; save the model anew with save_pretrained, which writes that part's "
+            "config into its own"
+        ) from None
+    except Exception as error:  # validators and constructors by many authors raise anything
+        raise UsageError(f"the config does not build a {cls.__name__}: {reason(error)}") from None
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
+def build_on_meta(config: dict[str, Any], files: Mapping[str, Path]) -> nn.Module:
+    """Build a model with its buffers, too, on the meta device, where no size costs memory; arguments as above."""
+    with torch.device("meta"):
+        return build_skeleton(config, files)
+
+
+def build_bounded(config: dict[str, Any], files: Mapping[str, Path]) -> nn.Module:
+    """Build on the meta device first, so that nothing real is built that is too large; arguments as above."""
+    build_on_meta(config, files)
+    return build_skeleton(config, files)
+
+
+def model_class(config: dict[str, Any]) -> type[nn.Module]:
+    """Return the class of transformers that a config names.
+
+    Raises:
+        UsageError: there is none.
     """
     architecture = str(config["architectures"][0])
     cls = getattr(transformers, architecture, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UsageError(
-            f"transformers {transformers.__version__} has no {architecture}, and code that models bring is not run"
+            f"transformers {transformers.__version__} has no {shown(architecture)}, and code that models bring is not "
+            "run"
         )
+    return cls
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keep transformers from the network, which constructors of models with a `backbone` by name would go to."""
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
-        with init_empty_weights(include_buffers=False):
-            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
-    except Exception as error:  # validators and constructors by many authors raise anything
-        raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
-    model.tie_weights()
-    return model  # type: ignore[no-any-return]
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def without_kernels(value: Any) -> Any:
+    """Return a config without the kernels it wants to run with, whose code would come from the hub."""
+    if isinstance(value, dict):
+        return {k: without_kernels(x) for k, x in value.items() if not str(k).endswith("_implementation")}
+    return value
 
 
 def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

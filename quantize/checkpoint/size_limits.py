@@ -1,22 +1,39 @@
-"""A config may declare any size, so no model is built that is far larger than the files that are to fill it."""
+"""A config may ask for anything, so what is built from it is bounded by what the files that are to fill it hold.
+
+The bounds hold for every key of every config, since they count what constructors make and not what configs say.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import resource
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules import module as registration
 
 # Files of packed integers hold two elements a byte, and tied or merged parameters count twice; the rest is a margin.
-ELEMENTS_PER_BYTE, PARAMETERS_PER_TENSOR, SLACK = 4, 8, 1 << 20
+ELEMENTS_PER_BYTE, PARTS_PER_TENSOR, SLACK = 4, 8, 1 << 20
+BUFFER_BYTES = 1 << 27  # of masks and tables of positions, beside as many as the files have
+MEMORY = 1 << 30  # bytes that a constructor may take for anything else, beside twice as many as the files have
+SECONDS, SECONDS_PER_TENSOR = 5.0, 0.001  # of one core
+
+
+class TookTooLong(BaseException):
+    """Raised in a thread by `limit_time`; no constructor takes it for an error of its own."""
 
 
 @contextlib.contextmanager
-def limit_parameters(files: Mapping[str, Path]) -> Iterator[None]:
-    """Stop every constructor in the `with` block that makes far more parameters than the files hold.
+def bounded(files: Mapping[str, Path]) -> Iterator[None]:
+    """Stop every constructor in the `with` block that makes far more than the files hold, or takes too long.
+
+    Parameters, their elements, modules, bytes of buffers, memory and time are bounded. On the meta device nothing is
+    allocated, so build there first.
 
     Args:
         files: tensor name → file.
@@ -25,20 +42,103 @@ def limit_parameters(files: Mapping[str, Path]) -> Iterator[None]:
         ValueError: it is raised within the constructor, which so cannot go on.
     """
     size = sum(path.stat().st_size for path in set(files.values()))
-    elements, parameters = ELEMENTS_PER_BYTE * size + SLACK, PARAMETERS_PER_TENSOR * (len(files) + 8)
-    found = [0, 0]
+    held = f"the {len(files)} tensors of {size} bytes in the files"
+    parts = PARTS_PER_TENSOR * (len(files) + 8)
+    with (
+        limit_registrations(parts, ELEMENTS_PER_BYTE * size + SLACK, size + BUFFER_BYTES, held),
+        limit_time(SECONDS + SECONDS_PER_TENSOR * len(files), held),
+        limit_memory(MEMORY + 2 * size, held),
+    ):
+        yield
 
-    def count(module: nn.Module, name: str, parameter: Any) -> None:
+
+@contextlib.contextmanager
+def limit_registrations(parts: int, elements: int, buffer_bytes: int, held: str) -> Iterator[None]:
+    """Bound the parameters, their elements, the modules, and the bytes of buffers of new modules.
+
+    Raises:
+        ValueError: there are more than `parts` parameters or modules, or more of the others.
+    """
+    found = {"parameters": 0, "modules": 0, "elements": 0, "bytes of buffers": 0}
+    allowed = {"parameters": parts, "modules": parts, "elements": elements, "bytes of buffers": buffer_bytes}
+
+    def add(what: str, number: int) -> None:
+        found[what] += number
+        if found[what] > allowed[what]:
+            raise ValueError(f"it declares a far larger model than {held}: more than {allowed[what]} {what}")
+
+    def parameter(module: nn.Module, name: str, value: Any) -> None:
         del module, name
-        found[0] += 1
-        found[1] += 0 if parameter is None else parameter.numel()
-        if found[0] > parameters or found[1] > elements:
-            raise ValueError(
-                f"it declares a far larger model than the {len(files)} tensors of {size} bytes in the files"
-            )
+        add("parameters", 1)
+        add("elements", 0 if value is None else value.numel())
 
-    handle = register_module_parameter_registration_hook(count)
+    def module(parent: nn.Module, name: str, value: Any) -> None:
+        del parent, name, value
+        add("modules", 1)
+
+    def buffer(module: nn.Module, name: str, value: Any) -> None:
+        del module, name
+        add("bytes of buffers", 0 if value is None else value.nbytes)
+
+    with contextlib.ExitStack() as handles:
+        handles.callback(registration.register_module_parameter_registration_hook(parameter).remove)
+        handles.callback(registration.register_module_module_registration_hook(module).remove)
+        handles.callback(registration.register_module_buffer_registration_hook(buffer).remove)
+        yield
+
+
+@contextlib.contextmanager
+def limit_memory(extra: int, held: str) -> Iterator[None]:
+    """Bound the memory that this process may have beside what it has now; other systems than Linux know no such bound.
+
+    Raises:
+        ValueError: Python found no more memory; torch raises a RuntimeError of its own.
+    """
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(status.read_text().split()[5]) * resource.getpagesize() + extra
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
     try:
         yield
+    except MemoryError:
+        raise ValueError(f"it takes more than {extra} bytes beside its weights, far more than {held} need") from None
     finally:
-        handle.remove()
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextlib.contextmanager
+def limit_time(seconds: float, held: str) -> Iterator[None]:
+    """Bound the seconds of a core that this thread may take.
+
+    Raises:
+        ValueError: it took more.
+    """
+    thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    clock = time.pthread_getcpuclockid(thread)
+    end = time.clock_gettime(clock) + seconds
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            with lock:
+                if not over.is_set() and time.clock_gettime(clock) > end:
+                    interrupt(thread, ctypes.py_object(TookTooLong))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                over.set()
+            interrupt(thread, None)  # one that is on its way
+    except TookTooLong:
+        over.set()
+        raise ValueError(f"it takes more than {seconds:.0f} s, far more than {held} need") from None
+
+
+def interrupt(thread: int, error: Any) -> None:
+    """Raise an error in a thread at its next instruction, or none any more."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from quantize.checkpoint.untrusted_files import UNREADABLE, tensor_names, weight_files
+from quantize.checkpoint.safetensors_reader import read_header, read_rows
+from quantize.checkpoint.untrusted_files import weight_files
 from quantize.errors import QuantizeError
 
 CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
@@ -23,7 +23,7 @@ def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
     """
     files: dict[str, Path] = {}
     for path in weight_files(directory):
-        for name in tensor_names(path) if path.name != leave_out else ():
+        for name in read_header(path).entries if path.name != leave_out else ():
             if name in files:
                 raise QuantizeError(f"{name} stands both in {files[name]} and in {path.name}; remove one of them")
             files[name] = path
@@ -31,23 +31,33 @@ def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
 
 
 def read_tensor(path: Path, name: str) -> Tensor:
-    """Read one tensor, memory-mapped."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return opened.get_tensor(name)  # type: ignore[no-any-return]
-    except UNREADABLE as error:
-        raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
+    """Read one tensor; it raises what `read_rows` raises."""
+    return read_rows(path, name)
 
 
 def read_float(path: Path, name: str) -> Tensor:
-    """Read one tensor in float32; the file is mapped a piece at a time, so that the tensor is not in memory twice."""
-    stored = read_tensor(path, name)
-    if stored.dtype == torch.float32 or not stored.dim():
-        return stored.float()
-    wide, rows = torch.empty(stored.shape), max(1, CHUNK // max(1, stored[:1].numel()))
+    """Read one tensor in float32, a few rows at a time, so that it is not in memory twice."""
+    entry = read_header(path).entries.get(name)
+    if entry is None or entry.dtype == "F32" or not entry.shape:
+        return read_rows(path, name).float()
+    wide = torch.empty(entry.shape)
+    rows = max(1, CHUNK // max(1, wide[:1].numel()))
     for part, start in zip(wide.split(rows), range(0, len(wide), rows), strict=True):
-        part.copy_(read_tensor(path, name)[start : start + rows])
+        part.copy_(read_rows(path, name, start, rows))
     return wide
+
+
+def require_finite(name: str, x: Tensor, file: Path | None = None) -> Tensor:
+    """Return a tensor; its numbers must be finite. Integers are, and so are floating-point numbers of 8 bits here.
+
+    Raises:
+        QuantizeError: one is not; the message names the tensor, its first wrong value and where it stands.
+    """
+    if x.is_floating_point() and x.element_size() > 1 and not all(map(is_finite, x.flatten().split(CHUNK))):
+        index = (~x.isfinite()).nonzero()[0].tolist()
+        where = f"{file}: " if file else ""
+        raise QuantizeError(f"{where}{name} holds {float(x[tuple(index)])} at {index}; repair the checkpoint first")
+    return x
 
 
 def is_finite(x: Tensor) -> bool:

@@ -17,11 +17,13 @@ class TiedWeights:
     Attributes:
         names: parameter → all names that it goes by.
         stored: the hash of each tied parameter that was stored as it is.
+        left_out: the parameters that were not stored, each with the one that it equals.
         untied: whether some parameter no longer equals the one it was tied to.
     """
 
     names: Mapping[str, Sequence[str]]
     stored: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     untied: bool = False
 
     def deduplicate(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,9 +32,11 @@ class TiedWeights:
         for name in filter(self._is_tied, tensors):
             digest = hashlib.sha256(tensors[name].contiguous().view(torch.uint8).numpy().data).hexdigest()
             others = [other for other in self.names[name] if other in self.stored]
-            if others and self.stored[others[0]] == digest:
+            equal = next((other for other in others if self.stored[other] == digest), None)
+            if equal is not None:
                 del kept[name]
-            self.untied |= bool(others) and name in kept
+                self.left_out[name] = self.left_out.get(equal, equal)
+            self.untied |= any(self.stored[other] != digest for other in others)
             self.stored[name] = digest
         return kept
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantize.checkpoint.safetensors_reader import read_header, read_rows, without_duplicates
 from quantize.errors import QuantizeError, UsageError, shown
 
 INDEX = "model.safetensors.index.json"
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 CAN_RUN_CODE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".keras"}
-UNREADABLE = (SafetensorError, OSError, KeyError, AttributeError, TypeError)  # the last two for types that torch lacks
-LARGEST_JSON = 1 << 28  # in bytes; the largest tokenizers take a tenth of it
+LARGEST_JSON = 1 << 25  # bytes of a config, index or manifest, which take fifty times as much memory when parsed
+LARGEST_SIDE_FILE = 1 << 28  # bytes; the largest tokenizers take a tenth of it
 
 
 def check_files(directory: Path) -> None:
@@ -38,6 +37,11 @@ def check_files(directory: Path) -> None:
             raise UsageError(f"{path} is a link out of the directory, to {path.resolve()}; put the file itself there")
         if not path.is_file():
             raise UsageError(f"{path} is no regular file; put one there, or remove it")
+        if path.suffix in SIDE_FILES and path.stat().st_size > LARGEST_SIDE_FILE:
+            raise UsageError(
+                f"{path} has {path.stat().st_size} bytes; files beside the weights may have {LARGEST_SIDE_FILE}, so "
+                "remove it"
+            )
 
 
 def is_hidden(path: Path) -> bool:
@@ -74,43 +78,13 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the content of a JSON object; a key that stands twice is an error."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
-    return found
-
-
-def tensor_names(path: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file, after a check of its header and size.
-
-    Raises:
-        QuantizeError: the header or the size is not sound.
-    """
-    try:
-        with safe_open(path, framework="pt") as opened:
-            names = list(opened.keys())
-        with path.open("rb") as file:
-            parse_json(file.read(struct.unpack("<Q", file.read(8))[0]))  # safe_open has checked this length
-    except (SafetensorError, OSError, ValueError) as error:
-        raise QuantizeError(f"{path} is truncated or no safetensors file ({error})") from None
-    return names
-
-
 def read_all(path: Path) -> dict[str, Tensor]:
     """Read all tensors of a safetensors file.
 
     Raises:
         QuantizeError: the file is damaged, or holds types that torch does not have.
     """
-    names = tensor_names(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
-    except UNREADABLE as error:
-        raise QuantizeError(f"{path} cannot be read ({error})") from None
+    return {name: read_rows(path, name) for name in read_header(path).entries}
 
 
 def weight_files(directory: Path) -> list[Path]:

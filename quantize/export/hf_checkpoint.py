@@ -13,10 +13,10 @@ from torch import Tensor
 
 from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.quantization_config import linear_scheme
+from quantize.artifact.verify import read_probe
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import QuantizeError, reason
 from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
@@ -77,7 +77,7 @@ def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> Quanti
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
     """Return an artifact's two probes, each as the inputs of a call."""
-    probe = {name: x for name, x in read_all(directory / PROBE).items() if name != "output"}
+    probe, _ = read_probe(directory)
     return [dict(zip(probe, row, strict=True)) for row in zip(*(x.split(1) for x in probe.values()), strict=True)]
 
 

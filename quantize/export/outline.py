@@ -13,8 +13,7 @@ from quantize.artifact.load import read_manifest
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
-from quantize.checkpoint.meta_model import build_skeleton
-from quantize.checkpoint.size_limits import limit_parameters
+from quantize.checkpoint.meta_model import build_bounded
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.errors import QuantizeError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
@@ -46,8 +45,7 @@ class Outline:
             QuantizeError: the artifact lists linears that its model does not have.
         """
         settings, config = read_manifest(directory)["quantization"], read_config(directory)
-        with limit_parameters(index_tensors(directory, PROBE)):
-            skeleton = build_skeleton(config)
+        skeleton = build_bounded(config, index_tensors(directory, PROBE))
         listed = {*settings["modules"], *settings.get("tables", ())}
         places = {path for named in (skeleton.named_modules(), skeleton.named_parameters()) for path, _ in named}
         if missing := listed - places:

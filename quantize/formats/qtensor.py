@@ -63,8 +63,9 @@ class QTensor:
                     f"the {part} of {name} are {found} of {tensor.dtype if tensor is not None else 'no type'}, which "
                     f"{args.num_bits}-bit weights of {self.columns} columns in groups of {group} do not have"
                 )
-        if not bool((self.unpack_scale() > 0).all()):
-            raise QuantizeError(f"the scale of {name} is not positive everywhere")
+        scale = self.unpack_scale()
+        if not bool(((scale > 0) & scale.isfinite()).all()):
+            raise QuantizeError(f"the scale of {name} is not positive and finite everywhere")
 
     @classmethod
     def pack(

@@ -14,8 +14,9 @@ from torch import fx
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.assemble import assemble
 from quantize.graph.basis import Bases, Basis
+from quantize.graph.export import block_at
 from quantize.graph.labels import ChannelTrace, id_pairs, shape_of
-from quantize.graph.program import Program
+from quantize.graph.program import Program, Segment
 from quantize.graph.rules import visit
 from quantize.graph.views import disjoint
 
@@ -31,10 +32,26 @@ def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
     for segment in program.segments:
         for node in segment.nodes:
             visit(walk, node)
+        if program.unreached:
+            pin_what_is_open(walk, segment, program.unreached)
     for value in (n for n in program.output.all_input_nodes if n not in program.intermediate_outputs):
         walk.pin(value, "it is an output of the model")
     share(walk)
     return assemble(walk)
+
+
+def pin_what_is_open(walk: ChannelTrace, segment: Segment, unreached: frozenset[str]) -> None:
+    """Pin what a pass with other arguments may read or write with parameters that this pass does not reach.
+
+    They may lie anywhere: image features take the place of words, and a layer for images may stand among the others.
+    Only what stays inside of a block whose every parameter is reached is known to be all there is.
+    """
+    inside = f"{block_at(segment.name)}."
+    closed = inside != "." and not any(name.startswith(inside) for name in unreached)
+    nodes = set(segment.nodes)
+    for node in segment.nodes:
+        if not closed or not nodes.issuperset(node.users):
+            walk.pin(node, f"`{min(unreached)}` and others that this pass does not reach may read or write it")
 
 
 def share(walk: ChannelTrace) -> None:

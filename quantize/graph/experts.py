@@ -31,7 +31,7 @@ def find_experts(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | N
     if kind in GROUPED and (offsets is None or operand(node, 3, "bias") is not None):
         return None
     name, columns = parameters[parameter], sizes[1 if transposed else 2]
-    return Linear(name, node, x, name, None, columns, transposed, sizes[0], offsets)
+    return Linear(name, node, x, name, None, columns, transposed, (node,), sizes[0], offsets)
 
 
 def stack_of(weight: Any, parameters: Mapping[fx.Node, str]) -> tuple[fx.Node, bool] | None:
@@ -74,7 +74,7 @@ def read_otherwise(linears: Iterable[Linear], parameters: Mapping[fx.Node, str])
     for linear in (x for x in linears if x.experts is not None):
         products.setdefault(linear.weight, set()).add(linear.node)
     by_name = {name: node for node, name in parameters.items()}
-    return {name for name, nodes in products.items() if not consumers(by_name[name]) <= nodes}
+    return {name for name, nodes in products.items() if len(nodes) > 1 or not consumers(by_name[name]) <= nodes}
 
 
 def turned(node: fx.Node) -> Iterator[fx.Node]:

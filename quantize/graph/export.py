@@ -8,8 +8,9 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
+from quantize.graph.linears import find_linear
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
@@ -30,8 +32,8 @@ def export_program(skeleton: nn.Module) -> Program:
     Raises:
         ExportError: the exporter refuses the model; the message carries its reason.
     """
-    buffers, ties = dict(skeleton.named_buffers()), ties_of(skeleton)
-    untie(skeleton)
+    buffers, ties = dict(skeleton.named_buffers()), untie(skeleton)
+    turn_caches_off(skeleton)
     skeleton.eval().to("meta")
     switches = forward_switches(skeleton)
     try:
@@ -39,16 +41,27 @@ def export_program(skeleton: nn.Module) -> Program:
         example = {name: found.example for name, found in inputs.items()} | switches
         dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
         shapes = {**dynamic, **dict.fromkeys(switches)}
-        with quiet(), without_cache(skeleton):
+        with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
+    use_first_paths(exported, skeleton)
     program = from_exported(exported, buffers, switches, tuple(inputs))
     linears = [linear for linear in program.all_linears if linear.experts is None]
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
         direct = read_past_forward(skeleton, linears, example)
-    return replace(program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties)
+    more = inspect.signature(skeleton.forward).parameters.keys() - example.keys()
+    unreached = unread(program.parameters, ties) if more else frozenset[str]()
+    return replace(
+        program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties, unreached=unreached
+    )
+
+
+def unread(parameters: Mapping[fx.Node, str], ties: Mapping[str, Sequence[str]]) -> frozenset[str]:
+    """Return the names of the parameters that the graph reads under no name."""
+    read = {name for node, name in parameters.items() if node.users}
+    return frozenset(name for name in parameters.values() if not read & {name, *ties.get(name, ())})
 
 
 def forward_switches(model: nn.Module) -> dict[str, bool]:
@@ -57,26 +70,26 @@ def forward_switches(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if known and "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-@contextlib.contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model's config say that it needs no cache, for models that `forward_switches` has no switch for."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before is not True:
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
-    try:
-        yield
-    finally:
-        config.use_cache = before  # type: ignore[union-attr]
+def turn_caches_off(model: nn.Module) -> None:
+    """Tell every model inside of a model to return no cache, since the one around them may have no such switch."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
 
 
-def untie(model: nn.Module) -> None:
-    """Give every parameter name a tensor of its own, so that the graph tells the uses of a tied parameter apart."""
+def untie(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Give every parameter name a tensor of its own, so that the graph tells the uses of a tied parameter apart.
+
+    Returns:
+        Parameter → all names that were tied; a module that stands in several places counts once, by its first path.
+    """
+    ties = ties_of(model)
     for path, parameter in list(model.named_parameters(remove_duplicate=False)):
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    own = dict(model.named_parameters())
+    return {name: tuple(other for other in names if other in own) for name, names in ties.items() if name in own}
 
 
 @contextlib.contextmanager
@@ -92,6 +105,19 @@ def quiet() -> Iterator[None]:
             logging.disable(before)
 
 
+def use_first_paths(exported: torch.export.ExportedProgram, model: nn.Module) -> None:
+    """Name a module that stands in several places, and its parameters and buffers, by the first place alone."""
+    first: dict[nn.Module, str] = {}
+    paths = {path: first.setdefault(module, path) for path, module in model.named_modules(remove_duplicate=False)}
+    for spec in (spec for spec in exported.graph_signature.input_specs if spec.target is not None):
+        path, _, leaf = spec.target.rpartition(".")
+        spec.target = f"{paths[path]}.{leaf}" if paths.get(path) else spec.target
+    for graph_module in (m for m in exported.graph_module.modules() if isinstance(m, fx.GraphModule)):
+        for node in graph_module.graph.nodes:
+            stack = node.meta.get("nn_module_stack") or {}
+            node.meta["nn_module_stack"] = {k: (paths.get(path, path), kind) for k, (path, kind) in stack.items()}
+
+
 def from_exported(
     exported: torch.export.ExportedProgram,
     buffers: dict[str, Tensor],
@@ -105,6 +131,8 @@ def from_exported(
     count_in_floats(module)
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
+    read = {name for node, name in parameters.items() if node.users}
+    parameters = {node: name for node, name in parameters.items() if node.users or name not in read}
     values = {by_name[p]: buffers[name] for p, name in signature.inputs_to_buffers.items()}
     values |= {by_name[p]: exported.constants[name] for p, name in signature.inputs_to_lifted_tensor_constants.items()}
     constants = {by_name[name]: value for name, value in switches.items() if name in by_name}
@@ -152,7 +180,26 @@ def cut(module: fx.GraphModule, parameters: dict[fx.Node, str]) -> tuple[Segment
         if not runs or (block is not None and block != runs[-1][0]):
             runs.append((block or "", []))
         runs[-1][1].append(node)
+    runs = with_all_calls(runs, parameters)
     return tuple(Segment(name, tuple(nodes), read_by(nodes, parameters)) for name, nodes in split_tail(runs))
+
+
+def with_all_calls(
+    runs: list[tuple[str, list[fx.Node]]], parameters: dict[fx.Node, str]
+) -> list[tuple[str, list[fx.Node]]]:
+    """Join the runs from the first call of a linear to its last, as its weight is rounded once, for all its calls."""
+    first: dict[str, int] = {}
+    joined: list[tuple[str, list[fx.Node]]] = []
+    starts: list[int] = []  # the number of the first run in each of those joined so far
+    for number, (name, nodes) in enumerate(runs):
+        weights = [found.weight for node in nodes if (found := find_linear(node, parameters))]
+        start = min([first.setdefault(weight, number) for weight in weights], default=number)
+        joined.append((name, list(nodes)))
+        starts.append(number)
+        while starts[-1] > start:
+            starts.pop()
+            joined[-2][1].extend(joined.pop()[1])
+    return joined
 
 
 def block_of(node: fx.Node) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +53,8 @@ class Linear:
 
     Attributes:
         path: the path of the module that owns the weight; that of the parameter, for experts.
-        node, source: the node of the product, and the node of its input [..., K].
+        node, source: the node of the product, and the node of its input [..., K]; of the first of several calls.
+        calls: the nodes of the products of all calls, in order.
         weight, bias: the names of its parameters.
         columns: K, the number of input channels.
         transposed: whether the weight is stored as [K, N], or that of experts as [experts, K, N].
@@ -69,8 +70,14 @@ class Linear:
     bias: str | None
     columns: int
     transposed: bool
+    calls: tuple[fx.Node, ...]
     experts: int | None = None
     offsets: fx.Node | None = None
+
+    @property
+    def sources(self) -> tuple[fx.Node, ...]:
+        """The inputs of all calls."""
+        return (self.source,) if self.experts is not None else tuple(input_of(node) for node in self.calls)
 
     def as_out_in(self, weight: Tensor) -> Tensor:
         """Turn the weight from how it is stored to [N, K], that of experts to [experts · N, K], or back."""
@@ -88,11 +95,19 @@ class Linear:
 
 
 def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
-    """Return lists of linears that share an input, in the order of the first of each."""
-    sharing: dict[fx.Node, list[Linear]] = {}
+    """Return lists of linears that share the inputs of all their calls, in the order of the first of each."""
+    sharing: dict[tuple[fx.Node, ...], list[Linear]] = {}
     for linear in linears:
-        sharing.setdefault(linear.source, []).append(linear)
+        sharing.setdefault(linear.sources, []).append(linear)
     return list(sharing.values())
+
+
+def by_weight(linears: Iterable[Linear]) -> list[Linear]:
+    """Return one linear for each weight, with all its calls, in the order of the first of each."""
+    calls: dict[str, list[Linear]] = {}
+    for linear in linears:
+        calls.setdefault(linear.weight, []).append(linear)
+    return [replace(found[0], calls=tuple(node for call in found for node in call.calls)) for found in calls.values()]
 
 
 def input_of(node: fx.Node) -> fx.Node:
@@ -113,7 +128,7 @@ def find_linear(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | No
     if bias is not None and parameter_size(bias, parameters) != (rows,):
         return None
     name, bias_name = parameters[weight], None if bias is None else parameters[bias]
-    return Linear(name.rpartition(".")[0], node, input_of(node), name, bias_name, columns, form.transposed)
+    return Linear(name.rpartition(".")[0], node, input_of(node), name, bias_name, columns, form.transposed, (node,))
 
 
 def operand(node: fx.Node, place: int | None) -> Any:

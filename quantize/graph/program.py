@@ -20,6 +20,7 @@ from quantize.graph.linears import (
     STACK_READ,
     VIEWS,
     Linear,
+    by_weight,
     find_linear,
     not_replaceable,
     stacks,
@@ -60,6 +61,7 @@ class Program:
         weights_read_directly: the names of weights that the model reads itself, apart from their product.
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
+        unreached: the names of parameters that this pass does not read, and another could, as it takes more arguments.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
         device: where the graph runs.
     """
@@ -75,6 +77,7 @@ class Program:
     weights_read_directly: frozenset[str] = frozenset()
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unreached: frozenset[str] = frozenset()
     export_error: str = ""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
@@ -120,8 +123,8 @@ class Program:
         return found
 
     def linears(self, segment: Segment) -> list[Linear]:
-        """Return the linears of a segment that a quantized linear can stand in for, in order."""
-        found = (self._linears[node] for node in segment.nodes if node in self._linears)
+        """Return the linears of a segment that a quantized linear can stand in for, in order, each once."""
+        found = by_weight(self._linears[node] for node in segment.nodes if node in self._linears)
         return [linear for linear in found if linear.weight not in self.not_replaceable]
 
     @property
@@ -187,6 +190,11 @@ class Program:
     def gathers_tokens(self, linear: Linear) -> bool:
         """Return whether the input of experts is a gather of tokens, so that a token's row is the same for all."""
         return token_index(linear) is not None
+
+    @functools.cached_property
+    def first_readers(self) -> dict[str, Segment]:
+        """The first segment that reads each parameter, which stores it."""
+        return {name: segment for segment in reversed(self.segments) for name in segment.parameters}
 
     @functools.cached_property
     def last_use(self) -> dict[fx.Node, fx.Node]:

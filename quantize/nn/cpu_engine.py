@@ -114,6 +114,8 @@ class LastInput:
 
     def get(self, x: Tensor, key: Hashable, quantize: Callable[[], Result]) -> Result:
         """Return what `quantize` returns for x, whose result depends on x and on the key alone; None shares nothing."""
+        if torch.compiler.is_compiling():  # a compiler sees by itself what is computed twice
+            return quantize()
         if key is None or x.requires_grad or x.is_inference():  # these have a graph of their own, or no version
             return quantize()
         last = self.last

@@ -72,6 +72,10 @@ class QuantizedExperts(QuantizedWeight, Stack):
         """Drop the experts, whose tensors are parts of the stack's."""
         self._experts = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold, which is no expert apart."""
+        return super().__getstate__() | {"_experts": {}}
+
     @contextlib.contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Take products in `dtype` until the `with` block ends; all experts are too many to be unpacked at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,9 +87,14 @@ class QuantizedLinear(QuantizedWeight):
         """Drop the weights that are laid out."""
         self._packed = self._held = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold, which is nothing that is laid out."""
+        return super().__getstate__() | {"_packed": None, "_held": None, "_unpacked": None}
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         fake_quant = self.engine == "fake_quant" and runs_fake_quant(x, self.scheme.activations)
+        fake_quant = fake_quant and not (torch.compiler.is_compiling() and self._held is None)  # nothing is held yet
         rest = self._forward_fake_quant if fake_quant else self._forward_reference
         return self.leading.apart(x, lambda first: self._forward_float_activations(self.transform(first)), rest)
 

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
 from quantize.scheme.scheme import Engine, Scheme
 from quantize.transforms.online import Online
+
+
+class FP8Bytes(NamedTuple):
+    """A tensor of 8-bit floating point as uint8, since torch pickles no such tensors."""
+
+    values: Tensor
+    dtype: torch.dtype
+
+    def restored(self) -> Tensor:
+        """Return the tensor."""
+        return self.values.view(self.dtype)
+
+
+def as_bytes(x: Tensor | None) -> Tensor | FP8Bytes | None:
+    """Return a tensor, or what stands for it in a pickle."""
+    fp8 = x is not None and x.is_floating_point() and x.element_size() == 1
+    return FP8Bytes(x.view(torch.uint8), x.dtype) if fp8 and x is not None else x
 
 
 class QuantizedWeight(nn.Module):
@@ -64,3 +82,15 @@ class QuantizedWeight(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_laid_out()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: FP8 as bytes, which pickle knows."""
+        return {**self.__dict__, "_buffers": {name: as_bytes(buffer) for name, buffer in self._buffers.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what `__getstate__` returned."""
+        buffers = {
+            name: buffer.restored() if isinstance(buffer, FP8Bytes) else buffer
+            for name, buffer in state["_buffers"].items()
+        }
+        super().__setstate__(state | {"_buffers": buffers})  # type: ignore[no-untyped-call]

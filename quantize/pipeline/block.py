@@ -139,10 +139,10 @@ class Block:
         for linear in self.linears:
             found = self.input_transforms[linear]
             if linear in self.quantized:
-                runs[linear.node] = self.quantized[linear]
+                runs |= dict.fromkeys(linear.calls, self.quantized[linear])
             elif found.online:
                 W, bias = self.weight(linear), self.weights.get(linear.bias or "")
-                runs[linear.node] = FloatLinear(found, W, found.bias(W, bias), linear.experts)
+                runs |= dict.fromkeys(linear.calls, FloatLinear(found, W, found.bias(W, bias), linear.experts))
         return Overrides(self.weights, runs, self.operators)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
-from quantize.checkpoint.checkpoint import side_files
-from quantize.checkpoint.meta_model import build_skeleton
+from quantize.checkpoint.meta_model import build_skeleton, ties_of
+from quantize.checkpoint.tensor_files import read_tensor
+from quantize.errors import QuantizeError
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
@@ -32,12 +38,14 @@ def finish(
 ) -> dict[str, Any]:
     """Write what is in no block, verify the files, and commit; return the manifest, which includes `data`."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
-    writer.add(shard_name(program, len(program.segments) + 1), blocks.unquantized_tensors())
+    rest = blocks.unquantized_tensors()
+    writer.add(shard_name(program, len(program.segments) + 1), rest | no_longer_tied(prepared, writer, blocks, rest))
     settings = quantization_settings(plan.recipe, plan.default_scheme, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     judged, tokens = held_out_record(blocks.held_out, prepared.samples), blocks.rounder.expert_tokens
+    checkpoint.seen.require_all_same()
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,
@@ -55,9 +63,50 @@ def finish(
                 if record
             },
             "coverage": coverage(plan, blocks),
+            "body": plan.body.record(),
             "quantization": settings,
-        }
+        },
+        functools.partial(check_loads, prepared),
     )
+
+
+def artifact_config(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
+    """Return the model's config as the artifact has it, without the quantization settings."""
+    return {**prepared.checkpoint.config, **({"tie_word_embeddings": False} if blocks.ties.untied else {})}
+
+
+def no_longer_tied(
+    prepared: Prepared, writer: ArtifactWriter, blocks: SequentialPipeline, rest: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the parameters that equal a stored one, but that the artifact's config does not tie to it any more.
+
+    `rest` are the tensors that are about to be written.
+    """
+    if not blocks.ties.untied or not prepared.checkpoint.config:
+        return {}
+    ties, found = ties_of(build_skeleton(artifact_config(prepared, blocks))), dict[str, Tensor]()
+    for name, stored in blocks.ties.left_out.items():
+        if stored not in ties[name]:
+            written = (
+                rest[stored] if stored in rest else read_tensor(writer.directory / writer.weight_map[stored], stored)
+            )
+            found[name] = written.clone()
+    return found
+
+
+def check_loads(prepared: Prepared, directory: Path) -> None:
+    """Check that the whole directory can be loaded as its user will, in the dtype of its largest tensor.
+
+    Raises:
+        QuantizeError: it cannot.
+    """
+    checkpoint, sizes = prepared.checkpoint, prepared.program.parameters
+    largest = max(sizes, key=lambda node: node.meta["val"].numel())
+    skeleton = None if checkpoint.config else checkpoint.skeleton()
+    try:
+        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton)
+    except QuantizeError as error:
+        raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
 
 def shard_name(program: Program, number: int) -> str:
@@ -71,18 +120,17 @@ def write_side_files(
     """Write config, resolved recipe, tensor index, tokenizer and other files, and the probes with their outputs."""
     checkpoint = prepared.checkpoint
     if checkpoint.config:
-        untied = {"tie_word_embeddings": False} if blocks.ties.untied else {}
-        writer.write("config.json", as_json({**checkpoint.config, **untied, "quantization_config": settings}))
+        config = artifact_config(prepared, blocks) | {"quantization_config": settings}
+        writer.write("config.json", as_json(config))
     writer.write("recipe.toml", prepared.plan.recipe.to_toml())
     writer.write_index()
-    if checkpoint.directory is not None:
-        for path in side_files(checkpoint.directory):
-            writer.write(path, (checkpoint.directory / path).read_bytes())
+    for path in checkpoint.side_files:
+        writer.write(path.relative_to(checkpoint.directory or path), checkpoint.seen.read(path))
     given = {
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config) if checkpoint.config else checkpoint.skeleton()
+        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from quantize.artifact.writer import sha256
 from quantize.calibration.data import Samples
 from quantize.calibration.precision import bfloat16_unit
-from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.recipe.recipe import Recipe
 
 Fingerprint = dict[str, dict[str, str]]  # part → name in that part → hash, or the value itself
@@ -57,9 +57,8 @@ def diff_fingerprints(before: Fingerprint, after: Fingerprint) -> list[str]:
 def file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the SHA-256 of the weights, the config and the other files that the artifact copies."""
     assert checkpoint.directory is not None
-    small = [checkpoint.directory / path for path in (Path("config.json"), *side_files(checkpoint.directory))]
-    paths = sorted({*small, *checkpoint.files.values()})
-    return {str(path.relative_to(checkpoint.directory)): sha256(path) for path in paths}
+    paths = sorted(checkpoint.seen.stamps)
+    return {str(path.relative_to(checkpoint.directory)): checkpoint.seen.sha256(path) for path in paths}
 
 
 def module_hashes(checkpoint: Checkpoint, graph: str) -> dict[str, str]:

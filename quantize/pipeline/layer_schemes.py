@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import re
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
-from quantize.errors import UsageError
+import re2
+
+from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
@@ -126,8 +129,20 @@ def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: I
 def matches(pattern: str, path: str) -> bool:
     """Return whether a pattern matches a path: the path, its end, or `re:` and an expression for all of it."""
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
+        return expression(pattern[3:]).fullmatch(path) is not None
     return path == pattern or path.endswith(f".{pattern}")
+
+
+@functools.lru_cache(4096)
+def expression(text: str) -> Any:
+    """Compile a regular expression of RE2, whose matching takes time linear in the path, whatever the expression.
+
+    Raises:
+        re2.error: it is none, or takes more than 1 MiB. UnicodeEncodeError: it holds half a surrogate pair.
+    """
+    options = re2.Options()
+    options.log_errors, options.never_capture, options.max_mem = False, True, 1 << 20
+    return re2.compile(text, options)
 
 
 def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear") -> None:
@@ -135,11 +150,15 @@ def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear
     try:
         if any(matches(pattern, path) for path in paths):
             return
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{kind}: {pattern!r} is no regular expression: {error}") from None
+    except (re2.error, UnicodeEncodeError) as error:
+        why = error.args[0].decode()[:LONGEST] if isinstance(error, re2.error) else reason(error)
+        raise UsageError(
+            f"{kind}: {shown(pattern)} is no regular expression of RE2, which has no look-around and no "
+            f"back-references: {why}"
+        ) from None
     known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
     near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-    raise UsageError(f"{kind}: {pattern!r} matches no {what}; near are {', '.join(near) or 'none'}")
+    raise UsageError(f"{kind}: {shown(pattern)} matches no {what}; near are {', '.join(near) or 'none'}")
 
 
 def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[Linear]) -> None:

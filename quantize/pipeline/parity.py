@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, fx
 
 from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.writer import PROBE
@@ -105,7 +105,10 @@ def stored_state(
     weights = {
         name: read_float(files[stored], stored).to(device) for name, stored in names.items() if name not in tables
     }
-    modules = {lin.node: Compared(read_linear(lin.path, settings, files, torch.float32).to(device)) for lin in linears}
+    modules: dict[fx.Node, Compared] = {}
+    for linear in linears:
+        module = read_linear(linear.path, settings, files, torch.float32).to(device)
+        modules |= dict.fromkeys(linear.calls, Compared(module))
     operators = dict(quantized_attention(segment, read_kv_cache(settings)))
     for name in (name for name in names if name in tables):
         weights[name], scale = (x.to(device) for x in read_table(module_of(name), files))

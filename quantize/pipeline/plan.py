@@ -13,13 +13,12 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
+from quantize.pipeline.body import Body, reasons_in_float
 from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
-
-NO_LINEAR = "no weight of a linear"
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Plan:
             that of the linear that scores the vocabulary, for which no pass does anything.
         tables: the names of the tables of words that are held in 8 bits.
         skipped: the parameters that are not quantized, each with the reason.
+        body: what share of the model is quantized.
     """
 
     recipe: Recipe
@@ -58,6 +58,7 @@ class Plan:
     schemes: dict[str, Scheme]
     reader_schemes: dict[str, Scheme]
     skipped: dict[str, str]
+    body: Body
     tables: tuple[str, ...] = ()
 
     @functools.cached_property
@@ -97,7 +98,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
             handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
-    reasons = {name: NO_LINEAR for name in program.parameters.values()} | program.not_replaceable | skipped
+    reasons = reasons_in_float(program) | skipped
     steps = make_steps(handlers, program, chosen)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
     held = [*map(module_of, tables)]
@@ -114,7 +115,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     )
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
-    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, tables)
+    body = Body.of(program, left, {*tables_of_words(program), *([head.weight, head.bias or ""] if head else [])})
+    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables)
 
 
 def changed_by(steps: Iterable[Step]) -> set[str]:

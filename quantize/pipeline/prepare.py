@@ -25,7 +25,7 @@ from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.plan import NO_LINEAR, Plan, make_plan
+from quantize.pipeline.plan import Plan, make_plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.pipeline.tables import module_of
 from quantize.recipe.recipe import Recipe
@@ -108,6 +108,8 @@ def describe_run(prepared: Prepared) -> str:
         lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
-    lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if why != NO_LINEAR]
+    chosen = {linear.weight for linear in program.all_linears} | program.not_replaceable.keys()
+    lines += [f"not quantized: {name} ({why})" for name, why in plan.skipped.items() if name in chosen]
+    lines += [f"{plan.body.share:.1%} of the body's parameters are quantized", *plan.body.lines()]
     lines.append(f"calibration: {len(prepared.samples.rows)} rows, {prepared.samples.size()}")
     return "\n".join([*lines, "", plan.recipe.to_toml()])

@@ -57,7 +57,8 @@ class Artifact:
 
     def summary(self) -> str:
         """Describe in one sentence what was quantized, and how."""
-        done = sum(how == "quantized" for how in self.manifest["coverage"].values())
+        body = self.manifest["body"]
+        share = body["quantized"] / max(1, body["parameters"])
         counts = self.manifest["schemes"]
         first, *others = (f"{label} in {count}" for label, count in counts.items())
         mixed = ", ".join([f"{first} linears", *others])
@@ -66,8 +67,8 @@ class Artifact:
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
         scheme = mixed if len(counts) > 1 else next(iter(counts))
         return (
-            f"{self.directory}: {scheme}, {done} of {len(self.manifest['coverage'])} parameters "
-            f"quantized, {how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
+            f"{self.directory}: {scheme}, {share:.1%} of the body's parameters quantized, "
+            f"{how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
             f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
         )
 
@@ -130,7 +131,7 @@ def quantize_model(
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
         prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
-        collected = load_matching(Path(stats), found) if stats else None
+        collected = load_matching(Path(stats), prepared, found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, here, ranks, found)
         journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
@@ -222,6 +223,8 @@ def run_pipeline(
         return {}
     data = calibration_record(prepared) if collected is None else collected.record()
     manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
+    for line in prepared.plan.body.lines() if console is not None else ():
+        console.print(line, soft_wrap=True, markup=False)  # type: ignore[union-attr]
     if console is not None and (record := manifest.get("held_out")):
         console.print(sentence(record), soft_wrap=True)
         if record["warning"]:

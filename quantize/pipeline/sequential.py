@@ -75,7 +75,7 @@ class SequentialPipeline:
             self.program, self.plan, context, self.calibration, self.float_reference, self.held_out
         )
         self.modules: dict[str, dict[str, object]] = {}
-        self.ties = TiedWeights(self.checkpoint.ties)
+        self.ties = TiedWeights(self.program.ties)
 
     def process(self, segment: Segment) -> dict[str, Tensor]:
         """Transform and quantize one block; return the tensors to store."""
@@ -103,7 +103,8 @@ class SequentialPipeline:
         for name in block.tables:
             self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
-        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(tensors)
+        first = {name: tensor for name, tensor in tensors.items() if self.program.first_readers[name] is segment}
+        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(first)
 
     def _round(self, block: Block, reference: Overrides) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""
@@ -171,6 +172,7 @@ class SequentialPipeline:
             "modules": self.modules,
             "untied": self.ties.untied,
             "tied": self.ties.stored,
+            "left_out": self.ties.left_out,
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
@@ -182,6 +184,7 @@ class SequentialPipeline:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
+        self.ties.left_out = state["left_out"]
         self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned = state["held_out"]
         self.rounder.expert_tokens.update(state["expert_tokens"])
         passes.differences, passes.changed = state["differences"], state["changed"]

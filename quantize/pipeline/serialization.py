@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from quantize.calibration.statistics import Absmax, Gram, Rows
+from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.dual_rotation import DualRotation
 from quantize.transforms.fold import CentredRotation, Diagonal, GainFold, Rotation
@@ -62,12 +62,11 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> Any:
     """Read what `save_state` wrote; each tensor is contiguous, in its own aligned memory on a device.
 
     Raises:
-        SafetensorError, ValueError, KeyError, RuntimeError: the file is damaged, or another program wrote it.
+        QuantizeError, ValueError, KeyError, RuntimeError, TypeError: the file is damaged, or another program wrote it.
     """
-    with safe_open(path, framework="pt") as file:
-        plain = json.loads((file.metadata() or {})["stored"])
-        tensors = [fresh(file.get_tensor(str(i)).to(device)) for i in range(len(file.keys()))]
-    return unflatten(plain, tensors)
+    header = read_header(path)
+    tensors = [read_rows(path, str(i)).to(device) for i in range(len(header.entries))]
+    return unflatten(json.loads(header.metadata["stored"]), tensors)
 
 
 def to_bytes(value: Any) -> bytes:

@@ -12,16 +12,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
+
 from quantize.artifact.writer import translate_disk_errors
 from quantize.calibration.data import BATCH_TOKENS
-from quantize.calibration.statistics import Statistic
-from quantize.errors import UsageError
+from quantize.calibration.statistics import Absmax, Gram, Rows, Statistic
+from quantize.errors import UsageError, reason, shown
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import load_state, save_state
 from quantize.pipeline.steps.global_statistics import statistics_before
+from quantize.recipe.recipe import validated
+
+
+class PartOfData(BaseModel):
+    """How much data a part was, and the part of its file and the special tokens, if the manifest names them."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    rows: NonNegativeInt
+    tokens: NonNegativeInt
+    leading_tokens: list[NonNegativeInt] | None = None
+    bytes_read: NonNegativeInt | None = None
+    bytes_in_file: NonNegativeInt | None = None
+
+
+class Description(BaseModel):
+    """What a file says of its statistics; the attributes are those of `StatisticsFile`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    identity: dict[str, dict[str, str]]
+    data: dict[str, PartOfData] = Field(min_length=1)
+    step: NonNegativeInt
+    statistics: dict[str, Any] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +122,7 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
     """
     if path.exists():
         raise UsageError(f"{path} exists already; give a new file")
+    check_statistics(path, found.statistics)
     temporary = path.with_name(f".{path.name}.part")
     with translate_disk_errors(path):
         save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
@@ -105,18 +130,38 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
 
 
 def read_collected(path: Path) -> StatisticsFile:
-    """Read what `write_collected` wrote.
+    """Read what `write_collected` wrote, and check all of it.
 
     Raises:
-        UsageError: there is no such file, or it holds no statistics.
+        UsageError: there is no such file, or it holds no statistics, or numbers that cannot have been seen.
     """
     try:
-        return StatisticsFile(**load_state(path))
-    except Exception as error:
-        raise UsageError(f"{path} holds no statistics of --collect-stats: {error}") from error
+        state = load_state(path)
+    except Exception as error:  # whatever a file of another program leads to
+        raise UsageError(f"{path} holds no statistics of --collect-stats: {reason(error)}") from error
+    validated(lambda: Description.model_validate(state), str(path))
+    found = StatisticsFile(**state)
+    check_statistics(path, found.statistics)
+    return found
 
 
-def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
+def check_statistics(path: Path, statistics: Mapping[str, Any]) -> None:
+    """Check that all statistics are of one kind, and that their numbers can have been seen.
+
+    Raises:
+        UsageError: they are not; the message names the tensor and the value.
+    """
+    kind = type(next(iter(statistics.values())))
+    for name, statistic in statistics.items():
+        if not isinstance(statistic, Absmax | Gram | Rows) or type(statistic) is not kind:
+            raise UsageError(f"{path}: {shown(name)} is {shown(statistic)}, no statistic like the others")
+        try:
+            statistic.check()
+        except ValueError as error:
+            raise UsageError(f"{path}: of {shown(name)} {error}; collect the statistics anew") from None
+
+
+def load_matching(path: Path, prepared: Prepared, found: Fingerprint) -> StatisticsFile:
     """Read statistics and check that they belong to the same model, recipe and code.
 
     Raises:
@@ -125,7 +170,22 @@ def load_matching(path: Path, found: Fingerprint) -> StatisticsFile:
     collected = read_collected(path)
     if changed := diff_fingerprints(collected.identity, without_data(found)):
         raise UsageError(f"{' and '.join(changed)} changed since {path} was collected; collect it anew")
+    number, columns = only_calibrated_step(prepared.plan), {x.weight: x.columns for x in prepared.program.all_linears}
+    kind = prepared.plan.steps[number].handler.needs
+    for name, statistic in collected.statistics.items():
+        if type(statistic) is not kind or statistic.check() not in (None, columns.get(name)):
+            raise UsageError(f"{path}: the statistics of {shown(name)} are not those of this model; collect them anew")
+    if columns.keys() != collected.statistics.keys() or collected.step != number:
+        raise UsageError(f"{path} holds statistics of other linears or for another pass; collect them anew")
     return collected
+
+
+def fit(first: StatisticsFile, other: StatisticsFile) -> bool:
+    """Return whether two files hold statistics of the same tensors, which one of them may not have seen."""
+    if first.step != other.step or first.statistics.keys() != other.statistics.keys():
+        return False
+    pairs = ((first.statistics[name], other.statistics[name]) for name in first.statistics)
+    return all(type(a) is type(b) and len({a.check(), b.check()} - {None}) < 2 for a, b in pairs)
 
 
 def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
@@ -141,6 +201,8 @@ def merge_stats(paths: Sequence[Path], output: Path) -> StatisticsFile:
             raise UsageError(f"{' and '.join(changed)} of {path} differs from that of {paths[0]}; collect them alike")
         if data.keys() & other.data.keys():
             raise UsageError(f"{path} is of data that was merged already; give each part of the data once")
+        if not fit(first, other):
+            raise UsageError(f"{path} holds statistics of other tensors than {paths[0]}; collect them alike")
         data |= other.data
         for name, statistic in other.statistics.items():
             statistics[name].merge(statistic)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib import resources
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Self, TypeVar
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from quantize.errors import LONGEST, UsageError, shown
+from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import FORMATS, check_args, check_scheme, get_format
 from quantize.scheme.scheme import (
     SCHEME_NAMES,
@@ -25,6 +26,13 @@ from quantize.scheme.scheme import (
 )  # fmt: skip
 
 T = TypeVar("T")
+LARGEST, DEEPEST = (
+    1 << 18,
+    16,
+)  # bytes of a recipe, and tables and lists in one another; a real one has a hundredth of it
+NOT_STRUCTURE = re.compile(
+    r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*''', re.DOTALL
+)  # strings and comments
 FOLDER = resources.files("quantize.recipes")
 
 
@@ -190,12 +198,42 @@ def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Read the settings of a recipe file, or of the shipped recipe of this name."""
     try:
-        text = path.read_text() if path.suffix or path.exists() else shipped(str(path))
+        text = read_text(path) if path.suffix or path.exists() else shipped(str(path))
+        if (found := depth(text)) > DEEPEST:
+            raise ValueError(f"it is nested {found} deep; a recipe takes {DEEPEST} at most")
         return tomllib.loads(text)
     except (OSError, KeyError):
         raise UsageError(f"no such recipe: {path}; give a .toml file or one of {', '.join(names())}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, or a number with thousands of digits
-        raise UsageError(f"recipe {path} is no TOML: {error}") from None
+        raise UsageError(f"recipe {path} is no TOML: {reason(error)}") from None
+
+
+def read_text(path: Path) -> str:
+    """Read the text of a recipe file.
+
+    Raises:
+        OSError, ValueError: it is no regular file, too large, or not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST} bytes; a recipe takes {LARGEST} at most")
+    return content.decode()
+
+
+def depth(text: str) -> int:
+    """Return how many tables and lists of a TOML text lie in one another at most, or more, without parsing it.
+
+    The parser takes a time that is quadratic in the depth of a key, and calls itself for each list.
+    """
+    brackets = deepest = 0
+    for line in NOT_STRUCTURE.sub("0", text).splitlines():
+        for part in re.split(r"([\[\]{}=,])", line):
+            brackets = max(0, brackets + (part in ("[", "{")) - (part in ("]", "}")))
+            deepest = max(deepest, brackets + part.count("."))
+    return deepest
 
 
 def names() -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.json_files import sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -181,12 +182,49 @@ def test_verify_notices_a_file_too_many_and_one_too_few(damaged):
         verify_artifact(damaged)
 
 
+def test_the_digest_stands_for_the_manifest_and_for_all_files(artifact_rtn, damaged):
+    manifest, path = artifact_rtn.manifest, damaged / "manifest.json"
+    content = json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    assert manifest["digest"] == verify_artifact(damaged)["digest"] == digest
+    assert verify_artifact(damaged, digest)["digest"] == digest
+    path.write_text(json.dumps(manifest, sort_keys=True))  # other white space, another order: the same content
+    assert verify_artifact(damaged, digest)["digest"] == digest
+    for change in ({"seed": 7}, {"digest": "0" * 64}, {"note": "x"}, {"coverage": {}}):
+        path.write_text(json.dumps(manifest | change))
+        with pytest.raises(QuantizeError, match=r"manifest.json has changed since it was written: its digest is"):
+            verify_artifact(damaged)
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(QuantizeError, match=r"manifest.json has changed since it was written"):
+        verify_artifact(damaged)
+    sign_again(damaged, seed=7)  # whoever makes an artifact can sign it
+    verify_artifact(damaged)
+    with pytest.raises(QuantizeError, match=rf"the digest of {damaged} is [0-9a-f]+ and not '{digest}'; fetch"):
+        verify_artifact(damaged, digest)
+
+
+def test_verify_names_what_is_not_in_the_manifest(damaged):
+    for name, make in {
+        "extra.txt": lambda path: path.write_text("x"),
+        "sub/evil.py": lambda path: (path.parent.mkdir(), path.write_text("x")),
+        "link": lambda path: path.symlink_to("/nowhere"),
+        "pipe": os.mkfifo,
+    }.items():
+        make(damaged / name)
+        with pytest.raises(QuantizeError, match=f"{name} is not in the manifest"):
+            verify_artifact(damaged)
+        (damaged / name).unlink()
+    (damaged / "recipe.toml").unlink()
+    os.mkfifo(damaged / "recipe.toml")
+    with pytest.raises(QuantizeError, match=r"recipe.toml is no regular file"):
+        verify_artifact(damaged)
+
+
 def test_verify_runs_the_model_even_if_all_hashes_fit(damaged):
     path = next(path for path in damaged.glob("model-*") if "model.norm.weight" in load_file(path))
     save_file({k: t * 1.1 for k, t in load_file(path).items()}, path, {"format": "pt"})
-    manifest = read(damaged / "manifest.json")
-    manifest["files"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    sign_again(damaged)
     with pytest.raises(QuantizeError, match="its output differs from the recorded one by"):
         verify_artifact(damaged)
 

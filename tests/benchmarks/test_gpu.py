@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.gpu import bench, engines
 from benchmarks.gpu.bench import MARKS, PAGE, distance, measure, measure_all, measured, with_table, write
-from benchmarks.gpu.engines import Case, Contender, Native, contenders
+from benchmarks.gpu.case import Case
+from benchmarks.gpu.engines import Contender, Native, contenders
 from benchmarks.gpu.machine import ceilings, poisoned
 from benchmarks.gpu.roofline import Product, Roof
 from benchmarks.gpu.rows import NOT_YET

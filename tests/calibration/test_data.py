@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
+from quantize.calibration import data
 from quantize.calibration.data import BUNDLED, read_samples
 from quantize.checkpoint.tokenizer import SpecialToken, Tokenize, around, load_tokenize
 from quantize.errors import QuantizeError, UsageError
@@ -227,3 +228,73 @@ def test_the_tokenizer_adds_no_special_tokens_and_reads_text_back(books, minilm,
         assert tokenizer.decode(tokens).lower() == text.lower()
     assert load_tokenize(tmp_path) is None
     assert load_tokenize(None) is None
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    for name, size in {"PIECE": 16, "HEAD": 64, "HEAD_OF_ALL": 128, "LONGEST_LINE": 100}.items():
+        monkeypatch.setattr(data, name, size)
+
+
+def recorded(pieces):
+    def encode(text):
+        pieces.append(text)
+        return [ord(letter) % 26 for letter in text]
+
+    return Tokenize(encode)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("the cat sat on the mat", ["the cat sat on", " the mat"]),
+        ("abcdefgh" * 3, ["abcdefghabcdefg", "habcdefgh"]),
+        ("é" * 12, ["é" * 7, "é" * 5]),
+        (" " + "€" * 11, [" " + "€" * 4, "€" * 5, "€€"]),
+        ("a b", ["a b"]),
+        ("\0" * 17, ["\0" * 15, "\0\0"]),
+    ],
+)
+def test_a_text_is_tokenized_in_pieces_cut_at_white_space(text, pieces, tmp_path):
+    found = []
+    samples = read_samples(write(tmp_path / "a.txt", text), 2, None, recorded(found), 26)
+    assert found == pieces
+    assert [i for row in ids(samples) for i in row] == [ord(x) % 26 for x in text][: len(text) // 2 * 2]
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(("limit", "least"), [(1, 64), (5, 64), (14, 64), (30, 120), (10**9, 10_000), (None, 128)])
+def test_of_a_large_text_is_read_what_is_needed_and_no_more(limit, least, tmp_path):
+    text, pieces = "abcdefghijkl" * 833 + "abcd", []
+    samples = read_samples(write(tmp_path / "a.txt", text), 4, limit, recorded(pieces), 26)
+    read, rows = (samples.part or (len(text),))[0], ids(samples)
+    assert least <= read < least + 16
+    assert read == sum(map(len, pieces)) + (read < len(text))  # the last byte waits for the next piece
+    assert samples.sha256 == hashlib.sha256(text[:read].encode()).hexdigest()
+    assert samples.size().endswith(f", from the first {read} of 10,000 bytes" if read < len(text) else " tokens")
+    assert samples.size_record().get("bytes_read", len(text)) == read
+    whole = [[ord(x) % 26 for x in text[i : i + 4]] for i in range(0, sum(map(len, pieces)) - 3, 4)]
+    assert rows == (
+        whole if limit is None or limit >= len(whole) else [whole[i * len(whole) // limit] for i in range(limit)]
+    )
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_of_many_rows_are_read_what_is_needed_and_no_more(tmp_path):
+    path = write(tmp_path / "a.jsonl", *({"text": f"row{i % 10}"} for i in range(100)))
+    size, line = path.stat().st_size, len('{"text": "row0"}\n')
+    assert read_samples(path, 4, 2, recorded([]), 26).part == (4 * line, size)
+    assert read_samples(path, 4, 7, recorded([]), 26).part == (7 * line, size)
+    assert read_samples(path, 4, 200, recorded([]), 26).part is None
+    assert len(read_samples(path, 4, 7, recorded([]), 26).rows) == 7
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_long_row_is_tokenized_no_further_than_its_window(tmp_path):
+    pieces = []
+    path = write(tmp_path / "a.jsonl", {"text": "abcdefgh" * 10})
+    assert len(ids(read_samples(path, 20, None, recorded(pieces), 26))[0]) == 20
+    assert len(pieces) == 2
+    with pytest.raises(UsageError, match="line 1 has more than 100 bytes; give shorter lines"):
+        read_samples(write(path, {"text": "abcdefgh" * 100}), 20, None, letters, 26)

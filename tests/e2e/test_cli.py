@@ -90,7 +90,7 @@ def test_the_console_script_writes_the_same_bytes_as_the_function(
         [script, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("out: W4A4 in 7 linears, W8A16 in 1, 9 of 12 parameters quantized, ")
+    assert run.stdout.startswith("out: W4A4 in 7 linears, W8A16 in 1, 99.6% of the body's parameters quantized, ")
     assert "Warning" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "layers.0" in line]
     assert tree(tmp_path / "out") == tree(artifact_one_layer)
@@ -130,6 +130,8 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "pass rotate: 1 bases offline, 6 linears online",
         "not quantized: lm_head.weight (ignored by 'lm_head')",
         "not quantized: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
+        "75.4% of the body's parameters are quantized",
+        "24.2% of the body stays in floating point: model.layers.0.mlp.up_proj.weight (ignored by 'up_proj')",
         "calibration: 2 rows, 32 tokens, each row behind <s>",
         "seqlen = 16",
         "the model can be exported as a graph",

@@ -7,6 +7,8 @@ import json
 import pickle
 import resource
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -261,3 +263,36 @@ def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_
     assert not asked
     assert cli("no-such/model", "--scheme", "W8A8", "--output-dir", tmp_path / "hub").code == 2
     assert asked  # so the check above can fail
+
+
+def test_an_output_that_is_the_root(refused, one_layer):
+    assert refused(one_layer, output="/") == (2, "error: / exists already; give a new --output-dir\n")
+
+
+@pytest.mark.slow
+def test_a_limit_on_the_size_of_files(one_layer, tmp_path):
+    command = [sys.executable, "-m", "quantize", one_layer, "--scheme", "W8A8", "--output-dir", tmp_path / "out"]
+    limited = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *map(str, command)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(30, "Read-only file system", "/there/x"), "error: /there/x: Read-only file system; give a place that"),
+        (FileNotFoundError("No usable temporary directory found"), "error: No usable temporary directory found; give"),
+        (MemoryError(), "error: there is not enough memory; --dry-run says how much a run takes"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, error, words):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr("quantize.artifact.verify.verify_artifact", refuse)
+    shown = cli("verify", "out")
+    assert (shown.code, shown.err.count("\n")) == (1, 1)
+    assert shown.err.startswith(words)

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -295,3 +296,42 @@ def test_side_files_come_from_the_directory_alone(variant):
     (model / ".hidden" / "x.json").write_text("{}")
     (model / "sub").symlink_to("/etc")
     assert not [path for path in side_files(model) if path.parts[0] in (".hidden", "sub")]
+
+
+@pytest.mark.parametrize("pattern", [r"re:(([a-z0-9_.])+)+\$", "re:(a|a)*(.*.*.*)*b", "re:" + "(" * 5000 + ")" * 5000])
+def test_a_pattern_that_backtracks_ends_at_once(pattern):
+    started = time.monotonic()
+    with pytest.raises(UsageError, match="ignore: 're:"):
+        require_match("ignore", pattern, [f"model.layers.{i}.self_attn.q_proj.with.a.long.name" for i in range(100)])
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (".".join("a" * 20000) + " = 1", "it is nested 19999 deep; a recipe takes 16 at most"),
+        ("[" + ".".join("a" * 20000) + "]", "it is nested 20000 deep"),
+        ("a = " + "[" * 20000 + "]" * 20000, "it is nested 20000 deep"),
+        ("a = [\n" * 20000, "it is nested 20000 deep"),
+        ("a = " + "{b = " * 200, "it is nested 200 deep"),
+        ("# " + "x" * 10_000_000, "it has more than 262144 bytes"),
+        ('"""' * 80_000, "is no TOML"),
+    ],
+)
+def test_recipes_are_bounded_before_they_are_parsed(text, words, tmp_path):
+    (tmp_path / "recipe.toml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=words):
+        load_recipe("W4A4", tmp_path / "recipe.toml")
+    assert time.monotonic() - started < 2
+
+
+def test_what_looks_deep_in_strings_and_comments_is_not(tmp_path):
+    names = "ignore = [" + ", ".join(f"\"model.layers.{i}.mlp.up_proj\", 'a.b.c.[[[[['" for i in range(100)) + "]"
+    (tmp_path / "recipe.toml").write_text(f"{names}\n# {'[' * 100}\nseed = 3\n")
+    assert len(load_recipe("W4A4", tmp_path / "recipe.toml").ignore) == 200
+
+
+def test_a_recipe_that_never_ends_is_no_recipe():
+    with pytest.raises(UsageError, match="no such recipe: /dev/zero"):
+        load_recipe("W4A4", Path("/dev/zero"))

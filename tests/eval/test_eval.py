@@ -81,8 +81,22 @@ def test_pairs_without_a_score_are_skipped(tmp_path):
     with pytest.raises(UsageError, match="fewer than two rows of score, sentence and sentence"):
         read_pairs(path)
     path.write_text("high\ta dog\ta hound\n")
-    with pytest.raises(UsageError, match="a score that is no number"):
+    with pytest.raises(UsageError, match="a score that is no finite number"):
         read_pairs(path)
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-Infinity"])
+def test_scores_are_finite_numbers(score, tmp_path):
+    (tmp_path / "pairs.tsv").write_text(f"1\ta\tb\n{score}\ta\tb\n")
+    with pytest.raises(UsageError, match="a score that is no finite number"):
+        read_pairs(tmp_path / "pairs.tsv")
+
+
+def test_pairs_are_bounded(tmp_path):
+    with (tmp_path / "pairs.tsv").open("wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(UsageError, match="has 10000000000 bytes; scored pairs may take 16777216"):
+        read_pairs(tmp_path / "pairs.tsv")
 
 
 def test_an_encoder_needs_pairs(minilm, books_heldout):

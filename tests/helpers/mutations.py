@@ -56,7 +56,7 @@ def grafted(value, rng):
     value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         places = list(places_in(value))
-        holder, key = rng.choice(places) if places else ({}, "x")
+        holder, key = rng.choice(places) if places else ({"x": 0}, "x")
         change = rng.random()
         if change < 0.7:
             holder[key] = copy.deepcopy(rng.choice(VALUES))

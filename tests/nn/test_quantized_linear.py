@@ -193,10 +193,10 @@ def test_a_scaled_product_is_none():
     assert "blocks.0" not in analysed(Model(Scaled()))[1]
 
 
-def test_a_module_that_is_called_twice_is_a_linear_each_time():
+def test_a_module_that_is_called_twice_is_one_linear_of_two_calls():
     model = Model(Stored(), lambda model, x: model.blocks[0](x) + model.blocks[0](2 * x))
     program = export_program(model.to("meta"))
-    assert [linear.path for s in program.segments for linear in program.linears(s)] == ["blocks.0", "blocks.0", "head"]
+    assert [(linear.path, len(linear.calls)) for linear in program.all_linears] == [("blocks.0", 2), ("head", 1)]
 
 
 def test_weights_that_another_module_multiplies_with_stay(small_run):

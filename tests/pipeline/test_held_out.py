@@ -131,7 +131,7 @@ def test_calibration_is_kept_where_it_helps(stories, small_run):
 def test_a_result_worse_than_plain_rounding_is_a_warning_and_fails_if_strict(
     cli, stories, stories_calibration, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(Referee, "choose", lambda self, part, block, weights: weights)
+    monkeypatch.setattr(Referee, "choose", lambda self, part, block, weights, *_: weights)
     options = ["--scheme", "W4A8", "--calibration", stories_calibration, "--nsamples", 16, "--seqlen", 16]
     shown = cli(stories, *options, "--output-dir", tmp_path / "a")
     warning = "warning: plain rounding is as near to the float model or nearer: 256 calibration tokens are few"

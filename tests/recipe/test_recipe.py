@@ -110,7 +110,7 @@ def test_a_wrong_recipe_is_refused_by_its_key(tmp_path, text, words):
         ({"ignore": ["lm_head", "lm_heads"]}, "ignore: 'lm_heads' matches no linear; near are lm_head"),
         ({"targets": ["model.layers.9.mlp.up_proj"]}, r"targets: .* near are model\.layers\.0\.mlp\.up_proj"),
         ({"targets": ["re:.*_projection"]}, r"targets: 're:\.\*_projection' matches no linear; near are "),
-        ({"targets": ["re:("]}, r"targets: 're:\(' is no regular expression: missing \)"),
+        ({"targets": ["re:("]}, r"targets: 're:\(' is no regular expression of RE2.*: missing \)"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(program, changes, words):

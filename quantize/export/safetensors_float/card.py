@@ -89,9 +89,9 @@ def done(manifest: Mapping[str, Any], recipe: Recipe, outline: Outline) -> dict[
         "tables of words": counted(described(TABLE_SCHEME.weights) for _ in outline.settings.get("tables", ()))
         or "floating point",
         "activations of the artifact": counted(rounded(scheme) for scheme in schemes),
-        "passes": ", ".join(entry["name"] for entry in recipe.passes) or "none",
+        "passes": ", ".join(str(entry.get("name")) for entry in recipe.passes) or "none",
         "transforms in front of linears in the artifact": (counted(kinds) or "none") + folded,
-        "quantizer": str(recipe.quantizer["name"]) + (", then tuned block by block" if recipe.tune else ""),
+        "quantizer": str(recipe.quantizer.get("name")) + (", then tuned block by block" if recipe.tune else ""),
         "calibration": f"{data['rows']} rows, {data['tokens']} tokens, SHA-256 `{data['sha256']}`" if data else "none",
         "seed": str(recipe.seed),
     }

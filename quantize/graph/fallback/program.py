@@ -83,13 +83,13 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
         export_error: why the model cannot be exported.
     """
     skeleton = checkpoint.skeleton()
-    export.untie(skeleton)
+    ties = export.untie(skeleton)
     examples = {name: found.example for name, found in example_inputs(skeleton).items()}
     model = FloatModel(checkpoint, examples, export.forward_switches(skeleton))
     graph, linears = fx.Graph(), plain_linears(skeleton)
     source = graph.placeholder("model")
     inputs = {name: graph.placeholder(f"input_{name}") for name in examples}
-    weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters()}
     runs = [(name, add_block(graph, source, inputs, weights, run)) for name, run in blocks_of(linears)]
     output = graph.output(tuple(node for _, nodes in runs for node in nodes if not node.users))
     return LinearsOnlyProgram(
@@ -101,7 +101,7 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
         segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
         output=output,
         export_error=export_error,
-        ties=checkpoint.ties,
+        ties=ties,
         model=model,
         paths=tuple(linears),
     )

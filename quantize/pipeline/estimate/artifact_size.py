@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from quantize.artifact.quantization_config import linear_settings, quantization_settings
@@ -18,6 +17,7 @@ from quantize.artifact.writer import as_json
 from quantize.calibration.data import Samples
 from quantize.calibration.probes import PROBE_TOKENS
 from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.checkpoint.safetensors_reader import read_header
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
@@ -109,7 +109,7 @@ class ArtifactEstimate:
     def _left_out(self) -> set[str]:
         """The names that will not be stored: all but one of tied parameters that no pass touches and that stay tied."""
         changed = changed_by(self.plan.steps) | self._replaced | set(self.plan.tables)
-        groups = {names for names in self.checkpoint.ties.values() if not {*names} & changed}
+        groups = {names for names in self.program.ties.values() if not {*names} & changed}
         order = {name: n for n, name in enumerate(n for s in self.program.segments for n in s.parameters)}
         return {name for names in groups for name in sorted(names, key=lambda n: order.get(n, len(order)))[1:]}
 
@@ -185,8 +185,7 @@ def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
     if stored is None:
         return torch.float32
     part = checkpoint.sources[stored].names[0]
-    with safe_open(checkpoint.files[part], framework="pt") as file:
-        return DTYPES.get(file.get_slice(part).get_dtype(), torch.float32)
+    return DTYPES.get(read_header(checkpoint.files[part]).entries[part].dtype, torch.float32)
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
 
 from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
 from quantize.errors import QuantizeError, UsageError
@@ -28,7 +27,7 @@ from quantize.pipeline.resume.block_state import Resumable, plain_values, restor
 from quantize.pipeline.serialization import contiguous, load_state, save_state
 
 T = TypeVar("T")
-DAMAGE = (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
+DAMAGE = (QuantizeError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
-from quantize.errors import UsageError
+from quantize.artifact.writer import ArtifactWriter, first_existing_parent, remove, translate_disk_errors
+from quantize.errors import ChangedError, UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint
 from quantize.pipeline.resume.journal import Journal
@@ -20,7 +20,8 @@ class ResumableWriter(ArtifactWriter):
     """A writer that works in `.OUT.partial` beside the output OUT.
 
     A killed process leaves the directory behind. So does an error once something is finished that took time, and a note
-    on the error says how to go on; an error before that leaves nothing, unless `resume` is given.
+    on the error says how to go on; an error before that leaves nothing, unless `resume` is given, and so does one that
+    says that the model's files have changed.
 
     Attributes:
         finished: whether the resumed run was killed when only its journal was left to remove.
@@ -69,8 +70,9 @@ class ResumableWriter(ArtifactWriter):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self._began() and (self.resume or self.journal.has_results):
-            if not isinstance(error, UsageError):  # which the same command would meet again
+        worthless = error is None or isinstance(error, ChangedError)
+        if not worthless and self._began() and (self.resume or self.journal.has_results):
+            if error is not None and not isinstance(error, UsageError):  # which the same command would meet again
                 go_on = "the same command again" if self.resume else "the same command with --resume"
                 error.add_note(
                     f"{self.partial} keeps what is finished; give {go_on} to go on, or remove that directory"
@@ -109,6 +111,5 @@ def join_journal(output: Path, ranks: SingleProcess) -> Journal:
 
 def partial_directory(output: Path) -> Path:
     """Return the directory in which a run works, beside the output or its first parent that does not exist yet."""
-    path = output.absolute()
-    beside = next(parent for parent in path.parents if parent.exists())
+    path, beside = output.absolute(), first_existing_parent(output)
     return beside / f".{'-'.join(path.relative_to(beside).parts)}.partial"

@@ -59,6 +59,6 @@ def statistics_before(
         for sharing in calibration.advance_to_linears(segment, block.overrides(), targets, finish):
             for linear in sharing:
                 found[linear.weight] = make()
-                for values in calibration.values:
-                    found[linear.weight].update(hooks[linear](values[linear.source]))
+                for x in calibration.inputs(segment, linear, block.overrides()):
+                    found[linear.weight].update(hooks[linear](x))
     return merged(found, make, context.ranks)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantize.calibration.runner import SequentialRunner
 from quantize.formats.qtensor import QTensor
+from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
@@ -32,17 +33,20 @@ class Referee:
             for runner in (held_out.quantized, held_out.float_model)
         )
 
-    def choose(self, part: Sequence[Linear], block: Block, weights: Sequence[QTensor]) -> list[QTensor]:
+    def choose(
+        self, part: Sequence[Linear], block: Block, weights: Sequence[QTensor], state: Overrides, reference: Overrides
+    ) -> list[QTensor]:
         """Return for each linear the weight given or the one rounded to nearest, whichever is nearer on these rows.
 
-        The error is Σ ‖Ŵ x - W x'‖² / ‖x'‖² over tokens, where x is the rounded input and x' that of the float model.
+        `state` and `reference` are what the quantized and the float model's block run with. The error is
+        Σ ‖Ŵ x - W x'‖² / ‖x'‖² over tokens, where x is the rounded input and x' that of the float model.
         """
         if not self.quantized.values:
             return list(weights)
-        source, found = part[0].source, block.input_transforms[part[0]]
+        found, inputs = block.input_transforms[part[0]], self.quantized.inputs(block.segment, part[0], state)
+        expected = self.float_model.inputs(block.segment, part[0], reference)
         pairs = [
-            (found.quantized(self.rest(x[source])), found.rotate(self.rest(y[source])))
-            for x, y in zip(self.quantized.values, self.float_model.values, strict=True)
+            (found.quantized(self.rest(x)), found.rotate(self.rest(y))) for x, y in zip(inputs, expected, strict=True)
         ]
         return [
             self._nearer(linear, linear.path, block, block.weight(linear), weight, pairs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.runner import SequentialRunner
@@ -59,7 +60,7 @@ class WeightRounder:
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized = {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
-        state.linears.update({linear.node: module for linear, module in quantized.items()})
+        state.linears.update({node: module for linear, module in quantized.items() for node in linear.calls})
         if not keep:
             self._free_weights(state, list(quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
@@ -83,11 +84,18 @@ class WeightRounder:
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                weights = self._rounded(part, block, referee, experts)
+                if part[0].experts is None:
+                    rounded = self.quantize(part, block, state, reference)
+                    weights = referee.choose(part, block, rounded, state, reference)
+                else:
+                    with naming(part):
+                        weights = experts.quantize(part)
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
-                    quantized[linear] = state.linears[linear.node] = module
-                experts.quantize_ahead(part)
+                    quantized[linear] = module
+                    state.linears.update(dict.fromkeys(linear.calls, module))
+                with naming(part):
+                    experts.quantize_ahead(part)
                 if not keep:
                     self._free_weights(state, part)
             trim_heap()
@@ -121,59 +129,66 @@ class WeightRounder:
         """Return what a Gram matrix depends on."""
         return input_transform if self.plan.quantizer.needs_float_reference else input_transform.rotations
 
-    def _gram(self, linear: Linear, block: Block) -> Gram:
-        """Return the Gram matrix of a linear's input, rounded if the quantizer compares it with the float model's."""
-        source, columns, input_transform = linear.source, linear.columns, block.input_transforms[linear]
+    def _gram(self, linear: Linear, block: Block, state: Overrides, reference: Overrides) -> Gram:
+        """Return the Gram matrix of a linear's inputs, rounded if the quantizer compares with the float model's."""
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals, ranks = gram.totals(columns, 1 + float_reference, self.context.device), self.context.ranks
-        pairs = self._inputs(source, input_transform)
-        ranks.sum_products(totals, (gram_factors(*pair, block.product_dtype) for pair in pairs))
+        totals, ranks = gram.totals(linear.columns, 1 + float_reference, self.context.device), self.context.ranks
+        seen = 0
+
+        def factors() -> Iterator[tuple[list[Tensor], Tensor]]:
+            nonlocal seen
+            for x, y in self._inputs(linear, block, state, reference):
+                seen += x.numel() // linear.columns
+                yield gram_factors(x, y, block.product_dtype)
+
+        ranks.sum_products(totals, factors())
         fill_lower(totals[0])
-        seen = sum(values[source].numel() for values in self.calibration.values) // columns
         gram.rows = sum(ranks.gather(seen))
         return gram
 
-    def _inputs(self, source: fx.Node, input_transform: InputTransform) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield the arguments of `Gram.update`, batch by batch.
+    def _inputs(
+        self, linear: Linear, block: Block, state: Overrides, reference: Overrides
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the arguments of `Gram.update`, batch by batch and call by call.
 
         Rows of the prefix are not rounded, but weights multiply them like all others.
         """
-        rotate, runs = input_transform.rotate, self.calibration.values
+        found, inputs = block.input_transforms[linear], self.calibration.inputs(block.segment, linear, state)
         if not self.plan.quantizer.needs_float_reference:
-            return ((rotate(values[source]), None) for values in runs)
-        pairs = zip(runs, self.float_reference.values, strict=True)
-        apart = self.context.prefix.apart
-        return (
-            (apart(values[source], rotate, input_transform.quantized), rotate(reference[source]))
-            for values, reference in pairs
-        )
+            return ((found.rotate(x), None) for x in inputs)
+        expected, apart = self.float_reference.inputs(block.segment, linear, reference), self.context.prefix.apart
+        pairs = zip(inputs, expected, strict=True)
+        return ((apart(x, found.rotate, found.quantized), found.rotate(y)) for x, y in pairs)
 
-    def _rounded(self, part: Sequence[Linear], block: Block, referee: Referee, experts: BlockExperts) -> list[QTensor]:
-        """Return the weights of linears that see the same input, rounded as the referee decides.
+    def quantize(self, part: Sequence[Linear], block: Block, state: Overrides, reference: Overrides) -> list[QTensor]:
+        """Round the weights of linears that see the same input and have the same scheme for weights.
+
+        `state` and `reference` are what the quantized and the float model's block run with.
 
         Raises:
             QuantizeError: the quantizer cannot round them; the message names the linears.
         """
-        try:
-            if part[0].experts is not None:
-                return experts.quantize(part)
-            return referee.choose(part, block, self.quantize(part, block))
-        except QuantizeError as error:
-            raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
-
-    def quantize(self, part: Sequence[Linear], block: Block) -> list[QTensor]:
-        """Round the weights of linears that see the same input and have the same scheme for weights."""
         quantizer, first, ranks = self.plan.quantizer, part[0], self.context.ranks
         args, dtype = block.schemes[first].weights, block.dtypes[first.weight]
         trim_heap()
-        gram = self._gram(first, block) if quantizer.needs_gram else None
+        gram = self._gram(first, block, state, reference) if quantizer.needs_gram else None
         trim_heap()
         weights = [block.weight(linear) for linear in part]
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
-        found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
+        with naming(part):
+            found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
         if not splits:
             return found
         shares = ranks.gather([weight.tensors() for weight in found])
         return [weight.cat_rows(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
+
+
+@contextlib.contextmanager
+def naming(linears: Sequence[Linear]) -> Iterator[None]:
+    """Name the linears in an error about them."""
+    try:
+        yield
+    except QuantizeError as error:
+        raise QuantizeError(f"{', '.join(linear.path for linear in linears)}: {error}") from None

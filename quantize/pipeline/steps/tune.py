@@ -98,7 +98,8 @@ class BlockTuner:
         rest = {x: done for x, done in block.quantized.items() if done.scheme == TABLE_SCHEME}  # rounded to nearest
         made = {x: STELinear(done, block.weight(x)) for x, done in block.quantized.items() if x not in rest}
         state, segment = block.overrides(), block.segment
-        live = replace(state, linears=state.linears | {linear.node: latent for linear, latent in made.items()})
+        latents = {node: latent for linear, latent in made.items() for node in linear.calls}
+        live = replace(state, linears=state.linears | latents)
         adam = torch.optim.Adam([latent.u for latent in made.values()], self.args.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.args.steps)
         generator = derived_generator(self.context.seed, zlib.crc32(segment.name.encode()))

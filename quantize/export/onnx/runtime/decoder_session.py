@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from quantize.errors import UsageError
 from quantize.export.onnx.interface import IN_PLACE
 from quantize.export.onnx.kv_cache_buffers import KVCache, as_value
-from quantize.export.onnx.runtime.session import read, session_of
-
-POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions")  # keys of config.json
+from quantize.export.onnx.runtime.session import generation_config, session_of
 
 
 class OnnxDecoder:
@@ -48,10 +46,8 @@ class OnnxDecoder:
             raise UsageError(
                 f"{directory} takes {', '.join(self.inputs)} and no cache; only causal language models continue a text"
             )
-        config = read(directory / "config.json")
-        self.positions = int(next((config[name] for name in POSITIONS if config.get(name)), 2**31))
-        ends = (read(directory / "generation_config.json") | config).get("eos_token_id")
-        self.ends = set(ends if isinstance(ends, list) else [ends])
+        config = generation_config(directory)
+        self.positions, self.ends = config.positions, config.ends
 
     def greedy(self, ids: list[int], max_new_tokens: int) -> Iterator[int]:
         """Yield the most likely tokens after `ids`, one by one."""

@@ -10,13 +10,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from quantize.checkpoint.tensor_files import require_finite
 from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import UsageError
 from quantize.export.onnx.encoder_decoder import DECODER, ENCODER
 from quantize.export.onnx.encoder_decoder_parts import MASK
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.generate import detokenize_stream, stream, tokenizer_of
-from quantize.export.onnx.runtime.session import read, session_of
+from quantize.export.onnx.runtime.session import generation_config, running, session_of
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -35,18 +36,22 @@ def generate(directory: Path, prompt: str | None, data: Path | None, max_new_tok
         UsageError: there is no such model or no tokenizer, or the model does not take the prompt or the data.
         QuantizeError: ONNX Runtime cannot read a file, or the data is damaged.
     """
-    if (directory / ENCODER).is_file():
-        yield from encoded(directory, prompt, data, max_new_tokens)
-        return
-    if prompt is None or data is not None:
-        raise UsageError(f"the model in {directory} takes a text alone; give --prompt and no --input")
-    yield from stream(directory, prompt, max_new_tokens)
+    with running(directory):
+        if (directory / ENCODER).is_file():
+            yield from encoded(directory, prompt, data, max_new_tokens)
+            return
+        if prompt is None or data is not None:
+            raise UsageError(f"the model in {directory} takes a text alone; give --prompt and no --input")
+        yield from stream(directory, prompt, max_new_tokens)
 
 
 def encoded(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> Iterator[str]:
     """Generate with an encoder-decoder; arguments, results and errors are those of `generate`."""
     encoder, tokenizer = session_of(directory, ENCODER), tokenizer_of(directory)
-    start = [(read(directory / "generation_config.json") | read(directory / "config.json"))["decoder_start_token_id"]]
+    first = generation_config(directory).decoder_start_token_id
+    if first is None:
+        raise UsageError(f"{directory} names no decoder_start_token_id in config.json; export the model anew")
+    start = [first]
     if "input_ids" in shapes(encoder):
         feed = of_text(encoder, prompt, data, tokenizer)
     else:
@@ -80,7 +85,10 @@ def of_file(encoder: onnxruntime.InferenceSession, data: Path | None) -> Arrays:
         raise UsageError(f"the model takes {takes}; give an --input FILE.safetensors that holds this")
     if not data.is_file():
         raise UsageError(f"no such file: {data}; give a .safetensors with {takes}")
-    found = {name: tensor[:1].float().numpy() for name, tensor in read_all(data).items()}
+    given = {
+        name: require_finite(name, tensor[:1].float(), data) for name, tensor in read_all(data).items() if tensor.dim()
+    }
+    found = {name: tensor.numpy() for name, tensor in given.items()}
     if {name: list(array.shape[1:]) for name, array in found.items()} != {n: s[1:] for n, s in wanted.items()}:
         held = ", ".join(f"{name} {list(array.shape)}" for name, array in found.items())
         raise UsageError(f"{data} holds {held} as its first sample; the model takes {takes}")
