@@ -124,7 +124,7 @@ class SequentialRunner:
 
 
 @contextlib.contextmanager
-def unpacked(linears: Iterable[Callable[[Tensor], Tensor]], dtype: torch.dtype) -> Iterator[None]:
+def unpacked(linears: Iterable[Callable[..., Tensor]], dtype: torch.dtype) -> Iterator[None]:
     """Keep the weights of some linears unpacked until the `with` block ends; they multiply in `dtype`."""
     with contextlib.ExitStack() as stack:
         for linear in {id(linear): linear for linear in linears}.values():  # a linear may be called twice

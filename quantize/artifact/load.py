@@ -25,7 +25,9 @@ from quantize.nn.kv_cache import read_kv_cache
 from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_embedding import quantize_embedding
+from quantize.nn.quantized_experts import QuantizedExperts, quantized_product, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.recipe.recipe import validated
 from quantize.scheme.scheme import ENGINES, Engine
 from quantize.transforms.online import Online, restore
@@ -107,7 +109,7 @@ def load(
         skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
     model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, QuantizedWeight):
             module.engine = engine
     return model
 
@@ -127,9 +129,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     files = index_tensors(directory, PROBE)
     try:
         for path in settings["modules"]:
-            linear = read_linear(path, settings, files, dtype)
-            check_place(model.get_submodule(path), linear, path)
-            model.set_submodule(path, linear)
+            put_in_place(model, path, read_linear(path, settings, files, dtype))
         for path in settings.get("tables", ()):
             qweight, scale = read_table(path, files)
             quantize_embedding(model.get_submodule(path), qweight, scale.to(dtype), path)
@@ -150,8 +150,26 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     return model.eval()
 
 
-def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype) -> QuantizedLinear:
-    """Read one quantized linear of an artifact, as the `quantization_config` describes it."""
+def put_in_place(model: nn.Module, path: str, found: QuantizedLinear | QuantizedExperts) -> None:
+    """Put a quantized linear in the place of a module, or experts in the place of a parameter.
+
+    Raises:
+        AttributeError: the model has no such module, or no such parameter.
+        QuantizeError: it has one of another shape.
+    """
+    if isinstance(found, QuantizedLinear):
+        check_place(model.get_submodule(path), found, path)
+        model.set_submodule(path, found)
+        return
+    if (has := model.get_parameter(path).shape) != found.shape:
+        raise QuantizeError(f"{path} is {list(has)} in the model, and its experts in the artifact {list(found.shape)}")
+    replace_parameter(model, path, found)
+
+
+def read_linear(
+    path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype
+) -> QuantizedLinear | QuantizedExperts:
+    """Read one quantized linear of an artifact, or a stack of experts, as the `quantization_config` describes it."""
 
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
@@ -168,8 +186,15 @@ def read_linear(path: str, settings: dict[str, Any], files: dict[str, Path], dty
         raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} for {len(data)} rows of weights")
     parts = enumerate(entry.get("online", ()))
     online = [read_online(f"{path}.transform.{i}.", given, files, weight.columns) for i, given in parts]
-    linear = QuantizedLinear(weight, None if bias is None else bias.to(dtype), scheme, online)
-    linear.leading = PrefixTokens(tuple(settings.get("prefix", ())))
+    experts = entry.get("experts")
+    if experts is not None and len(data) % experts:
+        raise QuantizeError(f"{path} has {len(data)} rows of weights, which are not those of {experts} experts")
+    bias = None if bias is None else bias.to(dtype)
+    linear = quantized_product(weight, bias, scheme, online, experts, bool(entry.get("transposed")))
+    if isinstance(linear, QuantizedLinear):
+        linear.leading = PrefixTokens(tuple(settings.get("prefix", ())))
+    else:
+        linear.computes_in = linear.computes_in.to(dtype)
     return linear
 
 

@@ -14,10 +14,12 @@ from quantize.scheme.scheme import Data, KVCacheArgs, Scheme
 
 
 class Entry(Data):
-    """One quantized linear.
+    """One quantized linear, or a stack of experts in the place of a parameter.
 
     Attributes:
         columns: the number of columns of its weight.
+        experts: the number of experts, which have equally many of the weight's rows; None for a linear alone.
+        transposed: whether the parameter of the experts is [experts, K, N], otherwise [experts, N, K].
         online: the online transforms in front of it, in order, each as its `kind` and settings.
         scheme: its scheme, if that is not the one named for all.
     """
@@ -25,6 +27,8 @@ class Entry(Data):
     columns: int = Field(ge=1)
     online: tuple[dict[str, Any], ...] = ()
     scheme: Scheme | None = None
+    experts: int | None = Field(None, ge=1)
+    transposed: bool = False
 
 
 class QuantizationSettings(Data):

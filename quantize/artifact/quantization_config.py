@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.nn.quantized_experts import QuantizedExperts
+from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.recipe.recipe import Recipe
 from quantize.scheme.scheme import Scheme
 
 METHOD = "quantize-model"
 
 
-def linear_settings(module: QuantizedLinear, default: Scheme) -> dict[str, object]:
-    """Return a quantized linear's entry in the artifact's settings; `default` is the scheme named for all linears."""
+def linear_settings(module: QuantizedWeight, default: Scheme) -> dict[str, object]:
+    """Return a quantized linear's entry in the artifact's settings; `default` is the scheme named for all linears.
+
+    That of experts says how many there are, and whether their parameter is [experts, K, N].
+    """
     entry: dict[str, object] = {"columns": module.in_features}
+    if isinstance(module, QuantizedExperts):
+        entry |= {"experts": module.count, "transposed": module.transposed}
     if len(module.transform):
         entry["online"] = [transform.settings() for transform in module.online]
     if module.scheme != default:

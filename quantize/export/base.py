@@ -57,8 +57,15 @@ class Exporter:
         Raises:
             UsageError: it cannot; the message names all obstacles, and what to change.
         """
-        if found := [str(obstacle) for obstacle in self.obstacles(outline)]:
+        if found := self.refusals(outline):
             raise UsageError("; ".join(found))
+
+    def refusals(self, outline: Outline) -> list[str]:
+        """Return what the target cannot express, each with what to change; stacks of experts are alone the first."""
+        if outline.experts:
+            reason = f"--format {self.name} has no place for stacks of experts yet, as {outline.experts[0]}"
+            return [str(Obstacle(reason, "quantize with --ignore 're:.*experts.*', or run the artifact itself"))]
+        return [str(obstacle) for obstacle in self.obstacles(outline)]
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:

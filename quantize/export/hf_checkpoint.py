@@ -70,7 +70,9 @@ def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> Quanti
     """
     is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
     dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
-    return read_linear(path, outline.settings, files, dtype)
+    linear = read_linear(path, outline.settings, files, dtype)
+    assert isinstance(linear, QuantizedLinear)  # experts are an obstacle
+    return linear
 
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:

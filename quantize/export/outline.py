@@ -47,7 +47,8 @@ class Outline:
         settings, config = read_manifest(directory)["quantization"], read_config(directory)
         skeleton = build_bounded(config, index_tensors(directory, PROBE))
         listed = {*settings["modules"], *settings.get("tables", ())}
-        if missing := listed - {path for path, _ in skeleton.named_modules()}:
+        places = {path for named in (skeleton.named_modules(), skeleton.named_parameters()) for path, _ in named}
+        if missing := listed - places:
             raise QuantizeError(f"{directory} does not fit the model: it lists {min(missing)}, which the model lacks")
         return cls(config, settings, skeleton)
 
@@ -61,6 +62,11 @@ class Outline:
         """Return the dtype in which the config says that weights are stored; float32 if it does not say."""
         told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         return DTYPES.get(told.removeprefix("torch."), torch.float32)
+
+    @property
+    def experts(self) -> list[str]:
+        """The parameters in whose place quantized experts stand."""
+        return [path for path, entry in self.settings["modules"].items() if entry.get("experts") is not None]
 
     def schemes(self) -> dict[str, Scheme]:
         """Return the scheme of each quantized linear, by path."""

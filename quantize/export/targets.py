@@ -14,7 +14,7 @@ def formats(found: ArtifactEstimate) -> dict[str, str]:
     if not found.checkpoint.config:
         return dict.fromkeys(sorted(EXPORTERS), "a module that transformers does not know is not exported")
     outline = Outline.estimate(found)
-    return {name: "; ".join(map(str, EXPORTERS[name].obstacles(outline))) for name in sorted(EXPORTERS)}
+    return {name: "; ".join(EXPORTERS[name].refusals(outline)) for name in sorted(EXPORTERS)}
 
 
 def exports(found: ArtifactEstimate) -> Iterator[str]:

@@ -163,8 +163,8 @@ def token_stream(prepared: Prepared, settings: FinetuneSettings) -> Tensor:
 
 
 def find_linears(prepared: Prepared) -> dict[str, Linear]:
-    """Return the linears that would be quantized, by path."""
-    found = prepared.program.all_linears
+    """Return the linears that would be quantized, by path; stacks of experts are trained as they are."""
+    found = [linear for linear in prepared.program.all_linears if linear.experts is None]
     return {linear.path: linear for linear in found if linear.weight in prepared.plan.reader_schemes}
 
 

@@ -47,7 +47,7 @@ def export_program(skeleton: nn.Module) -> Program:
         raise ExportError(reason(error)) from error
     use_first_paths(exported, skeleton)
     program = from_exported(exported, buffers, switches, tuple(inputs))
-    linears = program.all_linears
+    linears = [linear for linear in program.all_linears if linear.experts is None]
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
         direct = read_past_forward(skeleton, linears, example)

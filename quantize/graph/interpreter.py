@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from quantize.graph.linears import input_of
 from quantize.graph.program import Program
 
 Values = dict[fx.Node, Any]
@@ -22,13 +21,13 @@ class Overrides:
 
     Attributes:
         weights: parameter name → value.
-        linears: linear node → what runs instead: input → output.
+        linears: linear node → what runs instead: input (and where the rows of each expert end) → output.
         operators: any other node → what runs instead on the node's own arguments.
         product_dtype: what quantized linears round the operands of their products to, where they run on many batches.
     """
 
     weights: dict[str, Tensor]
-    linears: dict[fx.Node, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    linears: dict[fx.Node, Callable[..., Tensor]] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     product_dtype: torch.dtype = torch.float32
 
@@ -50,25 +49,29 @@ def start(program: Program, given: Tensor | Mapping[str, Tensor]) -> Values:
 
 @torch.no_grad()
 def run_nodes(program: Program, nodes: Iterable[fx.Node], values: Values, state: Overrides) -> None:
-    """Compute nodes in order, adding their values to `values` and dropping each value after its last use."""
-    for node in nodes:
+    """Compute nodes in order, adding their values to `values` and dropping each value after its last use.
+
+    What only turns a stack of weights around is computed where it is used, so that no value holds weights.
+    """
+    for node in (n for n in nodes if n not in program.turned_stacks):
         values[node] = run_node(program, node, values, state)
-        for source in node.all_input_nodes:
-            if program.last_use[source] is node:
-                values.pop(source, None)
+        for source in program.last_used_by.get(node, ()):
+            values.pop(source, None)
 
 
 def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
     """Compute one node's value."""
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
-    if replaced := state.linears.get(node):
-        return replaced(values[input_of(node)])
 
     def value_of(n: fx.Node) -> Any:
         if n in program.parameters:
             return state.weights[program.parameters[n]]
+        if n in program.turned_stacks:
+            return run_node(program, n, values, state)
         return program.buffers[n] if n in program.buffers else values[n]
 
+    if replaced := state.linears.get(node):
+        return replaced(*map(value_of, program.operands(node)))
     run: Any = state.operators.get(node, node.target)
     return run(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))

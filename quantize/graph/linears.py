@@ -23,7 +23,8 @@ VIEWS = {  # other shapes of the same elements in the same order
     ATEN.contiguous.default,
 }
 NOT_ALONE = "its module computes more than this product"
-STACK = "a stack of matrices, as experts and convolutions have them, which is not quantized"
+STACK = "a stack of matrices that is no operand of a product of experts, as convolutions have them"
+STACK_READ = "the model reads this stack of matrices in other ways than by the products of its experts"
 READ_ITSELF = "the model reads it itself, not through its module"
 
 
@@ -46,15 +47,20 @@ FORMS: dict[Any, Form] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear whose weight is a parameter.
+    """A linear whose weight is a parameter; or the linears of all experts, whose weights are one parameter.
+
+    The weight of experts is taken as one matrix [experts · N, K], with the rows of one expert after the other.
 
     Attributes:
-        path: the path of the module that owns the weight.
+        path: the path of the module that owns the weight; that of the parameter, for experts.
         node, source: the node of the product, and the node of its input [..., K]; of the first of several calls.
         calls: the nodes of the products of all calls, in order.
         weight, bias: the names of its parameters.
         columns: K, the number of input channels.
-        transposed: whether the weight is stored as [K, N].
+        transposed: whether the weight is stored as [K, N], or that of experts as [experts, K, N].
+        experts: the number of experts; None for a linear alone.
+        offsets: the node that tells behind which row of the input [S, K] the rows of each expert end; None for a linear
+            alone, and for experts whose input is [experts, S, K].
     """
 
     path: str
@@ -65,15 +71,27 @@ class Linear:
     columns: int
     transposed: bool
     calls: tuple[fx.Node, ...]
+    experts: int | None = None
+    offsets: fx.Node | None = None
 
     @property
     def sources(self) -> tuple[fx.Node, ...]:
         """The inputs of all calls."""
-        return tuple(input_of(node) for node in self.calls)
+        return (self.source,) if self.experts is not None else tuple(input_of(node) for node in self.calls)
 
     def as_out_in(self, weight: Tensor) -> Tensor:
-        """Turn the weight from how it is stored to [N, K], or back."""
-        return weight.T if self.transposed else weight
+        """Turn the weight from how it is stored to [N, K], that of experts to [experts · N, K], or back."""
+        if self.experts is None:
+            return weight.T if self.transposed else weight
+        if weight.dim() == 2:
+            stack: Tensor = weight.unflatten(0, (self.experts, -1))
+            return stack.mT if self.transposed else stack
+        return (weight.mT if self.transposed else weight).flatten(0, 1)
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """The nodes that a quantized linear in its place is given: the input, and for experts where their rows end."""
+        return (self.source,) if self.offsets is None else (self.source, self.offsets)
 
 
 def by_input(linears: Iterable[Linear]) -> list[list[Linear]]:
@@ -136,9 +154,9 @@ def not_replaceable(graph: fx.Graph, linears: Iterable[Linear], parameters: Mapp
     }
 
 
-def stacks(parameters: Mapping[fx.Node, str]) -> dict[str, str]:
-    """Return parameters of three and more axes, with the reason why they stay in floating point."""
-    return {name: STACK for node, name in parameters.items() if sum(n > 1 for n in node.meta["val"].shape) > 2}
+def stacks(parameters: Mapping[fx.Node, str]) -> set[str]:
+    """Return parameters of three and more axes."""
+    return {name for node, name in parameters.items() if sum(n > 1 for n in node.meta["val"].shape) > 2}
 
 
 def nodes_inside(graph: fx.Graph) -> dict[str, set[fx.Node]]:

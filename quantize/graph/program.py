@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
+from quantize.graph.experts import CASTS, consumers, find_experts, read_otherwise, routers, token_index, turned
 from quantize.graph.linears import (
     ATEN,
     NOT_ALONE,
     READ_ITSELF,
+    STACK,
+    STACK_READ,
     VIEWS,
     Linear,
     by_weight,
@@ -22,6 +25,7 @@ from quantize.graph.linears import (
     not_replaceable,
     stacks,
 )
+from quantize.graph.rules.table import name_of
 
 MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
 
@@ -109,10 +113,10 @@ class Program:
 
     @functools.cached_property
     def _lookups(self) -> list[fx.Node]:
-        """The nodes that look up rows by the inputs, as they are or in another shape."""
+        """The nodes that look up rows by the inputs, as they are, in another shape, or on another device."""
         ids, found = set(self.inputs.values()), list[fx.Node]()
         for node in self.module.graph.nodes:
-            if node.target in VIEWS | MOVES and node.args[0] in ids:
+            if (node.target in VIEWS | MOVES or name_of(node) in CASTS) and node.args[0] in ids:
                 ids.add(node)
             if node.target is ATEN.embedding.default and node.args[1] in ids:
                 found.append(node)
@@ -131,12 +135,40 @@ class Program:
     @functools.cached_property
     def not_replaceable(self) -> dict[str, str]:
         """The weights of all other linears, and stacks of weights, with the reason why nothing stands in for them."""
-        more = not_replaceable(self.module.graph, self._linears.values(), self.parameters)
+        found = self._linears.values()
+        experts = {linear.weight for linear in found if linear.experts is not None}
+        more = not_replaceable(self.module.graph, (x for x in found if x.experts is None), self.parameters)
         return (
             dict.fromkeys(self.weights_read_directly, READ_ITSELF)
             | dict.fromkeys(more, NOT_ALONE)
-            | stacks(self.parameters)
+            | dict.fromkeys(stacks(self.parameters) - experts, STACK)
+            | dict.fromkeys(read_otherwise(found, self.parameters), STACK_READ)
         )
+
+    @functools.cached_property
+    def routers(self) -> frozenset[str]:
+        """The paths of linears that choose the experts of a token, in segments that have experts."""
+        found = set[str]()
+        for segment in self.segments:
+            linears = {linear.node: linear for linear in self.linears(segment)}
+            if any(linear.experts is not None for linear in linears.values()):
+                found |= {linears[node].path for node in routers(segment.nodes, self._linears) if node in linears}
+        return frozenset(found)
+
+    @functools.cached_property
+    def turned_stacks(self) -> frozenset[fx.Node]:
+        """The nodes that turn the weights of experts around in front of their products, and compute nothing."""
+        names = {linear.weight for linear in self._linears.values() if linear.experts is not None}
+        return frozenset(n for node, name in self.parameters.items() if name in names for n in turned(node))
+
+    def readers(self, weight: str) -> set[fx.Node]:
+        """Return the nodes that compute with a parameter."""
+        found = (node for node, name in self.parameters.items() if name == weight)
+        return {n for node in found for n in (consumers(node) if self.turned_stacks & {*node.users} else node.users)}
+
+    def operands(self, linear: fx.Node) -> tuple[fx.Node, ...]:
+        """Return the nodes whose values a quantized linear is given in the place of a linear's node."""
+        return self._linears[linear].operands
 
     def never_executed(self, outputs: list[Tensor]) -> list[str]:
         """Return linears that none of some runs has reached; an exported graph runs all of them."""
@@ -145,8 +177,19 @@ class Program:
 
     @functools.cached_property
     def _linears(self) -> dict[fx.Node, Linear]:
-        found = ((node, find_linear(node, self.parameters)) for segment in self.segments for node in segment.nodes)
+        nodes = (node for segment in self.segments for node in segment.nodes)
+        found = ((node, find_linear(node, self.parameters) or find_experts(node, self.parameters)) for node in nodes)
         return {node: linear for node, linear in found if linear is not None}
+
+    @functools.cached_property
+    def token_of_row(self) -> dict[fx.Node, fx.Node]:
+        """The node that tells where the rows of each expert end → the node that tells which token each row is."""
+        found = ((linear.offsets, token_index(linear)) for linear in self._linears.values())
+        return {offsets: tokens for offsets, tokens in found if offsets is not None and tokens is not None}
+
+    def gathers_tokens(self, linear: Linear) -> bool:
+        """Return whether the input of experts is a gather of tokens, so that a token's row is the same for all."""
+        return token_index(linear) is not None
 
     @functools.cached_property
     def first_readers(self) -> dict[str, Segment]:
@@ -155,8 +198,21 @@ class Program:
 
     @functools.cached_property
     def last_use(self) -> dict[fx.Node, fx.Node]:
-        """Return for each value the last node that reads it."""
-        return {source: node for node in self.module.graph.nodes for source in node.all_input_nodes}
+        """Return for each value the last node that reads it; for the tokens of rows, the last product of experts."""
+        found = dict[fx.Node, fx.Node]()
+        for node in self.module.graph.nodes:
+            linear = self._linears.get(node)
+            tokens = self.token_of_row.get(linear.offsets) if linear and linear.offsets else None
+            found |= dict.fromkeys([*node.all_input_nodes, *([tokens] if tokens else [])], node)
+        return found
+
+    @functools.cached_property
+    def last_used_by(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return for each node the values that no later node reads."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for source, node in self.last_use.items():
+            found.setdefault(node, []).append(source)
+        return found
 
 
 def name_device(module: fx.GraphModule, device: torch.device) -> None:

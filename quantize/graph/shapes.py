@@ -16,7 +16,7 @@ from quantize.graph.linears import by_input
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 
-PRODUCTS = {"linear", "addmm", "matmul", "mm", "bmm"}
+PRODUCTS = {"linear", "addmm", "matmul", "mm", "bmm", "_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 ATTENTION = "scaled_dot_product_attention"
 Shape = Callable[[fx.Node], Sequence[int]]
 
@@ -112,9 +112,8 @@ def walk(sizes: ShapeInfo) -> LiveBytes:
             stop = max(stop, total(held) if node in sources else 0)
             held[node] = sizes.storages(node)
             peak = max(peak, total(held))
-            for source in node.all_input_nodes:
-                if program.last_use[source] is node:
-                    held.pop(source, None)
+            for source in program.last_used_by.get(node, ()):
+                held.pop(source, None)
         found.peaks[segment.name], found.borders[segment.name] = peak, total(held)
         found.linear_inputs[segment.name] = max(stop, total(held))
     return found

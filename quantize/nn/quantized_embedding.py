@@ -30,6 +30,17 @@ class Lookup:
         return look_up(qweight, self.scale.float(), ids)
 
 
+class NoValues(Tensor):
+    """A tensor on the meta device that tells another one, to which models move what they look up."""
+
+    place: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the values would be."""
+        return self.place
+
+
 class QuantizedEmbedding(nn.Embedding):
     """An `nn.Embedding` whose table is `qweight` int8 [V, K] · `scale` [V, 1]; a lookup dequantizes the rows it reads.
 
@@ -46,8 +57,10 @@ class QuantizedEmbedding(nn.Embedding):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """A tensor without values, for callers that ask for the table's shape or dtype."""
-        return torch.empty(self.qweight.shape, dtype=self.scale.dtype, device="meta")
+        """A tensor without values, for callers that ask for the table's shape, dtype or device."""
+        found = torch.empty(self.qweight.shape, dtype=self.scale.dtype, device="meta").as_subclass(NoValues)
+        found.place = self.scale.device
+        return found
 
     def dequantize(self, dtype: torch.dtype) -> None:
         """Hold the table in floating point from now on, with its values rounded to `dtype`."""

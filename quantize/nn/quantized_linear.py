@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
@@ -22,76 +22,33 @@ from quantize.nn.cpu_engine import (
 )
 from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.scheme.scheme import ActivationArgs, Engine, Scheme
+from quantize.nn.quantized_weight import QuantizedWeight
+from quantize.scheme.scheme import ActivationArgs, Scheme
 from quantize.transforms.online import Online
 
 
-class FP8Bytes(NamedTuple):
-    """A tensor of 8-bit floating point as uint8, since torch pickles no such tensors."""
-
-    values: Tensor
-    dtype: torch.dtype
-
-    def restored(self) -> Tensor:
-        """Return the tensor."""
-        return self.values.view(self.dtype)
-
-
-def as_bytes(x: Tensor | None) -> Tensor | FP8Bytes | None:
-    """Return a tensor, or what stands for it in a pickle."""
-    fp8 = x is not None and x.is_floating_point() and x.element_size() == 1
-    return FP8Bytes(x.view(torch.uint8), x.dtype) if fp8 and x is not None else x
-
-
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(QuantizedWeight):
     """Drop-in for `nn.Linear` that holds packed values of a number format.
 
-    Shapes as in `QTensor`; forward takes [..., K] and gives [..., N] in the input's dtype.
+    Forward takes [..., K] and gives [..., N] in the input's dtype.
 
     Attributes:
         leading: the tokens in front of each sequence, whose activations are not quantized.
-        engine: how the product is computed on a CPU: `reference` unpacks the weight at each call and sums integers
-            exactly; `fake_quant` holds the weight in floating point (`cpu_engine.py`).
     """
 
-    qweight: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-    global_scale: Tensor | None
-    bias: Tensor | None
-
     def __init__(self, weight: QTensor, bias: Tensor | None, scheme: Scheme, online: Iterable[Online] = ()) -> None:
-        super().__init__()
-        self.scheme, self.in_features, self.out_features = scheme, weight.columns, weight.data.shape[0]
-        stored = {
-            "qweight": weight.data,
-            "scale": weight.scale,
-            "zero_point": weight.zero_point,
-            "global_scale": weight.global_scale,
-        }
-        for name, tensor in stored.items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", bias)
-        self.online = tuple(online)
-        self.transform = nn.Sequential(*self.online)
+        super().__init__(weight, bias, scheme, online)
+        self.out_features = weight.data.shape[0]
         has_tensors = any(part.state_dict() for part in self.online)  # tensors, which the settings do not tell apart
         self._transform_key = None if has_tensors else str([part.settings() for part in self.online])
         self.leading = PrefixTokens()
-        self.engine: Engine = "reference"
         self._packed: Operands | None = None
         self._held: FloatWeight | None = None
         self._unpacked: QTensor | None = None
 
-    def weight_integers(self) -> Tensor:
-        """int8 [N, K]."""
-        return self.qtensor().unpack()
-
     def qtensor(self) -> QTensor:
         """Return the buffers as they are now, in one piece."""
-        args = self.scheme.weights
-        return self._unpacked or QTensor(
-            self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale
-        )
+        return self._unpacked or super().qtensor()
 
     @contextlib.contextmanager
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
@@ -126,28 +83,13 @@ class QuantizedLinear(nn.Module):
             self._held = held = hold_weight(self.qtensor(), args, dtype)
         return held
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Drop the weights that are laid out, since the buffers move or change their type."""
+    def drop_laid_out(self) -> None:
+        """Drop the weights that are laid out."""
         self._packed = self._held = None
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Drop the weights that are laid out, since the buffers get other values."""
-        self._packed = self._held = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: FP8 as bytes, which pickle knows, and nothing that is laid out."""
-        buffers = {name: as_bytes(buffer) for name, buffer in self._buffers.items()}
-        return {**self.__dict__, "_buffers": buffers, "_packed": None, "_held": None, "_unpacked": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what `__getstate__` returned."""
-        buffers = {
-            name: buffer.restored() if isinstance(buffer, FP8Bytes) else buffer
-            for name, buffer in state["_buffers"].items()
-        }
-        super().__setstate__(state | {"_buffers": buffers})
+        """Return what copies and pickles hold, which is nothing that is laid out."""
+        return super().__getstate__() | {"_packed": None, "_held": None, "_unpacked": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

@@ -17,10 +17,13 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_embedding import Lookup
+from quantize.nn.quantized_experts import QuantizedExperts, by_expert, quantized_product
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 from quantize.transforms.online import InputTransform
+
+Product = QuantizedLinear | QuantizedExperts
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Block:
         dtypes: the dtype in which each parameter is stored.
         schemes: the schemes of the linears to quantize; a linear that stays in floating point has none.
         input_transforms: the input transform in front of each linear.
-        quantized: the quantized linear that runs in place of a linear, once it is rounded.
+        quantized: the quantized linear, or experts, that run in place of a linear, once it is rounded.
         operators: functions that run in place of other nodes.
         tables: the integers and scales of tables of words, by the name of the parameter, once they are rounded.
     """
@@ -46,7 +49,7 @@ class Block:
     dtypes: Mapping[str, torch.dtype]
     schemes: Mapping[Linear, Scheme]
     input_transforms: Mapping[Linear, InputTransform]
-    quantized: Mapping[Linear, QuantizedLinear] = field(default_factory=dict)
+    quantized: Mapping[Linear, Product] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     tables: Mapping[str, QTensor] = field(default_factory=dict)
 
@@ -87,7 +90,7 @@ class Block:
         return calibration_dtype(self.dtypes.values())
 
     def weight(self, linear: Linear) -> Tensor:
-        """Return the weight of a linear, float32 [N, K]."""
+        """Return the weight of a linear, float32 [N, K], or of all experts, [experts · N, K]."""
         return linear.as_out_in(self.weights[linear.weight])
 
     def with_stored(self, names: Iterable[str]) -> Block:
@@ -116,26 +119,30 @@ class Block:
         transforms = {**self.input_transforms, **changed}
         return replace(self, weights=self.weights | folded, input_transforms=transforms)
 
-    def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> QuantizedLinear:
-        """Make a quantized linear of a rounded weight and the input transform; the bias undoes a shift of the input."""
+    def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> Product:
+        """Make a quantized linear of a rounded weight and the input transform; the bias undoes a shift of the input.
+
+        Experts round the prefix's rows like all others, since their rows are in the order of the experts.
+        """
         found = self.input_transforms[linear]
         bias = self.weights[linear.bias].to(self.dtypes[linear.bias]) if linear.bias else None
         bias = found.bias(weight.dequantize(), bias) if found.has_shift else bias
         scheme = Scheme(weights=weight.args, activations=found.activations)
-        module = QuantizedLinear(weight, bias, scheme, found.online)
-        module.leading = prefix
+        module = quantized_product(weight, bias, scheme, found.online, linear.experts, linear.transposed)
+        if isinstance(module, QuantizedLinear):
+            module.leading = prefix
         return module
 
     def overrides(self) -> Overrides:
         """Return what the block runs with: its quantized linears, and online transforms before its other linears."""
-        runs: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+        runs: dict[fx.Node, Callable[..., Tensor]] = {}
         for linear in self.linears:
             found = self.input_transforms[linear]
             if linear in self.quantized:
                 runs |= dict.fromkeys(linear.calls, self.quantized[linear])
             elif found.online:
                 W, bias = self.weight(linear), self.weights.get(linear.bias or "")
-                runs |= dict.fromkeys(linear.calls, FloatLinear(found, W, found.bias(W, bias)))
+                runs |= dict.fromkeys(linear.calls, FloatLinear(found, W, found.bias(W, bias), linear.experts))
         return Overrides(self.weights, runs, self.operators)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -152,12 +159,22 @@ def round_table(W: Tensor, dtype: torch.dtype | None = None) -> QTensor:
 
 @dataclass(frozen=True)
 class FloatLinear:
-    """A linear in floating point with its online transforms in front."""
+    """A linear, or all experts, in floating point with online transforms in front."""
 
     input_transform: InputTransform
     weight: Tensor
     bias: Tensor | None
+    experts: int | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map [..., K] to [..., N]."""
-        return torch.nn.functional.linear(self.input_transform.transform(x), self.weight, self.bias)
+    def __call__(self, x: Tensor, offs: Tensor | None = None) -> Tensor:
+        """Map [..., K] to [..., N]; the rows of experts as `QuantizedExperts` does."""
+        x = self.input_transform.transform(x)
+        if self.experts is None:
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        weights = self.weight.unflatten(0, (self.experts, -1))
+        biases = [None] * self.experts if self.bias is None else self.bias.unflatten(0, (self.experts, -1))
+
+        def product(expert: int, rows: Tensor) -> Tensor:
+            return torch.nn.functional.linear(rows, weights[expert], biases[expert])
+
+        return by_expert(x, offs, product, weights.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import re2
@@ -17,11 +17,14 @@ from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 
-def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear]) -> Recipe:
+def resolve_ignore(
+    recipe: Recipe, head: Linear | None, linears: Sequence[Linear], routers: Set[str] = frozenset()
+) -> Recipe:
     """Return the recipe with one list `ignore`, which has its own patterns and the caller's.
 
     By default it names the linear that scores the vocabulary, `head`, if there is one and no entry of `layers` gives it
-    a scheme; `choose_tables` then says whether that linear is held in 8 bits or stays in floating point.
+    a scheme; `choose_tables` then says whether that linear is held in 8 bits or stays in floating point. It also names
+    the linears that choose experts, `routers`, without those that an entry of `layers` matches.
 
     Raises:
         UsageError: a pattern of `layers` matches nothing.
@@ -32,6 +35,7 @@ def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear
     if ignore is None:
         entry = entry_for(recipe, head.path) if head else None
         ignore = (head.path,) if head and (entry is None or entry.scheme is None) else ()
+        ignore += tuple(path for path in paths if path in routers and entry_for(recipe, path) is None)
     return recipe.model_copy(update={"ignore": ignore + recipe.ignore_also, "ignore_also": ()})
 
 

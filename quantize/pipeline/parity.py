@@ -20,6 +20,7 @@ from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Program, Segment
 from quantize.nn.kv_cache import quantized_attention, read_kv_cache
 from quantize.nn.quantized_embedding import Lookup
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.progress import track
@@ -28,20 +29,20 @@ from quantize.transforms import equivalence
 
 
 class Compared:
-    """A quantized linear that records its largest difference from the same linear in fake quantization."""
+    """A quantized linear, or experts, that record the largest difference from the same in fake quantization."""
 
-    def __init__(self, module: QuantizedLinear) -> None:
+    def __init__(self, module: QuantizedLinear | QuantizedExperts) -> None:
         self.module, self.worst = module, 0.0
 
     def unpacked(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Unpack the weight within the context, as `QuantizedLinear.unpacked` does."""
+        """Unpack the weight within the context, as the module does."""
         return self.module.unpacked(dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Map [..., K] to [..., N]."""
-        y: Tensor = self.module(x)
+    def __call__(self, *operands: Tensor) -> Tensor:
+        """Map [..., K] to [..., N]; experts are also given where the rows of each end."""
+        y: Tensor = self.module(*operands)
         if self.module.scheme.activations:  # otherwise both are the same product
-            self.worst = max(self.worst, equivalence.relative(self.module.fake_quantized(x), y))
+            self.worst = max(self.worst, equivalence.relative(self.module.fake_quantized(*operands), y))
         return y
 
 

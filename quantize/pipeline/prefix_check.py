@@ -28,7 +28,7 @@ def check_prefix(plan: Plan, program: Program, checkpoint: Checkpoint, model: nn
             f"recipe: prefix: the model has no token id {max(prefix.tokens)}; "
             f"give ids from 0 to {program.vocabulary - 1}"
         )
-    linears = [x for x in program.all_linears if x.weight in plan.reader_schemes]
+    linears = [x for x in program.all_linears if x.weight in plan.reader_schemes and x.experts is None]
     odd = [linear.path for linear in linears if not all(rows_are_tokens(program, x) for x in linear.sources)]
     if odd:
         raise UsageError(f"recipe: a prefix needs linears that run token by token; --ignore {odd[0]}, or leave it out")

@@ -31,7 +31,7 @@ from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
-from quantize.pipeline.verdict import sentence
+from quantize.pipeline.verdict import sentence, unseen_experts
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.scheme.scheme import Engine
 
@@ -229,6 +229,9 @@ def run_pipeline(
         console.print(sentence(record), soft_wrap=True)
         if record["warning"]:
             console.print(f"warning: {record['warning']}", soft_wrap=True)
+    unseen = "" if plan.recipe.calibrate_all_experts else unseen_experts(manifest.get("expert_tokens", {}))
+    if console is not None and unseen:
+        console.print(f"warning: {unseen}", soft_wrap=True)
     return manifest
 
 

@@ -184,6 +184,7 @@ class SequentialPipeline:
             "differences": passes.differences,
             "changed": passes.changed,
             "held_out": [self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned],
+            "expert_tokens": self.rounder.expert_tokens,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -192,6 +193,7 @@ class SequentialPipeline:
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         self.ties.left_out = state["left_out"]
         self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned = state["held_out"]
+        self.rounder.expert_tokens.update(state["expert_tokens"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantize.calibration.data import Samples
@@ -40,6 +40,21 @@ def reason(program: Program, samples: Samples) -> str:
     if different is not None and different < FEW_DIFFERENT:
         return f"the calibration data has only {different} different tokens; give running text like that in use"
     return "the calibration data may be unlike these rows, or the recipe does not suit this model; try another of both"
+
+
+def unseen_experts(tokens: Mapping[str, Sequence[int]]) -> str:
+    """Return a warning if more than a tenth of the experts saw no calibration token; else ''.
+
+    Args:
+        tokens: how many tokens each expert saw, by the path of the experts.
+    """
+    seen = [count for counts in tokens.values() for count in counts]
+    if 10 * seen.count(0) <= len(seen):
+        return ""
+    return (
+        f"{seen.count(0)} of {len(seen)} stacked experts saw no calibration token and were rounded to nearest; "
+        "raise --nsamples or --seqlen, or give the recipe `calibrate_all_experts = true`"
+    )
 
 
 def sentence(record: Mapping[str, Any]) -> str:

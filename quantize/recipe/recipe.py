@@ -90,7 +90,8 @@ class Recipe(Data):
             for leaves none.
         kv_cache: how keys and values are quantized; None leaves them in floating point.
         targets: linears to quantize: a module path, the end of one, or `re:` and a regular expression.
-        ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one.
+        ignore: linears to leave in floating point; None leaves the one that scores the vocabulary, if there is one, and
+            those that choose experts.
         ignore_also: further linears to leave in floating point.
         layers: linears with schemes of their own; if several entries match a linear, the last one counts.
         tables: tables of words, and the linear that scores the vocabulary, to hold in 8 bits: patterns as in `targets`;
@@ -101,6 +102,8 @@ class Recipe(Data):
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: how the rounding of each block is tuned afterwards; None does not tune.
+        calibrate_all_experts: whether each expert of a mixture is rounded on all tokens, and not only on those that the
+            router sends to it.
     """
 
     scheme: SchemeName
@@ -120,6 +123,7 @@ class Recipe(Data):
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
+    calibrate_all_experts: bool = False
 
     @property
     def linear_scheme(self) -> Scheme:

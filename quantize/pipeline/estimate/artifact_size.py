@@ -22,6 +22,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.graph.shapes import ShapeInfo
+from quantize.nn.quantized_experts import QuantizedExperts, quantized_product
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes.base import LinearContext
 from quantize.pipeline.held_out import HeldOutRows
@@ -59,12 +60,12 @@ class ArtifactEstimate:
         return {name: torch.empty(shape, dtype=self.dtypes[name], device="meta") for name, shape in shapes.items()}
 
     @functools.cached_property
-    def modules(self) -> dict[str, QuantizedLinear]:
+    def modules(self) -> dict[str, QuantizedLinear | QuantizedExperts]:
         """The quantized linears on the meta device, by path, as far as they do not depend on data."""
         linears = self.program.all_linears
         return {x.path: self._module(x) for x in linears if x.path in self.plan.schemes}
 
-    def _module(self, linear: Linear) -> QuantizedLinear:
+    def _module(self, linear: Linear) -> QuantizedLinear | QuantizedExperts:
         W, planned = linear.as_out_in(self.parameters[linear.weight]), self.plan.schemes[linear.path]
         input_transform = InputTransform(activations=planned.activations)
         for step in self.plan.steps:
@@ -72,7 +73,8 @@ class ArtifactEstimate:
                 input_transform = step.handler.input_transform(self._linear_context(step, linear, W, input_transform))
         weight = quantize_on_meta(W.shape, W.dtype, planned.weights)
         scheme = Scheme(weights=planned.weights, activations=input_transform.activations)
-        return QuantizedLinear(weight, self.parameters.get(linear.bias or ""), scheme, input_transform.online)
+        bias = self.parameters.get(linear.bias or "")
+        return quantized_product(weight, bias, scheme, input_transform.online, linear.experts, linear.transposed)
 
     def _linear_context(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
         basis = step.bases.reading(linear.weight)

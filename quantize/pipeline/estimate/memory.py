@@ -123,7 +123,10 @@ class MemoryEstimate(ArtifactEstimate):
         return by_input(x for x in self.program.linears(segment) if x.weight in self.plan.reader_schemes)
 
     def _rounding_bytes(self, linears: list[Linear]) -> int:
-        """Return the quantizer's bytes: copies of the weights that share an input, H in float32, drift and input."""
+        """Return the quantizer's bytes: copies of the weights that share an input, H in float32, drift and input.
+
+        Of experts one is rounded at a time.
+        """
         N, K = [self.modules[linear.path].out_features for linear in linears], linears[0].columns
         if not self.plan.quantizer.needs_gram:
             return 2 * max(N) * K
@@ -132,7 +135,8 @@ class MemoryEstimate(ArtifactEstimate):
         rounded = self.plan.schemes[linears[0].path].activations is not None
         seen = 4 * rows * K * (1 + 4 * (float_reference and rounded))
         copies = (3 + float_reference) * sum(N) + max(N) * (1 + 2 * float_reference)
-        return 4 * (1 + float_reference) * K * K + max(4 * K * copies, seen)
+        grams = 2 if linears[0].experts is not None else 1  # an expert's, and that of all rows
+        return 4 * grams * (1 + float_reference) * K * K + max(4 * K * copies, seen)
 
     def hadamards(self) -> Iterator[str]:
         """Yield the sizes of the Hadamard matrices of each pass, in lines."""

@@ -90,7 +90,7 @@ def find_prefix(
     runner, masks = SequentialRunner(program, batches), [torch.zeros_like(ids, dtype=torch.bool) for ids in batches]
     for segment in track(program.segments, "looking for massive activations in", lambda s: s.name, console):
         state = Overrides({name: checkpoint.tensor(name).float() for name in segment.parameters})
-        linears = [x for x in program.linears(segment) if rows_are_tokens(program, x.source)]
+        linears = [x for x in program.linears(segment) if x.experts is None and rows_are_tokens(program, x.source)]
         for sharing in runner.advance_to_linears(segment, state, linears):
             flag_tokens(runner, sharing[0].source, masks)
         for node in hidden_states(program, segment):

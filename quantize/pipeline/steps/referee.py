@@ -14,6 +14,7 @@ from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
 from quantize.pipeline.held_out_runs import HeldOutRuns
+from quantize.pipeline.steps.expert_rows import ExpertRows
 from quantize.quantizers.rtn import RoundToNearest
 
 
@@ -26,7 +27,7 @@ class Referee:
 
     def __init__(self, program: Program, held_out: HeldOutRuns, prefix: PrefixTokens, judges: bool) -> None:
         """Start where the rows are; a referee that does not judge has no rows."""
-        self.held_out, self.rest = held_out, prefix.rest
+        self.program, self.held_out, self.rest = program, held_out, prefix.rest
         self.quantized, self.float_model = (
             SequentialRunner.of(program, runner.values if judges else ())
             for runner in (held_out.quantized, held_out.float_model)
@@ -47,15 +48,39 @@ class Referee:
         pairs = [
             (found.quantized(self.rest(x)), found.rotate(self.rest(y))) for x, y in zip(inputs, expected, strict=True)
         ]
-        return [self._nearer(linear, block, weight, pairs) for linear, weight in zip(part, weights, strict=True)]
+        return [
+            self._nearer(linear, linear.path, block, block.weight(linear), weight, pairs)
+            for linear, weight in zip(part, weights, strict=True)
+        ]
 
-    def _nearer(self, linear: Linear, block: Block, weight: QTensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> QTensor:
-        W, args, dtype = block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight]
+    def choose_expert(
+        self, part: Sequence[Linear], block: Block, expert: int, weights: Sequence[QTensor]
+    ) -> list[QTensor]:
+        """Return what `choose` returns, for the weights [N, K] of one expert of each linear, on its rows."""
+        if not self.quantized.values:
+            return list(weights)
+        rows = ExpertRows(self.program, part[0], self.quantized.values, self.float_model.values)
+        pairs, found = list(rows.of(expert, block.input_transforms[part[0]])), list[QTensor]()
+        for linear, weight in zip(part, weights, strict=True):
+            W = block.weight(linear).unflatten(0, (linear.experts or 1, -1))[expert]
+            found.append(self._nearer(linear, f"{linear.path}.{expert}", block, W, weight, pairs))
+        return found
+
+    def _nearer(
+        self,
+        linear: Linear,
+        path: str,
+        block: Block,
+        W: Tensor,
+        weight: QTensor,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+    ) -> QTensor:
+        args, dtype = block.schemes[linear].weights, block.dtypes[linear.weight]
         plain = RoundToNearest().quantize(W, args, None, dtype)
         errors = [sum(error(x, y, weight.dequantize(), W) for x, y in pairs) for weight in (plain, weight)]
         if errors[1] <= errors[0]:
             return weight
-        self.held_out.rounded_plainly.append(linear.path)
+        self.held_out.rounded_plainly.append(path)
         return plain
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -16,12 +17,12 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, free_replaced
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.pipeline.block import Block
+from quantize.pipeline.block import Block, Product
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
+from quantize.pipeline.steps.block_experts import BlockExperts
 from quantize.pipeline.steps.referee import Referee
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
@@ -36,6 +37,7 @@ class WeightRounder:
         program, plan, context: the program, the plan and the context of the run.
         calibration, float_reference: the activations of the quantized and of the float model.
         held_out: rows on which rounding by calibration data must lose less than plain rounding.
+        expert_tokens: how many tokens of the calibration data each expert saw, by the path of the experts.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class WeightRounder:
     calibration: SequentialRunner
     float_reference: SequentialRunner
     held_out: HeldOutRuns
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
@@ -62,6 +65,17 @@ class WeightRounder:
             free_replaced(self.program, state, (linear.weight for linear in quantized))
         targets = [linear for linear in block.schemes if linear not in quantized]
         referee = Referee(self.program, self.held_out, self.context.prefix, self.plan.quantizer.needs_gram)
+        experts = BlockExperts(
+            self.program,
+            self.plan,
+            self.context,
+            self.calibration,
+            self.float_reference,
+            block,
+            (state, reference),
+            referee,
+            self.expert_tokens,
+        )
         for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
             self.float_reference.advance_to_linears(block.segment, reference, targets, finish or keep),
@@ -70,18 +84,24 @@ class WeightRounder:
             strict=True,
         ):
             for part in self.rounded_together(sharing, block):
-                rounded = self.quantize(part, block, state, reference)
-                weights = referee.choose(part, block, rounded, state, reference)
+                if part[0].experts is None:
+                    rounded = self.quantize(part, block, state, reference)
+                    weights = referee.choose(part, block, rounded, state, reference)
+                else:
+                    with naming(part):
+                        weights = experts.quantize(part)
                 for linear, weight in zip(part, weights, strict=True):
                     module = block.quantize(linear, weight, self.context.prefix)
                     quantized[linear] = module
                     state.linears.update(dict.fromkeys(linear.calls, module))
+                with naming(part):
+                    experts.quantize_ahead(part)
                 if not keep:
                     free_replaced(self.program, state, (linear.weight for linear in part))
             trim_heap()
         return replace(block, quantized=quantized)
 
-    def _rounded_head(self, linear: Linear, block: Block) -> QuantizedLinear:
+    def _rounded_head(self, linear: Linear, block: Block) -> Product:
         """Round the linear that scores the vocabulary to nearest, whatever the quantizer, as its columns cost too much.
 
         Every rank rounds all of it, which takes no longer than to send a part of it.
@@ -151,11 +171,18 @@ class WeightRounder:
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
         mine = [W[ranks.shard_slice(len(W))] for W in weights] if splits else weights
-        try:
+        with naming(part):
             found = quantizer.quantize_weights(mine, args, gram, dtype, block.product_dtype)
-        except QuantizeError as error:
-            raise QuantizeError(f"{', '.join(linear.path for linear in part)}: {error}") from None
         if not splits:
             return found
         shares = ranks.gather([weight.tensors() for weight in found])
         return [weight.cat_rows(of_all) for weight, of_all in zip(found, zip(*shares, strict=True), strict=True)]
+
+
+@contextlib.contextmanager
+def naming(linears: Sequence[Linear]) -> Iterator[None]:
+    """Name the linears in an error about them."""
+    try:
+        yield
+    except QuantizeError as error:
+        raise QuantizeError(f"{', '.join(linear.path for linear in linears)}: {error}") from None

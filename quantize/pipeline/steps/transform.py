@@ -163,8 +163,12 @@ def with_folds(block: Block, sites: equivalence.Sites, touched: Sequence[Basis])
 
 
 def input_hooks(block: Block, prefix: PrefixTokens) -> dict[Linear, Callable[[Tensor], Tensor]]:
-    """Return for each linear a function from its input to what the weight meets, without the rows of the prefix."""
+    """Return for each linear a function from its input to what the weight meets, without the rows of the prefix.
+
+    The rows of experts are in another order, so that those of the prefix are among them.
+    """
     return {
-        linear: lambda x, found=found: found.transform(prefix.rest(x))  # type: ignore[misc]
+        linear: lambda x, found=found, rest=rest: found.transform(rest(x))  # type: ignore[misc]
         for linear, found in block.input_transforms.items()
+        for rest in [prefix.rest if linear.experts is None else PrefixTokens().rest]
     }

@@ -14,8 +14,9 @@ from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, Values, run_node, run_nodes
 from quantize.graph.program import Program, Segment
+from quantize.nn.quantized_experts import by_expert
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.pipeline.block import Block
+from quantize.pipeline.block import Block, Product
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.rng import derived_generator
@@ -26,13 +27,13 @@ CELL = 0.49  # in steps: a weight starts at most this far from its rounded value
 
 
 class STELinear(nn.Module):
-    """A quantized linear whose values are rounded from learned real numbers u, which count steps of the format.
+    """A quantized linear, or experts, whose values are rounded from learned numbers u, in steps of the format.
 
     Gradients pass every rounding unchanged (straight-through, Bengio et al. 2013, arXiv 1308.3432). Scales, zero points
     and the bias are not learned.
     """
 
-    def __init__(self, done: QuantizedLinear, W: Tensor) -> None:
+    def __init__(self, done: Product, W: Tensor) -> None:
         super().__init__()
         self.done, weight = done, done.qtensor()
         scale, z = weight.unpack_scale().float(), weight.zero_point
@@ -49,12 +50,18 @@ class STELinear(nn.Module):
         t = self.u * self.number_format.step
         return straight_through(t, self.number_format.round(t, self.done.scheme.weights))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., K] to [..., N] in fake quantization."""
+    def forward(self, x: Tensor, offs: Tensor | None = None) -> Tensor:
+        """Map [..., K] to [..., N] in fake quantization, the rows of experts as `QuantizedExperts` does."""
         W = (self.values() - self.zero_point) * self.scale
-        return nn.functional.linear(
-            straight_through(self.done.transform(x), self.done.fake_input(x)), W, self.done.bias
-        )
+        if isinstance(self.done, QuantizedLinear):
+            return fake_linear(self.done, x, W)
+        experts, parts = self.done, W.unflatten(0, (self.done.count, -1))
+        return by_expert(x, offs, lambda e, rows: fake_linear(experts.expert(e), rows, parts[e]), experts.out_features)
+
+
+def fake_linear(done: QuantizedLinear, x: Tensor, W: Tensor) -> Tensor:
+    """Multiply x [..., K] as it reaches a quantized linear's product with W [N, K], with gradients to both."""
+    return nn.functional.linear(straight_through(done.transform(x), done.fake_input(x)), W, done.bias)
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
