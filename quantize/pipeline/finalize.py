@@ -44,7 +44,10 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
-    judged = held_out_record(blocks.held_out, prepared.samples)
+    found = {
+        "held_out": held_out_record(blocks.held_out, prepared.samples),
+        "rounded_without_data": blocks.held_out.rounded_without_data,
+    }
     checkpoint.seen.require_all_same()
     return writer.commit(
         {
@@ -57,7 +60,7 @@ def finish(
             "online": blocks.pass_runner.changed,
             "parity": proof,
             "untied": blocks.ties.untied,
-            **{name: record for name, record in (data | {"held_out": judged}).items() if record},
+            **{name: record for name, record in (data | found).items() if record},
             "coverage": coverage(plan, blocks),
             "body": plan.body.record(),
             "quantization": settings,
