@@ -147,7 +147,7 @@ class QuantizedLinear(nn.Module):
             name: buffer.restored() if isinstance(buffer, FP8Bytes) else buffer
             for name, buffer in state["_buffers"].items()
         }
-        super().__setstate__(state | {"_buffers": buffers})
+        super().__setstate__(state | {"_buffers": buffers})  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

@@ -165,7 +165,7 @@ def seen(statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
     Raises:
         QuantizeError: a number is not finite; the message names the weight and the value.
     """
-    found = {}
+    found: dict[str, Statistic] = {}
     for name, statistic in statistics.items():
         try:
             found |= {name: statistic} if statistic.check() is not None else {}
