@@ -56,6 +56,10 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
+fuzz: $(VENV)/installed
+	$(PYTHON) -m benchmarks.fuzz $(ARGS)
+
 # Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
 test: lint
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
@@ -83,4 +87,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets lint test test-all format
+.PHONY: bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format

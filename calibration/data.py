@@ -198,7 +198,7 @@ def read_text(path: Path, file: HashedFile, seqlen: int, tokenize: Tokenize | No
         del ids[: windows * room]
     if total < room:
         raise QuantizeError(
-            f"{path} holds {total + len(leading)} tokens, less than one window of {seqlen}; "
+            f"{path} holds {total and total + len(leading)} tokens, less than one window of {seqlen}; "
             "give more text or a smaller --seqlen"
         )
 

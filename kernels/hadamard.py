@@ -34,7 +34,7 @@ def hadamard_transform(x: Tensor, size: int, stride: int = 1) -> Tensor:
     return kronecker_transform(x, a, b, stride)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def constant_factor(n: int, number: int) -> list[list[float]]:
     """Return one of the `hadamard_factors` to a compiler, which takes these numbers as constants."""
     rows: list[list[float]] = hadamard_factors(n)[number].tolist()

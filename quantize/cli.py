@@ -51,7 +51,11 @@ PATH = click.Path(path_type=Path)
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
-@click.option("--strict", is_flag=True, help="Exit with 1 if plain rounding turns out to lose no more.")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 1 if plain rounding turns out to lose no more, or was all that could be done somewhere.",
+)
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")

@@ -15,7 +15,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor, nn
 
 from quantize.checkpoint.size_limits import bounded
-from quantize.errors import QuantizeError, UsageError, reason, shown
+from quantize.errors import LONGEST, QuantizeError, UsageError, reason
 
 
 def build_skeleton(config: dict[str, Any], files: Mapping[str, Path] | None = None) -> nn.Module:
@@ -67,8 +67,8 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
     cls = getattr(transformers, architecture, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UsageError(
-            f"transformers {transformers.__version__} has no {shown(architecture)}, and code that models bring is not "
-            "run"
+            f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, "
+            "and code that models bring is not run"
         )
     return cls
 

@@ -129,7 +129,7 @@ def read_rows(path: Path, name: str, first: int = 0, count: int | None = None) -
     offset = header.start + entry.data_offsets[0] + first * math.prod(shape[1:]) * dtype.itemsize
     try:
         with path.open("rb", buffering=0) as file:
-            whole = read_into(file, offset, memoryview(raw.numpy()))
+            whole = read_into(file, offset, raw.numpy().data)
     except OSError as error:
         raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
     if not whole:

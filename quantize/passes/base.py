@@ -60,15 +60,17 @@ class BasisContext:
                 yield self.statistics.get(edge.parameter), W, edge.index.to(W.device), self.schemes.get(edge.parameter)
 
     def inputs(self) -> Tensor:
-        """Return rows of the basis' channels [rows, dim], from `Rows` of the inputs of all linears that read it."""
-        return torch.cat(
-            [
-                self.statistics[edge.parameter].value[:, index]
-                for edge in self.basis.readers
-                if edge.parameter in self.statistics
-                for index in edge.index
-            ]
-        )
+        """Return rows of the basis' channels [rows, dim], from `Rows` of the inputs of all linears that read it.
+
+        If no row has reached any of them, it is one row of zeros.
+        """
+        found = [
+            self.statistics[edge.parameter].value[:, index]
+            for edge in self.basis.readers
+            if edge.parameter in self.statistics
+            for index in edge.index
+        ]
+        return torch.cat(found) if found else torch.zeros(1, self.basis.dim)
 
 
 @dataclass(frozen=True)

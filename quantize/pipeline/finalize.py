@@ -44,7 +44,11 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
-    judged, tokens = held_out_record(blocks.held_out, prepared.samples), blocks.rounder.expert_tokens
+    found = {
+        "held_out": held_out_record(blocks.held_out, prepared.samples),
+        "expert_tokens": blocks.rounder.expert_tokens,
+        "rounded_without_data": blocks.held_out.rounded_without_data,
+    }
     checkpoint.seen.require_all_same()
     return writer.commit(
         {
@@ -57,11 +61,7 @@ def finish(
             "online": blocks.pass_runner.changed,
             "parity": proof,
             "untied": blocks.ties.untied,
-            **{
-                name: record
-                for name, record in (data | {"held_out": judged, "expert_tokens": tokens}).items()
-                if record
-            },
+            **{name: record for name, record in (data | found).items() if record},
             "coverage": coverage(plan, blocks),
             "body": plan.body.record(),
             "quantization": settings,

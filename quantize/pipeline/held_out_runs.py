@@ -35,6 +35,7 @@ class HeldOutRuns:
             a model without a vocabulary, for `float`, `plain_rounding` and `quantized`; set after the last block.
         rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
         not_tuned: the blocks that lost less on these rows before they were tuned, and so stayed as they were.
+        rounded_without_data: the paths of linears that no calibration row reached, and so got plain rounding.
     """
 
     program: Program
@@ -46,6 +47,7 @@ class HeldOutRuns:
     scores: Scores = field(default_factory=dict)
     rounded_plainly: list[str] = field(default_factory=list)
     not_tuned: list[str] = field(default_factory=list)
+    rounded_without_data: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         behind = self.prefix.batches(self.given.batches(self.length))

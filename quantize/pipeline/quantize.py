@@ -31,7 +31,7 @@ from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
-from quantize.pipeline.verdict import sentence, unseen_experts
+from quantize.pipeline.verdict import sentence, unseen_experts, warnings
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.scheme.scheme import Engine
 
@@ -52,8 +52,8 @@ class Artifact:
 
     @property
     def warning(self) -> str:
-        """Why the result may not be worth its calibration, as plain rounding is as near to the float model; or ''."""
-        return str(self.manifest.get("held_out", {}).get("warning", ""))
+        """Why the result may not be worth its calibration, as plain rounding is as near or was all there was; or ''."""
+        return "; ".join(warnings(self.manifest))
 
     def summary(self) -> str:
         """Describe in one sentence what was quantized, and how."""
@@ -225,13 +225,12 @@ def run_pipeline(
     manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
     for line in prepared.plan.body.lines() if console is not None else ():
         console.print(line, soft_wrap=True, markup=False)  # type: ignore[union-attr]
-    if console is not None and (record := manifest.get("held_out")):
-        console.print(sentence(record), soft_wrap=True)
-        if record["warning"]:
-            console.print(f"warning: {record['warning']}", soft_wrap=True)
-    unseen = "" if plan.recipe.calibrate_all_experts else unseen_experts(manifest.get("expert_tokens", {}))
-    if console is not None and unseen:
-        console.print(f"warning: {unseen}", soft_wrap=True)
+    if console is not None:
+        if record := manifest.get("held_out"):
+            console.print(sentence(record), soft_wrap=True)
+        unseen = "" if plan.recipe.calibrate_all_experts else unseen_experts(manifest.get("expert_tokens", {}))
+        for warning in [*warnings(manifest), *([unseen] if unseen else [])]:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
     return manifest
 
 

@@ -183,7 +183,12 @@ class SequentialPipeline:
             "sites": [{basis.index: found for basis, found in made.items()} for made in passes.sites],
             "differences": passes.differences,
             "changed": passes.changed,
-            "held_out": [self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned],
+            "held_out": [
+                self.held_out.scores,
+                self.held_out.rounded_plainly,
+                self.held_out.not_tuned,
+                self.held_out.rounded_without_data,
+            ],
             "expert_tokens": self.rounder.expert_tokens,
         }
 
@@ -192,7 +197,8 @@ class SequentialPipeline:
         passes = self.pass_runner
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         self.ties.left_out = state["left_out"]
-        self.held_out.scores, self.held_out.rounded_plainly, self.held_out.not_tuned = state["held_out"]
+        judged = self.held_out
+        judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data = state["held_out"]
         self.rounder.expert_tokens.update(state["expert_tokens"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):

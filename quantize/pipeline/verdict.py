@@ -70,3 +70,14 @@ def sentence(record: Mapping[str, Any]) -> str:
     if "kl" in found:
         return f"{where}: KL {plain['kl']:.4f} by plain rounding, {found['kl']:.4f} as quantized"
     return f"{where}: relative error {plain['error']:.4f} by plain rounding, {found['error']:.4f} as quantized"
+
+
+def warnings(manifest: Mapping[str, Any]) -> list[str]:
+    """Return why a result may not be worth its calibration, in sentences."""
+    found = [str(warning)] if (warning := manifest.get("held_out", {}).get("warning")) else []
+    if paths := manifest.get("rounded_without_data"):
+        found.append(
+            f"no calibration row reached {', '.join(paths)}, so plain rounding was all that could be done there; give "
+            "data that reaches them, or leave them out with --ignore"
+        )
+    return found

@@ -158,6 +158,7 @@ class WeightRounder:
         """Round the weights of linears that see the same input and have the same scheme for weights.
 
         `state` and `reference` are what the quantized and the float model's block run with.
+        Linears that no calibration row reaches, such as experts, are rounded to nearest.
 
         Raises:
             QuantizeError: the quantizer cannot round them; the message names the linears.
@@ -167,6 +168,9 @@ class WeightRounder:
         trim_heap()
         gram = self._gram(first, block, state, reference) if quantizer.needs_gram else None
         trim_heap()
+        if gram is not None and not gram.rows:
+            self.held_out.rounded_without_data += [linear.path for linear in part]
+            return [RoundToNearest().quantize(block.weight(linear), args, None, dtype) for linear in part]
         weights = [block.weight(linear) for linear in part]
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale

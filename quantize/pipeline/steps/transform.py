@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Statistic
+from quantize.errors import QuantizeError
 from quantize.graph.basis import Basis
 from quantize.graph.interpreter import Values
 from quantize.graph.linears import Linear
@@ -109,15 +110,19 @@ class PassRunner:
     def _statistics(
         self, number: int, block: Block, touched: Sequence[Basis], reached: Sequence[Linear]
     ) -> dict[str, Statistic]:
-        """Return the statistics that a pass needs of this block's linear inputs, and those of the whole model."""
-        needs, found = self.plan.steps[number].handler.needs, dict(self.surveys.get(number, {}))
+        """Return the statistics that a pass needs of this block's linear inputs, and those of the whole model.
+
+        A linear that no row has reached has none.
+        """
+        needs = self.plan.steps[number].handler.needs
+        found = seen(self.surveys.get(number, {}))
         if needs is None or (not reached and all(basis in self.sites[number] for basis in touched)):
             return found
         ahead = SequentialRunner.of(self.program, (self._invert(values, number) for values in self.calibration.values))
-        seen = ahead.collect_without_advancing(
+        collected = ahead.collect_without_advancing(
             block.segment, block.overrides(), block.linears, needs, input_hooks(block, self.context.prefix)
         )
-        return found | merged(seen, needs, self.context.ranks)
+        return found | seen(merged(collected, needs, self.context.ranks))
 
     def _invert(self, values: Values, number: int) -> Values:
         """Return values in front of a block, which all steps have transformed, as they were before step `number`."""
@@ -152,6 +157,23 @@ class PassRunner:
                 blame[equivalence.describe_basis(basis)] = difference
         self.differences.setdefault(step.handler.name, {})[segment.name] = found
         equivalence.require_equivalent(step.handler.name, found, allowed, blame, segment)
+
+
+def seen(statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """Return the statistics of linears that rows have reached.
+
+    Raises:
+        QuantizeError: a number is not finite; the message names the weight and the value.
+    """
+    found: dict[str, Statistic] = {}
+    for name, statistic in statistics.items():
+        try:
+            found |= {name: statistic} if statistic.check() is not None else {}
+        except ValueError as error:
+            raise QuantizeError(
+                f"the calibration activations in front of {name} are not finite: {error}; check the model and the text"
+            ) from None
+    return found
 
 
 def with_folds(block: Block, sites: equivalence.Sites, touched: Sequence[Basis]) -> Block:

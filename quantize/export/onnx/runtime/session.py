@@ -88,6 +88,6 @@ def session_of(directory: Path, file: str = "model.onnx") -> onnxruntime.Inferen
     config = read(SessionConfig, directory / "ort_config.json")
     entries = config.session_config_entries | (config.with_vnni if has_exact_int8_gemm() else {})
     try:
-        return open_session(path, dict(entries))
+        return open_session(path, {str(name): value for name, value in entries.items()})
     except Exception as error:  # of onnxruntime's own classes
         raise QuantizeError(f"ONNX Runtime cannot load {path}: {reason(error)}") from None

@@ -1,0 +1,1 @@
+"""Broken files of every kind, read by the commands."""

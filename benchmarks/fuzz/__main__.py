@@ -1,0 +1,164 @@
+"""Thousands of broken files of every kind, each read by a command: `python -m benchmarks.fuzz [N [SEED]]`.
+
+A command ends cleanly if its exit code is 0, 1 or 2 within `SECONDS` and `MEMORY`, without another exception, and if
+nothing half-written is left. The exit code is 1 if one did not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.fuzz.mutations import KINDS, Sound, broken
+from quantize import cli
+from quantize.export.directory import export_artifact
+from quantize.pipeline.quantize import collect_stats, quantize_model
+from quantize.recipe.recipe import load_recipe
+
+MODEL = Path(__file__).resolve().parents[2] / "tests" / "models" / "stories260K"
+SECONDS, MEMORY = 20, 3 << 29  # of a core, and bytes beside what the process had before
+ROWS = '{{"input_ids": [{}]}}\n'
+
+
+class TookTooLongError(BaseException):
+    """Raised in a command that does not end; no library takes it for an error of its own."""
+
+
+@dataclass
+class Tally:
+    """What came of the broken files of one kind; seconds of a core, and bytes beside those before the command."""
+
+    codes: Counter[int] = field(default_factory=Counter)
+    unclean: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    memory: int = 0
+
+
+def sound_files(folder: Path) -> Sound:
+    """Make one sound file or directory of each kind, of one layer of a small model."""
+    model = Path(shutil.copytree(MODEL, folder / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    text = folder / "rows.jsonl"
+    text.write_text("".join(ROWS.format(", ".join(str(1 + (i * j) % 97) for j in range(16))) for i in range(4)))
+    rtn = {"quantizer": {"name": "rtn"}, "passes": [{"name": "smoothquant"}]}
+    small: dict[str, Any] = {"group_size": 0, "nsamples": 2, "seqlen": 16}
+    for name in ("a", "b"):
+        part = folder / f"{name}.jsonl"
+        part.write_text(ROWS.format(", ".join(str(ord(name) + j) for j in range(16))) * 2)
+        collect_stats(model, output=folder / name, recipe=load_recipe("W8A8", rtn, **small), calibration=part)
+    artifact = folder / "artifact"
+    quantize_model(model, output_dir=artifact, scheme="W8A8", recipe=rtn, calibration=text, **small)
+    export_artifact(artifact, "onnx", folder / "onnx")
+    found = {"statistics": folder / "a", "other statistics": folder / "b", "onnx": folder / "onnx"}
+    return found | {"model": model, "text": text, "artifact": artifact}
+
+
+def fuzz(sound: Sound, kinds: Sequence[str], count: int, seed: int, folder: Path) -> dict[str, Tally]:
+    """Break `count` files of each kind and read each."""
+    found = {kind: Tally() for kind in kinds}
+    for kind in kinds:
+        for number in range(count):
+            place = folder / f"{kind}-{number}"
+            place.mkdir()
+            try:
+                arguments = broken(kind, sound, place, random.Random(f"{seed} {kind} {number}"))
+            except (UnicodeEncodeError, RuntimeError):  # what could not be written
+                continue
+            read(arguments, place, found[kind], f"{kind} {number}")
+            shutil.rmtree(place)
+    return found
+
+
+def read(arguments: list[str], place: Path, tally: Tally, name: str) -> None:
+    """Run one command in this process, and note what came."""
+    why, output, before, started = "", io.StringIO(), reset_peak(), time.process_time()
+    try:
+        with time_limit(SECONDS), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            sys.argv = ["quantize-model", *arguments]
+            cli.main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+        tally.codes[code] += 1
+        why = "" if code in (0, 1, 2) else f"exit code {code}"
+    except TookTooLongError:
+        why = f"no end in {SECONDS} s of a core"
+    except BaseException as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}: {str(error)[:90]}"
+    seconds, memory = time.process_time() - started, peak() - before
+    tally.seconds, tally.memory = max(tally.seconds, seconds), max(tally.memory, memory)
+    left = [path.name for path in place.iterdir() if path.name.startswith(".")]
+    why = why or (f"left {left[0]}" if left else "") or (f"took {memory:,} bytes" if memory > MEMORY else "")
+    if why:
+        tally.unclean.append(f"{name}: {why}")
+        print(tally.unclean[-1], file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise `TookTooLongError` after so many seconds of a core."""
+
+    def late(*_: object) -> None:
+        raise TookTooLongError
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def reset_peak() -> int:
+    """Let the peak of this process's memory begin anew, and return what it has now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """Return the peak of this process's memory, in bytes."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def table(found: dict[str, Tally]) -> Table:
+    """Return the counts, the peak memory and the longest time of each kind."""
+    made = Table("kind", "files", "exit 0", "exit 1", "exit 2", "unclean", "longest, s", "peak, MB")
+    for kind, tally in found.items():
+        codes, unclean = tally.codes, len(tally.unclean)
+        counts = (sum(codes.values()), codes[0], codes[1], codes[2], unclean)
+        made.add_row(kind, *map(str, counts), f"{tally.seconds:.1f}", f"{tally.memory / 1e6:.0f}")
+    return made
+
+
+def main() -> None:
+    """Fuzz every kind, and print the table."""
+    given = [int(x) for x in sys.argv[1:]]
+    total, seed = given[0] if given else 10_000, given[1] if len(given) > 1 else 0
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "broken").mkdir()
+        found = fuzz(sound_files(place), KINDS, -(-total // len(KINDS)), seed, place / "broken")
+    Console().print(table(found))
+    sys.exit(any(tally.unclean for tally in found.values()))
+
+
+if __name__ == "__main__":
+    main()
