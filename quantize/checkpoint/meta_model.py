@@ -25,11 +25,19 @@ def build_skeleton(config: dict[str, Any]) -> nn.Module:
         )
     try:
         with init_empty_weights(include_buffers=False):
-            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(config))  # type: ignore[attr-defined]
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(with_floats(config)))  # type: ignore[attr-defined]
     except Exception as error:  # validators and constructors by many authors raise anything
         raise UsageError(f"the config does not build a {architecture}: {reason(error)}") from None
     model.tie_weights()
     return model  # type: ignore[no-any-return]
+
+
+def with_floats(value: Any) -> Any:
+    """Return JSON with the floats that JSON has no word for; transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        special = value.get("__float__") if len(value) == 1 else None
+        return float(special) if isinstance(special, str) else {key: with_floats(item) for key, item in value.items()}
+    return [with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

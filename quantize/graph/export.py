@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +19,7 @@ from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import find_linear
+from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
@@ -42,6 +44,15 @@ def export_program(skeleton: nn.Module) -> Program:
         shapes = {**dynamic, **dict.fromkeys(switches)}
         with quiet():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+            lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+            if any(exported.constants[name].is_meta for name in lifted):
+                # a tensor of numbers that `forward` makes keeps them on the CPU alone, where no page is ever touched
+                skeleton.to_empty(device="cpu")
+                on_cpu = {
+                    k: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x for k, x in example.items()
+                }
+                exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
+                skeleton.to("meta")
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
     use_first_paths(exported, skeleton)
@@ -128,6 +139,7 @@ def from_exported(
     drop_assertions(module)
     name_device(module, torch.device("cpu"))
     count_in_floats(module)
+    write_as_linears(module, {n for n in module.graph.nodes if n.name in signature.inputs_to_parameters})
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
     read = {name for node, name in parameters.items() if node.users}
