@@ -42,7 +42,7 @@ def export_program(skeleton: nn.Module) -> Program:
         example = {name: found.example for name, found in inputs.items()} | switches
         dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
         shapes = {**dynamic, **dict.fromkeys(switches)}
-        with quiet():
+        with quiet(), plain_encoder_layers():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
             lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
             if any(exported.constants[name].is_meta for name in lifted):
@@ -100,6 +100,17 @@ def untie(model: nn.Module) -> dict[str, tuple[str, ...]]:
         setattr(model.get_submodule(parent), leaf, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
     own = dict(model.named_parameters())
     return {name: tuple(other for other in names if other in own) for name, names in ties.items() if name in own}
+
+
+@contextlib.contextmanager
+def plain_encoder_layers() -> Iterator[None]:
+    """Let `nn.TransformerEncoder` call its modules, in place of one operator that is all of a layer."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

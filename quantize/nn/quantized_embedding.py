@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import CachedQTensor, QTensor
+from quantize.graph.weight_attributes import WeightAttributes
 from quantize.scheme.scheme import TABLE_SCHEME
 
 
@@ -45,9 +46,9 @@ class QuantizedEmbedding(nn.Embedding):
         return look_up(self.qweight, self.scale, ids)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """A tensor without values, for callers that ask for the table's shape or dtype."""
-        return torch.empty(self.qweight.shape, dtype=self.scale.dtype, device="meta")
+    def weight(self) -> WeightAttributes:  # type: ignore[override]
+        """The dtype, device and shape of the table, as some models ask for them before they look up."""
+        return WeightAttributes(self.scale.dtype, self.qweight.device, tuple(self.qweight.shape))
 
     def dequantize(self, dtype: torch.dtype) -> None:
         """Hold the table in floating point from now on, with its values rounded to `dtype`."""

@@ -12,6 +12,8 @@ from quantize.checkpoint.meta_model import with_floats
 from quantize.graph.export import export_program
 from quantize.graph.fallback.program import LinearsOnlyProgram, make_program
 from quantize.graph.interpreter import Overrides, run_nodes, start
+from quantize.graph.linears import NOT_ALONE
+from quantize.graph.weight_attributes import WeightAttributes
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -92,3 +94,73 @@ def test_floats_that_json_has_no_word_for():
         "limit": [0.0, float("inf")],
         "inner": {"low": float("-inf"), "a": {"b": 1}},
     }
+
+
+class Asks(nn.Module):
+    """Asks something of a weight before it calls the linear."""
+
+    def __init__(self, ask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head, self.ask = nn.Embedding(512, 16), nn.Linear(16, 512), ask
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, ids):
+        x = self.table(ids.to(self.table.weight.device))
+        y = torch.relu(self.up(x))
+        return self.head(x + self.ask(self.down, y))
+
+
+def attributes(down, y):
+    return down(y.to(down.weight.dtype).to(down.weight.device)[..., : down.weight.shape[1]])
+
+
+def is_cast(down, y):
+    same = not isinstance(down.weight, torch.Tensor) or y.dtype == down.weight.dtype
+    return down(y if same else y.to(down.weight.dtype))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ask", [attributes, is_cast])
+def test_a_model_may_ask_for_the_dtype_and_the_device_of_a_weight(small_run, ask):
+    artifact = small_run(Asks(ask), "W8A8")
+    assert "down" in artifact.manifest["quantization"]["modules"]
+    assert "table" in artifact.manifest["quantization"]["tables"]
+    expected, found = Asks(ask)(IDS), load(artifact.directory, skeleton=Asks(ask))(IDS)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda down, y: y @ down.weight.T,
+        lambda down, y: down(y) + 0 * down.weight.sum(),
+        lambda down, y: down(y) + 0 * torch.sum(down.weight),
+        lambda down, y: down(y) + 0 * down.weight[0, 0],
+    ],
+)
+def test_a_weight_whose_values_are_read_stays(ask):
+    program = export_program(Asks(ask))
+    assert "down" not in {linear.path for linear in program.all_linears}
+
+
+def test_a_weight_without_values_says_so():
+    weight = WeightAttributes(torch.float32, torch.device("cpu"), (2, 3))
+    with pytest.raises(TypeError, match="the weight of a quantized linear has no values for linear"):
+        nn.functional.linear(torch.zeros(3), weight)
+
+
+@torch.no_grad()
+def test_the_linears_of_an_encoder_layer_are_quantized(small_run):
+    def build():
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return Model(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)).eval()
+
+    artifact = small_run(build(), "W8A8")
+    modules = artifact.manifest["quantization"]["modules"].keys()
+    assert {f"between.layers.{i}.linear{n}" for i in (0, 1) for n in (1, 2)} <= modules
+    coverage = artifact.manifest["coverage"]
+    assert coverage["between.layers.0.self_attn.in_proj_weight"] == NOT_ALONE
+    expected, found = build()(IDS), load(artifact.directory, skeleton=build())(IDS)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
