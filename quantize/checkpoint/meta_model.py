@@ -32,7 +32,7 @@ def build_skeleton(config: dict[str, Any], files: Mapping[str, Path] | None = No
     cls, bounds = model_class(config), contextlib.nullcontext() if files is None else bounded(files)
     try:
         with bounds, init_empty_weights(include_buffers=False), offline():
-            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(without_kernels(config)))  # type: ignore[attr-defined]
+            model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(with_floats(without_kernels(config))))  # type: ignore[attr-defined]
     except OfflineModeIsEnabled:
         raise UsageError(
             f"the config of the {cls.__name__} names a part that lies on the hub, such as its `backbone`, and a local "
@@ -88,6 +88,14 @@ def without_kernels(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_kernels(x) for k, x in value.items() if not str(k).endswith("_implementation")}
     return value
+
+
+def with_floats(value: Any) -> Any:
+    """Return JSON with the floats that JSON has no word for; transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        special = value.get("__float__") if len(value) == 1 else None
+        return float(special) if isinstance(special, str) else {key: with_floats(item) for key, item in value.items()}
+    return [with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def assign_and_tie(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

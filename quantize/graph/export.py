@@ -19,6 +19,7 @@ from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import find_linear
+from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
@@ -41,8 +42,17 @@ def export_program(skeleton: nn.Module) -> Program:
         example = {name: found.example for name, found in inputs.items()} | switches
         dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
         shapes = {**dynamic, **dict.fromkeys(switches)}
-        with quiet():
+        with quiet(), plain_encoder_layers():
             exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+            lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+            if any(exported.constants[name].is_meta for name in lifted):
+                # a tensor of numbers that `forward` makes keeps them on the CPU alone, where no page is ever touched
+                skeleton.to_empty(device="cpu")
+                on_cpu = {
+                    k: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x for k, x in example.items()
+                }
+                exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
+                skeleton.to("meta")
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(reason(error)) from error
     use_first_paths(exported, skeleton)
@@ -93,6 +103,17 @@ def untie(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 @contextlib.contextmanager
+def plain_encoder_layers() -> Iterator[None]:
+    """Let `nn.TransformerEncoder` call its modules, in place of one operator that is all of a layer."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence other libraries' warnings, and the graph that a failing exporter prints, since nobody can act on them."""
     before = logging.root.manager.disable
@@ -129,6 +150,7 @@ def from_exported(
     drop_assertions(module)
     name_device(module, torch.device("cpu"))
     count_in_floats(module)
+    write_as_linears(module, {n for n in module.graph.nodes if n.name in signature.inputs_to_parameters})
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
     read = {name for node, name in parameters.items() if node.users}

@@ -27,7 +27,8 @@ from quantize.graph.linears import (
 )
 from quantize.graph.rules.table import name_of
 
-MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default}
+MOVES = {ATEN.transpose.int, ATEN.slice.Tensor, ATEN.clone.default, ATEN.detach.default, ATEN.alias.default}
+MOVES |= {getattr(ATEN.to, name) for name in ("dtype", "dtype_layout", "device", "other")} | {ATEN._to_copy.default}
 
 
 @dataclass(frozen=True)

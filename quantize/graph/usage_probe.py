@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quantize.graph.linears import Linear
+from quantize.graph.weight_attributes import WeightAttributes
 
 KNOWN = ("in_features", "out_features", "bias")  # attributes that a quantized linear has, too
 
@@ -21,7 +22,7 @@ class StandIn(nn.Module):
 
     def __init__(self, original: nn.Module, rows: int) -> None:
         super().__init__()
-        self.__dict__.update(original=original, rows=rows, asked=False)
+        self.__dict__.update(original=original, rows=rows, asked=False, shown=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
@@ -29,8 +30,23 @@ class StandIn(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["original"], name)
+        if name == "weight" and isinstance(value, Tensor):
+            self.__dict__["shown"] = True
+            return WatchedWeight(self.__dict__, value.dtype, value.device, tuple(value.shape))
         self.__dict__["asked"] |= name not in KNOWN
         return value
+
+
+class WatchedWeight(WeightAttributes):
+    """The attributes of a weight, which note when anything else is asked of it."""
+
+    def __init__(self, notes: dict[str, Any], *attributes: Any) -> None:
+        super().__init__(*attributes)
+        self.notes = notes
+
+    def __getattr__(self, name: str) -> Any:
+        self.notes["asked"] = True
+        raise AttributeError(name)
 
 
 class LookUp(nn.Embedding):
@@ -68,10 +84,13 @@ def read_past_forward(model: nn.Module, linears: Iterable[Linear], given: Mappin
     """
     rows = {linear.path: (linear.weight, int(linear.node.meta["val"].shape[-1])) for linear in linears}
     stand_ins = {path: StandIn(model.get_submodule(path), size) for path, (_, size) in rows.items()}
+    finished = False
     with contextlib.ExitStack() as put_back, contextlib.suppress(Exception):  # some code needs values
         for path, stand_in in stand_ins.items():
             put_back.callback(model.set_submodule, path, stand_in.original)
             model.set_submodule(path, stand_in)
         mode = put_back.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # makes such code do without values
         model(**{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in given.items()})
-    return frozenset(weight for path, (weight, _) in rows.items() if stand_ins[path].asked)
+        finished = True
+    asked = {path for path, found in stand_ins.items() if found.asked or (found.shown and not finished)}
+    return frozenset(weight for path, (weight, _) in rows.items() if path in asked)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantize.errors import QuantizeError
 from quantize.formats.qtensor import CachedQTensor, QTensor
+from quantize.graph.weight_attributes import WeightAttributes
 from quantize.scheme.scheme import TABLE_SCHEME
 
 
@@ -30,17 +31,6 @@ class Lookup:
         return look_up(qweight, self.scale.float(), ids)
 
 
-class NoValues(Tensor):
-    """A tensor on the meta device that tells another one, to which models move what they look up."""
-
-    place: torch.device
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """Where the values would be."""
-        return self.place
-
-
 class QuantizedEmbedding(nn.Embedding):
     """An `nn.Embedding` whose table is `qweight` int8 [V, K] · `scale` [V, 1]; a lookup dequantizes the rows it reads.
 
@@ -56,11 +46,9 @@ class QuantizedEmbedding(nn.Embedding):
         return look_up(self.qweight, self.scale, ids)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """A tensor without values, for callers that ask for the table's shape, dtype or device."""
-        found = torch.empty(self.qweight.shape, dtype=self.scale.dtype, device="meta").as_subclass(NoValues)
-        found.place = self.scale.device
-        return found
+    def weight(self) -> WeightAttributes:  # type: ignore[override]
+        """The dtype, device and shape of the table, as some models ask for them before they look up."""
+        return WeightAttributes(self.scale.dtype, self.qweight.device, tuple(self.qweight.shape))
 
     def dequantize(self, dtype: torch.dtype) -> None:
         """Hold the table in floating point from now on, with its values rounded to `dtype`."""

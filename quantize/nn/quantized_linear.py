@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantize.formats.fake_quantize import fake_quantize, quantizer_arguments
 from quantize.formats.qtensor import CachedQTensor, QTensor
+from quantize.graph.weight_attributes import WeightAttributes
 from quantize.kernels.ops import quantized_linear, runtime_smooth_linear
 from quantize.nn.cpu_engine import (
     LAST_INPUT,
@@ -45,6 +46,13 @@ class QuantizedLinear(QuantizedWeight):
         self._packed: Operands | None = None
         self._held: FloatWeight | None = None
         self._unpacked: QTensor | None = None
+
+    @property
+    def weight(self) -> WeightAttributes:
+        """The dtype, device and shape [N, K] of the weight, as some models ask for them before they call a linear."""
+        floats = (x.dtype for x in (self.bias, self.scale, self.global_scale) if x is not None)
+        dtype = next((found for found in floats if found.is_floating_point and found.itemsize > 1), torch.float32)
+        return WeightAttributes(dtype, self.qweight.device, (self.out_features, self.in_features))
 
     def qtensor(self) -> QTensor:
         """Return the buffers as they are now, in one piece."""

@@ -62,7 +62,7 @@ def prepare(
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
     inputs = example_inputs(skeleton)
-    program = make_program(checkpoint, skeleton)
+    program = make_program(checkpoint, skeleton, recipe.seqlen)
     plan = make_plan(recipe, program)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:

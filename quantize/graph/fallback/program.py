@@ -23,6 +23,7 @@ from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain
 from quantize.graph.fallback.probe import vocabulary, weights_read
 from quantize.graph.inputs import BATCH, example_inputs
 from quantize.graph.linears import LINEAR, READ_ITSELF
+from quantize.graph.other_sizes import check_length
 from quantize.graph.program import Program, Segment
 
 KEPT_ROWS = 32  # rows of each linear's output to compare; all rows of all linears would not fit into memory
@@ -56,18 +57,22 @@ class LinearsOnlyProgram(Program):
         return [path for i, path in enumerate(self.paths) if not any(map(len, outputs[i :: len(self.paths)]))]
 
 
-def make_program(checkpoint: Checkpoint, skeleton: nn.Module) -> Program:
+def make_program(checkpoint: Checkpoint, skeleton: nn.Module, length: int | None = None) -> Program:
     """Return the exported graph of a model, or its linears alone if the exporter refuses it.
 
     Args:
         checkpoint: the model.
         skeleton: what `checkpoint.skeleton()` returned; it is changed in place.
+        length: the number of tokens that the graph must hold for; None for any.
 
     Raises:
         ExportError: the exporter refuses the model, and it has no linear.
     """
     try:
-        return export.export_program(skeleton)
+        program = export.export_program(skeleton)
+        if length is not None:
+            check_length(program, example_inputs(skeleton), length)
+        return program
     except ExportError as refusal:
         program = unexported_program(checkpoint, refusal.reason)
         if not program.segments:
