@@ -43,7 +43,7 @@ def transposed(node: object, parameters: Collection[fx.Node]) -> fx.Node | None:
     weight, *how = node.args
     axes = sorted(how) if len(how) == 2 else how  # type: ignore[type-var]
     known = weight in parameters and weight.meta["val"].dim() == 2  # type: ignore[union-attr]
-    return weight if known and tuple(axes) == TRANSPOSED[node.target] else None  # type: ignore[return-value,index]
+    return weight if known and tuple(axes) == TRANSPOSED[node.target] else None  # type: ignore[return-value]
 
 
 def bias_of(

@@ -192,8 +192,7 @@ def test_rows_are_scaled_as_the_class_does(small_run, tmp_path):
     embed = loaded.model.embed_tokens
     table = embed.qweight * embed.scale
     torch.testing.assert_close(embed(ids), table[ids] * 32**0.5)
-    assert embed.weight.shape == (512, 32) and embed.weight.is_meta
-    assert embed.weight.device == embed.qweight.device  # to which some models move the ids
+    assert embed.weight.shape == (512, 32) and embed.weight.device.type == "cpu"
     before = embed(ids)
     embed.dequantize(torch.float32)
     assert type(embed) is type(model.model.embed_tokens)
