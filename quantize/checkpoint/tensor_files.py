@@ -12,6 +12,18 @@ from quantize.checkpoint.untrusted_files import weight_files
 from quantize.errors import QuantizeError
 
 CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
@@ -63,3 +75,13 @@ def require_finite(name: str, x: Tensor, file: Path | None = None) -> Tensor:
 def is_finite(x: Tensor) -> bool:
     """Return whether no number in x is infinite or NaN; either would be among the extremes of x."""
     return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
+def header_tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor of the shape and dtype that a file's header gives for a name, on the meta device."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            found = opened.get_slice(name)
+            return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device="meta")
+    except UNREADABLE as error:
+        raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
