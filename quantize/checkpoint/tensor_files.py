@@ -7,23 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantize.checkpoint.safetensors_reader import read_header, read_rows
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.untrusted_files import weight_files
 from quantize.errors import QuantizeError
 
 CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 
 
 def index_tensors(directory: Path, leave_out: str = "") -> dict[str, Path]:
@@ -79,9 +67,7 @@ def is_finite(x: Tensor) -> bool:
 
 def header_tensor(path: Path, name: str) -> Tensor:
     """Return a tensor of the shape and dtype that a file's header gives for a name, on the meta device."""
-    try:
-        with safe_open(path, framework="pt") as opened:
-            found = opened.get_slice(name)
-            return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device="meta")
-    except UNREADABLE as error:
-        raise QuantizeError(f"{name} cannot be read from {path} ({error})") from None
+    entry = read_header(path).entries.get(name)
+    if entry is None:
+        raise QuantizeError(f"{path} holds no {name}")
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

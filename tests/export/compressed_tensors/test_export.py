@@ -298,13 +298,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("group_size", [0, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_model_stored_in_bfloat16(symmetric, one_layer, small_run, tmp_path):
+def test_a_model_stored_in_bfloat16(symmetric, group_size, one_layer, small_run, tmp_path):
     """The package unpacks weights with zero points to the type of the model."""
     model = AutoModelForCausalLM.from_pretrained(one_layer, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     recipe = RTN | {"weights": {"symmetric": symmetric}}
-    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe)
+    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe, group_size=group_size)
     parity = export_artifact(artifact.directory, "compressed-tensors", tmp_path / "checkpoint")
     assert parity["reference"] < FLOAT32
 
