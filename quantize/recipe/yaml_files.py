@@ -9,7 +9,7 @@ import yaml
 LARGEST, DEEPEST = 1 << 16, 16  # characters, and tables within tables
 
 
-class RecipeLoader(yaml.SafeLoader):
+class RecipeLoader(yaml.SafeLoader):  # type: ignore[misc]
     """A loader of plain data, in which nothing is repeated by an alias and little is nested."""
 
     depth = 0

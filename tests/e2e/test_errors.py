@@ -328,11 +328,11 @@ def test_a_limit_on_the_size_of_files(one_layer, tmp_path):
         (MemoryError(), "error: there is not enough memory; --dry-run says how much a run takes"),
     ],
 )
-def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, error, words):
+def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, tmp_path, error, words):
     def refuse(*_):
         raise error
 
     monkeypatch.setattr("quantize.artifact.verify.verify_artifact", refuse)
-    shown = cli("verify", "out")
+    shown = cli("verify", tmp_path)
     assert (shown.code, shown.err.count("\n")) == (1, 1)
     assert shown.err.startswith(words)
