@@ -245,7 +245,7 @@ def require(tokenize: Tokenize | None, path: Path) -> Tokenize:
     return tokenize
 
 
-def check_ids(path: Path, low: int, high: int, vocabulary: int) -> None:
+def check_ids(path: Path | str, low: int, high: int, vocabulary: int) -> None:
     """Check that the lowest and the highest id lie in the vocabulary."""
     if low < 0 or high >= vocabulary:
         raise UsageError(f"{path} holds the token id {low if low < 0 else high}; the model knows 0 to {vocabulary - 1}")

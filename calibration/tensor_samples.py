@@ -67,7 +67,7 @@ def sample(tensor: Tensor, seqlen: int) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor[:seqlen].long()
 
 
-def check_shapes(path: Path, tensors: Mapping[str, Tensor], inputs: Mapping[str, Input]) -> None:
+def check_shapes(path: Path | str, tensors: Mapping[str, Tensor], inputs: Mapping[str, Input]) -> None:
     """Check that there is a tensor of the right shape for each input and nothing else, all with as many samples."""
     takes = f"the model takes {described(inputs)}"
     for name in sorted(tensors.keys() ^ inputs.keys()):
@@ -88,7 +88,7 @@ def fits(tensor: Tensor, wanted: Input) -> bool:
     return all(size == like.shape[axis] for axis, size in enumerate(sizes) if axis not in wanted.dynamic)
 
 
-def check_values(path: Path, tensors: Mapping[str, Tensor], vocabulary: int) -> None:
+def check_values(path: Path | str, tensors: Mapping[str, Tensor], vocabulary: int) -> None:
     """Check that numbers are finite and that ids lie in the vocabulary."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():

@@ -7,23 +7,27 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+LISTS = ("written by", "read by", "why no more")
 MOST = 8  # names in a cell; a residual stream has few kinds of writers, however many layers there are
 
 
 def bases_table(bases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table with a row for bases alike in every layer: what is allowed, who writes and reads them, and why."""
-    table = Table("bases", "dim", "allowed")
-    for name in ("written by", "read by", "why no more"):
-        table.add_column(name, overflow="fold", ratio=1)
-    rows = Counter(as_row(basis) for basis in bases)
-    for (dim, allowed, *columns), count in rows.items():
-        cells = [
-            "\n".join(lines[:MOST] + (f"and {len(lines) - MOST} more",) * (len(lines) > MOST)) for lines in columns
-        ]
-        table.add_row(str(count), dim, allowed, *map(escape, cells), end_section=True)
+    """Return a table with a section for bases alike in every layer: what is allowed, who writes and reads them, why.
+
+    It has two columns, so that no name is broken at 80 characters.
+    """
+    table = Table("bases", "", box=SIMPLE_HEAD, show_header=False)
+    table.columns[0].no_wrap = True
+    for (dim, allowed, *lists), count in Counter(as_row(basis) for basis in bases).items():
+        table.add_row(f"[bold]{count} {'bases' if count > 1 else 'basis'}", f"[bold]{dim} channels, {allowed}")
+        for label, lines in zip(LISTS, lists, strict=True):
+            shown = lines[:MOST] + (f"and {len(lines) - MOST} more",) * (len(lines) > MOST)
+            table.add_row(label, escape("\n".join(shown))) if lines else None
+        table.add_section()
     return table
 
 

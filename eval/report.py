@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from quantize.artifact.writer import PROBE
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
+from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.perplexity import score_language
@@ -27,9 +29,9 @@ ROWS = 16  # rows of a text on which kurtosis is measured
 
 
 def evaluate(
-    directory: Path,
+    directory: str | os.PathLike[str],
     against: str | None,
-    text: Path,
+    text: str | Path,
     seqlen: int = 256,
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
@@ -51,6 +53,7 @@ def evaluate(
         read. An encoder has `spearman` and `bytes`, and with
         `against` also `distance`, `spearman_against` and `retained`.
     """
+    directory, text = Path(directory), Path(text)
     model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
     check_kinds(directory, model, against, reference, text)
     if text.suffix == ".tsv":
@@ -107,10 +110,19 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
 
 
 def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
-    """Load an artifact with an engine, or a float model in float32."""
-    if (Path(model) / "manifest.json").is_file():
+    """Load an artifact with an engine, or a float model in float32.
+
+    Raises:
+        UsageError: there is neither, as in an export to another runtime.
+    """
+    if (Path(model) / "manifest.json").is_file() and not is_float(Path(model)):
         return load(model, engine=engine)
     return open_checkpoint(model).load()
+
+
+def is_float(directory: Path) -> bool:
+    """Return whether a directory with a manifest is an export of floats, which is a model like any other."""
+    return read_json(directory / "manifest.json").get("format") == "safetensors-float"
 
 
 def stored_bytes(directory: Path) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quantize.artifact.manifest import REQUIRED, Manifest, digest_of
 from quantize.artifact.quantization_config import linear_scheme
+from quantize.artifact.saving import saved_again
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
@@ -44,6 +46,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest = read_json(path) if path.is_file() else {}
     except QuantizeError as error:
         manifest, why = {}, f": {error}"
+    if isinstance(target := manifest.get("format"), str) and "artifact" in manifest:
+        raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
     if not manifest.keys() >= REQUIRED:
         raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
     validated(lambda: Manifest.model_validate_json(json.dumps(manifest), strict=True), str(path))
@@ -105,12 +109,19 @@ def load(
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
     settings = read_manifest(directory)["quantization"]
+    if skeleton is None and not (directory / "config.json").is_file():
+        raise UsageError(
+            f"{directory} holds the weights of a module that transformers does not know; give a module of its class as "
+            "skeleton, whose weights are replaced"
+        )
     if skeleton is None:
         skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
     model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.engine = engine
+    if isinstance(model, PreTrainedModel):
+        saved_again(model, directory)
     return model
 
 
@@ -166,14 +177,30 @@ def put_in_place(model: nn.Module, path: str, found: QuantizedLinear | Quantized
     replace_parameter(model, path, found)
 
 
+def read_checked(file: Path, name: str) -> Tensor:
+    """Read one tensor, whose numbers must be finite.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    return require_finite(name, read_tensor(file, name), file)
+
+
 def read_linear(
-    path: str, settings: dict[str, Any], files: dict[str, Path], dtype: torch.dtype
+    path: str,
+    settings: dict[str, Any],
+    files: Mapping[str, Path],
+    dtype: torch.dtype,
+    read: Callable[[Path, str], Tensor] = read_checked,
 ) -> QuantizedLinear | QuantizedExperts:
-    """Read one quantized linear of an artifact, or a stack of experts, as the `quantization_config` describes it."""
+    """Read one quantized linear of an artifact, or a stack of experts, as the `quantization_config` describes it.
+
+    With `header_tensor` for `read`, weight, scales and bias are on the meta device, and the caller checks them later.
+    """
 
     def get(name: str) -> Tensor | None:
         key = f"{path}.{name}"
-        return read_checked(files[key], key) if key in files else None
+        return read(files[key], key) if key in files else None
 
     scheme, entry = linear_scheme(settings, path), settings["modules"][path]
     data, scale, bias = get("qweight"), get("scale"), get("bias")
@@ -181,7 +208,8 @@ def read_linear(
         raise QuantizeError(f"the artifact lists {path} as quantized but holds no integers for it")
     scale = scale.to(dtype) if {scale.dtype, dtype} <= get_format(scheme.weights.format).scale_dtypes else scale
     weight = QTensor(data, scale, get("zero_point"), entry["columns"], scheme.weights, get("global_scale"))
-    weight.check(path)
+    if not data.is_meta:
+        weight.check(path)
     if bias is not None and bias.shape != (len(data),):
         raise QuantizeError(f"the bias of {path} has the shape {list(bias.shape)} for {len(data)} rows of weights")
     parts = enumerate(entry.get("online", ()))
@@ -198,16 +226,9 @@ def read_linear(
     return linear
 
 
-def read_checked(file: Path, name: str) -> Tensor:
-    """Read one tensor, whose numbers must be finite.
-
-    Raises:
-        QuantizeError: it cannot be read, or one of its numbers is not finite.
-    """
-    return require_finite(name, read_tensor(file, name), file)
-
-
-def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
+def read_table(
+    path: str, files: Mapping[str, Path], read: Callable[[Path, str], Tensor] = read_checked
+) -> tuple[Tensor, Tensor]:
     """Read the integers [V, K] and the scales [V, 1] of a table of words.
 
     Raises:
@@ -216,7 +237,7 @@ def read_table(path: str, files: Mapping[str, Path]) -> tuple[Tensor, Tensor]:
     names = [f"{path}.qweight", f"{path}.scale"]
     if missing := [name for name in names if name not in files]:
         raise QuantizeError(f"the artifact lists {path} as a table in 8 bits but holds no {missing[0]}")
-    qweight, scale = (read_checked(files[name], name) for name in names)
+    qweight, scale = (read(files[name], name) for name in names)
     return qweight, scale
 
 
@@ -233,7 +254,7 @@ def check_place(module: nn.Module, linear: QuantizedLinear, path: str) -> None:
         )
 
 
-def read_online(prefix: str, given: dict[str, Any], files: dict[str, Path], columns: int) -> Online:
+def read_online(prefix: str, given: dict[str, Any], files: Mapping[str, Path], columns: int) -> Online:
     """Read one online transform of [..., columns], whose tensors have names that start with `prefix`.
 
     Raises:

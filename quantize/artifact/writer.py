@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.artifact.manifest import digest_of
+from quantize.checkpoint.paths import require_new
 from quantize.checkpoint.untrusted_files import INDEX
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError
 
 PROBE = "probe.safetensors"  # inputs and outputs to verify with, which are no part of the model
 
@@ -38,8 +39,7 @@ class ArtifactWriter:
     """
 
     def __init__(self, output: Path) -> None:
-        if output.exists() or output.is_symlink():
-            raise UsageError(f"{output} exists already; give a new --output-dir")
+        require_new(output)
         self.output = output
         self.weight_map: dict[str, str] = {}
         self.hashes: dict[str, str] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.paths import find_directory, require_config
 from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.errors import QuantizeError, UsageError, reason
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -100,6 +99,12 @@ class Checkpoint:
         taken = {*self.files.values(), (self.directory or Path()) / "config.json"}
         return [path for path in self.seen.stamps if path not in taken]
 
+    def stored_bytes(self) -> int:
+        """Return the bytes of all weights as they are stored, headers of files included."""
+        if self.module is None:
+            return sum(path.stat().st_size for path in set(self.files.values()))
+        return sum(x.nbytes for x in (*self.module.parameters(), *self.module.buffers()))
+
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that belong to the model's state."""
         return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
@@ -123,7 +128,7 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     """
     if isinstance(model, nn.Module):
         return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
-    directory = Path(model) if Path(model).is_dir() else download(str(model))
+    directory = find_directory(model) or download(str(model))
     require_config(directory)
     check_files(directory)
     files = index_tensors(directory)
@@ -145,27 +150,31 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def download(name: str) -> Path:
-    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else."""
-    if not HUB_ID.fullmatch(name):
-        raise UsageError(f"no such model directory: {name}")
+    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else.
+
+    Raises:
+        UsageError: the hub has no such model, does not give it to this user, or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
         return Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError:
+        raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UsageError(f"{name} is no directory here, and the hub has no model of that id for you") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         raise UsageError(
-            f"{name} is no directory here, and no model of that id could be fetched from the hub"
+            f"{name} is no directory here, and the hub cannot be reached to fetch it; give a model's directory"
         ) from None
-
-
-def require_config(directory: Path) -> Path:
-    """Return the path of `config.json`."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise UsageError(f"{directory} holds no config.json, so it is no model directory")
-    return path
 
 
 def read_config(directory: Path) -> dict[str, Any]:

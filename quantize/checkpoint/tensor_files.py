@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantize.checkpoint.safetensors_reader import read_header, read_rows
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.untrusted_files import weight_files
 from quantize.errors import QuantizeError
 
@@ -63,3 +63,11 @@ def require_finite(name: str, x: Tensor, file: Path | None = None) -> Tensor:
 def is_finite(x: Tensor) -> bool:
     """Return whether no number in x is infinite or NaN; either would be among the extremes of x."""
     return not x.numel() or bool(torch.stack(x.aminmax()).isfinite().all())
+
+
+def header_tensor(path: Path, name: str) -> Tensor:
+    """Return a tensor of the shape and dtype that a file's header gives for a name, on the meta device."""
+    entry = read_header(path).entries.get(name)
+    if entry is None:
+        raise QuantizeError(f"{path} holds no {name}")
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError, UsageError, reason, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
 LETTER = "a"  # some text, around which a tokenizer puts its special tokens
@@ -31,11 +31,13 @@ class Tokenize:
         encode: text → ids without special tokens.
         leading: the special tokens that the tokenizer puts in front of each text, such as `<bos>` or `[CLS]`.
         trailing: those that it puts behind each text, such as `[SEP]`.
+        conversation: messages, each with a `role` and `content` → ids, by the tokenizer's chat template.
     """
 
     encode: Callable[[str], list[int]]
     leading: tuple[SpecialToken, ...] = ()
     trailing: tuple[SpecialToken, ...] = ()
+    conversation: Callable[[Any], list[int]] = lambda _: []
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens."""
@@ -57,7 +59,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def readable(directory: Path) -> Iterator[None]:
+def readable(directory: Path | str) -> Iterator[None]:
     """Turn whatever the tokenizer formats of transformers raise, panics of Rust among them, into one sentence."""
     try:
         yield
@@ -92,19 +94,35 @@ def load_tokenize(directory: Path | None) -> Tokenize | None:
     """
     if directory is None or not has_tokenizer(directory):
         return None
-    tokenizer = load_tokenizer(directory)
+    return tokenize_with(load_tokenizer(directory), directory)
+
+
+def tokenize_with(tokenizer: Any, source: Path | str = "memory") -> Tokenize:
+    """Return a function from text to token ids that a tokenizer of transformers computes.
+
+    Raises:
+        QuantizeError: the tokenizer cannot be used; the message says that it is the one in `source`.
+    """
 
     def encode(text: str, special: bool = False) -> list[int]:
-        with readable(directory):
+        with readable(source):
             return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # type: ignore[no-any-return]
+
+    def conversation(messages: Any) -> list[int]:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(f"the tokenizer in {source} has no chat template for rows of messages; give rows of text")
+        try:
+            return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]  # type: ignore[no-any-return]
+        except Exception as error:  # a template may raise anything
+            raise UsageError(f"the chat template refuses {shown(messages)}: {reason(error)}") from None
 
     leading, trailing = around(encode(LETTER), encode(LETTER, special=True))
 
     def named(ids: list[int]) -> tuple[SpecialToken, ...]:
-        with readable(directory):
+        with readable(source):
             return tuple(map(SpecialToken, ids, tokenizer.convert_ids_to_tokens(ids)))
 
-    return Tokenize(encode, named(leading), named(trailing))
+    return Tokenize(encode, named(leading), named(trailing), conversation)
 
 
 def around(plain: list[int], whole: list[int]) -> tuple[list[int], list[int]]:

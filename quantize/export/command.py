@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
+from quantize.checkpoint.paths import require_directory, require_new
 from quantize.export import EXPORTERS
 
 JUDGED = ("kl", "top1")  # where these are measured, the relative distances are in the manifest alone
@@ -41,10 +42,12 @@ class ExportCommand(click.Command):
 
 @click.command(cls=ExportCommand)
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="The new directory to write.")
+@click.option("-o", "--output-dir", type=click.Path(path_type=Path), required=True, help="The new directory to write.")
 @click.pass_context
 def export(ctx: click.Context, /, directory: Path, target: str, output_dir: Path, **options: Any) -> None:
     """Write an artifact for another runtime, and compare the two."""
+    require_directory(directory, "artifact")
+    require_new(output_dir)
     from quantize.export.directory import export_artifact
 
     given = {name: x for name, x in options.items() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}

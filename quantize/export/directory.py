@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from quantize.export.outline import Outline
 
 
 def export_artifact(
-    directory: Path, target: str, output: Path, console: Console | None = None, **options: Any
+    directory: str | os.PathLike[str],
+    target: str,
+    output: str | Path,
+    console: Console | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Export an artifact for another runtime.
 
     Args:
-        directory: an artifact, unchanged since it was written.
+        directory: an artifact or its path, unchanged since it was written.
         target: a name in `EXPORTERS`.
         output: a new directory for the target's files, tokenizer and other side files, and `manifest.json` with what
             the target reports, the parity figures first.
@@ -35,6 +40,7 @@ def export_artifact(
             what the artifact does.
         QuantizeError: the artifact is damaged, or the exported model computes something else.
     """
+    directory, output = Path(directory), Path(output)
     exporter = EXPORTERS.find(target, options)
     check_hashes(directory)
     with ArtifactWriter(output) as writer:

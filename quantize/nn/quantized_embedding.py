@@ -64,7 +64,8 @@ def quantize_embedding(module: nn.Module, qweight: Tensor, scale: Tensor, path: 
     Raises:
         QuantizeError: the module is no embedding, or has another shape.
     """
-    table_of(qweight, scale).check(path)
+    if not qweight.is_meta:
+        table_of(qweight, scale).check(path)
     if not isinstance(module, nn.Embedding) or (module.num_embeddings, module.embedding_dim) != tuple(qweight.shape):
         raise QuantizeError(f"{path} holds no table of {qweight.shape[0]} rows and {qweight.shape[-1]} columns")
     own = type(module)

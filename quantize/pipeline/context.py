@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
+from quantize.errors import QuantizeError, reason
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.resume.journal import Journal
@@ -42,3 +44,19 @@ class RunContext:
     def cached(self, name: str, make: Callable[[], T]) -> T:
         """Return what `make` returns, or what it returned before the run was killed, if this run resumes one."""
         return make() if self.journal is None else self.journal.cached(name, make, self.device)
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Turn an operator's error about its operands into the reason why a part of the model does not run."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise QuantizeError(
+            f"{name} does not fit into the device's memory ({reason(error)}); give a smaller --seqlen, or --device cpu"
+        ) from error
+    except (IndexError, RuntimeError) as error:
+        raise QuantizeError(
+            f"{name} does not run on the calibration data ({reason(error)}); "
+            "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
+        ) from error

@@ -19,7 +19,6 @@ from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
-from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
@@ -33,13 +32,14 @@ def finish(
     prepared: Prepared,
     writer: ArtifactWriter,
     blocks: SequentialPipeline,
+    shard: str,
     data: dict[str, Any],
     console: Console | None,
 ) -> dict[str, Any]:
-    """Write what is in no block, verify the files, and commit; return the manifest, which includes `data`."""
+    """Write what is in no block into `shard`, verify the files, and commit; return the manifest, with `data` in it."""
     program, checkpoint, plan = prepared.program, prepared.checkpoint, prepared.plan
     rest = blocks.unquantized_tensors()
-    writer.add(shard_name(program, len(program.segments) + 1), rest | no_longer_tied(prepared, writer, blocks, rest))
+    writer.add(shard, rest | no_longer_tied(prepared, writer, blocks, rest))
     settings = quantization_settings(plan.recipe, plan.default_scheme, blocks.modules)
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
@@ -61,6 +61,7 @@ def finish(
             "online": blocks.pass_runner.changed,
             "parity": proof,
             "untied": blocks.ties.untied,
+            "float_bytes": checkpoint.stored_bytes(),
             **{name: record for name, record in (data | found).items() if record},
             "coverage": coverage(plan, blocks),
             "body": plan.body.record(),
@@ -109,11 +110,6 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
 
-def shard_name(program: Program, number: int) -> str:
-    """Return the name of the file of a block, counted from 1; the last number is that of the remaining tensors."""
-    return f"model-{number:05}-of-{len(program.segments) + 1:05}.safetensors"
-
-
 def write_side_files(
     prepared: Prepared, writer: ArtifactWriter, blocks: SequentialPipeline, settings: dict[str, Any]
 ) -> None:
@@ -126,6 +122,8 @@ def write_side_files(
     writer.write_index()
     for path in checkpoint.side_files:
         writer.write(path.relative_to(checkpoint.directory or path), checkpoint.seen.read(path))
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save_pretrained(writer.directory)
     given = {
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }

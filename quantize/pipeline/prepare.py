@@ -14,9 +14,9 @@ from typing import Any
 from torch import nn
 
 from quantize.calibration.data import Samples
-from quantize.calibration.tensor_samples import read_calibration
+from quantize.calibration.sources import Calibration, read_source
 from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
-from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
@@ -39,6 +39,7 @@ class Prepared:
         samples: the rows to calibrate on.
         held_out: rows that were held back from them, to judge the result by.
         seconds: the time it took to prepare the run, most of which is the export of the graph.
+        tokenizer: the tokenizer of a module in memory, which the artifact takes along.
     """
 
     checkpoint: Checkpoint
@@ -47,14 +48,22 @@ class Prepared:
     samples: Samples
     seconds: float
     held_out: HeldOutRows = field(default_factory=HeldOutRows)
+    tokenizer: Any = None
 
 
 def prepare(
-    model: str | Path | nn.Module, recipe: Recipe, calibration: Path | None, *, read: bool = True, judge: bool = True
+    model: str | Path | nn.Module,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    *,
+    read: bool = True,
+    judge: bool = True,
+    tokenizer: Any = None,
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
-    Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back.
+    Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back. A tokenizer
+    of transformers takes the place of the one in the model's directory.
     """
     start, checkpoint = time.perf_counter(), open_checkpoint(model)
     skeleton = checkpoint.skeleton()
@@ -67,16 +76,14 @@ def prepare(
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
-    tokenize = load_tokenize(checkpoint.directory)
-    samples = read_calibration(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
+    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
         generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
-        prose = functools.partial(
-            read_calibration, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary
-        )
+        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
         samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
-    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out)
+    return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from torch import nn
 
 from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
-from quantize.errors import QuantizeError, UsageError, reason
+from quantize.calibration.sources import Calibration
+from quantize.errors import UsageError
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.context import RunContext
+from quantize.pipeline.context import RunContext, running
 from quantize.pipeline.device import resolve_device
 from quantize.pipeline.distributed import SingleProcess, init_distributed
-from quantize.pipeline.finalize import calibration_record, finish, shard_name
+from quantize.pipeline.estimate.report import shard_names
+from quantize.pipeline.finalize import calibration_record, finish
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.fold_check import check_folds
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.prepare import Prepared, check_length, identity_of, prepare
+from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
+from quantize.pipeline.target import check_target
 from quantize.pipeline.verdict import sentence, unseen_experts, warnings
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.scheme.scheme import Engine
@@ -38,17 +43,24 @@ from quantize.scheme.scheme import Engine
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished run: the directory and its manifest."""
+    """A finished run.
+
+    Attributes:
+        directory: the directory of the artifact.
+        manifest: what its `manifest.json` says.
+        module: the module in memory that was quantized, if transformers does not know its class.
+    """
 
     directory: Path
     manifest: dict[str, Any]
+    module: nn.Module | None = field(default=None, repr=False)
 
     def __fspath__(self) -> str:
         return str(self.directory)
 
     def load(self, engine: Engine = "fake_quant") -> nn.Module:
-        """Load the quantized model; `engine` is that of `quantize.load`."""
-        return load(self.directory, engine=engine)
+        """Load the quantized model; `engine` is that of `quantize.load`. A module that was given stays as it is."""
+        return load(self.directory, skeleton=copy.deepcopy(self.module), engine=engine)
 
     @property
     def warning(self) -> str:
@@ -56,7 +68,7 @@ class Artifact:
         return "; ".join(warnings(self.manifest))
 
     def summary(self) -> str:
-        """Describe in one sentence what was quantized, and how."""
+        """Describe what was quantized and how, and in a second line what it lost on data that the run did not see."""
         body = self.manifest["body"]
         share = body["quantized"] / max(1, body["parameters"])
         counts = self.manifest["schemes"]
@@ -66,11 +78,13 @@ class Artifact:
         how = "" if self.manifest["export"]["exported"] else "online transforms only as it cannot be exported, "
         worst = max((d for blocks in self.manifest["gate"]["passes"].values() for d in blocks.values()), default=0.0)
         scheme = mixed if len(counts) > 1 else next(iter(counts))
-        return (
-            f"{self.directory}: {scheme}, {share:.1%} of the body's parameters quantized, "
-            f"{how}{size:,} bytes, largest difference at the gate {worst:.1e}, "
+        first_line = (
+            f"{self.directory}: {scheme}, {share:.1%} of the body's parameters quantized, {how}{size:,} bytes where "
+            f"the float model has {self.manifest['float_bytes']:,}, largest difference at the gate {worst:.1e}, "
             f"read back equal within {self.manifest['parity']['reloaded']:.1e}"
         )
+        judged = self.manifest.get("held_out")
+        return f"{first_line}\n{sentence(judged)}" if judged else first_line
 
 
 def quantize_model(
@@ -78,7 +92,9 @@ def quantize_model(
     *,
     output_dir: str | Path,
     scheme: str | None = None,
-    calibration: str | Path | None = None,
+    target: str | None = None,
+    calibration: Calibration | None = None,
+    tokenizer: Any = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -89,6 +105,8 @@ def quantize_model(
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
     console: Console | None = None,
+    progress: bool = False,
+    verbose: bool = False,
 ) -> Artifact:
     """Quantize a model into a new directory.
 
@@ -100,8 +118,11 @@ def quantize_model(
             transformers may take other inputs as well.
         output_dir: the directory of the artifact, which must not exist.
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
-        calibration: `.txt`, `.jsonl` with rows of `text` or `input_ids`, or `.safetensors` with a tensor [samples, ...]
-            for each input; None takes the bundled prose.
+        target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
+            it cannot execute is refused before the run.
+        calibration: a file of text, of rows or of tensors (docs/calibration.md); or texts, lists of ids, a tensor
+            [samples, ...], a tensor for each input, or batches of these; None takes the bundled prose.
+        tokenizer: a tokenizer of transformers, for a module in memory; the artifact takes it along.
         recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
             default recipe.
         nsamples, seqlen: the number of calibration windows, and of tokens in each.
@@ -112,6 +133,8 @@ def quantize_model(
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
         console: the console that shows progress; None shows nothing.
+        progress: show progress on the standard error stream, without a console of your own.
+        verbose: show the plan and the whole recipe as well.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
@@ -119,15 +142,20 @@ def quantize_model(
     """
     here = resolve_device(device)
     changes = Path(recipe) if isinstance(recipe, str) else recipe
-    resolved = load_recipe(
-        scheme, changes, ignore=tuple(ignore), group_size=group_size, nsamples=nsamples, seqlen=seqlen, seed=seed
-    )
-    output = Path(output_dir)
+    single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+    resolved = load_recipe(scheme, changes, ignore=tuple(ignore), group_size=group_size, target=target, **single)
+    output, console = Path(output_dir), Console(stderr=True) if progress and console is None else console
+    named = getattr(transformers, type(model).__name__, None)
+    skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
     with (
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
-        prepared = prepare(model, resolved, Path(calibration) if calibration else None, judge=stats is None)
+        prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer)
+        if target is not None:
+            check_target(target, prepared)
+        if verbose and console is not None and ranks.is_rank_zero:
+            console.print(describe_run(prepared), soft_wrap=True, markup=False)
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
         prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
@@ -136,11 +164,11 @@ def quantize_model(
         check_ranks(resolved, here, ranks, found)
         journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
         if ranks.gather(writer is not None and writer.finished)[0]:
-            return Artifact(output, read_manifest(output))
+            return Artifact(output, read_manifest(output), skeleton)
         shown = console if ranks.is_rank_zero else None
         scratch = journal.directory.parent
         context = RunContext(resolved.seed, here, ranks, scratch=scratch, console=shown, journal=journal)
-        return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0])
+        return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0], skeleton)
 
 
 def collect_stats(
@@ -148,7 +176,7 @@ def collect_stats(
     *,
     output: str | Path,
     recipe: Recipe,
-    calibration: str | Path | None = None,
+    calibration: Calibration | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
     """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
@@ -162,7 +190,7 @@ def collect_stats(
         UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
-    given = prepare(model, recipe, Path(calibration) if calibration else None, judge=False)
+    given = prepare(model, recipe, calibration, judge=False)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)
@@ -209,25 +237,23 @@ def run_pipeline(
             check_folds(prepared, context)
         surveys = None if collected is None else {collected.step: collected.statistics}
         blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
-    done = journal.load_last_block(blocks, writer) if journal else 0
+    done, names = journal.load_last_block(blocks, writer) if journal else 0, shard_names(prepared)
     if done and console is not None:
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
             tensors = blocks.process(segment)
         if writer:
-            writer.add(shard_name(program, number), tensors)
+            writer.add(names[number - 1], tensors)
         if journal:
             journal.save_block(number, blocks, writer)
     if not writer:
         return {}
     data = calibration_record(prepared) if collected is None else collected.record()
-    manifest = finish(prepared, writer, blocks, {"calibration": data, "prefix": prefix}, console)
+    manifest = finish(prepared, writer, blocks, names[-1], {"calibration": data, "prefix": prefix}, console)
     for line in prepared.plan.body.lines() if console is not None else ():
         console.print(line, soft_wrap=True, markup=False)  # type: ignore[union-attr]
     if console is not None:
-        if record := manifest.get("held_out"):
-            console.print(sentence(record), soft_wrap=True)
         unseen = "" if plan.recipe.calibrate_all_experts else unseen_experts(manifest.get("expert_tokens", {}))
         for warning in [*warnings(manifest), *([unseen] if unseen else [])]:
             console.print(f"warning: {warning}", soft_wrap=True, markup=False)
@@ -250,19 +276,3 @@ def announce(prepared: Prepared, console: Console | None) -> None:
     held = prepared.held_out if prepared.held_out.source == "calibration data" else HeldOutRows()
     back = f", {len(held.rows)} more held back to judge the result by" if held.rows else ""
     console.print(line + back + source, soft_wrap=True, markup=False)
-
-
-@contextlib.contextmanager
-def running(name: str) -> Iterator[None]:
-    """Turn an operator's error about its operands into the reason why a part of the model does not run."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise QuantizeError(
-            f"{name} does not fit into the device's memory ({reason(error)}); give a smaller --seqlen, or --device cpu"
-        ) from error
-    except (IndexError, RuntimeError) as error:
-        raise QuantizeError(
-            f"{name} does not run on the calibration data ({reason(error)}); "
-            "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
-        ) from error

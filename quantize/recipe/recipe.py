@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -14,6 +13,12 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import FORMATS, check_args, check_scheme, get_format
+from quantize.recipe.patterns import expand_patterns
+from quantize.recipe.shipped import require_recipe, shipped
+from quantize.recipe.suggestions import suggestion
+from quantize.recipe.targets import recipe_for
+from quantize.recipe.yaml_files import parse_yaml
+from quantize.scheme.names import scheme_name
 from quantize.scheme.scheme import (
     SCHEME_NAMES,
     ActivationArgs,
@@ -33,7 +38,6 @@ LARGEST, DEEPEST = (
 NOT_STRUCTURE = re.compile(
     r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*''', re.DOTALL
 )  # strings and comments
-FOLDER = resources.files("quantize.recipes")
 
 
 class PrefixArgs(Data):
@@ -146,6 +150,7 @@ def load_recipe(
     *,
     ignore: tuple[str, ...] = (),
     group_size: int | None = None,
+    target: str | None = None,
     **settings: int | None,
 ) -> Recipe:
     """Load the default recipe of a scheme and change it by a recipe and then by single settings.
@@ -154,20 +159,24 @@ def load_recipe(
         scheme: the scheme's name; None takes the recipe's.
         changes: a TOML file, the name of a shipped recipe, or the content of a recipe. Its tables are merged into the
             default; its lists replace those of the default.
-        ignore: further linears to leave in floating point.
+        ignore: further linears to leave in floating point: names, globs, lists separated by commas, or expressions.
         group_size: the number of columns that share a scale; None leaves the recipe's.
+        target: the runtime whose recipe takes the place of the scheme's default; None takes the default.
         settings: `nsamples`, `seqlen` and `seed`; None leaves the recipe's.
 
     Raises:
         UsageError: the scheme is unknown, or the recipe cannot be read or is not valid.
     """
-    given = read_toml(changes) if isinstance(changes, Path) else dict(changes or {})
+    given = read_recipe(changes) if isinstance(changes, Path) else dict(changes or {})
     name = scheme or given.get("scheme")
     if name is None:
         raise UsageError(f"give --scheme, one of {', '.join(SCHEME_NAMES)}, or a recipe with one")
+    name = scheme_name(str(name))
     if name not in SCHEME_NAMES:
         raise UsageError(f"unknown scheme {name!r}; known are {', '.join(SCHEME_NAMES)}")
     default = merge(tomllib.loads(shipped(name.lower())), format_defaults(given))
+    if own := recipe_for(target, name):
+        default = merge(default, tomllib.loads(shipped(own)))
     single = {key: value for key, value in settings.items() if value is not None} | {"scheme": name}
     table = {} if group_size is None else {"weights": {"group_size": group_size}}
     if table or (isinstance(given.get("weights"), Mapping) and "group_size" in given["weights"]):
@@ -175,7 +184,7 @@ def load_recipe(
     merged = merge(merge(merge(default, given), single), table)
     recipe = validated(lambda: Recipe(**merged), f"recipe {changes}" if isinstance(changes, Path) else "recipe")
     check_bits(recipe)
-    return recipe.model_copy(update={"ignore_also": recipe.ignore_also + ignore})
+    return recipe.model_copy(update={"ignore_also": (*recipe.ignore_also, *expand_patterns(ignore))})
 
 
 def default_scheme(name: str) -> tuple[Scheme, tuple[int, ...]]:
@@ -195,17 +204,21 @@ def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"weights": {**number_format.defaults, **number_format.fixed()}}
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
     """Read the settings of a recipe file, or of the shipped recipe of this name."""
+    require_recipe(path)
     try:
         text = read_text(path) if path.suffix or path.exists() else shipped(str(path))
+        if path.suffix in (".yaml", ".yml"):
+            return parse_yaml(text)
         if (found := depth(text)) > DEEPEST:
             raise ValueError(f"it is nested {found} deep; a recipe takes {DEEPEST} at most")
         return tomllib.loads(text)
-    except (OSError, KeyError):
-        raise UsageError(f"no such recipe: {path}; give a .toml file or one of {', '.join(names())}") from None
+    except OSError as error:
+        raise UsageError(f"recipe {path} cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, or a number with thousands of digits
-        raise UsageError(f"recipe {path} is no TOML: {reason(error)}") from None
+        kind = "YAML" if path.suffix in (".yaml", ".yml") else "TOML"
+        raise UsageError(f"recipe {path} is no {kind}: {reason(error)}") from None
 
 
 def read_text(path: Path) -> str:
@@ -236,22 +249,6 @@ def depth(text: str) -> int:
     return deepest
 
 
-def names() -> list[str]:
-    """Return the names of the shipped recipes."""
-    return sorted(file.name.removesuffix(".toml") for file in FOLDER.iterdir() if file.name.endswith(".toml"))
-
-
-def shipped(name: str) -> str:
-    """Return the text of a shipped recipe.
-
-    Raises:
-        KeyError: there is no recipe of that name.
-    """
-    if name not in names():
-        raise KeyError(name)
-    return FOLDER.joinpath(f"{name}.toml").read_text()
-
-
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge `changes` into `base` key by key; a table that names its method replaces the whole table."""
     result = dict(base)
@@ -276,6 +273,9 @@ def validated(make: Callable[[], T], what: str) -> T:
         where = where if len(where) < LONGEST else f"{where[:LONGEST]}…"
         if first["type"] == "value_error":  # one of this package's validators, which writes a sentence
             raise UsageError(f"{what}: {where}: {first['ctx']['error']}") from None
+        if first["type"] == "extra_forbidden":
+            meant = suggestion(where.split("."), list(Recipe.model_fields)) if error.title == "Recipe" else ""
+            raise UsageError(f"{what}: {where}: there is no such key here{meant or '; leave it out'}") from None
         raise UsageError(
             f"{what}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]} (got {shown(first['input'])})"
         ) from None

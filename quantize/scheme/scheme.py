@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from quantize.scheme.names import ENGINES as ENGINES
+from quantize.scheme.names import SCHEME_NAMES as SCHEME_NAMES
+from quantize.scheme.names import Engine as Engine
+from quantize.scheme.names import SchemeName as SchemeName
 
 
 class Data(BaseModel):
@@ -108,8 +113,3 @@ class Scheme(Data):
 
 # Of tables of words and of the linear that scores the vocabulary, which are rounded to nearest, one scale for each row.
 TABLE_SCHEME = Scheme(weights=WeightArgs(num_bits=8))
-
-SchemeName = Literal["W8A8", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]
-SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
-Engine = Literal["fake_quant", "reference"]
-ENGINES: tuple[Engine, ...] = get_args(Engine)  # how a loaded model runs on a CPU (`nn/cpu_engine.py`)

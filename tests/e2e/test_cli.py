@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.json_files import change_json
 
+import quantize
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.report import load_any
 from quantize.recipe.recipe import load_recipe
@@ -42,6 +43,59 @@ def test_help_states_the_true_defaults(cli):
     others = ", ".join(f"{name}: {size}" for name, size in others.items() if size != recipe.weights.group_size)
     assert f"[default: {recipe.weights.group_size}; {others}]" in shown
     assert f"[{'|'.join(SCHEME_NAMES)}]" in shown
+
+
+def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
+    """In a process of its own, as this one has imported torch."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    calls = [
+        (["no/such/model"], "no such model directory: no/such/model"),
+        ([tmp_path / "model.gguf"], "is a GGUF file, and its weights are rounded already; give the directory"),
+        ([one_layer / "model.safetensors"], "is one file of a model; give the directory with its config.json"),
+        ([tmp_path], "holds no config.json, so it is no model directory"),
+        ([one_layer], "give --output-dir"),
+        ([one_layer, "-o", tmp_path], f"{tmp_path} exists already; give a new --output-dir"),
+        ([one_layer, "-o", "new", "--calibration", tmp_path], f"{tmp_path} is a directory; give one file"),
+        ([one_layer, "-o", "new", "--recipe", "w4a5"], "no such recipe: w4a5; give a .toml or .yaml file, or one of"),
+        ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
+        (["verify", "nowhere"], "no such artifact: nowhere"),
+        (["eval", one_layer, "--text", "nowhere.txt"], "no such file: nowhere.txt"),
+        (["export", "nowhere", "-o", "new"], "no such artifact: nowhere"),
+    ]
+    source = """
+import io, json, sys, contextlib
+from quantize.cli import main
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["quantize-model", *arguments]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()) as told:
+        main()
+    print(told.getvalue().strip())
+sys.exit("torch" in sys.modules)
+"""
+    given = json.dumps([[str(part) for part in arguments] for arguments, _ in calls])
+    run = subprocess.run([sys.executable, "-c", source, given], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for line, (_, expected) in zip(run.stdout.splitlines(), calls, strict=True):
+        assert line.startswith("error: ")
+        assert expected in line
+
+
+def test_recipes_schemes_and_completion_are_listed(cli):
+    listed = cli("recipes").out.splitlines()
+    assert {line.split()[0] for line in listed} >= {"w4a4", "w4a4-vllm", "w8a8"}
+    assert all(len(line.split()) > 3 for line in listed)
+    table = {line.split()[0]: line for line in cli("schemes").out.splitlines()[1:]}
+    assert table.keys() == set(SCHEME_NAMES)
+    assert re.search(r"int4 +float +128 +.*onnxruntime, transformers, vllm; also called int4", table["W4A16"])
+    assert "vllm" not in table["W6A6"]
+    assert "_QUANTIZE_MODEL_COMPLETE=bash_complete" in cli("completion", "bash").out
+
+
+def test_the_public_names():
+    assert set(dir(quantize)) >= {"Recipe", "evaluate", "export_artifact", "inspect", "load", "quantize_model"}
+    assert all(getattr(quantize, name) for name in dir(quantize))
+    assert quantize.__version__ == "0.1.0"
+    assert (Path(quantize.__file__).parent / "py.typed").is_file()
 
 
 def test_version(cli):
@@ -90,7 +144,12 @@ def test_the_console_script_writes_the_same_bytes_as_the_function(
         [script, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "7"}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("out: W4A4 in 7 linears, W8A16 in 1, 99.6% of the body's parameters quantized, ")
+    first, judged, digest, following = run.stdout.splitlines()
+    assert first.startswith("out: W4A4 in 7 linears, W8A16 in 1, 99.6% of the body's parameters quantized, ")
+    assert f" bytes where the float model has {(one_layer / 'model.safetensors').stat().st_size:,}, " in first
+    assert re.search(r"loss [\d.]+ in floating point, [\d.]+ by plain rounding, [\d.]+ as quantized", judged)
+    assert digest.startswith("digest ")
+    assert following == f"next: quantize-model eval out --against {one_layer} --text FILE"
     assert "Warning" not in run.stderr
     assert [line for line in run.stderr.splitlines() if "layers.0" in line]
     assert tree(tmp_path / "out") == tree(artifact_one_layer)
@@ -98,14 +157,14 @@ def test_the_console_script_writes_the_same_bytes_as_the_function(
 
 def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path):
     options = ["--group-size", 16, "--nsamples", 3, "--seqlen", 9, "--seed", 4]
-    ignored = ["--ignore", "down_proj", "--ignore", "re:.*[qk]_proj"]
+    ignored = ["--ignore", "*.down_*, lm_head", "--ignore", "re:.*[qk]_proj"]
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('passes = []\nquantizer = { name = "rtn", mse = true }\n[weights]\nsymmetric = true\n')
     output = tmp_path / "out"
     data = ["--calibration", stories_calibration, "--recipe", recipe, "--output-dir", output]
-    shown = cli(one_layer, "--scheme", "W4A8", *options, *ignored, *data)
+    shown = cli(one_layer, "--scheme", "w4a8", *options, *ignored, *data, "--quiet")
+    assert not shown.err
     assert shown.code == 0
-    assert shown.out.splitlines()[1:] == [f"digest {json.loads((output / 'manifest.json').read_text())['digest']}"]
     written = load_recipe(None, output / "recipe.toml")
     assert (written.nsamples, written.seqlen, written.seed, written.scheme) == (3, 9, 4, "W4A8")
     assert (written.weights.group_size, written.weights.symmetric, written.passes) == (16, True, ())

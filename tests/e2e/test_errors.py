@@ -12,11 +12,13 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.errors as hub_errors
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import UsageError
+from quantize.export.directory import export_artifact
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -57,7 +59,10 @@ def with_weights(model, changes):
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [("./missing", "no such model directory: ./missing"), ("missing-model", "is no directory here, and no model")],
+    [
+        ("./missing", "no such model directory: ./missing"),
+        ("missing-model", "missing-model is no directory here, and the hub cannot be reached to fetch it"),
+    ],
 )
 def test_a_missing_model(refused, model, words):
     code, sentence = refused(model)
@@ -140,7 +145,7 @@ def test_a_group_size_that_does_not_divide_names_the_layer(refused, one_layer):
     [
         (["--seqlen", 513], 2, "--seqlen 513 is more than the 512 positions of the model"),
         (["--recipe", "absent.toml"], 2, "no such recipe: absent.toml"),
-        (["--calibration", "absent.txt"], 2, "no such text file: absent.txt"),
+        (["--calibration", "absent.txt"], 2, "no such file: absent.txt"),
         (["--calibration", "empty.txt"], 1, "holds 0 tokens, less than one window of 16"),
         (["--calibration", "short.txt"], 1, "tokens, less than one window of 16; give more text or a smaller --seqlen"),
     ],
@@ -152,6 +157,41 @@ def test_options_and_data_that_do_not_fit(refused, one_layer, tmp_path, monkeypa
     found = refused(one_layer, *arguments)
     assert found[0] == code
     assert words in found[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (hub_errors.GatedRepoError, "org/model is gated: accept its terms on the hub, and log in with `hf auth login`"),
+        (hub_errors.RepositoryNotFoundError, "the hub has no model of that id for you"),
+        (hub_errors.LocalEntryNotFoundError, "the hub cannot be reached to fetch it; give a model's directory"),
+    ],
+)
+def test_the_hub_refuses_for_one_reason(refused, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    code, sentence = refused("org/model")
+    assert code == 2
+    assert words in sentence
+
+
+def test_an_export_is_no_artifact(cli, artifact_rtn, books_heldout, tmp_path):
+    export_artifact(artifact_rtn, "compressed-tensors", tmp_path / "ct")
+    export_artifact(artifact_rtn, "safetensors-float", tmp_path / "float")
+    shown = cli("eval", tmp_path / "ct", "--text", books_heldout)
+    assert shown.code == 2
+    assert "ct is an export for 'compressed-tensors'; give the artifact that it was made of" in shown.err
+    shown = cli("eval", tmp_path / "float", "--text", books_heldout, "--nsamples", 1, "--seqlen", 16, "--json")
+    assert json.loads(shown.out)["tokens"] == 15
+
+
+def test_a_finished_run_is_not_resumed(refused, small_run, one_layer):
+    small_run(one_layer, "W8A8", recipe={"passes": [], "quantizer": {"name": "rtn"}})
+    code, sentence = refused(one_layer, "--resume")
+    assert code == 2
+    assert "out is finished, so there is nothing to go on with; leave --resume out" in sentence
 
 
 def test_parents_made_for_the_output_go_too(refused, one_layer):
@@ -225,7 +265,7 @@ def test_code_from_a_model_is_never_run(cli, refused, variant, stories_calibrati
         assert cli("eval", model, "--text", text).code in (1, 2)
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("trust_remote_code = true")
-    assert "trust_remote_code: extra inputs" in refused(model, "--recipe", recipe)[1]
+    assert "trust_remote_code: there is no such key here" in refused(model, "--recipe", recipe)[1]
     (model / "model.safetensors").unlink()
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(proof)))
     assert "holds no .safetensors weights" in refused(model)[1]
@@ -288,11 +328,11 @@ def test_a_limit_on_the_size_of_files(one_layer, tmp_path):
         (MemoryError(), "error: there is not enough memory; --dry-run says how much a run takes"),
     ],
 )
-def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, error, words):
+def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, tmp_path, error, words):
     def refuse(*_):
         raise error
 
     monkeypatch.setattr("quantize.artifact.verify.verify_artifact", refuse)
-    shown = cli("verify", "out")
+    shown = cli("verify", tmp_path)
     assert (shown.code, shown.err.count("\n")) == (1, 1)
     assert shown.err.startswith(words)

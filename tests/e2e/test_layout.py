@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [p for d in ("quantize", "calibration", "kernels", "eval") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
+FOREIGN = {"genai.py", "targets.py", "architectures.py"}  # which have names of other tools, or write their lists
 OPERATORS = {"layer_norm"}  # a module is called like the operator
 
 
@@ -36,7 +37,7 @@ def names_of_families():
 def test_no_model_is_known_by_name():
     families = rf"(?i:(?<![a-z0-9])({'|'.join(CONFIGS)})(?![a-z]))"
     names = re.compile(rf"{families}|\b({'|'.join(sorted(names_of_families()))})\b")
-    for path in (p for p in SOURCES if "eval" not in p.parts and p.name != "genai.py"):  # which writes a foreign list
+    for path in (p for p in SOURCES if "eval" not in p.parts and p.name not in FOREIGN):
         code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body if not is_docstring(node))
         found = [line for line in code.splitlines() if names.search(line) and '"""' not in line]
         assert not found, (path, found)
@@ -52,7 +53,8 @@ def is_docstring(node):
 
 def test_no_pickle():
     for path in SOURCES:
-        assert not re.search(r"\bpickle\b|torch\.(load|save)\(|trust_remote_code=True", path.read_text()), path
+        wrong = r"\bpickle\b|torch\.save\(|torch\.load\((?!.*weights_only=True)|trust_remote_code=True"
+        assert not re.search(wrong, path.read_text()), path
 
 
 def test_every_folder_with_code_or_data_is_packaged():

@@ -1,8 +1,12 @@
 """The exported graph, and what the analysis finds in it, edge by edge."""
 
+import io
+from itertools import pairwise
+
 import torch
 import transformers
 from helpers.soundness import make_case, violations
+from rich.console import Console
 from torch import nn
 
 from quantize.eval.bases_table import bases_table
@@ -96,12 +100,25 @@ def test_bases_that_are_alike_in_every_layer_are_one_row():
     bases = [b.as_dict() for b in admissible_bases(export_program(transformers.LlamaForCausalLM(LLAMA)))]
     table = bases_table(bases)
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert sum(int(row[0]) for row in rows) == len(bases) > len(rows)
-    gain = next(row for row in rows if row[3] == "model.layers.{i}.post_attention_layernorm")
-    assert gain[:3] == ("2", "32", "diagonal")
-    assert gain[4].split("\n") == ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"]
-    assert "sits between it and what writes it" in gain[5]
-    residual = next(row for row in rows if row[3].startswith("model.embed_tokens"))
-    assert "only once `model.layers.{i}.input_layernorm.weight` is folded" in residual[5].split("\n")
-    queries = next(row for row in rows if row[3] == "model.layers.{i}.self_attn.q_proj")
-    assert queries[4] == "↔ model.layers.{i}.self_attn.k_proj"
+    heads = [n for n, row in enumerate(rows) if row[0].startswith("[bold]")]
+    found = [dict(rows[start:end]) | {"all": rows[start]} for start, end in pairwise([*heads, len(rows)])]
+    assert sum(int(each["all"][0].split()[0].removeprefix("[bold]")) for each in found) == len(bases) > len(found)
+    gain = next(each for each in found if each.get("written by") == "model.layers.{i}.post_attention_layernorm")
+    assert gain["all"] == ("[bold]2 bases", "[bold]32 channels, diagonal")
+    assert gain["read by"].split("\n") == ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"]
+    assert "sits between it and what writes it" in gain["why no more"]
+    residual = next(each for each in found if each.get("written by", "").startswith("model.embed_tokens"))
+    assert "only once `model.layers.{i}.input_layernorm.weight` is folded" in residual["why no more"].split("\n")
+    queries = next(each for each in found if each.get("written by") == "model.layers.{i}.self_attn.q_proj")
+    assert queries["read by"] == "↔ model.layers.{i}.self_attn.k_proj"
+
+
+def test_no_name_is_broken_at_80_columns():
+    names = [f"model.language_model.layers.7.self_attn.{x}_proj.weight" for x in "qkv"]
+    basis = {"dim": 64, "allowed": "orthogonal", "heads": 1, "pins": ["`x.weight` is read by something " * 3]}
+    basis |= {"writers": names, "readers": [], "paired": names, "after_folding": []}
+    console = Console(width=80, file=io.StringIO())
+    console.print(bases_table([basis]))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(f"model.language_model.layers.{{i}}.self_attn.{x}_proj" in shown for x in "qkv")

@@ -382,7 +382,7 @@ def test_the_same_run_gives_the_same_bytes(planted, small_run, tree):
         ({"tokens": [-1]}, "recipe: prefix.tokens.0: input should be greater than or equal to 0"),
         ({}, "recipe: prefix: give either tokens, a list of ids, or search = true"),
         ({"tokens": [1], "search": True}, "give either tokens, a list of ids, or search = true"),
-        ({"token": [1]}, "recipe: prefix.token: extra inputs are not permitted"),
+        ({"token": [1]}, "recipe: prefix.token: there is no such key here"),
         ({"tokens": [1] * 500}, "--seqlen 16 with the prefix of 500 is more than the 512 positions of the model"),
     ],
 )

@@ -137,7 +137,7 @@ def test_a_result_worse_than_plain_rounding_is_a_warning_and_fails_if_strict(
     warning = "warning: plain rounding is as near to the float model or nearer: 256 calibration tokens are few"
     assert shown.code == 0
     assert warning in shown.err
-    assert "that the run did not see: loss " in shown.err
+    assert "that the run did not see: loss " in shown.out
     shown = cli(stories, *options, "--output-dir", tmp_path / "b", "--strict")
     assert shown.code == 1
     assert warning in shown.err

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantize import load
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError
 from quantize.nn.quantized_embedding import QuantizedEmbedding
 from quantize.nn.quantized_linear import QuantizedLinear
 
@@ -152,6 +152,20 @@ def test_a_weight_that_is_not_finite_is_named(small_run, module, tmp_path, value
     with pytest.raises(QuantizeError, match=rf"blocks\.0\.up\.weight holds {value} at \[3, 4\]"):
         small_run(model)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_with_a_tokenizer_is_calibrated_on_text_and_loads_back(small_run, stories, module):
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    texts = [f"Once upon a time there were {n} dogs in the big park." for n in range(9)]
+    model = module()
+    artifact = small_run(model, "W8A8", calibration=texts, tokenizer=tokenizer)
+    loaded = artifact.load()
+    assert type(loaded.blocks[0].qkv) is QuantizedLinear
+    assert type(model.blocks[0].qkv) is nn.Linear
+    assert distance(loaded, model) < 0.05
+    assert AutoTokenizer.from_pretrained(artifact.directory)(texts[0]) == tokenizer(texts[0])
+    with pytest.raises(UsageError, match="a module that transformers does not know; give a module of its class as"):
+        load(artifact.directory)
 
 
 def test_a_module_needs_ids_and_says_so(small_run, module):

@@ -10,7 +10,8 @@ import pytest
 from quantize.errors import UsageError
 from quantize.pipeline.layer_schemes import matches
 from quantize.pipeline.plan import make_plan
-from quantize.recipe.recipe import Recipe, load_recipe, merge, names, shipped
+from quantize.recipe.recipe import Recipe, load_recipe, merge
+from quantize.recipe.shipped import names, shipped
 from quantize.scheme.scheme import SCHEME_NAMES
 
 BITS = {
@@ -69,9 +70,9 @@ def test_a_table_that_names_its_method_replaces_the_default_method():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("trust_remote_code = true", "trust_remote_code: extra inputs are not permitted"),
-        ("[weights]\ntrust_remote_code = true", r"weights\.trust_remote_code: extra"),
-        ("[weights]\nnum_bit = 4", r"weights\.num_bit: extra inputs"),
+        ("trust_remote_code = true", "trust_remote_code: there is no such key here; leave it out"),
+        ("[weights]\ntrust_remote_code = true", r"weights\.trust_remote_code: there is no such key"),
+        ("[weights]\nnum_bit = 4", r"weights\.num_bit: there is no such key here; did you mean `num_bits`\?"),
         ("[weights]\nnum_bits = 3", r"weights\.num_bits: input should be 4, 6 or 8"),
         ("[weights]\nnum_bits = 4", "W8A8 stands for 8-bit weights and 8-bit activations, the tables say 4 and 8"),
         ("[weights]\ngroup_size = -1", r"weights\.group_size: .* greater than or equal to 0"),
@@ -102,7 +103,7 @@ def test_a_wrong_recipe_is_refused_by_its_key(tmp_path, text, words):
             "there is no pass 'rotat'; known are activation_clip, adaptive_rotation, ",
         ),
         ({"passes": [{}]}, "there is no pass 'None'"),
-        ({"passes": [{"name": "rotate", "angle": 1}]}, "pass 'rotate': angle: extra inputs"),
+        ({"passes": [{"name": "rotate", "angle": 1}]}, "pass 'rotate': angle: there is no such key here; leave it out"),
         ({"passes": [{"name": "smoothquant", "alpha": 2}]}, "pass 'smoothquant': alpha: .* less than or equal to 1"),
         ({"quantizer": {"name": "awq"}}, "there is no quantizer 'awq'; known are gptaq, gptq, rtn"),
         ({"quantizer": {"name": "gptq", "damp": -1}}, "quantizer: damp: .* greater than 0"),
@@ -183,7 +184,7 @@ def test_a_scheme_must_come_from_somewhere():
 def test_every_recipe_of_the_package_fits_and_says_where_it_comes_from(name, program):
     text = shipped(name)
     assert text.startswith("# ") and " 20" in text.partition("scheme =")[0]
-    groups = {"mxfp4": 32, "nvfp4": 16}.get(name, 0)
+    groups = {"mxfp4": 32, "nvfp4": 16}.get(name.split("-")[0], 0)
     ignore = ("down_proj",) if groups else ()  # whose 172 columns no group divides
     plan = make_plan(load_recipe(None, Path(name), group_size=groups, ignore=ignore), program)
     assert plan.recipe.scheme.lower() == name.split("-")[0]
@@ -191,5 +192,25 @@ def test_every_recipe_of_the_package_fits_and_says_where_it_comes_from(name, pro
 
 
 def test_an_unknown_recipe_is_answered_with_those_there_are():
-    with pytest.raises(UsageError, match=r"no such recipe: w4a5; give a \.toml file or one of mxfp4, nvfp4, w4a16, "):
+    with pytest.raises(
+        UsageError,
+        match=r"no such recipe: w4a5; give a \.toml or \.yaml file, or one of mxfp4, mxf",
+    ):
         load_recipe(None, Path("w4a5"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"group_size": 64}, r"recipe: group_size: there is no such key here; did you mean `\[weights\] group_size`"),
+        (
+            {"weights": {"seqlen": 9}},
+            "recipe: weights.seqlen: there is no such key here; did you mean `seqlen in no table`",
+        ),
+        ({"quantiser": {"name": "rtn"}}, "recipe: quantiser: there is no such key here; did you mean `quantizer`"),
+        ({"clip_ratio": 1.0}, r"did you mean `\[activations\] clip_ratio` or `\[kv_cache\] clip_ratio`"),
+    ],
+)
+def test_a_key_in_the_wrong_place_says_where_it_belongs(changes, words):
+    with pytest.raises(UsageError, match=words):
+        load_recipe("W4A8", changes)

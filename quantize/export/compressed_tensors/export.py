@@ -30,7 +30,9 @@ from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import (
     has_packed_zero_points,
     held_schemes,
+    is_packed,
     quantization_config,
+    storage,
     stored,
 )
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
@@ -72,7 +74,7 @@ def export_compressed_tensors(
         if path not in schemes:
             return {"weight": linear.qtensor().dequantize().to(linear.scale.dtype)} | bias
         divisor = {"input_global_scale": divisors[path]} if path in scaled else {}
-        return stored(linear.qtensor(), linear.scheme.activations is None) | bias | divisor
+        return stored(linear.qtensor(), is_packed(linear.scheme)) | bias | divisor
 
     for shard, tensors in shards(directory, outline, compressed, console):
         writer.add(shard, tensors)
@@ -80,9 +82,17 @@ def export_compressed_tensors(
     own = {"dtype": "bfloat16"} if running_type(schemes) == torch.bfloat16 else {}
     entry = quantization_config(schemes, ignored(outline.skeleton, schemes))
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
+    if console is not None:
+        console.print(f"to serve it: {serve_command(writer.output, schemes)}", soft_wrap=True, markup=False)
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
     return {"parity": compressed_tensors_parity(directory, writer.directory, schemes, outline.dtype)}
+
+
+def serve_command(output: Path, schemes: Mapping[str, Scheme]) -> str:
+    """Return the command with which vLLM serves a checkpoint; without its flag vLLM leaves activations in floats."""
+    integer = any(scheme.activations is not None and storage(scheme) == "pack-quantized" for scheme in schemes.values())
+    return f"vllm serve {output}" + (" --linear-backend humming" if integer else "")
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
 
     Args:
         weight: a weight of any format.
-        packed: whether 4-bit integers are packed into words; if activations are integers too, weights are bytes.
+        packed: whether 4-bit integers are packed into words, as `is_packed` says; otherwise they are bytes.
 
     Returns:
         FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; for NVFP4 also weight_global_scale float32 [1], a
@@ -104,7 +104,17 @@ def storage(scheme: Scheme) -> str:
     """Return the format's name for how weights are stored."""
     if get_format(scheme.weights.format).element == "e2m1":
         return f"{scheme.weights.format}-pack-quantized"
-    return "pack-quantized" if scheme.activations is None else "int-quantized"
+    return "pack-quantized" if is_packed(scheme) else "int-quantized"
+
+
+def is_packed(scheme: Scheme) -> bool:
+    """Return whether 4-bit integers lie in words: behind float activations, or if nothing has a zero point.
+
+    vLLM multiplies packed weights by integer activations without zero points; bytes it multiplies on CPUs alone. The
+    package 0.20 cannot read packed zero points beside integer activations.
+    """
+    args = scheme.activations
+    return args is None or (scheme.weights.num_bits == 4 and scheme.weights.symmetric and args.symmetric)
 
 
 def has_packed_zero_points(scheme: Scheme) -> bool:

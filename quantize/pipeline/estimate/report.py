@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -19,6 +20,19 @@ def preflight(prepared: Prepared) -> MemoryEstimate:
     return MemoryEstimate(
         prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes, prepared.held_out
     )
+
+
+def shard_names(prepared: Prepared) -> list[str]:
+    """Return the name of each block's file, then that of the remaining tensors; no number is left out.
+
+    A file that is foreseen to be empty has a name of its own, for it is only foreseen.
+    """
+    holds = [bool(tensors) for tensors in preflight(prepared).tensors]
+    counts = list(itertools.accumulate(holds))
+    return [
+        f"model-{count:05}-of-{counts[-1]:05}.safetensors" if any_ else f"model-more-{number:05}.safetensors"
+        for number, (count, any_) in enumerate(zip(counts, holds, strict=True))
+    ]
 
 
 def estimates(found: MemoryEstimate, opened: float, console: Console | None = None) -> Iterator[str]:

@@ -10,11 +10,10 @@ from quantize.calibration.runner import SequentialRunner
 from quantize.graph.interpreter import Overrides
 from quantize.graph.program import Segment
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.context import RunContext
+from quantize.pipeline.context import RunContext, running
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
-from quantize.pipeline.quantize import running
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.prefix_search import resolve_prefix

@@ -38,6 +38,8 @@ class ResumableWriter(ArtifactWriter):
         self.finished = resume and output.is_dir() and self._began() and not (self.partial / "artifact").exists()
         if self.finished:
             self.output = output
+        elif resume and (output / "manifest.json").is_file() and not self.partial.exists():
+            raise UsageError(f"{output} is finished, so there is nothing to go on with; leave --resume out")
         else:
             super().__init__(output)
 

@@ -59,6 +59,7 @@ SCHEMES = {
     "W8A8": integers(8, 8),
     "W8A8 asymmetric": integers(8, 8, symmetric=False, symmetric_activations=False),
     "W4A8": integers(4, 8, group_size=16, symmetric=False, symmetric_activations=False),
+    "W4A8 packed": integers(4, 8, group_size=16),
     "W4A4": integers(4, 4, symmetric_activations=False),
     "W4A4 symmetric": integers(4, 4),
     "W6A6": integers(6, 6),
@@ -96,7 +97,7 @@ def stored_by_the_package(weight, scheme):
 def test_tensors_are_those_that_the_package_writes(name, rows, columns):
     scheme = SCHEMES[name]
     weight = random_linear(scheme, rows, columns).qtensor()
-    expected, found = stored_by_the_package(weight, scheme), stored(weight, scheme.activations is None)
+    expected, found = stored_by_the_package(weight, scheme), stored(weight, format.is_packed(scheme))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype, key
@@ -117,7 +118,7 @@ def run_by_the_package(linear, x):
     dtype = torch.float32 if scheme.weights.format == "int" else torch.bfloat16
     model = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, dtype=dtype))
     config = QuantizationConfig.model_validate(quantization_config({"0": scheme}, []))
-    given = {f"0.{key}": tensor for key, tensor in stored(weight, scheme.activations is None).items()}
+    given = {f"0.{key}": tensor for key, tensor in stored(weight, format.is_packed(scheme)).items()}
     if scheme.weights.format == "nvfp4":
         given["0.input_global_scale"] = 448 * 6 / x.abs().max().reshape(1)
     with quiet():
@@ -204,6 +205,21 @@ def test_transformers_runs_what_was_quantized(scheme, small_run, one_layer, tmp_
     tokens = AutoTokenizer.from_pretrained(output)("Once upon", return_tensors="pt")["input_ids"]
     with quiet():
         assert len(model.generate(tokens, max_new_tokens=3, do_sample=False)[0]) == tokens.numel() + 3
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "W4A4"])
+def test_the_recipes_for_vllm_are_packed_to_half_the_bytes(scheme, cli, small_run, one_layer, tmp_path):
+    artifact = small_run(one_layer, scheme, target="vllm", recipe={"quantizer": {"name": "rtn"}}, group_size=4)
+    shown = cli("export", artifact.directory, "--format", "compressed-tensors", "-o", tmp_path / "ct")
+    assert shown.code == 0
+    assert f"to serve it: vllm serve {tmp_path / 'ct'} --linear-backend humming\n" in shown.err
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"]["num_bits"] == int(scheme[-1])
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype="auto")
+    found, rounding = apart(model, artifact.load())
+    assert found < 2 * rounding
 
 
 def test_packed_zero_points_load_where_weights_are_unpacked(small_run, one_layer, tmp_path):
@@ -298,13 +314,14 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("group_size", [0, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_model_stored_in_bfloat16(symmetric, one_layer, small_run, tmp_path):
+def test_a_model_stored_in_bfloat16(symmetric, group_size, one_layer, small_run, tmp_path):
     """The package unpacks weights with zero points to the type of the model."""
     model = AutoModelForCausalLM.from_pretrained(one_layer, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
     recipe = RTN | {"weights": {"symmetric": symmetric}}
-    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe)
+    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe, group_size=group_size)
     parity = export_artifact(artifact.directory, "compressed-tensors", tmp_path / "checkpoint")
     assert parity["reference"] < FLOAT32
 

@@ -1,0 +1,104 @@
+"""Calibration data lie in tables and lists: .parquet, .csv, .json, conversations in .jsonl, and tensors in .pt."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantize.calibration.data import spread
+from quantize.calibration.records import MASK, MESSAGES
+from quantize.checkpoint.untrusted_files import parse_json
+from quantize.errors import QuantizeError, UsageError, reason
+
+SPREAD_OVER = 16  # times as many records as are asked for are read, and taken from evenly
+LARGEST = 1 << 28  # bytes of a .json or .pt file, which is read whole
+LONGEST_CELL = 1 << 24  # characters
+
+
+def holds_records(path: Path) -> bool:
+    """Return whether a file is read record by record: all kinds of `READERS`, of .jsonl those with conversations."""
+    if path.suffix != ".jsonl":
+        return path.suffix in READERS
+    with path.open("rb") as file:
+        first = next((line for line in itertools.islice(file, 100) if line.strip()), b"")
+    return f'"{MESSAGES}"'.encode() in first or f'"{MASK}"'.encode() in first
+
+
+def read_records(path: Path, limit: int) -> list[Any]:
+    """Return at most `limit` records, evenly spread over the beginning of a file.
+
+    Raises:
+        UsageError: there is no such file, or a package to read it is missing.
+        QuantizeError: the file is damaged or holds something else.
+    """
+    if path.suffix in (".json", ".pt") and path.stat().st_size > LARGEST:
+        raise UsageError(f"{path} has more than {LARGEST:,} bytes; give .parquet, .jsonl or .safetensors")
+    try:
+        return list(spread(list(itertools.islice(READERS[path.suffix](path), SPREAD_OVER * limit)), limit))
+    except QuantizeError:
+        raise
+    except Exception as error:  # the readers of other packages raise anything
+        raise QuantizeError(f"{path} cannot be read ({reason(error)})") from None
+
+
+def read_parquet(path: Path) -> Iterator[Any]:
+    """Yield the rows of a Parquet file as dicts, without reading it whole."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UsageError(f"{path} needs the package pyarrow; install it, or give .jsonl or .csv") from None
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=256):
+            yield from batch.to_pylist()
+
+
+def read_csv(path: Path) -> Iterator[Any]:
+    """Yield the rows of a file of comma-separated values as dicts, whose keys stand in the first line."""
+    csv.field_size_limit(LONGEST_CELL)
+    with path.open(newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file, strict=True)
+
+
+def read_json_list(path: Path) -> Iterator[Any]:
+    """Yield the elements of a JSON list, or of the only list in a JSON object."""
+    found = parse_json(path.read_bytes())
+    lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else [found]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise QuantizeError(f"{path} holds no list of texts or rows")
+    yield from lists[0]
+
+
+def read_jsonl_records(path: Path) -> Iterator[Any]:
+    """Yield one record for each line."""
+    with path.open("rb") as file:
+        yield from (parse_json(line) for line in file if line.strip())
+
+
+def read_tensors(path: Path) -> Iterator[Any]:
+    """Yield the samples of a tensor, a list, or a dict of tensors that torch saved; no other object is read."""
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, Mapping):
+        tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+        rows = min((len(x) for x in tensors.values()), default=0)
+        yield from ({name: x[i] for name, x in tensors.items()} for i in range(rows))
+    elif isinstance(found, Tensor | list | tuple):
+        yield from found
+    else:
+        raise QuantizeError(
+            f"{path} holds a {type(found).__name__}; give a tensor, a list of them, or one for each input"
+        )
+
+
+READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".csv": read_csv,
+    ".json": read_json_list,
+    ".jsonl": read_jsonl_records,
+    ".parquet": read_parquet,
+    ".pt": read_tensors,
+}

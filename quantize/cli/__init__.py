@@ -1,0 +1,71 @@
+"""The command `quantize-model`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+from click_default_group import DefaultGroup
+
+from quantize.cli.artifacts import merge_stats, run, verify
+from quantize.cli.listings import completion, recipes, schemes
+from quantize.cli.measure import evaluate, inspect
+from quantize.cli.quantize import quantize
+from quantize.errors import QuantizeError, UsageError, reason
+from quantize.export.command import export
+
+HELP = """Quantize transformers to 4-bit weights and activations with little loss, and check every step.
+
+`quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes a model; `quantize-model quantize --help` lists its
+options.
+"""
+commands: click.Group = DefaultGroup(
+    default="quantize",
+    help=HELP,
+    commands=[quantize, merge_stats, inspect, evaluate, export, run, verify, recipes, schemes, completion],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+click.version_option(package_name="quantize-model")(commands)
+
+
+def system_error(error: OSError | MemoryError) -> str:
+    """Say what the system refused, such as a file in a place that cannot be written."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; --dry-run says how much a run takes"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or reason(error)}; give a place that can be read and written and has room"
+
+
+def main() -> NoReturn:
+    """Run the command. The exit code is 0 when it is done, 1 when it failed, and 2 for wrong use."""
+    signals: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        signals.append(number)
+        signal.setitimer(signal.ITIMER_REAL, 0.5)  # a library may swallow the exception: again, until the run has ended
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, interrupt)
+    try:
+        commands.main(prog_name="quantize-model", standalone_mode=False)
+        sys.exit(0)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, Exception) as error:
+        kept = getattr(error.__cause__ if isinstance(error, click.Abort) else error, "__notes__", [])
+        # a library may have made another error of the interruption
+        if not signals and not isinstance(error, KeyboardInterrupt | click.Abort):
+            if not isinstance(error, QuantizeError | OSError | MemoryError):
+                raise
+            told = error if isinstance(error, QuantizeError) else system_error(error)
+            click.echo("; ".join([f"error: {told}", *kept]), err=True)
+            sys.exit(2 if isinstance(error, UsageError) else 1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    click.echo("; ".join(["interrupted", *(kept or ["nothing was kept"])]), err=True)
+    sys.exit(1)

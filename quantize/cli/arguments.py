@@ -1,0 +1,49 @@
+"""Arguments of the command are converted and checked before anything slow is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quantize.checkpoint.paths import find_directory, require_file, require_new
+from quantize.recipe.shipped import require_recipe
+from quantize.recipe.targets import recipe_for
+from quantize.scheme.names import SCHEME_NAMES, scheme_name
+
+PATH = click.Path(path_type=Path)
+
+
+class SchemeType(click.Choice[str]):
+    """A scheme's name in any case, or a common name such as `int4`."""
+
+    def __init__(self) -> None:
+        super().__init__(SCHEME_NAMES)
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name as this package writes it."""
+        return super().convert(scheme_name(value), param, ctx)
+
+
+def check_run(
+    model: str,
+    scheme: str | None,
+    target: str | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    output: Path | None,
+) -> None:
+    """Check what can be checked of a run's arguments without importing torch.
+
+    Raises:
+        UsageError: a path does not exist, the output does, or the target cannot execute the scheme.
+    """
+    find_directory(model)
+    if recipe is not None:
+        require_recipe(recipe)
+    if calibration is not None:
+        require_file(calibration)
+    if output is not None:
+        require_new(output)
+    if scheme is not None:
+        recipe_for(target, scheme)

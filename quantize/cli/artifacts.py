@@ -1,0 +1,71 @@
+"""The commands `quantize-model merge-stats`, `run` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from quantize.checkpoint.paths import require_directory
+from quantize.cli.arguments import PATH
+
+
+@click.command("merge-stats")
+@click.argument("files", type=PATH, nargs=-1, required=True)
+@click.option("--output", type=PATH, required=True, help="The new file that the merged statistics are written to.")
+def merge_stats(files: tuple[Path, ...], output: Path) -> None:
+    """Merge the files that --collect-stats wrote.
+
+    Each file holds the statistics of a part of the calibration data.
+    """
+    from quantize.pipeline.statistics_files import merge_stats
+
+    merged = merge_stats(files, output)
+    click.echo(f"{output}: statistics of {merged.record()['tokens']} tokens in {len(merged.data)} parts")
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("--prompt", help="The text to continue; for a model of sound, how its text begins.")
+@click.option(
+    "--input",
+    "data",
+    type=PATH,
+    help="For models of sound: a .safetensors file with a tensor for each input of the encoder.",
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="The largest number of tokens to make.",
+)
+def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: int) -> None:
+    """Make text with an exported model.
+
+    The model runs in ONNX Runtime, and each token is the most likely one.
+    """
+    require_directory(directory, "exported model")
+    from quantize.export.onnx.runtime.generate_encoded import generate
+
+    for piece in generate(directory, prompt, data, max_new_tokens):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("--digest", help="The digest that the run printed, so that nobody can have changed the manifest as well.")
+def verify(directory: Path, digest: str | None) -> None:
+    """Check that an artifact is as it was written.
+
+    The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
+    """
+    require_directory(directory, "artifact")
+    from quantize.artifact.verify import verify_artifact
+
+    found = verify_artifact(directory, digest)
+    click.echo(
+        f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
+        f"digest {found['digest']}"
+    )

@@ -1,0 +1,99 @@
+"""The commands `quantize-model inspect` and `quantize-model eval`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from quantize.checkpoint.paths import find_directory, require_directory, require_file
+from quantize.cli.arguments import PATH
+from quantize.errors import UsageError
+from quantize.scheme.names import ENGINES, Engine
+
+
+@click.command()
+@click.argument("model")
+@click.option("--activations", is_flag=True, help="Show which activations of the float model are massive instead.")
+@click.option("--calibration", type=PATH, help="The text that --activations runs on.  [default: bundled prose]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
+    """Show where transforms are legal in MODEL.
+
+    Where a transform is not legal, the reason is given.
+    """
+    find_directory(model)
+    from quantize.checkpoint.checkpoint import open_checkpoint
+    from quantize.graph.analysis import admissible_bases
+    from quantize.graph.fallback.program import make_program
+
+    checkpoint = open_checkpoint(model)
+    program = make_program(checkpoint, checkpoint.skeleton())
+    if activations:
+        from quantize.eval.activations import activations_table, measure
+
+        found = measure(checkpoint, program, calibration)
+        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(activations_table(found))
+    if calibration is not None:
+        raise UsageError("--calibration is text for --activations; give both or neither")
+    bases = [basis.as_dict() for basis in admissible_bases(program)]
+    if as_json:
+        return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
+    from quantize.eval.bases_table import bases_table
+
+    if program.export_error:
+        click.echo(program.export_error_message)
+    Console().print(bases_table(bases))
+
+
+@click.command("eval")
+@click.argument("directory", type=PATH)
+@click.option("--against", help="The float model, to measure how far the artifact diverges from it.")
+@click.option(
+    "--text",
+    type=PATH,
+    required=True,
+    help="The text to measure on: .txt or .jsonl for language models, .tsv with scored pairs of sentences "
+    "for encoders.",
+)
+@click.option(
+    "--nsamples", type=click.IntRange(1), help="The number of windows, spread evenly over the text.  [default: all]"
+)
+@click.option(
+    "--seqlen", type=click.IntRange(2), default=256, show_default=True, help="The number of tokens in a window."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="fake_quant",
+    show_default=True,
+    help="How an artifact runs on a CPU: in floating point, or exactly and slowly.",
+)
+@click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
+@click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
+def evaluate(
+    directory: Path,
+    against: str | None,
+    text: Path,
+    nsamples: int | None,
+    seqlen: int,
+    engine: Engine,
+    kurtosis: bool,
+    as_json: bool,
+) -> None:
+    """Measure a model or an artifact on a text."""
+    require_directory(directory, "artifact")
+    require_file(text)
+    if kurtosis:
+        from quantize.eval.report import kurtosis_report
+
+        if against is None:
+            raise UsageError("--kurtosis compares with the float model; give --against")
+        return Console().print(kurtosis_report(directory, against, text, seqlen))
+    from quantize.eval.report import evaluate as measure
+    from quantize.eval.report import scores_table
+
+    scores = measure(directory, against, text, seqlen, nsamples, engine)
+    click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

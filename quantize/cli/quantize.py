@@ -1,0 +1,142 @@
+"""The command `quantize-model quantize`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from quantize.cli.arguments import PATH, SchemeType, check_run
+from quantize.errors import UsageError
+from quantize.recipe.targets import TARGETS
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--scheme", type=SchemeType(), help="The scheme, which fixes the bits of weights and activations; case is ignored."
+)
+@click.option(
+    "--target",
+    type=click.Choice(sorted(TARGETS)),
+    help="The runtime that is to execute the result: it decides the default recipe, and what it cannot execute is "
+    "refused before the run.",
+)
+@click.option("-o", "--output-dir", type=PATH, help="The new directory that the artifact is written to.")
+@click.option(
+    "--recipe",
+    type=PATH,
+    help="A TOML or YAML file that changes the scheme's default recipe, or the name of a shipped one.",
+)
+@click.option(
+    "--calibration",
+    type=PATH,
+    help="The data to calibrate on: text (.txt); rows of text, messages or input_ids (.jsonl, .json, .csv, .parquet); "
+    "or tensors (.safetensors, .pt).  [default: bundled prose]",
+)
+@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 128]")
+@click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
+@click.option(
+    "--group-size",
+    type=click.IntRange(0),
+    help="The number of weight columns that share a scale; 0 is one scale for each output channel.  "
+    "[default: 128; W8A8: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
+)
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="PATTERN",
+    help="Linears to leave in floating point: names or globs, separated by commas, or one re:EXPRESSION. May be given "
+    "several times.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
+@click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
+@click.option(
+    "--strict",
+    is_flag=True,
+    help="Exit with 1 if plain rounding turns out to lose no more, or was all that could be done somewhere.",
+)
+@click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
+@click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
+@click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what the run would do and what it would take; the first block is run to measure the time.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the plan and the whole recipe before the run begins.")
+def quantize(
+    model: str,
+    scheme: str | None,
+    target: str | None,
+    output_dir: Path | None,
+    recipe: Path | None,
+    calibration: Path | None,
+    resume: bool,
+    stats: Path | None,
+    collect_stats: Path | None,
+    dry_run: bool,
+    device: str,
+    strict: bool,
+    quiet: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Quantize MODEL into a new directory.
+
+    MODEL is a directory or a hub id.
+    """
+    check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
+    if output_dir is None and not dry_run and collect_stats is None:
+        raise UsageError("give --output-dir, a directory that does not exist yet")
+    from quantize.pipeline.distributed import is_rank_zero
+    from quantize.pipeline.quantize import collect_stats as collect
+    from quantize.pipeline.quantize import quantize_model
+    from quantize.recipe.recipe import load_recipe
+
+    console = None if quiet else Console(stderr=True)
+    if dry_run:
+        from quantize.export.targets import exports
+        from quantize.pipeline.estimate.report import estimates, preflight
+        from quantize.pipeline.prepare import describe_run, prepare
+
+        prepared = prepare(model, load_recipe(scheme, recipe, target=target, **settings), calibration, read=False)
+        found = preflight(prepared)
+        told = estimates(found, prepared.seconds, console)
+        lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
+        return click.echo("\n".join(lines))
+    if collect_stats is not None:
+        chosen = load_recipe(scheme, recipe, target=target, **settings)
+        statistics = collect(model, output=collect_stats, recipe=chosen, calibration=calibration, console=console)
+        return click.echo(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
+    assert output_dir is not None
+    artifact = quantize_model(
+        model,
+        output_dir=output_dir,
+        scheme=scheme,
+        calibration=calibration,
+        recipe=recipe,
+        target=target,
+        resume=resume,
+        stats=stats,
+        device=device,
+        console=console,
+        verbose=verbose,
+        **settings,
+    )
+    if is_rank_zero():
+        click.echo(f"{artifact.summary()}\ndigest {artifact.manifest['digest']}")
+        click.echo(f"next: {next_command(model, output_dir, target)}")
+    if strict and artifact.warning:
+        sys.exit(1)
+
+
+def next_command(model: str, output: Path, target: str | None) -> str:
+    """Return what a person most likely does with a new artifact."""
+    if target is None:
+        return f"quantize-model eval {output} --against {model} --text FILE"
+    return f"quantize-model export {output} --format {TARGETS[target].format} --output-dir {output}-{target}"
