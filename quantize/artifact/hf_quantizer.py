@@ -18,7 +18,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from quantize.nn.quantized_experts import QuantizedExperts
     from quantize.nn.quantized_linear import QuantizedLinear
 
 METHOD = "quantize-model"
@@ -46,7 +45,7 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ArtifactConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.kept: list[tuple[nn.Module, str, Tensor]] = []
-        self.linears: dict[str, QuantizedLinear | QuantizedExperts] = {}
+        self.linears: dict[str, QuantizedLinear] = {}
         self.directory: Path | None = None
         self.dtype = torch.float32
 
@@ -86,20 +85,25 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from quantize.artifact.load import put_in_place, read_linear, read_table
+        from quantize.artifact.load import check_place, read_linear, read_table
         from quantize.artifact.writer import PROBE
         from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_tensor
         from quantize.errors import UsageError
         from quantize.nn.quantized_embedding import quantize_embedding
+        from quantize.nn.quantized_linear import QuantizedLinear
 
         if not checkpoint_files:
             raise UsageError("an artifact is loaded from its files; give from_pretrained a directory or a hub id")
         self.directory, settings = Path(checkpoint_files[0]).parent, self.settings
+        if stacks := [path for path, entry in settings["modules"].items() if entry.get("experts")]:
+            raise UsageError(f"{stacks[0]} is a stack of experts, which from_pretrained cannot fill; use quantize.load")
         files = index_tensors(self.directory, PROBE)
         with torch.device("cpu"):  # transformers has made `meta` the default, where cached matrices would stay empty
             for path, place in places(model, settings["modules"]):
                 linear = read_linear(path, settings, files, self.dtype, read=header_tensor)
-                put_in_place(model, place, linear)
+                assert isinstance(linear, QuantizedLinear)
+                check_place(model.get_submodule(place), linear, place)
+                model.set_submodule(place, linear)
                 self.linears[path] = linear
                 self._keep(linear.transform)
                 if linear.global_scale is not None:
@@ -153,7 +157,6 @@ def places(model: nn.Module, paths: Any) -> Iterator[tuple[str, str]]:
     A part that the model does not have is left out, as the head of a model that is loaded without it.
     """
     prefix, found = str(getattr(model, "base_model_prefix", "")), {path for path, _ in model.named_modules()}
-    found |= {path for path, _ in model.named_parameters()}  # stacks of experts
     for path in paths:
         candidates = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
         if (place := next((c for c in candidates if c in found), None)) is not None:
