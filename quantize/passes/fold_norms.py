@@ -15,7 +15,8 @@ from quantize.transforms.fold import GainFold, Transform
 class FoldNorms(Pass):
     """T = diag(1/g), which makes each norm's gain g ones (SliceGPT, arXiv 2401.15024, section 3).
 
-    The residual stream admits rotations only after this. A gain of zero is folded as well: the channel stays dead.
+    The residual stream admits rotations only after this. Where it admits none even then, the plan leaves gains as they
+    are (`plan.freeing`). A gain of zero is folded as well: the channel stays dead.
     """
 
     legal: ClassVar[AllowedTransforms] = AllowedTransforms.DIAGONAL

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from quantize.graph.analysis import find_bases
+from quantize.graph.allowed_transforms import AllowedTransforms
+from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
@@ -134,10 +135,22 @@ def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) ->
     steps, folded = [], frozenset[str]()
     for handler in handlers:
         step = make_step(handler, find_bases(program, folded), program, linears)
+        step = replace(step, sites=freeing(step.sites, program)) if handler.folds_gains else step
         steps.append(step)
         if handler.folds_gains:
             folded |= {basis.gain.parameter for basis in step.sites if basis.gain}
     return tuple(steps)
+
+
+def freeing(sites: Iterable[Basis], program: Program) -> tuple[Basis, ...]:
+    """Return those of some bases behind norm gains whose folding lets rotations through the norm.
+
+    Elsewhere a gain does more good where it is: it mostly is small for massive channels, which otherwise reach what
+    reads the norm (Gemma 3, whose residual stream admits no rotation, is nearer to the float model by RTN without).
+    """
+    rotatable = (b for b in admissible_bases(program) if AllowedTransforms.CENTRED_ORTHOGONAL in b.allowed)
+    freed = {gain for basis in rotatable for gain in basis.gains}
+    return tuple(basis for basis in sites if basis.gain and basis.gain.parameter in freed)
 
 
 def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear]) -> Step:
