@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.bases import basis, edge, maxima, place, site
+from helpers.soundness import family
 
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.checkpoint import open_checkpoint
@@ -29,6 +30,14 @@ def test_smoothquant_by_hand():
     transform = PASSES["smoothquant"](alpha=0.75).transform(site(read, weights, a=seen, b=seen))
     assert isinstance(transform, Diagonal)
     assert torch.allclose(1 / transform.d, torch.tensor([16.0, 1.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("name", "folds"), [("llama", True), ("gpt2", True), ("gemma2", False)])
+def test_gains_are_folded_where_that_lets_rotations_through(name, folds):
+    """The residual stream of Gemma is written by gains, which no rotation passes; its other gains stay as well."""
+    plan = make_plan(load_recipe("W4A8", None, group_size=0), family(name).program)
+    (fold_norms,) = (step for step in plan.steps if step.handler.name == "fold_norms")
+    assert bool(fold_norms.sites) is folds
 
 
 def test_smoothquant_with_alpha_one_flattens_activations():
