@@ -14,7 +14,7 @@ from quantize.transforms.online import Online
 
 
 class FP8Bytes(NamedTuple):
-    """A tensor of 8-bit floating point as uint8, since torch pickles no such tensors."""
+    """A tensor of 8-bit floating point as uint8, since torch serializes no such tensors."""
 
     values: Tensor
     dtype: torch.dtype
@@ -25,7 +25,7 @@ class FP8Bytes(NamedTuple):
 
 
 def as_bytes(x: Tensor | None) -> Tensor | FP8Bytes | None:
-    """Return a tensor, or what stands for it in a pickle."""
+    """Return a tensor, or what stands for it where it is serialized."""
     fp8 = x is not None and x.is_floating_point() and x.element_size() == 1
     return FP8Bytes(x.view(torch.uint8), x.dtype) if fp8 and x is not None else x
 
@@ -84,7 +84,7 @@ class QuantizedWeight(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies and pickles hold: FP8 as bytes, which pickle knows."""
+        """Return what copies hold, and what is serialized: FP8 as bytes."""
         return {**self.__dict__, "_buffers": {name: as_bytes(buffer) for name, buffer in self._buffers.items()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

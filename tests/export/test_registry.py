@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import click
 import pytest
+from helpers.json_files import sign_again
 
 import quantize.export
 from quantize.errors import QuantizeError, UsageError
@@ -88,7 +89,7 @@ def test_an_artifact_that_lists_what_its_model_lacks(target, artifact_rtn, tmp_p
     manifest = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     modules = manifest["quantization"]["modules"]
     modules["model.layers.7.no"] = modules["model.layers.0.mlp.up_proj"]
-    (tmp_path / "artifact" / "manifest.json").write_text(json.dumps(manifest))
+    sign_again(tmp_path / "artifact", quantization=manifest["quantization"])
     with pytest.raises(QuantizeError, match=r"does not fit the model: it lists model\.layers\.7\.no, which the model"):
         export_artifact(tmp_path / "artifact", target, tmp_path / "no")
 
