@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,7 +17,19 @@ from quantize.errors import UsageError
 
 def saved_again(model: nn.Module, directory: Path) -> None:
     """Let `save_pretrained` of a model that was loaded from an artifact write that artifact again."""
-    model.__dict__["save_pretrained"] = MethodType(functools.partial(save_pretrained, source=directory), model)
+    model.__dict__["save_pretrained"] = SaveAgain(model, directory)
+
+
+@dataclass(frozen=True)
+class SaveAgain:
+    """The `save_pretrained` of a loaded model; copies of the model take one of their own along."""
+
+    model: nn.Module
+    source: Path
+
+    def __call__(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the artifact again, as `save_pretrained` below does."""
+        save_pretrained(self.model, save_directory, source=self.source, **options)
 
 
 def save_pretrained(model: nn.Module, save_directory: str | Path, *, source: Path, **options: Any) -> None:

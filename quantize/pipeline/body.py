@@ -78,7 +78,7 @@ class Body:
         for node, name in program.parameters.items():
             if not set(program.ties.get(name, (name,))) & (sizes.keys() | apart):
                 sizes[name] = node.meta["val"].numel()
-        for name in sorted(sizes.keys() & skipped.keys(), key=lambda name: -sizes[name]):
+        for name in sorted(sizes.keys() & skipped.keys(), key=lambda name: (-sizes[name], name)):
             left[skipped[name]][name] = sizes[name]
         done = sum(size for name, size in sizes.items() if name not in skipped)
         return cls(sum(sizes.values()), done, dict(sorted(left.items(), key=lambda item: -sum(item[1].values()))))

@@ -48,7 +48,7 @@ MODELS = {
         transformers.T5ForConditionalGeneration,
         TEXT,
         {"input_ids": (8, 10), "decoder_input_ids": (8, 12)},
-        5 + 9,
+        6 + 10,
     ),
 }
 

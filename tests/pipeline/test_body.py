@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from quantize.graph.linears import NOT_ALONE
 from quantize.pipeline.body import NO_LINEAR
 
 
@@ -28,7 +29,7 @@ class Model(nn.Module):
 
 
 REASONS = {
-    "factor": "`einsum` reads it, which is no linear",
+    "factor": NOT_ALONE,
     "places.weight": "`embedding` reads it, which is no linear",
     "image.weight": "a pass with `ids` alone does not reach it",
     "image.bias": "a pass with `ids` alone does not reach it",

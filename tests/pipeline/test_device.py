@@ -61,7 +61,7 @@ def test_weights_cross_once_and_no_number_is_read_between_columns(found, one_lay
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     floats = 4 * sum(n for name, n in sizes.items() if ".layers." not in name or re.search(r"layers\.[01]\.", name))
     given = found["W4A16"]
-    assert floats < given["to_device"] < floats + 1.5 * given["artifact_bytes"]
+    assert floats < given["to_device"] < 2 * floats
     assert given["scalars_in_columns"] == 0
 
 

@@ -230,13 +230,13 @@ def test_how_a_module_holds_its_weight_is_seen_by_running_it(module, expected):
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_names_and_shapes_are_those_that_transformers_saves(name, small_run, tmp_path):
-    """Transposed weights in the one, merged experts and a router in the other."""
+    """Transposed weights in the one; merged experts, which stay in floating point, and a router in the other."""
     config = json.loads(CONFIGS[name].read_text()) | {"vocab_size": 512}
     torch.manual_seed(0)
     cls = getattr(transformers, config["architectures"][0])
     float_model = cls(cls.config_class.from_dict(config)).eval()
     float_model.save_pretrained(tmp_path / "model")
-    artifact = small_run(tmp_path / "model", "W4A4", recipe=RTN)
+    artifact = small_run(tmp_path / "model", "W4A4", recipe=RTN, ignore=["re:.*experts.*"] * (name == "mixtral"))
     _, model, tensors = exported(artifact, tmp_path / "checkpoint")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert {name: x.shape for name, x in tensors.items()} == {name: x.shape for name, x in saved.items()}
