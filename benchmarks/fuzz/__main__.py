@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.fuzz.mutations import KINDS, Sound, broken
 from quantize import cli
@@ -140,7 +140,8 @@ def peak() -> int:
 
 def table(found: dict[str, Tally]) -> Table:
     """Return the counts, the peak memory and the longest time of each kind."""
-    made = Table("kind", "files", "exit 0", "exit 1", "exit 2", "unclean", "longest, s", "peak, MB")
+    numbers = ("files", "exit 0", "exit 1", "exit 2", "unclean", "longest, s", "peak, MB")
+    made = Table(Column("kind", no_wrap=True), *numbers)
     for kind, tally in found.items():
         codes, unclean = tally.codes, len(tally.unclean)
         counts = (sum(codes.values()), codes[0], codes[1], codes[2], unclean)
