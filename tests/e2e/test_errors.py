@@ -306,7 +306,7 @@ def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_
 
 
 def test_an_output_that_is_the_root(refused, one_layer):
-    assert refused(one_layer, output="/") == (2, "error: / exists already; give a new --output-dir\n")
+    assert refused(one_layer, output="/") == (2, "error: / exists already; give a new --output-dir")
 
 
 @pytest.mark.slow
