@@ -35,8 +35,7 @@ class Overrides:
 def free_replaced(program: Program, state: Overrides, names: Iterable[str]) -> None:
     """Drop those of some weights that only replaced linears have read."""
     for name in set(names):
-        readers = [n for node, held in program.parameters.items() if held == name for n in node.users]
-        if all(reader in state.linears for reader in readers):
+        if program.readers(name) <= state.linears.keys():
             state.weights.pop(name, None)
 
 
