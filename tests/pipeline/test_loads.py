@@ -11,6 +11,14 @@ from quantize.errors import QuantizeError
 from quantize.pipeline import finalize
 
 ROTATED = {"passes": [{"name": "fold_norms"}, {"name": "rotate"}], "quantizer": {"name": "rtn"}, "tables": []}
+
+
+@pytest.fixture(autouse=True)
+def folded_gains(monkeypatch):
+    """Fold gains although no rotation is freed, so that the head is no longer what it was tied to."""
+    monkeypatch.setattr("quantize.pipeline.plan.freeing", lambda sites, program: tuple(sites))
+
+
 SIZES = {
     "d_model": 16, "vocab_size": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
