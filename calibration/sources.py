@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,17 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.calibration.arguments import IN_MEMORY
 from quantize.calibration.data import Row, Samples, spread
-from quantize.calibration.records import IDS, ids_of
+from quantize.calibration.records import IDS, MASK, ids_of
 from quantize.calibration.table_files import holds_records, read_records
-from quantize.calibration.tensor_samples import check_shapes, check_values, described, read_calibration, sample
+from quantize.calibration.tensor_samples import (
+    check_shapes,
+    check_values,
+    described,
+    read_calibration,
+    read_stamped,
+    sample,
+    sha256_of,
+)
 from quantize.checkpoint.paths import require_file
+from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import QuantizeError, UsageError
-from quantize.graph.inputs import Input
+from quantize.graph.inputs import NO_INPUTS, Input
 
 Calibration = str | Path | Tensor | Mapping[str, Tensor] | Iterable[Any]
-IN_MEMORY = "the calibration data"
 
 
 def read_source(
@@ -50,10 +58,13 @@ def read_source(
         path = None if data is None else Path(data)
         if path is not None:
             require_file(path)
-        if path is None or not holds_records(path):
-            return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
         source = str(path)
-        records = [sample for item in read_records(path, limit) for sample in samples_in(item, inputs)]
+        if path is not None and path.suffix == ".safetensors" and {MASK, *NO_INPUTS} & read_header(path).entries.keys():
+            records = records_in(read_stamped(path)[0], inputs, limit)
+        elif path is None or not holds_records(path):
+            return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
+        else:
+            records = [sample for item in read_records(path, limit) for sample in samples_in(item, inputs)]
     else:
         source, records = IN_MEMORY, records_in(data, inputs, limit)
     rows = [row_of(record, inputs, seqlen, tokenize, source) for record in records]
@@ -104,13 +115,3 @@ def row_of(record: Any, inputs: Mapping[str, Input], seqlen: int, tokenize: Toke
         raise UsageError(f"the model takes {described(inputs)}; give a tensor of each")
     check_shapes(source, {n: record[n][None] for n in inputs}, inputs)
     return {n: sample(record[n], seqlen) for n in inputs}
-
-
-def sha256_of(rows: Iterable[Row]) -> str:
-    """Return the SHA-256 of all samples, in hex."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for name, x in row.items():
-            digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-            digest.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

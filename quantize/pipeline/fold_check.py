@@ -37,7 +37,7 @@ def check_folds(prepared: Prepared, context: RunContext) -> None:
     program, plan = prepared.program, without_data(prepared.plan)
     if not checks_folds(plan):
         return
-    inputs = verification_inputs(prepared.samples.rows[-1], program.vocabulary, context.seed)
+    inputs = verification_inputs(prepared.samples, program.vocabulary, context.seed)
     probes = SequentialRunner(program, context.prefix.batches(inputs))
     passes = PassRunner(program, plan, context, SequentialRunner(program, []), probes)
     for segment in track(program.segments, "checking folds of", lambda s: s.name, context.console):

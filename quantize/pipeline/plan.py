@@ -89,8 +89,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     """
     linears = program.all_linears
     head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
-    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program.routers)
-    schemes, skipped = select(recipe, linears, words)
+    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program)
+    schemes, skipped = select(recipe, linears, words, program.towers)
     chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)

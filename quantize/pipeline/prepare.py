@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from quantize.calibration.arguments import longest, look_into, match_inputs, whole_samples
 from quantize.calibration.data import Samples
 from quantize.calibration.sources import Calibration, read_source
 from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
-from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.held_out import HeldOutRows, hold_out
@@ -70,19 +70,25 @@ def prepare(
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
-    inputs = example_inputs(skeleton)
-    program = make_program(checkpoint, skeleton, recipe.seqlen)
+    given = look_into(calibration)
+    inputs, rows = match_inputs(skeleton, given, recipe.nsamples)
+    program = make_program(checkpoint, skeleton, None if rows else min(recipe.seqlen, longest(given)), inputs)
     plan = make_plan(recipe, program)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
-    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    if rows is None:
+        samples = read_source(given.data, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    else:
+        samples = whole_samples(rows, given, program.bounds)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
-        generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
+        generates = next(iter(program.inputs)) == "input_ids" and getattr(skeleton, "can_generate", lambda: False)()
+        generates = generates and "decoder_input_ids" not in program.inputs
         prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
-        samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
+        reads = tokenize and len(inputs) == 1 and not samples.whole
+        samples, held_out = hold_out(samples, generates, prose if reads else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
 
 
