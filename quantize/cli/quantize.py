@@ -37,7 +37,7 @@ from quantize.recipe.targets import TARGETS
     help="The data to calibrate on: text (.txt); rows of text, messages or input_ids (.jsonl, .json, .csv, .parquet); "
     "or tensors (.safetensors, .pt).  [default: bundled prose]",
 )
-@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 128]")
+@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
 @click.option(
     "--group-size",
