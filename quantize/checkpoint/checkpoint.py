@@ -27,6 +27,9 @@ from quantize.checkpoint.untrusted_files import SIDE_FILES, is_hidden, links_fol
 from quantize.checkpoint.wrappers import dropped
 from quantize.errors import QuantizeError, UsageError, reason
 
+# Classifiers without a padding token refuse more than one row, as they could not tell padding from text. A run's rows
+# have no padding, which an id says that no token has.
+NO_TOKEN = -1
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -62,6 +65,8 @@ class Checkpoint:
             model = build_skeleton(self.config, self.files)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
+            if getattr(model.config, "pad_token_id", 0) is None:
+                model.config.pad_token_id = NO_TOKEN
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()

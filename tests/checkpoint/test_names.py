@@ -112,3 +112,14 @@ def test_tensors_without_a_place_are_named(variant):
     assert open_checkpoint(model).notes == (
         "1 tensors of the files have no place in the model and are left out, such as model.extra.weight",
     )
+
+
+def test_a_classifier_without_padding_token_takes_rows_together(tmp_path):
+    config = transformers.GPT2Config(**GPT2, num_labels=3)
+    model, rows = (
+        saved(transformers.GPT2ForSequenceClassification, config, tmp_path / "m"),
+        torch.tensor([[3, 7], [5, 1]]),
+    )
+    with torch.no_grad():
+        each = torch.cat([model(input_ids=row[None]).logits for row in rows])
+        torch.testing.assert_close(open_checkpoint(tmp_path / "m").load()(input_ids=rows).logits, each)
