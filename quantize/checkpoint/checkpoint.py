@@ -65,8 +65,9 @@ class Checkpoint:
             model = build_skeleton(self.config, self.files)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
-            if getattr(model.config, "pad_token_id", 0) is None:
-                model.config.pad_token_id = NO_TOKEN
+            config: Any = model.config
+            if getattr(config, "pad_token_id", 0) is None:
+                config.pad_token_id = NO_TOKEN
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
