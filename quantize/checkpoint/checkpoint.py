@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.paths import find_directory, require_config
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header
+from quantize.checkpoint.sources import find_encoded
+from quantize.checkpoint.sources.encoded import Encoded
+from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
 from quantize.errors import QuantizeError, UsageError, reason
 
-NOT_COPIED = {"config.json", "manifest.json"}
+NOT_COPIED = {"config.json", "manifest.json"} | SETTINGS_FILES
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,14 @@ class Checkpoint:
 
     Attributes:
         directory: where the files are; None for a module in memory.
-        config: the config as a dict; empty for a module that has none.
+        config: the config as a dict, without quantization settings; empty for a module that has none.
         files: name in a safetensors file → the file.
         sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
+        encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
+        dtype: the dtype of the tensors that are made of parts.
     """
 
     directory: Path | None
@@ -44,6 +50,8 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
     seen: FilesSeen = field(default_factory=FilesSeen)
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
@@ -58,7 +66,7 @@ class Checkpoint:
         return copy.deepcopy(self.module, memo).float()
 
     def tensor(self, name: str) -> Tensor:
-        """Read one parameter as it is stored.
+        """Read one parameter as it is stored, or in the config's dtype if it is made of parts.
 
         Raises:
             QuantizeError: the parameter is missing or cannot be read.
@@ -70,7 +78,8 @@ class Checkpoint:
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
         try:
-            return self.sources[stored].read(stored, lambda part: read_tensor(self._file(part), part))
+            found = self.sources[stored].read(stored, lambda part: self._part(part, read_tensor))
+            return found.to(self.dtype) if self.is_encoded(name) else found
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
@@ -79,7 +88,29 @@ class Checkpoint:
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if self.module is not None or stored is None:
             return self.tensor(name).float()
-        return self.sources[stored].read(stored, lambda part: read_float(self._file(part), part)).float()
+        return self.sources[stored].read(stored, lambda part: self._part(part, read_float)).float()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""
+        if self.module is not None:
+            return self.module.get_parameter(name).dtype
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if stored is None or self.is_encoded(name):
+            return torch.float32 if stored is None else self.dtype
+        part = self.sources[stored].names[0]
+        found = DTYPES.get(read_header(self.files[part]).entries[part].dtype, torch.float32)
+        return found if found.is_floating_point and found.itemsize > 1 else torch.float32
+
+    def is_encoded(self, name: str) -> bool:
+        """Return whether a parameter is made of parts."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        return stored is not None and any(part in self.encoded for part in self.sources[stored].names)
+
+    def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read a tensor by the name that it has in the files, or would have there as floats."""
+        if name in self.encoded:
+            return self.encoded[name].read(name, lambda part: read_tensor(self._file(part), part))
+        return read(self._file(name), name)
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -135,11 +166,14 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     seen = FilesSeen.of(
         {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
     )
-    config = read_config(directory)
-    if "quantization_config" in config:
-        raise UsageError(f"{directory} is quantized already; give the floating-point model")
+    config, settings = split_settings(read_config(directory), directory)
+    entries = {name: entry for path in sorted(set(files.values())) for name, entry in read_header(path).entries.items()}
+    encoded = {} if settings is None else find_encoded(settings, entries, str(directory))
+    parts = {part for found in encoded.values() for part in found.parts.values()}
     model = build_on_meta(config, files)
-    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files), seen)
+    sources = map_keys(model, {*files} - parts | encoded.keys())
+    dtype = float_dtype(config, entries)
+    return Checkpoint(directory, config, files, None, ties_of(model), sources, seen, encoded, dtype)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
