@@ -20,6 +20,7 @@ from quantize.checkpoint.hub import download
 from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.paths import find_model, require_config
+from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
 from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
@@ -46,6 +47,7 @@ class Checkpoint:
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
         adapter: what is merged into the weights while they are read.
+        code: the directory, if code in it may run.
         notes: what is not as the config or the names say, each in a sentence for people.
     """
 
@@ -58,11 +60,12 @@ class Checkpoint:
     seen: FilesSeen = field(default_factory=FilesSeen)
     adapter: Adapter | None = None
     notes: tuple[str, ...] = ()
+    code: Path | None = None
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None:
-            model = build_skeleton(self.config, self.files)
+            model = build_skeleton(self.config, self.files, self.code)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             config: Any = model.config
@@ -141,12 +144,15 @@ def side_files(directory: Path) -> list[Path]:
     return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
-def open_checkpoint(model: str | Path | nn.Module, adapter: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path | nn.Module, adapter: str | Path | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
     Args:
         model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
+        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
 
     Raises:
         UsageError: there is no such model or adapter, or it cannot be quantized.
@@ -161,17 +167,17 @@ def open_checkpoint(model: str | Path | nn.Module, adapter: str | Path | None = 
     require_config(directory)
     links = links_followed(directory)
     files = index_tensors(directory) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
-    seen = FilesSeen.of(
-        {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
-    )
+    code = directory if trust_remote_code else None
+    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
+    seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
     config = read_config(directory, files)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    built = build_on_meta(config, files)
+    built = build_on_meta(config, files, code)
     names = plain_names(built, files)
     sources = map_keys(built, names)
     if apart := told_apart(ties_of(built), sources, files):
-        config, built = without_ties(config), build_on_meta(without_ties(config), files)
+        config, built = without_ties(config), build_on_meta(without_ties(config), files, code)
         names = plain_names(built, files)
         sources = map_keys(built, names)
     ties = ties_of(built)
@@ -180,7 +186,7 @@ def open_checkpoint(model: str | Path | nn.Module, adapter: str | Path | None = 
     merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
     notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
     said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
-    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said))
+    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said), code)
 
 
 def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:
