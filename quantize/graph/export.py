@@ -24,6 +24,8 @@ from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
+INTERMEDIATE = ("encoder_", "image_hidden_states", "video_hidden_states", "audio_hidden_states")  # outputs for readers
+
 
 def export_program(skeleton: nn.Module, inputs: Mapping[str, Input] | None = None) -> Program:
     """Export one forward pass with dynamic sizes of batch and sequence.
@@ -187,7 +189,7 @@ def from_exported(
     output = next(n for n in module.graph.nodes if n.op == "output")
     inputs = {name: by_name[name] for name in names}
     intermediate_outputs = frozenset(
-        node for name, node in named_outputs(exported, output) if name.startswith("encoder_")
+        node for name, node in named_outputs(exported, output) if name.startswith(INTERMEDIATE)
     )
     return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, intermediate_outputs)
 

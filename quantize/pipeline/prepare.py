@@ -15,6 +15,7 @@ from torch import nn
 
 from quantize.calibration.arguments import longest, look_into, match_inputs, whole_samples
 from quantize.calibration.data import Samples
+from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
 from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
@@ -80,19 +81,28 @@ def prepare(
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
+    masked = functools.partial(masked_as_asked, recipe, program.vocabulary)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
     if rows is None:
         samples = read_source(given.data, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
     else:
         samples = whole_samples(rows, given, program.bounds)
+    samples = masked(samples)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
         generates = next(iter(program.inputs)) == "input_ids" and getattr(skeleton, "can_generate", lambda: False)()
-        generates = generates and "decoder_input_ids" not in program.inputs
+        generates = generates and "decoder_input_ids" not in program.inputs and recipe.calibration is None
         prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
         reads = tokenize and len(inputs) == 1 and not samples.whole
-        samples, held_out = hold_out(samples, generates, prose if reads else None)
+        samples, held_out = hold_out(samples, generates, (lambda: masked(prose())) if reads else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
+
+
+def masked_as_asked(recipe: Recipe, vocabulary: int, samples: Samples) -> Samples:
+    """Return samples as they are, or masked if the recipe asks for it."""
+    if recipe.calibration is None:
+        return samples
+    return mask_samples(samples, recipe.calibration.mask_id, vocabulary, recipe.seed)
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:

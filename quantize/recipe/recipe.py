@@ -59,6 +59,17 @@ class PrefixArgs(Data):
         return self
 
 
+class CalibrationArgs(Data):
+    """What is done to the rows of calibration data before they run.
+
+    Attributes:
+        mask_id: the token that a masked-diffusion language model has in the place of tokens to find. A part of each
+            row's tokens, drawn from 0.1 to 0.9, is replaced by it.
+    """
+
+    mask_id: int = Field(ge=0)
+
+
 class LayerArgs(Data):
     """A scheme for some linears, in place of the recipe's.
 
@@ -102,6 +113,7 @@ class Recipe(Data):
             None names all that the artifact would not store as one tensor.
         nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
         seed: the seed of every random choice the run makes.
+        calibration: what is done to the rows of calibration data; None for nothing.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
@@ -123,6 +135,7 @@ class Recipe(Data):
     nsamples: int = Field(32, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
+    calibration: CalibrationArgs | None = None
     prefix: PrefixArgs | None = None
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
