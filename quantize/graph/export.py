@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError, UserErrorType
 
@@ -24,7 +25,8 @@ from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
-INTERMEDIATE = ("encoder_", "image_hidden_states", "video_hidden_states", "audio_hidden_states")  # outputs for readers
+# outputs that are read by other parts of a model, or hold what others have read
+INTERMEDIATE = ("encoder_", "image_hidden_states", "image_outputs", "video_outputs", "audio_outputs")
 
 
 def export_program(skeleton: nn.Module, inputs: Mapping[str, Input] | None = None) -> Program:
@@ -196,10 +198,12 @@ def from_exported(
 
 def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:
     """Return the graph's outputs, each with its key if the model returns a dictionary."""
-    spec, nodes = exported.call_spec.out_spec, output.all_input_nodes
+    spec, flat = exported.call_spec.out_spec, pytree.arg_tree_leaves(output.args[0])
     keys = spec.context if isinstance(getattr(spec, "context", None), list) else []
-    names = [str(key) for key in keys] if len(keys) == len(nodes) else [""] * len(nodes)
-    return list(zip(names, nodes, strict=True))
+    names = [str(key) for key, child in zip(keys, spec.children(), strict=False) for _ in range(child.num_leaves)]
+    names = names if len(names) == len(flat) else [""] * len(flat)
+    found = {node: name for name, node in zip(names, flat, strict=True) if isinstance(node, fx.Node)}
+    return [(found[node], node) for node in output.all_input_nodes]
 
 
 def drop_assertions(module: fx.GraphModule) -> None:
