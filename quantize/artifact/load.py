@@ -17,6 +17,7 @@ from quantize.artifact.saving import saved_again
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
+from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
@@ -116,6 +117,8 @@ def load(
         )
     if skeleton is None:
         skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
+    elif not isinstance(skeleton, PreTrainedModel):
+        skeleton = with_plain_weights(skeleton)
     model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):

@@ -12,9 +12,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import find_directory, require_config
 from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
@@ -34,6 +36,7 @@ class Checkpoint:
         sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
+        computed: parameters that no file holds, because the model computes them.
         seen: the files as they were when the model was opened, which must not change while they are read.
     """
 
@@ -44,6 +47,7 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
     seen: FilesSeen = field(default_factory=FilesSeen)
+    computed: dict[str, Tensor] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
@@ -67,6 +71,8 @@ class Checkpoint:
         if self.module is not None:
             return self.module.get_parameter(name).detach()
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if stored is None and name in self.computed:
+            return self.computed[name]
         if stored is None:
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
         try:
@@ -127,7 +133,8 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         QuantizeError: the model's files are damaged.
     """
     if isinstance(model, nn.Module):
-        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
+        plain = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
+        return Checkpoint(None, config_of(model), module=plain, ties=ties_of(plain))
     directory = find_directory(model) or download(str(model))
     require_config(directory)
     check_files(directory)
@@ -139,7 +146,9 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
     model = build_on_meta(config, files)
-    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files), seen)
+    sources = map_keys(model, files)
+    computed = computed_tensors(model, sources)
+    return Checkpoint(directory, config, files, None, ties_of(model), sources, seen, computed)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
