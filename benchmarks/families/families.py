@@ -31,7 +31,8 @@ class Family:
         """Return the model with random weights, in evaluation mode."""
         if self.kind == MODULE:
             return MODULES[self.model_type]()
-        return build(self.architecture, tiny_config(self.model_type, **self.changes))
+        model: nn.Module = build(self.architecture, tiny_config(self.model_type, **self.changes))
+        return model
 
 
 DECODER, MIXTURE, RECURRENT = "Decoders", "Mixtures of experts", "Decoders with recurrent or convolutional layers"
