@@ -8,6 +8,7 @@ from pathlib import Path
 from quantize.errors import UsageError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
 FILES_OF_MODELS = {
     ".gguf": "is a GGUF file, and its weights are rounded already; give the directory of the floating-point model",
     ".onnx": "is an exported model; give the directory of the model that it was made of",
@@ -65,6 +66,12 @@ def require_file(path: Path) -> None:
         raise UsageError(f"{path} is a directory; give one file")
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
+
+
+def is_data_set(name: str) -> bool:
+    """Return whether a name is that of a data set on the hub, and not of a file that is missing here."""
+    path = Path(name)
+    return bool(DATA_SET.fullmatch(name)) and not path.exists() and not path.parent.is_dir()
 
 
 def require_new(output: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import find_directory, require_file, require_new
+from quantize.checkpoint.paths import find_directory, is_data_set, require_file, require_new
 from quantize.recipe.shipped import require_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
@@ -41,7 +41,7 @@ def check_run(
     find_directory(model)
     if recipe is not None:
         require_recipe(recipe)
-    if calibration is not None:
+    if calibration is not None and not calibration.is_dir() and not is_data_set(str(calibration)):
         require_file(calibration)
     if output is not None:
         require_new(output)

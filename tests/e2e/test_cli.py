@@ -175,6 +175,22 @@ def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path)
     assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
 
 
+def test_progress_for_a_program_is_one_object_a_line(cli, one_layer, stories_calibration, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('passes = []\nquantizer = { name = "rtn" }\n')
+    options = ["--group-size", 0, "--nsamples", 3, "--seqlen", 9, "--calibration", stories_calibration]
+    shown = cli(
+        one_layer, "--scheme", "w4a16", "--recipe", recipe, *options, "-o", tmp_path / "out", "--progress", "json"
+    )
+    assert (shown.code, shown.err) == (0, "")
+    events = [json.loads(line) for line in shown.out.splitlines()]
+    assert [x["number"] for x in events if x["event"] == "step" and x["what"] == "quantizing"] == [1, 2, 3]
+    done = events[-1]
+    assert (done["event"], done["directory"]) == ("done", str(tmp_path / "out"))
+    assert done["digest"] == json.loads((tmp_path / "out" / "manifest.json").read_text())["digest"]
+    assert done["bytes"] < done["float_bytes"]
+
+
 @pytest.mark.slow
 def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stories_calibration, tmp_path, monkeypatch):
     options = ["--group-size", "0", "--nsamples", "2", "--seqlen", "16", "--ignore", "up_proj"]
