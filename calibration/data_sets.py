@@ -9,10 +9,9 @@ from typing import Any
 
 from quantize.calibration.data import spread
 from quantize.calibration.table_files import read_records
-from quantize.checkpoint.paths import is_data_set
+from quantize.checkpoint.paths import data_files, is_data_set
 from quantize.errors import UsageError, reason
 
-KINDS = (".arrow", ".parquet")
 SPREAD_OVER = 16  # times as many records as are asked for are read, and taken from evenly
 
 
@@ -24,29 +23,10 @@ def records_of(data: Path, limit: int) -> list[Any]:
         QuantizeError: a file is damaged or holds something else.
     """
     if data.is_dir():
-        found = read_directory(data)
+        found = itertools.chain.from_iterable(map(read_records, data_files(data)))
     else:
         found = read_hub(str(data)) if is_data_set(str(data)) else read_records(data)
     return list(spread(list(itertools.islice(found, SPREAD_OVER * limit)), limit))
-
-
-def read_directory(directory: Path) -> Iterator[Any]:
-    """Yield the rows of all files of a directory as dicts, those of its part for training if it has one.
-
-    Raises:
-        UsageError: there are no such files, one is a link out of the directory, or pyarrow is missing.
-    """
-    files = [path for path in sorted(directory.rglob("*")) if path.suffix in KINDS]
-    files = [path for path in files if not path.name.startswith("cache-")]  # what `datasets` has computed from others
-    files = [path for path in files if "train" in str(path.relative_to(directory))] or files
-    if not files:
-        raise UsageError(
-            f"{directory} holds no {' and no '.join(KINDS)} files; give a directory of `datasets`, or one file"
-        )
-    for path in files:
-        if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
-            raise UsageError(f"{path} is a link out of the directory; put the file itself there")
-    return itertools.chain.from_iterable(map(read_records, files))
 
 
 def read_hub(name: str) -> Iterator[Any]:

@@ -16,7 +16,7 @@ from quantize.calibration.data_sets import records_of
 from quantize.calibration.records import IDS, ids_of, of_column
 from quantize.calibration.table_files import READERS, holds_records
 from quantize.calibration.tensor_samples import check_shapes, check_values, described, read_calibration, sample
-from quantize.checkpoint.paths import is_data_set, require_file
+from quantize.checkpoint.paths import is_data_set, require_data
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
@@ -37,8 +37,9 @@ def read_source(
     """Read the samples for a model; without data they are windows of the bundled prose.
 
     Args:
-        data: a file, a directory of `datasets`, or a data set of the hub; or texts, lists of ids, a tensor [samples, ...], a tensor for each input, or batches of these as a
-            data loader gives them. What an `attention_mask` leaves out is removed, so that padding counts nowhere.
+        data: a file, a directory of `datasets`, or a data set of the hub; or texts, lists of ids, a tensor
+            [samples, ...], a tensor for each input, or batches of these as a data loader gives them. What
+            an `attention_mask` leaves out is removed, so that padding counts nowhere.
         inputs: the inputs that the model takes.
         seqlen: the number of tokens at which a row is cut.
         limit: the largest number of rows: spread evenly over a list or tensor, the first ones of other iterables.
@@ -46,7 +47,8 @@ def read_source(
         text_column: the name of what is used of each record, a text or a conversation; None finds it.
 
     Raises:
-        UsageError: there is no such column, or the model does not take such data, or needs a tokenizer that it does not have.
+        UsageError: there is no such column, or the model does not take such data, or needs a tokenizer that it does
+            not have.
         QuantizeError: the data hold too little.
     """
     if data is None or isinstance(data, str | Path):
@@ -74,9 +76,9 @@ def is_table(path: Path, text_column: str | None) -> bool:
     Raises:
         UsageError: there are no such data, or they have no columns for `text_column`.
     """
+    require_data(path)
     if path.is_dir() or is_data_set(str(path)):
         return True
-    require_file(path)
     if text_column is not None and path.suffix not in READERS:
         raise UsageError(f"{path} has no columns, of which --text-column could name one; leave it out")
     return text_column is not None or holds_records(path)

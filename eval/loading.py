@@ -20,8 +20,10 @@ from quantize.scheme.scheme import Engine
 RUNS = ("safetensors-float", "compressed-tensors")  # exports that transformers loads
 
 
-def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
+def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
     """Load an artifact with an engine, a float model in float32, or a checkpoint that transformers loads quantized.
+
+    With `trust_remote_code` code that an artifact or a float model brings may run.
 
     Raises:
         UsageError: there is none of these, or transformers cannot load it here.
@@ -29,13 +31,12 @@ def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
     directory = Path(model)
     manifest = directory / "manifest.json"
     if manifest.is_file() and read_json(manifest).get("format") not in RUNS:
-        return load(directory, engine=engine)
+        return load(directory, engine=engine, trust_remote_code=trust_remote_code)
     if (directory / "config.json").is_file():
-        config = read_config(directory)
-        found = config.get("quantization_config")
+        found = read_json(directory / "config.json").get("quantization_config")
         if isinstance(found, dict) and found.get("quant_method") != METHOD:
-            return load_quantized(directory, config, found)
-    return open_checkpoint(model).load()
+            return load_quantized(directory, read_config(directory), found)
+    return open_checkpoint(model, trust_remote_code=trust_remote_code).load()
 
 
 def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, Any]) -> nn.Module:

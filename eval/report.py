@@ -34,6 +34,7 @@ def evaluate(
     seqlen: int = 256,
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model or artifact.
 
@@ -44,6 +45,7 @@ def evaluate(
         seqlen: the number of tokens in a window.
         nsamples: the largest number of windows, which are spread evenly; None takes all.
         engine: how an artifact runs, as in `quantize.load`.
+        trust_remote_code: whether code of the models' own may run, as in `quantize.load`.
 
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
@@ -53,7 +55,8 @@ def evaluate(
         `against` also `distance`, `spearman_against` and `retained`.
     """
     directory, text = Path(directory), Path(text)
-    model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
+    model = load_any(directory, engine, trust_remote_code)
+    reference = None if against is None else load_any(against, engine, trust_remote_code)
     check_kinds(directory, model, against, reference, text)
     if text.suffix == ".tsv":
         scores = evaluate_pairs(model, reference, directory, text)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.cli.arguments import PATH, SchemeType, check_run
+from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run
 from quantize.errors import UsageError
 from quantize.recipe.targets import TARGETS
 
@@ -39,7 +39,11 @@ from quantize.recipe.targets import TARGETS
     "[default: bundled prose]",
 )
 @click.option("--text-column", metavar="NAME", help="Which column of the rows holds the text or the messages.")
-@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 128]")
+@click.option(
+    "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
+)
+@TRUST
+@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
 @click.option(
     "--group-size",
@@ -86,6 +90,8 @@ def quantize(
     recipe: Path | None,
     calibration: Path | None,
     text_column: str | None,
+    adapter: Path | None,
+    trust_remote_code: bool,
     resume: bool,
     stats: Path | None,
     collect_stats: Path | None,
@@ -99,7 +105,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a new directory.
 
-    MODEL is a directory or a hub id.
+    MODEL is a directory, one .safetensors file beside its config.json, or a hub id.
     """
     check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
     if output_dir is None and not dry_run and collect_stats is None:
@@ -124,6 +130,8 @@ def quantize(
             calibration,
             read=False,
             text_column=text_column,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
         )
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
@@ -131,7 +139,7 @@ def quantize(
         return say("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        data = {"calibration": calibration, "text_column": text_column}
+        data = {"calibration": calibration, "text_column": text_column, "adapter": adapter}
         statistics = collect(model, output=collect_stats, recipe=chosen, console=console, **data)
         return say(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
     assert output_dir is not None
@@ -141,6 +149,8 @@ def quantize(
         scheme=scheme,
         calibration=calibration,
         text_column=text_column,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
         recipe=recipe,
         target=target,
         resume=resume,

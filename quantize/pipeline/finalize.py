@@ -68,6 +68,7 @@ def finish(
         "untied": blocks.ties.untied,
         "float_bytes": checkpoint.stored_bytes(),
         "bytes": sum(path.stat().st_size for path in writer.directory.glob("model-*.safetensors")),
+        **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
         **{name: record for name, record in (data | found).items() if record},
         "coverage": coverage(plan, blocks),
         "body": plan.body.record(),
@@ -76,6 +77,8 @@ def finish(
     }
     write_report(prepared, writer, manifest)
     checkpoint.seen.require_all_same()
+    if checkpoint.adapter is not None:
+        checkpoint.adapter.seen.require_all_same()
     return writer.commit(manifest, functools.partial(check_loads, prepared))
 
 
@@ -102,6 +105,11 @@ def architecture(checkpoint: Checkpoint) -> str:
     return str(checkpoint.config["architectures"][0]) if checkpoint.config else type(checkpoint.module).__name__
 
 
+def code_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of each file of code of the model's own, by its name."""
+    return {path.name: checkpoint.seen.sha256(path) for path in checkpoint.side_files if path.suffix == ".py"}
+
+
 def artifact_config(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
     """Return the model's config as the artifact has it, without the quantization settings."""
     return {**prepared.checkpoint.config, **({"tie_word_embeddings": False} if blocks.ties.untied else {})}
@@ -116,7 +124,10 @@ def no_longer_tied(
     """
     if not blocks.ties.untied or not prepared.checkpoint.config:
         return {}
-    ties, found = ties_of(build_skeleton(artifact_config(prepared, blocks))), dict[str, Tensor]()
+    ties, found = (
+        ties_of(build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)),
+        dict[str, Tensor](),
+    )
     for name, stored in blocks.ties.left_out.items():
         if stored not in ties[name]:
             written = (
@@ -136,7 +147,8 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     largest = max(sizes, key=lambda node: node.meta["val"].numel())
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton)
+        trusted = checkpoint.code is not None
+        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
@@ -159,7 +171,8 @@ def write_side_files(
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
+        config, files = checkpoint.config, checkpoint.files
+        fresh = build_skeleton(config, files, checkpoint.code) if config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

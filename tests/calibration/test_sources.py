@@ -214,7 +214,7 @@ def test_images_in_memory():
 
 
 def test_a_directory_of_datasets_is_read_file_by_file(tokenize, tmp_path):
-    """Streams of Arrow as `save_to_disk` writes them, files of Arrow, and Parquet; the part for training if there is one."""
+    """Streams of Arrow as `save_to_disk` writes them, files of Arrow, Parquet; those for training if there are any."""
     table = pyarrow.Table.from_pylist([{"text": text} for text in TEXTS])
     saved = tmp_path / "saved"
     (saved / "train").mkdir(parents=True)
