@@ -23,7 +23,7 @@ def records_of(data: Path, limit: int) -> list[Any]:
         QuantizeError: a file is damaged or holds something else.
     """
     if data.is_dir():
-        found = itertools.chain.from_iterable(map(read_records, data_files(data)))
+        found: Iterator[Any] = itertools.chain.from_iterable(map(read_records, data_files(data)))
     else:
         found = read_hub(str(data)) if is_data_set(str(data)) else read_records(data)
     return list(spread(list(itertools.islice(found, SPREAD_OVER * limit)), limit))

@@ -111,7 +111,8 @@ def data_files(directory: Path) -> list[Path]:
     files = [path for path in files if "train" in str(path.relative_to(directory))] or files
     if not files:
         raise UsageError(
-            f"{directory} holds no {' and no '.join(FILES_OF_DATA_SETS)} files; give a directory of `datasets`, or one file"
+            f"{directory} holds no {' and no '.join(FILES_OF_DATA_SETS)} files; give a directory of `datasets`, or "
+            "one file"
         )
     for path in files:
         if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):

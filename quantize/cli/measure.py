@@ -99,9 +99,9 @@ def evaluate(
 
     DIRECTORY is an artifact, a float model, or a checkpoint that transformers loads quantized.
     """
-    require_directory(directory, "artifact")
     if (text is None) is not bool(tasks) or (kurtosis and text is None):
-        raise UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
+        raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
+    require_directory(directory, "artifact")
     if text is None:
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks

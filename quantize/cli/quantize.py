@@ -139,8 +139,15 @@ def quantize(
         return say("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        data = {"calibration": calibration, "text_column": text_column, "adapter": adapter}
-        statistics = collect(model, output=collect_stats, recipe=chosen, console=console, **data)
+        statistics = collect(
+            model,
+            output=collect_stats,
+            recipe=chosen,
+            calibration=calibration,
+            text_column=text_column,
+            adapter=adapter,
+            console=console,
+        )
         return say(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
     assert output_dir is not None
     artifact = quantize_model(

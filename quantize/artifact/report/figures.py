@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantize.artifact.report.findings import BlockRecord, Errors, InputRecord
+from quantize.artifact.report.findings import BlockRecord, Errors, InputRecord, Stage
 from quantize.graph.alike_bases import anonymous
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 INK = "#0f0e0d"  # stands for the colour of the page's text
 COLOURS = ("#8a8a8a", "#d9632a", "#2f7fd0", "#2e9a5b", "#b350a8", "#c79a1b", "#3aa6a6", "#cc4b5c")
 WIDTH = 4.6  # inches: as wide as a telephone shows at the size of its own text
+ERROR = "relative error"  # never in decades, since it is 0 in front of the first block
 SPAN = 20.0  # from the smallest to the largest number, beyond which an axis is in decades
 MOST_KINDS = 6  # of inputs that get a plot, and of linears that get a line
 STYLE: dict[Any, Any] = {
@@ -52,7 +53,7 @@ def block_errors(blocks: Mapping[str, BlockRecord]) -> str:
         "plain rounding": [x.plain_rounding for x in blocks.values()],
         "as quantized": [x.quantized for x in blocks.values()],
     }
-    return plot([("", lines)], "blocks", "relative error") if blocks else ""
+    return plot([("", lines)], "blocks", ERROR) if blocks else ""
 
 
 def massive_activations(blocks: Mapping[str, BlockRecord]) -> str:
@@ -82,7 +83,7 @@ def linear_errors(linears: Mapping[str, Errors]) -> str:
         )
         for kind in worst
     ]
-    return plot(plots, "layers", "relative error") if plots else ""
+    return plot(plots, "layers", ERROR) if plots else ""
 
 
 def kurtosis_by_pass(inputs: Mapping[str, InputRecord]) -> str:
@@ -93,7 +94,8 @@ def kurtosis_by_pass(inputs: Mapping[str, InputRecord]) -> str:
     peaks = {kind: max(x.stages[0].kurtosis for x in found) for kind, found in kinds.items()}
     highest = sorted(kinds, key=lambda kind: -peaks[kind])[:MOST_KINDS]
     plots = [(", ".join(map(leaf, kinds[kind][0].linears[:3])), by_stage(kinds[kind])) for kind in highest]
-    return plot(plots, "layers", "kurtosis") if plots else ""
+    order = dict.fromkeys(name_of(stage) for found in inputs.values() for stage in found.stages)
+    return plot(plots, "layers", "kurtosis", [*order]) if plots else ""
 
 
 def by_stage(inputs: Sequence[InputRecord]) -> dict[str, list[float]]:
@@ -101,15 +103,20 @@ def by_stage(inputs: Sequence[InputRecord]) -> dict[str, list[float]]:
 
     Where a stage left a layer as it was, it has the figure of the stage before.
     """
-    names = dict.fromkeys(stage.stage for found in inputs for stage in found.stages)
+    names = dict.fromkeys(name_of(stage) for found in inputs for stage in found.stages)
     lines: dict[str, list[float]] = {}
     for name in names:
         before = list(lines.values())[-1] if lines else [0.0] * len(inputs)
-        own = [{stage.stage: stage.kurtosis for stage in found.stages}.get(name) for found in inputs]
+        own = [{name_of(stage): stage.kurtosis for stage in found.stages}.get(name) for found in inputs]
         line = [old if new is None else new for old, new in zip(before, own, strict=True)]
         if not all(math.isclose(x, y, rel_tol=0.01) for x, y in zip(line, before, strict=True)):
-            lines["float model" if name == "float" else name] = line
+            lines[name] = line
     return lines
+
+
+def name_of(stage: Stage) -> str:
+    """Return the name of a stage as people read it."""
+    return "float model" if stage.stage == "float" else stage.stage
 
 
 def expert_tokens(tokens: Mapping[str, Sequence[int]]) -> str:
@@ -125,10 +132,11 @@ def expert_tokens(tokens: Mapping[str, Sequence[int]]) -> str:
     return plot([("", lines)], "layers", "tokens of an expert") if ordered else ""
 
 
-def plot(plots: Sequence[tuple[str, Lines]], across: str, up: str) -> str:
+def plot(plots: Sequence[tuple[str, Lines]], across: str, up: str, order: Sequence[str] = ()) -> str:
     """Return plots side by side, two in a row, each with a title and lines by name over 0, 1, 2 and so on.
 
-    Those of fewer than two numbers a line are left out, since they are no curve; '' if none is left.
+    Names take their colours in `order`, and others behind these. Plots of fewer than two numbers a line are left out,
+    since they are no curve; '' if none is left.
     """
     plots = [(title, lines) for title, lines in plots if max(map(len, lines.values()), default=0) > 1]
     if not plots:
@@ -136,7 +144,8 @@ def plot(plots: Sequence[tuple[str, Lines]], across: str, up: str) -> str:
     from matplotlib import rc_context, rcParamsDefault
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for _, lines in plots for name in lines))
+    drawn = dict.fromkeys(name for _, lines in plots for name in lines)
+    names = [name for name in dict.fromkeys([*order, *drawn]) if name in drawn]
     colours = dict(zip(names, COLOURS * len(names), strict=False))
     columns = min(2, len(plots))
     rows = -(-len(plots) // columns)
@@ -146,7 +155,7 @@ def plot(plots: Sequence[tuple[str, Lines]], across: str, up: str) -> str:
     with rc_context({**rcParamsDefault, **STYLE}):
         figure = Figure(figsize=(WIDTH, height))
         for number, (title, lines) in enumerate(plots, 1):
-            draw(figure.add_subplot(rows, columns, number), title, lines, colours)
+            draw(figure.add_subplot(rows, columns, number), title, lines, colours, up != ERROR)
         figure.subplots_adjust(
             left=0.75 / WIDTH,
             right=0.98,
@@ -160,16 +169,19 @@ def plot(plots: Sequence[tuple[str, Lines]], across: str, up: str) -> str:
         handles = {
             name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend([*handles.values()], [*handles], loc="upper left", ncols=2)
+        figure.legend([handles[name] for name in names], names, loc="upper left", ncols=2)
         return as_svg(figure)
 
 
-def draw(axes: Axes, title: str, lines: Lines, colours: Mapping[str, str]) -> None:
-    """Draw lines over 0, 1, 2, …, with a marker at each number if there are few, and in decades if they span some."""
+def draw(axes: Axes, title: str, lines: Lines, colours: Mapping[str, str], wide: bool) -> None:
+    """Draw lines over 0, 1, 2, …, with a marker at each number if there are few.
+
+    A `wide` axis is in decades if the numbers span some.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     positive = [x for values in lines.values() for x in values if 0 < x < math.inf]
-    decades = bool(positive) and max(positive) > SPAN * min(positive)
+    decades = wide and bool(positive) and max(positive) > SPAN * min(positive)
     for name, values in lines.items():
         shown = [x if math.isfinite(x) and (x > 0 or not decades) else math.nan for x in values]
         axes.plot(shown, label=name, color=colours[name], marker="o" if len(shown) < 16 else None, markersize=3)
