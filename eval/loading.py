@@ -10,18 +10,20 @@ import transformers
 from torch import nn
 
 from quantize.artifact.load import load
-from quantize.artifact.quantization_config import METHOD
 from quantize.checkpoint.checkpoint import open_checkpoint, read_config
 from quantize.checkpoint.untrusted_files import check_files, read_json, weight_files
-from quantize.errors import UsageError, reason, shown
+from quantize.errors import UsageError, reason
 from quantize.graph.export import quiet
 from quantize.scheme.scheme import Engine
 
-RUNS = ("safetensors-float", "compressed-tensors")  # exports that transformers loads
+METHOD = "compressed-tensors"
+RUNS = ("safetensors-float", METHOD)  # exports that run in transformers
 
 
 def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
-    """Load an artifact with an engine, a float model in float32, or a checkpoint that transformers loads quantized.
+    """Load an artifact with an engine, a checkpoint of compressed-tensors as it runs in transformers, or a float model.
+
+    A float model is loaded in float32. It may be one that another tool has quantized, whose weights are taken as floats.
 
     With `trust_remote_code` code that an artifact or a float model brings may run.
 
@@ -34,13 +36,13 @@ def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code
         return load(directory, engine=engine, trust_remote_code=trust_remote_code)
     if (directory / "config.json").is_file():
         found = read_json(directory / "config.json").get("quantization_config")
-        if isinstance(found, dict) and found.get("quant_method") != METHOD:
+        if isinstance(found, dict) and found.get("quant_method") == METHOD:
             return load_quantized(directory, read_config(directory), found)
     return open_checkpoint(model, trust_remote_code=trust_remote_code).load()
 
 
 def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, Any]) -> nn.Module:
-    """Load a checkpoint of compressed-tensors or another tool as transformers does, from safetensors alone.
+    """Load a checkpoint of compressed-tensors as transformers does, from safetensors alone.
 
     It runs in float32, and in bfloat16 if its values are FP4, which are unpacked to that.
 
@@ -56,7 +58,6 @@ def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, 
     if any(x.get("symmetric") is False for x in weights):  # version 0.20 of the package expects other zero points
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     cls = getattr(transformers, str(config["architectures"][0]), None)
-    method = shown(settings.get("quant_method"))
     if cls is None:
         raise UsageError(f"{directory} is of a class that transformers does not have; give another model")
     with quiet():
@@ -64,7 +65,7 @@ def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, 
             model = cls.from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
             raise UsageError(
-                f"{directory} is quantized by {method}, and transformers cannot load it here ({reason(error)}); "
-                "install the package that it needs, or give the float model"
+                f"{directory} is of {METHOD}, and transformers cannot load it here ({reason(error)}); install that "
+                "package (pip install compressed-tensors), or give another model"
             ) from error
     return model.eval()  # type: ignore[no-any-return]

@@ -39,7 +39,7 @@ def evaluate(
     """Measure a model or artifact.
 
     Args:
-        directory: an artifact, a float model, or a checkpoint that transformers loads quantized.
+        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
         against: the float model to compare with; None leaves the comparison out.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
         seqlen: the number of tokens in a window.

@@ -24,7 +24,7 @@ def evaluate_tasks(
     """Measure a language model on tasks of lm-evaluation-harness.
 
     Args:
-        directory: an artifact, a float model, or a checkpoint that transformers loads.
+        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
         against: the float model to compare with; None leaves the comparison out.
         tasks: names of tasks, whose data the hub or its cache has, or YAML files of tasks, whose data may be files.
         limit: the largest number of documents of each task; None takes all.

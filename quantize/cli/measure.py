@@ -97,7 +97,7 @@ def evaluate(
 ) -> None:
     """Measure a model or an artifact on a text, or on tasks.
 
-    DIRECTORY is an artifact, a float model, or a checkpoint that transformers loads quantized.
+    DIRECTORY is an artifact, a float model, or a checkpoint of compressed-tensors.
     """
     if (text is None) is not bool(tasks) or (kurtosis and text is None):
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
