@@ -23,7 +23,7 @@ RUNS = ("safetensors-float", METHOD)  # exports that run in transformers
 def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
     """Load an artifact with an engine, a checkpoint of compressed-tensors as it runs in transformers, or a float model.
 
-    A float model is loaded in float32. It may be one that another tool has quantized, whose weights are taken as floats.
+    A float model is loaded in float32. It may be one that another tool has quantized, whose weights become floats.
 
     With `trust_remote_code` code that an artifact or a float model brings may run.
 
@@ -54,7 +54,7 @@ def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, 
     groups = [x for x in settings.get("config_groups", {}).values() if isinstance(x, dict)]
     weights = [x.get("weights") or {} for x in groups]
     fp4 = any(x.get("type") == "float" and x.get("num_bits") == 4 for x in weights)
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if fp4 else torch.float32}
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if fp4 else torch.float32, "output_loading_info": True}
     if any(x.get("symmetric") is False for x in weights):  # version 0.20 of the package expects other zero points
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     cls = getattr(transformers, str(config["architectures"][0]), None)
@@ -62,10 +62,12 @@ def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, 
         raise UsageError(f"{directory} is of a class that transformers does not have; give another model")
     with quiet():
         try:
-            model = cls.from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
+            model, told = cls.from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
             raise UsageError(
                 f"{directory} is of {METHOD}, and transformers cannot load it here ({reason(error)}); install that "
                 "package (pip install compressed-tensors), or give another model"
             ) from error
+    if missing := sorted(told["missing_keys"]):  # transformers has made random numbers of these
+        raise UsageError(f"{directory} holds nothing that transformers takes for {missing[0]}; fetch the model anew")
     return model.eval()  # type: ignore[no-any-return]

@@ -15,6 +15,7 @@ import huggingface_hub
 import huggingface_hub.errors as hub_errors
 import pytest
 import torch
+from helpers.json_files import change_json
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import UsageError
@@ -194,7 +195,9 @@ def test_an_export_is_no_artifact_but_is_measured(cli, artifact_rtn, books_heldo
         architectures=["LlamaForCausalLM"],
         quantization_config={"quant_method": "compressed-tensors", "format": "no such format"},
     )
-    assert "transformers cannot load it here" in cli("eval", tmp_path / "ct", *few).err
+    assert "ct holds nothing that transformers takes for model.layers.0" in cli("eval", tmp_path / "ct", *few).err
+    (tmp_path / "ct" / "model.safetensors.index.json").write_text("{}")
+    assert cli("eval", tmp_path / "ct", *few).code == 1
 
 
 def test_a_finished_run_is_not_resumed(refused, small_run, one_layer):
