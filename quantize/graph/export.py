@@ -18,11 +18,17 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError, UserErrorType
 
 from quantize.checkpoint.meta_model import ties_of
+<<<<<<< HEAD
 from quantize.errors import ExportError, reason
 from quantize.graph.inputs import Input, example_inputs
+=======
+from quantize.errors import ExportError
+from quantize.graph.inputs import example_inputs
+>>>>>>> main
 from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
+from quantize.graph.refusal import refusal
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
 # outputs that are read by other parts of a model, or hold what others have read
@@ -48,7 +54,7 @@ def export_program(skeleton: nn.Module, inputs: Mapping[str, Input] | None = Non
         with quiet(), plain_encoder_layers():
             exported, batch = export_batches(skeleton, inputs, switches)
     except Exception as error:  # the exporter may meet anything in code of other authors
-        raise ExportError(reason(error)) from error
+        raise ExportError(refusal(error)) from error
     use_first_paths(exported, skeleton)
     program = replace(from_exported(exported, buffers, switches, tuple(inputs)), batch=batch)
     example = {name: found.example for name, found in inputs.items()} | switches

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantize.checkpoint.checkpoint import Checkpoint
-from quantize.errors import ExportError
+from quantize.errors import ExportError, log_own_words
 from quantize.graph import export
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.fallback.probe import bounds, idle_without, vocabulary, weights_read
@@ -92,7 +92,12 @@ def make_program(
             check_length(program, inputs, length)
         return program
     except ExportError as refusal:
+<<<<<<< HEAD
         program = unexported_program(checkpoint, refusal.reason, inputs)
+=======
+        log_own_words(refusal)
+        program = unexported_program(checkpoint, refusal.reason)
+>>>>>>> main
         if not program.segments:
             raise
         return program
