@@ -61,11 +61,11 @@ def look_into(data: Any) -> Given:
     """
     if isinstance(data, str | Path):
         path = Path(data)
-        require_file(path)
         if path.suffix == ".safetensors":
+            require_file(path)
             tensors, digest = read_stamped(path)
             return Given(data, tensors, str(path), digest, batched=True)
-        tensors = read_named_tensors(path) if path.suffix == ".pt" else {}
+        tensors = read_named_tensors(path) if path.suffix == ".pt" and path.is_file() else {}
         return Given(data, tensors or None, str(path), batched=True)
     if isinstance(data, Mapping | Tensor):
         return Given(data, tensors_of(data), batched=True)

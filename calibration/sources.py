@@ -12,9 +12,9 @@ from torch import Tensor
 
 from quantize.calibration.arguments import IN_MEMORY
 from quantize.calibration.data import Row, Samples, spread
-<<<<<<< HEAD
-from quantize.calibration.records import IDS, MASK, ids_of
-from quantize.calibration.table_files import holds_records, read_records
+from quantize.calibration.data_sets import records_of
+from quantize.calibration.records import IDS, MASK, ids_of, of_column
+from quantize.calibration.table_files import READERS, holds_records
 from quantize.calibration.tensor_samples import (
     check_shapes,
     check_values,
@@ -24,15 +24,8 @@ from quantize.calibration.tensor_samples import (
     sample,
     sha256_of,
 )
-from quantize.checkpoint.paths import require_file
-from quantize.checkpoint.safetensors_reader import read_header
-=======
-from quantize.calibration.data_sets import records_of
-from quantize.calibration.records import IDS, ids_of, of_column
-from quantize.calibration.table_files import READERS, holds_records
-from quantize.calibration.tensor_samples import check_shapes, check_values, described, read_calibration, sample
 from quantize.checkpoint.paths import is_data_set, require_data
->>>>>>> main
+from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import NO_INPUTS, Input
@@ -68,22 +61,13 @@ def read_source(
     """
     if data is None or isinstance(data, str | Path):
         path = None if data is None else Path(data)
-<<<<<<< HEAD
-        if path is not None:
-            require_file(path)
-        source = str(path)
-        if path is not None and path.suffix == ".safetensors" and {MASK, *NO_INPUTS} & read_header(path).entries.keys():
-            records = records_in(read_stamped(path)[0], inputs, limit)
-        elif path is None or not holds_records(path):
-            return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
-        else:
-            records = [sample for item in read_records(path, limit) for sample in samples_in(item, inputs)]
-=======
         if path is None or not is_table(path, text_column):
             return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
         source = str(path)
-        records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
->>>>>>> main
+        if path.suffix == ".safetensors":
+            records = records_in(read_stamped(path)[0], inputs, limit)
+        else:
+            records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
     else:
         source, records = IN_MEMORY, records_in(data, inputs, limit)
     if text_column is not None:
@@ -108,6 +92,8 @@ def is_table(path: Path, text_column: str | None) -> bool:
         return True
     if text_column is not None and path.suffix not in READERS:
         raise UsageError(f"{path} has no columns, of which --text-column could name one; leave it out")
+    if path.suffix == ".safetensors":  # what a mask leaves out is removed, row by row
+        return not {MASK, *NO_INPUTS}.isdisjoint(read_header(path).entries)
     return text_column is not None or holds_records(path)
 
 

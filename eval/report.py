@@ -17,11 +17,8 @@ from quantize.calibration.data import read_samples
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
-<<<<<<< HEAD
-from quantize.eval.masked import score_masked
-=======
 from quantize.eval.loading import load_any
->>>>>>> main
+from quantize.eval.masked import score_masked
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs

@@ -125,10 +125,5 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-<<<<<<< HEAD
     scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code, mask_id)
-    click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
-=======
-    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
     return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
->>>>>>> main

@@ -18,13 +18,8 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError, UserErrorType
 
 from quantize.checkpoint.meta_model import ties_of
-<<<<<<< HEAD
-from quantize.errors import ExportError, reason
-from quantize.graph.inputs import Input, example_inputs
-=======
 from quantize.errors import ExportError
-from quantize.graph.inputs import example_inputs
->>>>>>> main
+from quantize.graph.inputs import Input, example_inputs
 from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device

@@ -10,33 +10,22 @@ from typing import Any
 
 import torch
 from rich.console import Console
-<<<<<<< HEAD
 from torch import Tensor, nn
-
-from quantize.artifact.load import load
-from quantize.artifact.quantization_config import quantization_settings
-from quantize.artifact.verify import LOAD_TOLERANCE, at_last_token, read_probe, run_probe, written_output
-=======
-from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.report.card import card
 from quantize.artifact.report.page import PAGE, page
-from quantize.artifact.verify import at_last_token, written_output
->>>>>>> main
+from quantize.artifact.verify import LOAD_TOLERANCE, at_last_token, read_probe, run_probe, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
-<<<<<<< HEAD
-from quantize.graph.inputs import listed
-=======
 from quantize.graph.alike_bases import alike_bases
 from quantize.graph.analysis import admissible_bases
->>>>>>> main
+from quantize.graph.inputs import listed
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan

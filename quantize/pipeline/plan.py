@@ -91,16 +91,11 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     """
     linears = program.all_linears
     head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
-<<<<<<< HEAD
     recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program)
     schemes, skipped = select(recipe, linears, words, program.towers)
-=======
-    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program.routers)
-    schemes, skipped = select(recipe, linears, words)
     reasons = reasons_in_float(program) | skipped
     if not schemes:
         raise UsageError(nothing_left(program, reasons))
->>>>>>> main
     chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)

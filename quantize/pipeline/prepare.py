@@ -76,28 +76,23 @@ def prepare(
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
-<<<<<<< HEAD
     given = look_into(calibration)
     inputs, rows = match_inputs(skeleton, given, recipe.nsamples)
     program = make_program(checkpoint, skeleton, None if rows else min(recipe.seqlen, longest(given)), inputs)
-=======
-    inputs = example_inputs(skeleton)
-    program = make_program(checkpoint, skeleton, recipe.seqlen)
     if drawn := drawing(program):
         raise UsageError(
             f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
             "checked; give the part of it that draws none"
         )
->>>>>>> main
     plan = make_plan(recipe, program)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
     masked = functools.partial(masked_as_asked, recipe, program.vocabulary)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
-<<<<<<< HEAD
+    vocabulary = program.vocabulary
     if rows is None:
-        samples = read_source(given.data, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+        samples = read_source(given.data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
     else:
         samples = whole_samples(rows, given, program.bounds)
     samples = masked(samples)
@@ -105,18 +100,9 @@ def prepare(
     if judge and plan.calibrates and not program.export_error:
         generates = next(iter(program.inputs)) == "input_ids" and getattr(skeleton, "can_generate", lambda: False)()
         generates = generates and "decoder_input_ids" not in program.inputs and recipe.calibration is None
-        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
+        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)
         reads = tokenize and len(inputs) == 1 and not samples.whole
         samples, held_out = hold_out(samples, generates, (lambda: masked(prose())) if reads else None)
-=======
-    vocabulary = program.vocabulary
-    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
-    held_out = HeldOutRows()
-    if judge and plan.calibrates and not program.export_error:
-        generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
-        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)
-        samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
->>>>>>> main
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
 
 

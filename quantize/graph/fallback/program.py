@@ -92,12 +92,8 @@ def make_program(
             check_length(program, inputs, length)
         return program
     except ExportError as refusal:
-<<<<<<< HEAD
-        program = unexported_program(checkpoint, refusal.reason, inputs)
-=======
         log_own_words(refusal)
-        program = unexported_program(checkpoint, refusal.reason)
->>>>>>> main
+        program = unexported_program(checkpoint, refusal.reason, inputs)
         if not program.segments:
             raise
         return program
