@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers.json_files import change_json
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -50,12 +49,11 @@ def test_what_cannot_be_masked_is_one_sentence(small_run, one_layer):
         mask_samples(several, MASK, 512, 0)
 
 
-def test_a_run_calibrates_on_masked_rows_and_eval_scores_what_is_masked(small_run, one_layer, stories_dev, cli):
-    change_json(one_layer / "config.json", is_causal=False)
+def test_a_run_calibrates_on_masked_rows_and_eval_scores_what_is_masked(small_run, variant, stories_dev, cli):
+    model = variant(is_causal=False)
     recipe = {"passes": [{"name": "smoothquant"}], "quantizer": {"name": "gptq"}}
-    plain = small_run(one_layer, "W4A8", output="plain", recipe=recipe)
-    artifact = small_run(one_layer, "W4A8", recipe=recipe | {"calibration": {"mask_id": MASK}})
-    change_json(one_layer / "config.json", is_causal=True)
+    plain = small_run(model, "W4A8", output="plain", recipe=recipe)
+    artifact = small_run(model, "W4A8", recipe=recipe | {"calibration": {"mask_id": MASK}})
     assert artifact.manifest["files"] != plain.manifest["files"]
     arguments = ["eval", artifact.directory, "--text", stories_dev, "--nsamples", 2, "--seqlen", 40, "--json"]
     shown = cli(*arguments)
@@ -86,8 +84,8 @@ def test_the_score_is_of_the_masked_tokens_themselves():
     assert score_masked(Knows(ids.flip(1)), [ids], MASK).loss > 10
 
 
-def test_a_bidirectional_decoder_is_a_model_of_transformers(one_layer):
-    model = AutoModelForCausalLM.from_pretrained(one_layer, is_causal=False, dtype=torch.float32).eval()
+def test_a_bidirectional_decoder_is_a_model_of_transformers(variant):
+    model = AutoModelForCausalLM.from_pretrained(variant(is_causal=False), dtype=torch.float32).eval()
     ids = torch.arange(3, 19)[None]
     other = ids.clone()
     other[0, -1] = 99
