@@ -16,6 +16,7 @@ from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases
 from quantize.graph.export import export_program
 from quantize.graph.inputs import inputs_like
+from quantize.graph.shapes import ShapeInfo, walk
 from quantize.nn.quantized_linear import QuantizedLinear
 
 IMAGE, TOKENS = 60, 4  # the id of an image's place, and how many an image takes
@@ -57,15 +58,24 @@ def program_of(model):
     return export_program(skeleton, inputs_like(skeleton, [{name: x[0] for name, x in given.items()}]))
 
 
-def test_the_residual_is_rotated_in_the_table_and_in_what_writes_image_features():
-    bases = admissible_bases(program_of(llava()))
+@pytest.fixture(scope="module")
+def program():
+    return program_of(llava())
+
+
+def test_the_residual_is_rotated_in_the_table_and_in_what_writes_image_features(program):
+    bases = admissible_bases(program)
     residual = next(b for b in bases if any("embed_tokens" in e.parameter for e in b.writers))
     assert AllowedTransforms.ORTHOGONAL in residual.allowed
     assert "model.multi_modal_projector.linear_2.weight" in {edge.parameter for edge in residual.writers}
 
 
-def test_an_image_alone_reaches_the_tower():
-    program = program_of(llava())
+def test_what_a_dry_run_reports_counts_sizes_that_data_decide_on(program):
+    sizes = ShapeInfo(program, {name: x.shape for name, x in pairs(1).items()})
+    assert max(walk(sizes).peaks.values()) > 0
+
+
+def test_an_image_alone_reaches_the_tower(program):
     assert program.batch == 1  # `forward` takes the images of a batch apart
     assert {path.split(".")[1] for path in program.towers} == {"vision_tower", "multi_modal_projector"}
     assert len(program.towers) == 12 + 2
