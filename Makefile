@@ -56,6 +56,10 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# Exported GGUF files in llama.cpp, compared with the artifacts (argument: ARGS="--peer PYTHON", with llama-cpp-python)
+test-llama-cpp: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
+
 # 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
@@ -87,4 +91,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: test-llama-cpp bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
