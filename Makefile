@@ -56,6 +56,11 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# Our GGUF files beside those of llama.cpp's own quantizer: loss and speed, benchmarks/results/gguf.json and .md
+# (arguments: ARGS="--peer PYTHON --model DIR", a Python with llama-cpp-python)
+bench-gguf: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.bench_gguf $(ARGS)
+
 # Exported GGUF files in llama.cpp, compared with the artifacts (argument: ARGS="--peer PYTHON", with llama-cpp-python)
 test-llama-cpp: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
@@ -91,4 +96,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: test-llama-cpp bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: bench-gguf test-llama-cpp bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format

@@ -20,7 +20,7 @@ from quantize.export.directory import export_artifact
 from quantize.pipeline.quantize import quantize_model
 
 PEER, NEW_TOKENS, LENGTH, ROWS = "llama_cpp_peer", 12, 48, 3
-# llama.cpp rounds activations to 8 bits and keeps keys and values in float16; a wrong order of rows makes an error of 1.
+# llama.cpp rounds activations to 8 bits and keeps keys and values in float16; a wrong order of rows makes an error of 1
 LARGEST_ERROR, LEAST_AGREEMENT = 0.04, 0.9
 TEXTS = [
     "The old man looked at the letter on the table and said, 'I've no idea.'",

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 THREADS = 1  # so that a busy machine disturbs a time less
-SILENT = api.llama_log_callback(lambda level, text, data: None)
+SILENT = api.llama_log_callback(lambda *_: None)
 Logits = npt.NDArray[np.float32]
 
 
@@ -129,7 +129,7 @@ def outputs(model: str, rows: Sequence[Sequence[int]], texts: Sequence[str], new
 def main() -> None:
     """Run what a file says, `{"call": NAME, "arguments": {…}}`, and print the result as JSON."""
     task = json.loads(Path(sys.argv[1]).read_text())
-    calls = {"score": score, "speed": speed, "quantize": quantize, "outputs": outputs}
+    calls: dict[str, Any] = {"score": score, "speed": speed, "quantize": quantize, "outputs": outputs}
     print(json.dumps(calls[task["call"]](**task["arguments"])))
 
 

@@ -62,7 +62,8 @@ class Outline:
 
     def model_config(self) -> dict[str, Any]:
         """Return the model's config with the defaults of its class, which `config.json` need not have."""
-        found: dict[str, Any] = self.skeleton.config.to_dict()  # type: ignore[operator, union-attr]
+        config: Any = self.skeleton.config
+        found: dict[str, Any] = config.to_dict()
         return found
 
     @property

@@ -126,4 +126,5 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     turns = found["original_max_position_embeddings"] / wavelengths
     low, high, factor = found["low_freq_factor"], found["high_freq_factor"], found["factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    divisors: Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return divisors

@@ -85,7 +85,8 @@ def as_float16(values: Tensor) -> Tensor:
     halves = values.half()
     if not bool(halves.isfinite().all()):
         raise QuantizeError("a scale is too large for float16, in which GGUF holds scales; report the model")
-    return halves[..., None].contiguous().view(torch.uint8)
+    as_bytes: Tensor = halves[..., None].contiguous().view(torch.uint8)
+    return as_bytes
 
 
 def interleaved(packed: Tensor, group: int) -> Tensor:

@@ -54,9 +54,7 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
         elif args.format == "int" and args.group_size % block:
             yield f"groups of {args.group_size} columns", f"--group-size {block} or a multiple"
         yield from (ONLINE[online["kind"]] for online in settings["modules"][path].get("online", ()))
-    tables = {path: outline.skeleton.get_submodule(path).embedding_dim for path in settings.get("tables", ())}
-    yield from (
-        (f"the {columns} columns of {path} in 8 bits, as blocks have 32", f"--ignore {path}")
-        for path, columns in tables.items()
-        if columns % 32
-    )
+    for path in settings.get("tables", ()):
+        columns = outline.skeleton.get_parameter(f"{path}.weight").shape[1]
+        if columns % 32:
+            yield f"the {columns} columns of {path} in 8 bits, as blocks have 32", f"--ignore {path}"

@@ -47,7 +47,9 @@ def gguf_parity(directory: Path, path: Path, outline: Outline) -> dict[str, Any]
     """
     inputs, model = probe_inputs(directory), load(directory, engine="reference")
     rounded = first_outputs(model, inputs)
-    activations = relative_error(first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), rounded)
+    activations = relative_error(
+        first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), rounded
+    )
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     steps = max(take_weights(model, stored, outline.model_config()), default=0.0)
     if not steps <= LARGEST_STEP:
@@ -58,7 +60,8 @@ def gguf_parity(directory: Path, path: Path, outline: Outline) -> dict[str, Any]
     if any(name.endswith(".scale") for name in stored):
         return {"steps": steps, "reference": "not compared", "activations": activations}
     settings = {name: x for name, x in outline.model_config().items() if name != "quantization_config"}
-    config: Any = type(outline.skeleton.config).from_dict(settings)
+    own: Any = outline.skeleton.config
+    config = type(own).from_dict(settings)
     config.tie_word_embeddings = HEAD not in stored
     found = outputs_of(path.parent, inputs, gguf_file=path.name, config=config)
     reference = relative_error(found, first_outputs(model, inputs))

@@ -29,7 +29,6 @@ def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> 
     The linear that scores the vocabulary is left out where it is the table of words, which then takes its place.
     """
     config = outline.model_config()
-    known = ARCHITECTURES[config["model_type"]]
     names, held = name_map(config), dict[str, Blocks]()
 
     def converted(path: str, linear: QuantizedLinear) -> dict[str, Blocks]:
@@ -43,11 +42,7 @@ def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> 
     for _, tensors in shards(directory, outline, converted, console, table):
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
-                path, _, leaf = name.rpartition(".")
-                tensor = rows(tensor, row_order(path, len(tensor), config))
-                if tensor.dim() == 1:
-                    tensor = tensor.float() + (known.norm_shift if leaf == "weight" else 0.0)
-                tensor = plain(tensor)
+                tensor = in_floating_point(name, tensor, config)
             found = gguf_name(names, name)
             if found in (WORDS, HEAD):
                 held[found] = tensor
@@ -60,6 +55,15 @@ def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> 
     yield from held.items()
     if (factors := rope_factors(config)) is not None:
         yield "rope_freqs.weight", plain(factors)
+
+
+def in_floating_point(name: str, tensor: Tensor, config: Mapping[str, Any]) -> Blocks:
+    """Return a parameter that is not quantized; gains of norms are shifted as the architecture asks for."""
+    path, _, leaf = name.rpartition(".")
+    tensor = rows(tensor, row_order(path, len(tensor), config))
+    if tensor.dim() == 1 and leaf == "weight":
+        tensor = tensor.float() + ARCHITECTURES[config["model_type"]].norm_shift
+    return plain(tensor)
 
 
 def name_map(config: Mapping[str, Any]) -> TensorNameMap:

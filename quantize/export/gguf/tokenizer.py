@@ -53,7 +53,7 @@ def tokenizer_obstacles(directory: Path | None) -> Iterator[Obstacle]:
 
 
 def split_of(tokenizer: Mapping[str, Any]) -> str | None:
-    """Return llama.cpp's name for how a tokenizer splits text, `default` for SentencePiece's, or None without a name."""
+    """Return llama.cpp's name for how a tokenizer splits text, `default` for SentencePiece's; None without one."""
     model, steps = tokenizer["model"], tuple(map(signature, sequence(tokenizer.get("pre_tokenizer"), "pretokenizers")))
     normalizers = [x["type"] for x in sequence(tokenizer.get("normalizer"), "normalizers")]
     if model["type"] != "BPE":
@@ -105,13 +105,19 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, count: int) -> None:
         writer.add_token_scores([token.score for token in tokens])
         writer.add_add_space_prefix(has_leading_space(tokenizer))
     special, tokenize = SpecialVocab(directory, load_merges=not has_scores, n_vocab=count), load_tokenize(directory)
-    special.add_special_token = {"bos": bool(tokenize and tokenize.leading), "eos": bool(tokenize and tokenize.trailing)}
+    special.add_special_token = {
+        "bos": bool(tokenize and tokenize.leading),
+        "eos": bool(tokenize and tokenize.trailing),
+    }
     special.add_to_gguf(writer, quiet=True)
 
 
 def has_leading_space(tokenizer: Mapping[str, Any]) -> bool:
     """Return whether a tokenizer puts a space in front of each text."""
-    steps = (*sequence(tokenizer.get("normalizer"), "normalizers"), *sequence(tokenizer.get("pre_tokenizer"), "pretokenizers"))
+    steps = (
+        *sequence(tokenizer.get("normalizer"), "normalizers"),
+        *sequence(tokenizer.get("pre_tokenizer"), "pretokenizers"),
+    )
     return any(step["type"] == "Prepend" or step.get("prepend_scheme", "never") != "never" for step in steps)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import json
 import shutil
 
 import pytest
@@ -103,7 +102,10 @@ def test_biases_rotary_embeddings_of_llama3_and_what_is_noticed(model, small_run
     _, parity = exported(artifact, tmp_path)
     assert parity["steps"] == 0
     assert parity["activations"] > 1e-4
-    assert {x.name for x in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors} >= {"blk.0.attn_q.bias", "rope_freqs.weight"}
+    assert {x.name for x in GGUFReader(tmp_path / "gguf" / "model.gguf").tensors} >= {
+        "blk.0.attn_q.bias",
+        "rope_freqs.weight",
+    }
     manifest = json.loads((tmp_path / "gguf" / "manifest.json").read_text())
     assert (manifest["types"], manifest["format"]) == ({"F32": 8, "Q8_0": 9}, "gguf")
     for module in (tensors, parity_module):

@@ -92,11 +92,11 @@ def test_what_a_file_has_no_place_for(scheme, settings, words, books):
 def test_models_of_other_types_and_no_package(books, monkeypatch):
     config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     (line,) = obstacles.obstacles(Outline({"model_type": "opt", **config}, {}, torch.nn.Module(), books))
-    assert str(line).startswith("GGUF files are written of llama, qwen2, qwen3, gemma3_text, and this is a model of the")
+    assert str(line).startswith(
+        "GGUF files are written of llama, qwen2, qwen3, gemma3_text, and this is a model of the"
+    )
     monkeypatch.setattr(obstacles, "find_spec", lambda name: None)
-    assert found(books) == [
-        "the package gguf writes the file and is not installed; pip install 'quantize-model[gguf]'"
-    ]
+    assert found(books) == ["the package gguf writes the file and is not installed; pip install 'quantize-model[gguf]'"]
 
 
 def test_rotary_frequencies_of_llama3_are_those_of_transformers():

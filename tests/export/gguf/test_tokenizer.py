@@ -24,7 +24,11 @@ def split(regex, behavior="Isolated"):
 
 def bpe(*steps, normalizer=None, **model):
     pre = steps[0] if len(steps) == 1 else {"type": "Sequence", "pretokenizers": list(steps)}
-    return {"model": {"type": "BPE", "vocab": {}, "merges": [], **model}, "pre_tokenizer": pre, "normalizer": normalizer}
+    return {
+        "model": {"type": "BPE", "vocab": {}, "merges": [], **model},
+        "pre_tokenizer": pre,
+        "normalizer": normalizer,
+    }
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -61,7 +65,9 @@ def test_a_split_that_differs_a_little_has_no_name(tokenizer, tmp_path):
     assert split_of(tokenizer) is None
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     (found,) = tokenizer_obstacles(tmp_path)
-    assert re.match(r"llama\.cpp has no name for how tokenizer\.json splits text; known are .* SentencePiece", str(found))
+    assert re.match(
+        r"llama\.cpp has no name for how tokenizer\.json splits text; known are .* SentencePiece", str(found)
+    )
 
 
 def test_no_tokenizer_and_a_broken_one(tmp_path):
@@ -69,7 +75,7 @@ def test_no_tokenizer_and_a_broken_one(tmp_path):
         (found,) = tokenizer_obstacles(directory)
         assert str(found).startswith("a GGUF file holds the tokenizer, and the model has no tokenizer.json; save")
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
-    with pytest.raises(QuantizeError, match="the tokenizer in .* cannot be used"):
+    with pytest.raises(QuantizeError, match=r"the tokenizer in .* cannot be used"):
         list(tokenizer_obstacles(tmp_path))
 
 
