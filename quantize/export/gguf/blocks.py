@@ -91,7 +91,7 @@ def as_float16(values: Tensor) -> Tensor:
 
 def interleaved(packed: Tensor, group: int) -> Tensor:
     """Pack codes anew, uint8 [N, K/2] with the even column low → [N, K / group, group / 2] with the first half low."""
-    codes = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).unflatten(1, (-1, group))
+    codes: Tensor = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(1).unflatten(1, (-1, group))
     return codes[..., : group // 2] | codes[..., group // 2 :] << 4
 
 
