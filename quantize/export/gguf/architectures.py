@@ -28,7 +28,7 @@ class Architecture:
         arch: the architecture.
         activation: the only activation function, as transformers names it.
         rope_types: the kinds of rotary embedding that can be stored.
-        interleaved: whether neighbouring channels are rotated together, so that rows of queries and keys are reordered.
+        interleaved: the linears whose rows are reordered, as neighbouring channels of theirs are rotated together.
         norm_shift: what is added to the gains of norms.
         full_attention_every: every so many layers attend to everything, the others to a window; 0 for all layers.
         square: whether all heads of queries together are as wide as the residual stream.
@@ -37,14 +37,16 @@ class Architecture:
     arch: MODEL_ARCH
     activation: str = "silu"
     rope_types: tuple[str, ...] = ("default", "linear")
-    interleaved: bool = False
+    interleaved: tuple[str, ...] = ()
     norm_shift: float = 0.0
     full_attention_every: int = 0
     square: bool = False
 
 
 ARCHITECTURES = {
-    "llama": Architecture(MODEL_ARCH.LLAMA, rope_types=("default", "linear", "llama3"), interleaved=True),
+    "llama": Architecture(
+        MODEL_ARCH.LLAMA, rope_types=("default", "linear", "llama3"), interleaved=("q_proj", "k_proj")
+    ),
     "qwen2": Architecture(MODEL_ARCH.QWEN2, square=True),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "gemma3_text": Architecture(

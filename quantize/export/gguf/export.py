@@ -13,9 +13,9 @@ from rich.console import Console
 from quantize.artifact.writer import ArtifactWriter, as_json, translate_disk_errors
 from quantize.export.gguf.architectures import ARCHITECTURES, add_metadata
 from quantize.export.gguf.blocks import Blocks
+from quantize.export.gguf.gguf_tokenizer import add_tokenizer
 from quantize.export.gguf.parity import gguf_parity
 from quantize.export.gguf.tensors import gguf_tensors
-from quantize.export.gguf.tokenizer import add_tokenizer
 from quantize.export.outline import Outline
 
 FILE = "model.gguf"

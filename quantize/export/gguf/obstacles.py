@@ -18,7 +18,7 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
         yield Obstacle("the package gguf writes the file and is not installed", "pip install 'quantize-model[gguf]'")
         return
     from quantize.export.gguf.architectures import ARCHITECTURES, unsupported
-    from quantize.export.gguf.tokenizer import tokenizer_obstacles
+    from quantize.export.gguf.gguf_tokenizer import tokenizer_obstacles
 
     if (kind := outline.config.get("model_type")) not in ARCHITECTURES:
         reason = f"GGUF files are written of {', '.join(ARCHITECTURES)}, and this is a model of the type {kind}"

@@ -88,7 +88,7 @@ def row_order(path: str, count: int, config: Mapping[str, Any]) -> Tensor | None
 
     Where ggml rotates channels 2i and 2i + 1 of a head together, transformers rotates i and i + head_dim / 2.
     """
-    if not ARCHITECTURES[config["model_type"]].interleaved or path.rpartition(".")[2] not in ("q_proj", "k_proj"):
+    if path.rpartition(".")[2] not in ARCHITECTURES[config["model_type"]].interleaved:
         return None
     return torch.arange(count).view(-1, 2, head_dim(config) // 2).transpose(1, 2).flatten()
 

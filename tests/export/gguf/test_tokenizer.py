@@ -9,7 +9,7 @@ import pytest
 from gguf import TokenType
 
 from quantize.errors import QuantizeError
-from quantize.export.gguf.tokenizer import has_leading_space, split_of, tokenizer_obstacles, tokens_of
+from quantize.export.gguf.gguf_tokenizer import has_leading_space, split_of, tokenizer_obstacles, tokens_of
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 QWEN2 = (
