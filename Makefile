@@ -57,7 +57,7 @@ bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
 # Our GGUF files beside those of llama.cpp's own quantizer: loss and speed, benchmarks/results/gguf.json and .md
-# (arguments: ARGS="--peer PYTHON --model DIR", a Python with llama-cpp-python)
+# (arguments: ARGS="--peer PYTHON --model DIR --work-dir DIR", a Python with llama-cpp-python)
 bench-gguf: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.bench_gguf $(ARGS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from benchmarks.machine import processor
-from benchmarks.models.windows import write_evaluation
+from benchmarks.models.windows import WINDOWS, write_evaluation
 from benchmarks.runtimes.peer import call
 from benchmarks.runtimes.tiny_models import ROOT, TEXT
 from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -22,9 +21,8 @@ from quantize.export.gguf.tensors import gguf_name, in_floating_point, name_map
 from quantize.pipeline.quantize import quantize_model
 
 PEER, RESULTS = "llama_cpp_peer", ROOT / "benchmarks/results/gguf.json"
-PEERS = ("Q4_0", "Q4_K_M")
-RECIPES: dict[str, dict[str, Any]] = {"Q4_0": {}, "Q4_1": {"weights": {"symmetric": False}}}
-PROMPT, DECODE, ROUNDS = 128, 16, 5
+FLOAT, PEERS = "BF16", ("Q4_0", "Q4_K_M")
+PROMPT, DECODE, ROUNDS, ROWS = 128, 16, 5, 32
 NOTE = """\
 `make bench-gguf` wrote this file and `gguf.json`. All files are run by llama.cpp on one thread and scored on {windows}
 windows of 256 tokens of `tests/data/books/heldout.txt`. The increase of the loss (nats a token), the divergence (KL)
@@ -40,33 +38,43 @@ in turn, for a prompt of 128 tokens and for one token after it. {cpu}.
 @click.command()
 @click.option("--peer", required=True, help="A Python with llama-cpp-python.")
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="The model's directory.")
-@click.option("--artifact", "artifacts", type=(str, click.Path(path_type=Path)), multiple=True,
-              help="A type and a finished artifact, which is then not made anew.")  # fmt: skip
-@click.option("--rows", default=32, show_default=True, help="Calibration windows.")
-@click.option("--windows", default=16, show_default=True, help="Windows that are scored.")
-def main(peer: str, model: Path, artifacts: tuple[tuple[str, Path], ...], rows: int, windows: int) -> None:
-    """Measure one model, and write the table anew."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        files = {"BF16": write_float(model, folder / "float.gguf")}
-        for kind in PEERS:
-            files[f"{kind} of llama.cpp"] = folder / f"{kind}.gguf"
-            call(peer, PEER, "quantize", source=str(files["BF16"]), output=str(folder / f"{kind}.gguf"), kind=kind)
-        for kind, recipe in RECIPES.items():
-            given = dict(artifacts).get(kind) or quantize_model(
-                model, output_dir=folder / kind, scheme="W4A16", target="llama.cpp", recipe=recipe, nsamples=rows,
-                seqlen=512,
-            ).directory  # fmt: skip
-            export_artifact(given, "gguf", folder / f"our-{kind}")
-            files[f"{kind} of ours"] = folder / f"our-{kind}" / "model.gguf"
-        write_evaluation(model, folder / "windows.json", [TEXT], windows=windows)
-        scored = json.loads((folder / "windows.json").read_text())["texts"][TEXT.stem]
-        paths = {name: str(path) for name, path in files.items()}
-        scores = call(peer, PEER, "score", reference=paths["BF16"], models=list(paths.values()), windows=scored)
-        speeds = call(peer, PEER, "speed", models=list(paths.values()), prompt=PROMPT, decode=DECODE, rounds=ROUNDS)
-        found = {name: {"bytes": files[name].stat().st_size, **scores[p], **speeds[p]} for name, p in paths.items()}
+@click.option("--work-dir", "folder", type=click.Path(path_type=Path), required=True, help="Where files are kept.")
+def main(peer: str, model: Path, folder: Path) -> None:
+    """Measure one model, and write the table anew; files that are in the folder are not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (windows := folder / "windows.json").exists():
+        write_evaluation(model, windows, [TEXT])
+    scored = json.loads(windows.read_text())["texts"][TEXT.stem]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[model.name] = {"rows": rows, "windows": windows, "cpu": processor(), "files": found}
+    found = results.setdefault(model.name, {"cpu": processor(), "files": {}})["files"]
+
+    def score_new() -> None:
+        new = {name: str(path) for name, path in paths.items() if name not in found}
+        scores = (
+            call(peer, PEER, "score", reference=str(source), models=list(new.values()), windows=scored) if new else {}
+        )
+        for name, path in new.items():
+            found[name] = {"bytes": Path(path).stat().st_size, **scores[path]}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+    if not (source := folder / "float.gguf").exists():
+        write_float(model, source)
+    paths = {FLOAT: source}
+    for kind in PEERS:
+        paths[f"{kind} of llama.cpp"] = path = folder / f"{kind}.gguf"
+        if not path.exists():
+            call(peer, PEER, "quantize", source=str(source), output=str(path), kind=kind)
+    score_new()
+    paths["Q4_0 of ours"] = path = folder / "export" / "model.gguf"
+    if not (artifact := folder / "artifact").exists():
+        quantize_model(model, output_dir=artifact, scheme="W4A16", target="llama.cpp", nsamples=ROWS, seqlen=512)
+    if not path.exists():
+        export_artifact(artifact, "gguf", path.parent)
+    score_new()
+    models = {name: str(path) for name, path in paths.items()}
+    speeds = call(peer, PEER, "speed", models=list(models.values()), prompt=PROMPT, decode=DECODE, rounds=ROUNDS)
+    for name, path in models.items():
+        found[name] |= speeds[path]
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text(table(results))
     click.echo(table(results))
@@ -90,12 +98,12 @@ def float_tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tu
 def table(results: dict[str, Any]) -> str:
     """Return the table of all models as Markdown."""
     first = next(iter(results.values()))
-    lines = [NOTE.format(windows=first["windows"], rows=first["rows"], rounds=ROUNDS, cpu=first["cpu"]).rstrip("\n")]
+    lines = [NOTE.format(windows=WINDOWS, rows=ROWS, rounds=ROUNDS, cpu=first["cpu"]).rstrip("\n")]
     for model, measured in results.items():
         files = measured["files"]
-        base, peer = files["BF16"], files["Q4_0 of llama.cpp"]
+        base, peer = files[FLOAT], files["Q4_0 of llama.cpp"]
         for name, row in files.items():
-            increase = f"loss {row['loss']:.4f}" if name == "BF16" else f"{row['loss'] - base['loss']:+.4f}"
+            increase = f"loss {row['loss']:.4f}" if name == FLOAT else f"{row['loss'] - base['loss']:+.4f}"
             speed = " | ".join(f"{peer[key] / row[key]:.2f}" for key in ("prompt", "token"))
             size, scores = f"{row['bytes'] / 1e6:.1f}", f"{increase} | {row['kl']:.4f} | {row['top1']:.3f}"
             lines.append(f"| {model} | {name} | {size} | {scores} | {speed} |")
