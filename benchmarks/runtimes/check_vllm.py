@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.runtimes.peer import call
 from benchmarks.runtimes.tiny_models import BOOKS, TEXT
@@ -32,40 +32,41 @@ SCHEMES = ("W4A16", "W8A8", "W4A8", "W4A4")
 @click.option("--scheme", "schemes", multiple=True, default=SCHEMES, show_default=True)
 def main(peer: str, schemes: tuple[str, ...]) -> None:
     """Check every scheme and end with 1 if one of them differs."""
-    with tempfile.TemporaryDirectory() as scratch:
-        failed = [scheme for scheme in schemes if not check(peer, scheme, Path(scratch) / scheme)]
-    sys.exit(bool(failed))
-
-
-def check(peer: str, scheme: str, folder: Path) -> bool:
-    """Quantize books-llama, export it, run it in vLLM, print how far it is from the artifact, and judge.
-
-    The artifact runs as it is and with activations in floating point, whichever vLLM is nearer to.
-    """
-    artifact = quantize_model(
-        BOOKS, output_dir=folder / "artifact", scheme=scheme, target="vllm", recipe={"quantizer": {"name": "rtn"}},
-        calibration=TEXT, nsamples=2, seqlen=32,
-    )  # fmt: skip
-    export_artifact(artifact.directory, "compressed-tensors", folder / "checkpoint")
-    tokenize, own = load_tokenize(BOOKS), load(artifact.directory)
+    tokenize = load_tokenize(BOOKS)
     assert tokenize is not None
     ids = tokenize(TEXT.read_text()[:4000])
     rows = torch.tensor([ids[start : start + LENGTH] for start in range(0, ROWS * LENGTH, LENGTH)])
-    found = call(peer, PEER, "outputs", model=str(folder / "checkpoint"), rows=rows.tolist(), new=NEW_TOKENS)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = {scheme: Path(scratch) / scheme for scheme in schemes}
+        for scheme, folder in folders.items():
+            artifact = quantize_model(
+                BOOKS, output_dir=folder / "artifact", scheme=scheme, target="vllm", calibration=TEXT, nsamples=2,
+                seqlen=32, recipe={"quantizer": {"name": "rtn"}},
+            )  # fmt: skip
+            export_artifact(artifact.directory, "compressed-tensors", folder / "checkpoint")
+        checkpoints = [str(folder / "checkpoint") for folder in folders.values()]
+        results = call(peer, PEER, "outputs", models=checkpoints, rows=rows.tolist(), new=NEW_TOKENS)
+        right = [
+            judge(name, load(folders[name] / "artifact"), rows, result)
+            for name, result in zip(schemes, results, strict=True)
+        ]
+    sys.exit(not all(right))
+
+
+def judge(scheme: str, own: nn.Module, rows: Tensor, found: dict[str, Any]) -> bool:
+    """Print how far vLLM is from an artifact as it is, and with activations in floating point; one of both must do."""
     scores, right = torch.tensor(found["logprobs"]), False
-    models = {
-        "the artifact": own,
-        "the artifact with float activations": copy_with_replaced_linears(own, with_float_activations),
-    }
-    for name, model in models.items():
+    floats = copy_with_replaced_linears(own, with_float_activations)
+    for name, model in (("the artifact", own), ("the artifact with float activations", floats)):
         difference = float((logprobs(model, rows) - scores).abs().mean())
-        tokens = model.generate(rows, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+        generate: Any = model.generate
+        tokens = generate(rows, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
         greedy = float(np.mean(np.array(found["greedy"]) == tokens[:, LENGTH:].numpy()))
         right |= difference < LARGEST_DIFFERENCE and greedy >= LEAST_AGREEMENT
         click.echo(
-            f"{scheme:8} against {name}: log-probabilities differ by {difference:.4f}, greedy tokens {greedy:.3f}"
+            f"{scheme:6} against {name}: log-probabilities differ by {difference:.4f}, greedy tokens {greedy:.3f}"
         )
-    click.echo(f"{scheme:8} {'ok' if right else 'FAILED'}")
+    click.echo(f"{scheme:6} {'ok' if right else 'FAILED'}")
     return right
 
 

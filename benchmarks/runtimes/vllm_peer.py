@@ -19,19 +19,20 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABL
 from vllm import LLM, SamplingParams
 
 
-def outputs(model: str, rows: Sequence[Sequence[int]], new: int) -> dict[str, Any]:
-    """Return greedy tokens after each row, and the log-probabilities of each row's own tokens but the first.
-
-    Also the class that multiplies the weights of the first quantized linear, as vLLM chooses it.
-    """
-    engine = LLM(model=model, dtype="bfloat16", enforce_eager=True, max_model_len=128, max_num_seqs=len(rows))
+def outputs(models: Sequence[str], rows: Sequence[Sequence[int]], new: int) -> list[dict[str, Any]]:
+    """Return of each model greedy tokens after each row, and log-probabilities of each row's tokens but the first."""
     settings = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, prompt_logprobs=0)
-    found = engine.generate([{"prompt_token_ids": list(row)} for row in rows], settings)
-    scores = [
-        [at[token].logprob for token, at in zip(row[1:], one.prompt_logprobs[1:], strict=True)]
-        for row, one in zip(rows, found, strict=True)
-    ]
-    return {"greedy": [list(one.outputs[0].token_ids) for one in found], "logprobs": scores}
+    prompts, results = [{"prompt_token_ids": list(row)} for row in rows], []
+    for model in models:
+        engine = LLM(model=model, dtype="bfloat16", enforce_eager=True, max_model_len=128, max_num_seqs=len(rows))
+        found = engine.generate(prompts, settings)
+        scores = [
+            [at[token].logprob for token, at in zip(row[1:], one.prompt_logprobs[1:], strict=True)]
+            for row, one in zip(rows, found, strict=True)
+        ]
+        results.append({"greedy": [list(one.outputs[0].token_ids) for one in found], "logprobs": scores})
+        del engine
+    return results
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ MODELS = {
     "gemma3_text": {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 8, "num_hidden_layers": 6},
 }  # transformers knows no other width of heads of the last two
 RTN = {"quantizer": {"name": "rtn"}}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
