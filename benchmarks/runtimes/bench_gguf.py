@@ -73,8 +73,8 @@ def main(peer: str, model: Path, folder: Path) -> None:
     score_new()
     models = {name: str(path) for name, path in paths.items()}
     speeds = call(peer, PEER, "speed", models=list(models.values()), prompt=PROMPT, decode=DECODE, rounds=ROUNDS)
-    for name, path in models.items():
-        found[name] |= speeds[path]
+    for name, file in models.items():
+        found[name] |= speeds[file]
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text(table(results))
     click.echo(table(results))

@@ -15,7 +15,12 @@ from benchmarks.runtimes.peer import call
 from benchmarks.runtimes.tiny_models import BOOKS, TEXT, make_tiny
 from quantize.artifact.load import load
 from quantize.checkpoint.tokenizer import load_tokenize
-from quantize.export.comparison import first_outputs, relative_error
+from quantize.export.comparison import (
+    copy_with_replaced_linears,
+    first_outputs,
+    relative_error,
+    with_float_activations,
+)  # fmt: skip
 from quantize.export.directory import export_artifact
 from quantize.pipeline.quantize import quantize_model
 
@@ -52,7 +57,10 @@ def main(peer: str, models: tuple[Path, ...]) -> None:
 
 
 def check(peer: str, name: str, kind: str, scheme: str, recipe: dict[str, Any], scratch: Path) -> bool:
-    """Quantize a model, export it, run it in llama.cpp, print how far it is from the artifact, and judge."""
+    """Quantize a model, export it, run it in llama.cpp, print how far it is from the artifact, and judge.
+
+    The artifact runs with activations in floating point, as they are no part of the file.
+    """
     folder = scratch / name.replace(" ", "-")
     model = BOOKS if not kind else Path(kind) if "/" in kind else make_tiny(kind, folder / "model")
     settings = {"quantizer": {"name": "rtn"}, **recipe}
@@ -61,7 +69,8 @@ def check(peer: str, name: str, kind: str, scheme: str, recipe: dict[str, Any], 
         nsamples=2, seqlen=32,
     )  # fmt: skip
     export_artifact(artifact.directory, "gguf", folder / "gguf")
-    tokenize, own = load_tokenize(model), load(artifact.directory)
+    tokenize = load_tokenize(model)
+    own = copy_with_replaced_linears(load(artifact.directory), with_float_activations)
     assert tokenize is not None
     ids = tokenize(TEXT.read_text()[:4000])
     rows = [ids[start : start + LENGTH] for start in range(0, ROWS * LENGTH, LENGTH)]
@@ -69,8 +78,11 @@ def check(peer: str, name: str, kind: str, scheme: str, recipe: dict[str, Any], 
                  new=NEW_TOKENS, logits=str(folder / "logits.npy"))  # fmt: skip
     given, inputs = torch.from_numpy(np.load(folder / "logits.npy")), torch.tensor(rows)
     expected = first_outputs(own, [{"input_ids": inputs}])[0]
-    with torch.no_grad():
-        tokens = own.generate(inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+    generate: Any = own.generate
+    mask = torch.ones_like(inputs)
+    tokens = generate(
+        inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+    )
     error = relative_error([given[..., : expected.shape[-1]]], [expected])
     agreement = float((given.argmax(-1) == expected.argmax(-1)).float().mean())
     greedy = float(np.mean(np.array(found["greedy"]) == tokens[:, LENGTH:].numpy()))
