@@ -19,7 +19,7 @@ from quantize.export.comparison import (
     with_float_activations,
 )  # fmt: skip
 from quantize.export.gguf.tensors import HEAD, WORDS, gguf_name, name_map, row_order
-from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs
+from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_embedding import QuantizedEmbedding, table_of
@@ -64,8 +64,9 @@ def gguf_parity(directory: Path, path: Path, outline: Outline) -> dict[str, Any]
     config = type(own).from_dict(settings)
     config.tie_word_embeddings = HEAD not in stored
     found = outputs_of(path.parent, inputs, gguf_file=path.name, config=config)
-    reference = relative_error(found, first_outputs(model, inputs))
-    check_difference(reference, ROUNDING * torch.finfo(torch.float32).eps)
+    expected = first_outputs(model, inputs)
+    reference = relative_error(found, expected)
+    check_difference(reference, torch.finfo(torch.float32).eps, 0.0, expected)
     return {"steps": steps, "reference": reference, "activations": activations}
 
 
