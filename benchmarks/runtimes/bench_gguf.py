@@ -39,14 +39,15 @@ in turn, for a prompt of 128 tokens and for one token after it. {cpu}.
 @click.option("--peer", required=True, help="A Python with llama-cpp-python.")
 @click.option("--model", type=click.Path(path_type=Path), required=True, help="The model's directory.")
 @click.option("--work-dir", "folder", type=click.Path(path_type=Path), required=True, help="Where files are kept.")
-def main(peer: str, model: Path, folder: Path) -> None:
+@click.option("--windows", "count", default=WINDOWS, show_default=True, help="Windows that are scored.")
+def main(peer: str, model: Path, folder: Path, count: int) -> None:
     """Measure one model, and write the table anew; files that are in the folder are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (windows := folder / "windows.json").exists():
-        write_evaluation(model, windows, [TEXT])
+        write_evaluation(model, windows, [TEXT], windows=count)
     scored = json.loads(windows.read_text())["texts"][TEXT.stem]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = results.setdefault(model.name, {"cpu": processor(), "files": {}})["files"]
+    found = results.setdefault(model.name, {"cpu": processor(), "windows": len(scored), "files": {}})["files"]
 
     def score_new() -> None:
         new = {name: str(path) for name, path in paths.items() if name not in found}
@@ -98,7 +99,7 @@ def float_tensors(checkpoint: Checkpoint, config: dict[str, Any]) -> Iterator[tu
 def table(results: dict[str, Any]) -> str:
     """Return the table of all models as Markdown."""
     first = next(iter(results.values()))
-    lines = [NOTE.format(windows=WINDOWS, rows=ROWS, rounds=ROUNDS, cpu=first["cpu"]).rstrip("\n")]
+    lines = [NOTE.format(windows=first["windows"], rows=ROWS, rounds=ROUNDS, cpu=first["cpu"]).rstrip("\n")]
     for model, measured in results.items():
         files = measured["files"]
         base, peer = files[FLOAT], files["Q4_0 of llama.cpp"]

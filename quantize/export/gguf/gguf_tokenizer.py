@@ -1,19 +1,19 @@
 """A GGUF file holds the tokenizer, with a name by which llama.cpp knows how text is split before merges.
 
-The name comes from what `tokenizer.json` says of the split, as llama.cpp has a function for each name.
+The name comes from what the loaded tokenizer says of the split, as llama.cpp has a function for each name.
 Source: llama.cpp, `src/llama-vocab.cpp`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from quantize.checkpoint.tokenizer import load_tokenize, readable
-from quantize.checkpoint.untrusted_files import read_json
+from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer, readable
 from quantize.export.base import Obstacle
 
 FILE = "tokenizer.json"
@@ -44,12 +44,22 @@ def tokenizer_obstacles(directory: Path | None) -> Iterator[Obstacle]:
     if directory is None or not (directory / FILE).is_file():
         yield Obstacle(f"a GGUF file holds the tokenizer, and the model has no {FILE}", "save the tokenizer beside it")
         return
-    with readable(directory):
-        split = split_of(read_json(directory / FILE))
-    if split is None:
+    if split_of(read_tokenizer(directory)) is None:
         known = ", ".join((*SPLITS.values(), "SentencePiece"))
         reason = f"llama.cpp has no name for how {FILE} splits text; known are the splits of {known}"
         yield Obstacle(reason, "run the artifact itself, or export it to another target")
+
+
+def read_tokenizer(directory: Path) -> dict[str, Any]:
+    """Return what `tokenizer.json` says, as transformers has it after loading: some classes split text as they like.
+
+    Raises:
+        QuantizeError: the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(directory)
+    with readable(directory):
+        found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return found
 
 
 def split_of(tokenizer: Mapping[str, Any]) -> str | None:
@@ -93,7 +103,7 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, count: int) -> None:
         directory: where `tokenizer.json`, the chat template and the settings of special tokens are.
         count: the number of rows of the table of words; ids without a token get one that is never used.
     """
-    tokenizer = read_json(directory / FILE)
+    tokenizer = read_tokenizer(directory)
     split, tokens = split_of(tokenizer), tokens_of(tokenizer, count)
     assert split is not None
     has_scores = split == "default"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
 
 import pytest
 from gguf import TokenType
+from helpers.json_files import change_json
 
 from quantize.errors import QuantizeError
-from quantize.export.gguf.gguf_tokenizer import has_leading_space, split_of, tokenizer_obstacles, tokens_of
+from quantize.export.gguf.gguf_tokenizer import (
+    has_leading_space,
+    read_tokenizer,
+    split_of,
+    tokenizer_obstacles,
+    tokens_of,
+)
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 QWEN2 = (
@@ -61,19 +68,34 @@ def test_known_splits(name, tokenizer):
 
 
 @pytest.mark.parametrize("tokenizer", UNKNOWN)
-def test_a_split_that_differs_a_little_has_no_name(tokenizer, tmp_path):
+def test_a_split_that_differs_a_little_has_no_name(tokenizer):
     assert split_of(tokenizer) is None
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (found,) = tokenizer_obstacles(tmp_path)
-    assert re.match(
-        r"llama\.cpp has no name for how tokenizer\.json splits text; known are .* SentencePiece", str(found)
-    )
+
+
+@pytest.fixture
+def directory(books, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(books / name, tmp_path)
+    return tmp_path
+
+
+def test_a_tokenizer_of_another_split_is_refused(directory):
+    assert not list(tokenizer_obstacles(directory))
+    change_json(directory / "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
+    (found,) = tokenizer_obstacles(directory)
+    assert str(found).startswith("llama.cpp has no name for how tokenizer.json splits text; known are the splits of gp")
+
+
+def test_a_class_of_transformers_may_split_otherwise(books, directory):
+    change_json(directory / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    assert [split_of(read_tokenizer(path)) for path in (books, directory)] == ["gpt-2", "qwen2"]
 
 
 def test_no_tokenizer_and_a_broken_one(tmp_path):
     for directory in (None, tmp_path):
         (found,) = tokenizer_obstacles(directory)
         assert str(found).startswith("a GGUF file holds the tokenizer, and the model has no tokenizer.json; save")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text('{"model": 7}')
     with pytest.raises(QuantizeError, match=r"the tokenizer in .* cannot be used"):
         list(tokenizer_obstacles(tmp_path))
