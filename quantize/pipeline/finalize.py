@@ -16,6 +16,7 @@ from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
@@ -65,6 +66,7 @@ def finish(
             "parity": proof,
             "untied": blocks.ties.untied,
             "float_bytes": checkpoint.stored_bytes(),
+            **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
             **{name: record for name, record in (data | found).items() if record},
             "coverage": coverage(plan, blocks),
             "body": plan.body.record(),
@@ -72,6 +74,11 @@ def finish(
         },
         functools.partial(check_loads, prepared),
     )
+
+
+def code_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of each file of code of the model's own, by its name."""
+    return {path.name: checkpoint.seen.sha256(path) for path in checkpoint.side_files if path.suffix == ".py"}
 
 
 def artifact_config(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
@@ -88,7 +95,10 @@ def no_longer_tied(
     """
     if not blocks.ties.untied or not prepared.checkpoint.config:
         return {}
-    ties, found = ties_of(build_skeleton(artifact_config(prepared, blocks))), dict[str, Tensor]()
+    ties, found = (
+        ties_of(build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)),
+        dict[str, Tensor](),
+    )
     for name, stored in blocks.ties.left_out.items():
         if stored not in ties[name]:
             written = (
@@ -108,7 +118,8 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     largest = max(sizes, key=lambda node: node.meta["val"].numel())
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton)
+        trusted = checkpoint.code is not None
+        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
@@ -131,7 +142,8 @@ def write_side_files(
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
+        config, files = checkpoint.config, checkpoint.files
+        fresh = build_skeleton(config, files, checkpoint.code) if config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

@@ -40,12 +40,12 @@ def resolve_rotations(prepared: Prepared, context: RunContext) -> Plan:
     """
     plan = prepared.plan
 
-    def find() -> tuple[list[list[str | int]], list[str]]:
+    def find() -> tuple[list[tuple[str, int, int]], list[str]]:
         found = check_folds(prepared, context)
-        return [list(basis) for basis in sorted(found.bases)], sorted(found.linears)
+        return sorted(found.bases), sorted(found.linears)
 
     bases, linears = context.cached(ROTATIONS, find)
-    left_out = LeftOut(frozenset(map(tuple, bases)), frozenset(linears))
+    left_out = LeftOut(frozenset(bases), frozenset(linears))
     if left_out == plan.left_out:
         return plan
     if context.console is not None:
