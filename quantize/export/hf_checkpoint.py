@@ -23,6 +23,7 @@ from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.nn.quantized_embedding import dequantized_table
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
 
@@ -32,18 +33,17 @@ ROUNDING = 64  # last bits, relative to the output: a sum in another order may d
 def shards(
     directory: Path,
     outline: Outline,
-    replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]],
+    replace: Callable[[str, QuantizedLinear | QuantizedExperts], Mapping[str, Tensor]],
     console: Console | None = None,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
+    """Yield the files of an artifact with each quantized linear or stack converted, one file in memory at a time.
 
     Tables of words in 8 bits become tables in the dtype in which the float model has them.
 
     Args:
         directory: an artifact.
         outline: the artifact's outline.
-        replace: maps a path and a linear, as `stored_linear` reads it, to the target's tensors, by name within the
-            linear.
+        replace: maps a path and a linear or a stack of experts, as `stored_linear` reads it, to the target's tensors.
         console: the console that shows progress; None shows nothing.
     """
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
@@ -53,8 +53,7 @@ def shards(
         for name in (name for name, path in files.items() if path == file):
             path, _, leaf = name.rpartition(".")
             if path in modules and leaf == "qweight":
-                linear = stored_linear(path, outline, files)
-                tensors |= {f"{path}.{part}": tensor for part, tensor in replace(path, linear).items()}
+                tensors |= replace(path, stored_linear(path, outline, files))
             elif path in tables and leaf == "qweight":
                 qweight, scale = read_table(path, files)
                 tensors[f"{path}.weight"] = dequantized_table(qweight, scale, scale.dtype)
@@ -63,16 +62,14 @@ def shards(
         yield file.name, tensors
 
 
-def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
-    """Read a quantized linear, with bias and scales in the dtype that the float model's weight was stored in.
+def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear | QuantizedExperts:
+    """Read a quantized linear or stack, with bias and scales in the dtype that the float model's weight was stored in.
 
     Scales have that dtype already, except for those of FP4, where the config tells the dtype.
     """
     is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
     dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
-    linear = read_linear(path, outline.settings, files, dtype)
-    assert isinstance(linear, QuantizedLinear)  # experts are an obstacle
-    return linear
+    return read_linear(path, outline.settings, files, dtype)
 
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
@@ -82,7 +79,11 @@ def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
 
 
 def outputs_of(
-    directory: Path, inputs: list[dict[str, Tensor]], dtype: torch.dtype = torch.float32, **options: Any
+    directory: Path,
+    inputs: list[dict[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    rounds_activations: bool = True,
+    **options: Any,
 ) -> list[Tensor]:
     """Return the first outputs of a checkpoint, loaded in transformers.
 
@@ -90,6 +91,7 @@ def outputs_of(
         directory: the directory of the checkpoint.
         inputs: the inputs of each call.
         dtype: the dtype in which it runs.
+        rounds_activations: whether the package compressed-tensors rounds activations, where the checkpoint says so.
         options: options of `from_pretrained`.
 
     Raises:
@@ -102,7 +104,14 @@ def outputs_of(
             model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
             raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
-        return first_outputs(model.eval(), own)
+        if not rounds_activations:
+            model.apply(disable_rounding)
+        return first_outputs(model.eval().to(dtype), own)  # experts that were unpacked have another dtype
+
+
+def disable_rounding(module: Any) -> None:
+    """Let a module compute with activations as they are; compressed-tensors 0.20, `lifecycle/forward.py`."""
+    module.quantization_enabled = False
 
 
 def check_difference(found: float, allowed: float) -> None:

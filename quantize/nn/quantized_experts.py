@@ -148,9 +148,9 @@ def quantized_product(
     return QuantizedExperts(weight, bias, scheme, online, experts, transposed)
 
 
-def replace_parameter(model: nn.Module, path: str, experts: QuantizedExperts) -> None:
-    """Put experts in the place of a parameter, at the same path."""
+def replace_parameter(model: nn.Module, path: str, stack: QuantizedExperts | nn.Parameter) -> None:
+    """Put experts in the place of a parameter, at the same path, or a parameter in the place of experts."""
     parent, _, leaf = path.rpartition(".")
     owner: Any = model.get_submodule(parent)
     delattr(owner, leaf)
-    owner.register_module(leaf, experts)
+    setattr(owner, leaf, stack)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from quantize.export.base import Obstacle
+from quantize.export.compressed_tensors.experts import unplaced_experts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -24,7 +25,8 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
 
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     """Yield what the format has no place for, each with what to quantize with instead."""
-    settings, schemes = outline.settings, held_schemes(outline)
+    settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
+    yield from unplaced_experts(outline)
     for name in sorted({scheme.weights.format for scheme in schemes.values()}):
         if get_format(name).element == "level":
             yield f"{name} weights", '`format = "int"` in [weights]'
@@ -35,7 +37,8 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     if settings.get("kv_cache"):
         yield "keys and values with a scale for each token", "no table `kv_cache`"
     for path, entry in ((path, settings["modules"][path]) for path in schemes):
-        if not isinstance(module := outline.skeleton.get_submodule(path), nn.Linear):
+        module = None if path in stacks else outline.skeleton.get_submodule(path)
+        if module is not None and not isinstance(module, nn.Linear):
             yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
         yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
         args = schemes[path].activations
