@@ -22,7 +22,7 @@ Weight = TypeVar("Weight", bound=QuantizedWeight)
 def copy_with_replaced_linears(
     model: Module,
     replace: Callable[[QuantizedLinear], nn.Module],
-    replace_experts: Callable[[QuantizedExperts], QuantizedExperts | nn.Parameter] = lambda experts: experts,
+    replace_experts: Callable[[QuantizedExperts], nn.Module | nn.Parameter] = lambda experts: experts,
 ) -> Module:
     """Return a copy that shares all weights, without KV cache, in which each `QuantizedLinear` is replaced.
 

@@ -176,7 +176,7 @@ def quantized_product(
     return QuantizedExperts(weight, bias, scheme, online, experts, transposed)
 
 
-def replace_parameter(model: nn.Module, path: str, stack: QuantizedExperts | nn.Parameter) -> None:
+def replace_parameter(model: nn.Module, path: str, stack: nn.Module | nn.Parameter) -> None:
     """Put experts in the place of a parameter, at the same path, or a parameter in the place of experts."""
     parent, _, leaf = path.rpartition(".")
     owner: Any = model.get_submodule(parent)

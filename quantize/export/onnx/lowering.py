@@ -34,11 +34,6 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
     """Yield what ONNX Runtime cannot run of an artifact, each reason once."""
     if outline.settings.get("kv_cache"):
         yield QUANTIZED_CACHE
-    if outline.experts:
-        yield Obstacle(
-            f"{outline.experts[0]} is a stack of experts, which no operator takes yet that this export writes",
-            "quantize with --ignore 're:.*experts.*', or run the artifact itself",
-        )
     modules = outline.settings["modules"]
     found = (unrunnable(scheme, modules[path]["columns"]) for path, scheme in outline.schemes().items())
     yield from sorted({obstacle for obstacle in found if obstacle})
