@@ -11,14 +11,13 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantize.artifact.load import load, read_manifest
+from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import PROBE
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
-from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
+from quantize.eval.loading import load_any
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
@@ -35,16 +34,18 @@ def evaluate(
     seqlen: int = 256,
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model or artifact.
 
     Args:
-        directory: an artifact, or a float model.
+        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
         against: the float model to compare with; None leaves the comparison out.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
         seqlen: the number of tokens in a window.
         nsamples: the largest number of windows, which are spread evenly; None takes all.
         engine: how an artifact runs, as in `quantize.load`.
+        trust_remote_code: whether code of the models' own may run, as in `quantize.load`.
 
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
@@ -54,7 +55,8 @@ def evaluate(
         `against` also `distance`, `spearman_against` and `retained`.
     """
     directory, text = Path(directory), Path(text)
-    model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
+    model = load_any(directory, engine, trust_remote_code)
+    reference = None if against is None else load_any(against, engine, trust_remote_code)
     check_kinds(directory, model, against, reference, text)
     if text.suffix == ".tsv":
         scores = evaluate_pairs(model, reference, directory, text)
@@ -107,22 +109,6 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
     if not isinstance(model, PreTrainedModel):
         return False, 0
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
-
-
-def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
-    """Load an artifact with an engine, or a float model in float32.
-
-    Raises:
-        UsageError: there is neither, as in an export to another runtime.
-    """
-    if (Path(model) / "manifest.json").is_file() and not is_float(Path(model)):
-        return load(model, engine=engine)
-    return open_checkpoint(model).load()
-
-
-def is_float(directory: Path) -> bool:
-    """Return whether a directory with a manifest is an export of floats, which is a model like any other."""
-    return read_json(directory / "manifest.json").get("format") == "safetensors-float"
 
 
 def stored_bytes(directory: Path) -> int:

@@ -12,26 +12,31 @@ from torch import Tensor, nn
 from quantize.artifact.load import check_hashes, fill, load, read_manifest
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.untrusted_files import read_all
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.graph.export import forward_switches, quiet
+from quantize.graph.refusal import place_of
 from quantize.transforms import equivalence
 
 LOAD_TOLERANCE = 1e-2  # another machine sums in another order, which can move an activation to the next integer
 
 
-def verify_artifact(directory: Path, digest: str | None = None) -> dict[str, Any]:
+def verify_artifact(directory: Path, digest: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Check the hash of every file, load the model, and compare its output on the probes with the recorded one.
 
     Args:
         directory: an artifact.
         digest: the digest that the run printed; None trusts the one in the manifest.
+        trust_remote_code: as in `quantize.load`.
 
     Raises:
         UsageError: the directory is no artifact.
         QuantizeError: a file has changed, or the model computes something else.
     """
     files = check_hashes(directory, digest)
-    (inputs, recorded), model = read_probe(directory), load(directory, engine="reference")
+    (inputs, recorded), model = (
+        read_probe(directory),
+        load(directory, engine="reference", trust_remote_code=trust_remote_code),
+    )
     output = run_probe(model, inputs)
     if recorded.shape != output.shape or not recorded.is_floating_point():
         raise QuantizeError(
@@ -83,8 +88,9 @@ def run_probe(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         with quiet():
             return last_token(model, given)
     except Exception as error:  # code of other authors may raise anything
+        where = f", {place}" if (place := place_of(error)) else ""
         raise QuantizeError(
-            f"the quantized model does not run ({reason(error)}); leave out with --ignore the linear at fault"
+            f"the quantized model does not run{where}; leave out with --ignore the linear at fault"
         ) from error
 
 

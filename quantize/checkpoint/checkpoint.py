@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,30 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantize.checkpoint.adapter import Adapter, open_adapter
+from quantize.checkpoint.architecture import name_architecture
+from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
-from quantize.checkpoint.key_mapping import StoredTensor, map_keys
+from quantize.checkpoint.hub import download
+from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
-from quantize.checkpoint.paths import find_directory, require_config
+from quantize.checkpoint.parametrized import with_plain_weights
+from quantize.checkpoint.paths import find_model, require_config
+from quantize.checkpoint.remote_code import code_files
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header
+from quantize.checkpoint.sources import find_encoded
+from quantize.checkpoint.sources.encoded import Encoded
+from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
+from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
 from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
-from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
+from quantize.checkpoint.untrusted_files import SIDE_FILES, is_hidden, links_followed, read_json
+from quantize.checkpoint.wrappers import dropped
 from quantize.errors import QuantizeError, UsageError, reason
 
-NOT_COPIED = {"config.json", "manifest.json"}
+# Classifiers without a padding token refuse more than one row, as they could not tell padding from text. A run's rows
+# have no padding, which an id says that no token has.
+NO_TOKEN = -1
+NOT_COPIED = {"config.json", "manifest.json"} | SETTINGS_FILES
 
 
 @dataclass(frozen=True)
@@ -29,12 +45,18 @@ class Checkpoint:
 
     Attributes:
         directory: where the files are; None for a module in memory.
-        config: the config as a dict; empty for a module that has none.
+        config: the config as a dict, without quantization settings; empty for a module that has none.
         files: name in a safetensors file → the file.
         sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
+        adapter: what is merged into the weights while they are read.
+        code: the directory, if code in it may run.
+        notes: what is not as the config or the names say, each in a sentence for people.
+        encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
+        dtype: the dtype of the tensors that are made of parts.
+        computed: parameters that no file holds, because the model computes them.
     """
 
     directory: Path | None
@@ -44,13 +66,22 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
     seen: FilesSeen = field(default_factory=FilesSeen)
+    adapter: Adapter | None = None
+    notes: tuple[str, ...] = ()
+    code: Path | None = None
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    computed: dict[str, Tensor] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None:
-            model = build_skeleton(self.config, self.files)
+            model = build_skeleton(self.config, self.files, self.code)
             buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
+            config: Any = model.config
+            if getattr(config, "pad_token_id", 0) is None:
+                config.pad_token_id = NO_TOKEN
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
@@ -58,7 +89,7 @@ class Checkpoint:
         return copy.deepcopy(self.module, memo).float()
 
     def tensor(self, name: str) -> Tensor:
-        """Read one parameter as it is stored.
+        """Read one parameter as it is stored, or in the config's dtype if it is made of parts.
 
         Raises:
             QuantizeError: the parameter is missing or cannot be read.
@@ -66,20 +97,53 @@ class Checkpoint:
         """
         if self.module is not None:
             return self.module.get_parameter(name).detach()
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
-        if stored is None:
-            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        try:
-            return self.sources[stored].read(stored, lambda part: read_tensor(self._file(part), part))
-        except RuntimeError as error:  # the parts do not fit together
-            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+        found = self._read(name, read_tensor)
+        return found.to(self.dtype) if self.is_encoded(name) else found
 
     def float_tensor(self, name: str) -> Tensor:
         """Read one parameter in float32 and give the file's pages back on the way; it raises what `tensor` raises."""
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
-        if self.module is not None or stored is None:
+        if self.module is not None:
             return self.tensor(name).float()
-        return self.sources[stored].read(stored, lambda part: read_float(self._file(part), part)).float()
+        return self._read(name, read_float).float()
+
+    def _read(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
+        names = self.ties.get(name, (name,))
+        stored = next((alias for alias in names if alias in self.sources), None)
+        if stored is None and name in self.computed:
+            return self.computed[name]
+        if stored is None:
+            unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
+            nearest = difflib.get_close_matches(name, unused, 1, 0.5)
+            instead = f"; the nearest that it holds is {nearest[0]}" if nearest else ""
+            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs{instead}")
+        try:
+            found = self.sources[stored].read(stored, lambda part: self._part(part, read))
+        except RuntimeError as error:  # the parts do not fit together
+            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+        return found if self.adapter is None else self.adapter.merged(names, found).to(found.dtype)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""
+        if self.module is not None:
+            return self.module.get_parameter(name).dtype
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if stored is None or self.is_encoded(name):
+            return torch.float32 if stored is None else self.dtype
+        part = self.sources[stored].names[0]
+        found = DTYPES.get(read_header(self.files[part]).entries[part].dtype, torch.float32)
+        return found if found.is_floating_point and found.itemsize > 1 else torch.float32
+
+    def is_encoded(self, name: str) -> bool:
+        """Return whether a parameter is made of parts."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        return stored is not None and any(part in self.encoded for part in self.sources[stored].names)
+
+    def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read a tensor by the name that it has in the files, or would have there as floats."""
+        if name in self.encoded:
+            return self.encoded[name].read(name, lambda part: read_tensor(self._file(part), part))
+        return read(self._file(name), name)
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -92,6 +156,13 @@ class Checkpoint:
         read = ((name, require_finite(name, self.tensor(name))) for name, _ in model.named_parameters())
         assign_and_tie(model, {name: tensor.to(dtype) for name, tensor in read})
         return model.eval()
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id that the model has on the hub, if it lies in the hub's cache."""
+        parents = self.directory.absolute().parents if self.directory else ()
+        cached = len(parents) > 1 and parents[0].name == "snapshots" and parents[1].name.startswith("models--")
+        return parents[1].name.removeprefix("models--").replace("--", "/") if cached else None
 
     @property
     def side_files(self) -> list[Path]:
@@ -116,30 +187,69 @@ def side_files(directory: Path) -> list[Path]:
     return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
-def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path | nn.Module, adapter: str | Path | None = None, trust_remote_code: bool = False
+) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
     Args:
-        model: a directory, which never touches a network; a hub id; or a module.
+        model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
+        adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
+        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
 
     Raises:
-        UsageError: there is no such model, or it cannot be quantized.
-        QuantizeError: the model's files are damaged.
+        UsageError: there is no such model or adapter, or it cannot be quantized.
+        QuantizeError: the files are damaged.
     """
     if isinstance(model, nn.Module):
-        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
-    directory = find_directory(model) or download(str(model))
+        if adapter is not None:
+            raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
+        plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
+        return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
+    place = find_model(model) or download(str(model))
+    directory = place if place.is_dir() else place.parent
     require_config(directory)
-    check_files(directory)
-    files = index_tensors(directory)
-    seen = FilesSeen.of(
-        {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
+    links = links_followed(directory)
+    files = index_tensors(directory) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
+    code = directory if trust_remote_code else None
+    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
+    seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
+    _, settings = split_settings(read_json(directory / "config.json"), directory)
+    entries = {name: entry for path in sorted(set(files.values())) for name, entry in read_header(path).entries.items()}
+    encoded = {} if settings is None else find_encoded(settings, entries, str(directory))
+    parts = {part for found in encoded.values() for part in found.parts.values()}
+    stored = {name: path for name, path in files.items() if name not in parts}
+    floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
+    config, _ = split_settings(read_config(directory, floats), directory)
+    built = build_on_meta(config, files, code)
+    names = plain_names(built, floats)
+    sources = map_keys(built, names)
+    plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
+    if apart := told_apart(ties_of(built), plain, files):
+        config, built = without_ties(config), build_on_meta(without_ties(config), files, code)
+        names = plain_names(built, floats)
+        sources = map_keys(built, names)
+    ties = ties_of(built)
+    if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
+        raise UsageError(f"{directory} holds {' and '.join(still[0])}, which differ though the model ties them")
+    merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
+    notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
+    said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
+    dtype = float_dtype(config, entries)
+    computed = computed_tensors(built, sources)
+    found = (merged, tuple(said), code, encoded, dtype, computed)
+    return Checkpoint(directory, config, files, None, ties, sources, seen, *found)
+
+
+def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:
+    """Say in a sentence which tensors of the files the model has no place for, if there are any."""
+    places = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    left = sorted(name for name in found if name not in places)
+    return (
+        [f"{len(left)} tensors of the files have no place in the model and are left out, such as {left[0]}"]
+        if left
+        else []
     )
-    config = read_config(directory)
-    if "quantization_config" in config:
-        raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    model = build_on_meta(config, files)
-    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files), seen)
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -149,38 +259,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
 
 
-def download(name: str) -> Path:
-    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else.
-
-    Raises:
-        UsageError: the hub has no such model, does not give it to this user, or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError:
-        raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UsageError(f"{name} is no directory here, and the hub has no model of that id for you") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        raise UsageError(
-            f"{name} is no directory here, and the hub cannot be reached to fetch it; give a model's directory"
-        ) from None
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read `config.json` as a dict."""
+def read_config(directory: Path, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Read `config.json` as a dict; an architecture that it does not name follows from `files`, tensor name → file."""
     path = require_config(directory)
     config = read_json(path)
+    if files is not None and not config.get("architectures"):
+        config["architectures"] = [name_architecture(config, files)]
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise UsageError(f"{path} does not name its architecture; add the key architectures")
     if not isinstance(config.get("model_type", ""), str):

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import find_directory, require_file, require_new
+from quantize.checkpoint.paths import find_model, require_data, require_new
 from quantize.recipe.shipped import require_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
 
 PATH = click.Path(path_type=Path)
+
+
+TRUST = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code of the model's own, if transformers has no class for it."
+)
 
 
 class SchemeType(click.Choice[str]):
@@ -38,11 +43,11 @@ def check_run(
     Raises:
         UsageError: a path does not exist, the output does, or the target cannot execute the scheme.
     """
-    find_directory(model)
+    find_model(model)
     if recipe is not None:
         require_recipe(recipe)
     if calibration is not None:
-        require_file(calibration)
+        require_data(calibration)
     if output is not None:
         require_new(output)
     if scheme is not None:

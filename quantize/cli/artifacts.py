@@ -1,4 +1,4 @@
-"""The commands `quantize-model merge-stats`, `run` and `verify`."""
+"""The commands `quantize-model merge-stats`, `run`, `verify` and `report`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import require_directory
-from quantize.cli.arguments import PATH
+from quantize.checkpoint.paths import require_directory, require_new
+from quantize.cli.arguments import PATH, TRUST
 
 
 @click.command("merge-stats")
@@ -56,7 +56,8 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 @click.command()
 @click.argument("directory", type=PATH)
 @click.option("--digest", help="The digest that the run printed, so that nobody can have changed the manifest as well.")
-def verify(directory: Path, digest: str | None) -> None:
+@TRUST
+def verify(directory: Path, digest: str | None, trust_remote_code: bool) -> None:
     """Check that an artifact is as it was written.
 
     The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
@@ -64,8 +65,24 @@ def verify(directory: Path, digest: str | None) -> None:
     require_directory(directory, "artifact")
     from quantize.artifact.verify import verify_artifact
 
-    found = verify_artifact(directory, digest)
+    found = verify_artifact(directory, digest, trust_remote_code)
     click.echo(
         f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
         f"digest {found['digest']}"
     )
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("-o", "--output", type=PATH, help="A new file for the page.  [default: report.html in the artifact]")
+def report(directory: Path, output: Path | None) -> None:
+    """Write the page that shows what was done to an artifact, and what it cost.
+
+    A run writes it into the artifact already; this makes it again from the manifest.
+    """
+    require_directory(directory, "artifact")
+    if output is not None:
+        require_new(output)
+    from quantize.artifact.report.write import write_page
+
+    click.echo(f"{write_page(directory, output)}: open it in a browser")

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import find_directory, require_directory, require_file
-from quantize.cli.arguments import PATH
+from quantize.checkpoint.paths import find_model, require_directory, require_file
+from quantize.cli.arguments import PATH, TRUST
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
 
@@ -19,17 +19,18 @@ from quantize.scheme.names import ENGINES, Engine
 @click.option("--activations", is_flag=True, help="Show which activations of the float model are massive instead.")
 @click.option("--calibration", type=PATH, help="The text that --activations runs on.  [default: bundled prose]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
+@TRUST
+def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool, trust_remote_code: bool) -> None:
     """Show where transforms are legal in MODEL.
 
     Where a transform is not legal, the reason is given.
     """
-    find_directory(model)
+    find_model(model)
     from quantize.checkpoint.checkpoint import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     program = make_program(checkpoint, checkpoint.skeleton())
     if activations:
         from quantize.eval.activations import activations_table, measure
@@ -54,12 +55,20 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 @click.option(
     "--text",
     type=PATH,
-    required=True,
     help="The text to measure on: .txt or .jsonl for language models, .tsv with scored pairs of sentences "
     "for encoders.",
 )
 @click.option(
-    "--nsamples", type=click.IntRange(1), help="The number of windows, spread evenly over the text.  [default: all]"
+    "--tasks",
+    multiple=True,
+    metavar="TASK",
+    help="In place of a text: tasks of lm-evaluation-harness, separated by commas, by name or as YAML files. May be "
+    "given several times.",
+)
+@click.option(
+    "--nsamples",
+    type=click.IntRange(1),
+    help="The number of windows, spread evenly over the text, or of a task's documents.  [default: all]",
 )
 @click.option(
     "--seqlen", type=click.IntRange(2), default=256, show_default=True, help="The number of tokens in a window."
@@ -73,18 +82,33 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 )
 @click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
+@TRUST
 def evaluate(
     directory: Path,
     against: str | None,
-    text: Path,
+    text: Path | None,
+    tasks: tuple[str, ...],
     nsamples: int | None,
     seqlen: int,
     engine: Engine,
     kurtosis: bool,
     as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Measure a model or an artifact on a text."""
+    """Measure a model or an artifact on a text, or on tasks.
+
+    DIRECTORY is an artifact, a float model, or a checkpoint of compressed-tensors.
+    """
+    if (text is None) is not bool(tasks) or (kurtosis and text is None):
+        raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
     require_directory(directory, "artifact")
+    if text is None:
+        from quantize.eval.report import scores_table
+        from quantize.eval.tasks import evaluate_tasks
+
+        names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+        found = evaluate_tasks(directory, against, names, nsamples, engine)
+        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)
     if kurtosis:
         from quantize.eval.report import kurtosis_report
@@ -95,5 +119,5 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-    scores = measure(directory, against, text, seqlen, nsamples, engine)
-    click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
+    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
+    return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

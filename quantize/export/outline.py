@@ -15,7 +15,7 @@ from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import build_bounded
 from quantize.checkpoint.tensor_files import index_tensors
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.scheme.scheme import Scheme
 
@@ -44,7 +44,16 @@ class Outline:
             UsageError: there is no artifact, or one of a module that transformers does not know.
             QuantizeError: the artifact lists linears that its model does not have.
         """
-        settings, config = read_manifest(directory)["quantization"], read_config(directory)
+        manifest = read_manifest(directory)
+        settings = manifest["quantization"]
+        if not (directory / "config.json").is_file():
+            raise UsageError(
+                f"{directory} is of a module that transformers does not know, for which there is no export; run it "
+                "with quantize.load and a skeleton"
+            )
+        config = read_config(directory)
+        if "remote_code" in manifest:
+            raise UsageError(f"{directory} runs with code of the model's own, which no export takes along")
         skeleton = build_bounded(config, index_tensors(directory, PROBE))
         listed = {*settings["modules"], *settings.get("tables", ())}
         places = {path for named in (skeleton.named_modules(), skeleton.named_parameters()) for path, _ in named}

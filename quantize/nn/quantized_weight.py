@@ -84,7 +84,6 @@ class QuantizedWeight(nn.Module):
 
         A model must therefore run once before it is compiled.
         """
-        assert self.scheme.activations is not None
         self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
 

@@ -72,7 +72,7 @@ class Block:
         weights, dtypes = dict[str, Tensor](), dict[str, torch.dtype]()
         for name in segment.parameters:
             weights[name] = checkpoint.float_tensor(name).to(device)
-            dtypes[name] = checkpoint.tensor(name).dtype
+            dtypes[name] = checkpoint.dtype_of(name)
         plain = {
             linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
             for linear in linears

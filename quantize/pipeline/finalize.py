@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
+from quantize.artifact.report.card import card
+from quantize.artifact.report.page import PAGE, page
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
+from quantize.graph.alike_bases import alike_bases
+from quantize.graph.analysis import admissible_bases
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
@@ -49,26 +55,59 @@ def finish(
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
     }
+    manifest = {
+        "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},
+        "scheme": plan.recipe.scheme,
+        "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
+        "seed": plan.recipe.seed,
+        "versions": versions() | machine(program.device),
+        "export": program.export_record() | {"not_compared": not_compared(blocks)},
+        "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
+        "online": blocks.pass_runner.changed,
+        "parity": proof,
+        "untied": blocks.ties.untied,
+        "float_bytes": checkpoint.stored_bytes(),
+        "bytes": sum(path.stat().st_size for path in writer.directory.glob("model-*.safetensors")),
+        **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
+        **{name: record for name, record in (data | found).items() if record},
+        "coverage": coverage(plan, blocks),
+        "body": plan.body.record(),
+        "quantization": settings,
+        "report": run_record(prepared, blocks),
+    }
+    write_report(prepared, writer, manifest)
     checkpoint.seen.require_all_same()
-    return writer.commit(
-        {
-            "scheme": plan.recipe.scheme,
-            "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
-            "seed": plan.recipe.seed,
-            "versions": versions() | machine(program.device),
-            "export": program.export_record() | {"not_compared": not_compared(blocks)},
-            "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
-            "online": blocks.pass_runner.changed,
-            "parity": proof,
-            "untied": blocks.ties.untied,
-            "float_bytes": checkpoint.stored_bytes(),
-            **{name: record for name, record in (data | found).items() if record},
-            "coverage": coverage(plan, blocks),
-            "body": plan.body.record(),
-            "quantization": settings,
-        },
-        functools.partial(check_loads, prepared),
-    )
+    if checkpoint.adapter is not None:
+        checkpoint.adapter.seen.require_all_same()
+    return writer.commit(manifest, functools.partial(check_loads, prepared))
+
+
+def run_record(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
+    """Return what the page shows beside the rest of the manifest (`RunRecord`)."""
+    passes = [
+        {"name": step.handler.name, "bases": len(step.sites), "linears": len(step.online)}
+        for step in prepared.plan.steps
+    ]
+    bases = [basis.as_dict() for basis in admissible_bases(prepared.program)]
+    return {**vars(blocks.held_out.figures), "passes": passes, "bases": alike_bases(bases)}
+
+
+def write_report(prepared: Prepared, writer: ArtifactWriter, manifest: dict[str, Any]) -> None:
+    """Write the page that shows what was done, and the model card."""
+    recipe, known = prepared.plan.recipe.to_toml(), bool(prepared.checkpoint.config)
+    generates = manifest["model"]["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    writer.write(PAGE, page(manifest, recipe))
+    writer.write("README.md", card(manifest, recipe, known, known and generates))
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """Return the name of the model's class."""
+    return str(checkpoint.config["architectures"][0]) if checkpoint.config else type(checkpoint.module).__name__
+
+
+def code_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of each file of code of the model's own, by its name."""
+    return {path.name: checkpoint.seen.sha256(path) for path in checkpoint.side_files if path.suffix == ".py"}
 
 
 def artifact_config(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
@@ -85,7 +124,10 @@ def no_longer_tied(
     """
     if not blocks.ties.untied or not prepared.checkpoint.config:
         return {}
-    ties, found = ties_of(build_skeleton(artifact_config(prepared, blocks))), dict[str, Tensor]()
+    ties, found = (
+        ties_of(build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)),
+        dict[str, Tensor](),
+    )
     for name, stored in blocks.ties.left_out.items():
         if stored not in ties[name]:
             written = (
@@ -105,7 +147,8 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     largest = max(sizes, key=lambda node: node.meta["val"].numel())
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton)
+        trusted = checkpoint.code is not None
+        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
@@ -128,7 +171,8 @@ def write_side_files(
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
+        config, files = checkpoint.config, checkpoint.files
+        fresh = build_skeleton(config, files, checkpoint.code) if config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

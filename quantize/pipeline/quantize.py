@@ -18,7 +18,7 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
-from quantize.errors import UsageError
+from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running
 from quantize.pipeline.device import resolve_device
@@ -60,12 +60,19 @@ class Artifact:
 
     def load(self, engine: Engine = "fake_quant") -> nn.Module:
         """Load the quantized model; `engine` is that of `quantize.load`. A module that was given stays as it is."""
-        return load(self.directory, skeleton=copy.deepcopy(self.module), engine=engine)
+        trusted = "remote_code" in self.manifest  # the run was told so
+        return load(self.directory, skeleton=copy.deepcopy(self.module), engine=engine, trust_remote_code=trusted)
 
     @property
     def warning(self) -> str:
         """Why the result may not be worth its calibration, as plain rounding is as near or was all there was; or ''."""
         return "; ".join(warnings(self.manifest))
+
+    def record(self) -> dict[str, Any]:
+        """Return what `summary` says as plain data: the directory, the digest, bytes, schemes, losses and warnings."""
+        names = ("digest", "bytes", "float_bytes", "schemes", "held_out")
+        found = {name: self.manifest[name] for name in names if name in self.manifest}
+        return {"directory": str(self.directory), **found, "warnings": warnings(self.manifest)}
 
     def summary(self) -> str:
         """Describe what was quantized and how, and in a second line what it lost on data that the run did not see."""
@@ -95,12 +102,15 @@ def quantize_model(
     target: str | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
+    text_column: str | None = None,
+    adapter: str | Path | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
     group_size: int | None = None,
     ignore: Sequence[str] = (),
     seed: int | None = None,
+    trust_remote_code: bool = False,
     resume: bool = False,
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -120,21 +130,25 @@ def quantize_model(
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
             it cannot execute is refused before the run.
-        calibration: a file of text, of rows or of tensors (docs/calibration.md); or texts, lists of ids, a tensor
-            [samples, ...], a tensor for each input, or batches of these; None takes the bundled prose.
+        calibration: a file of text, of rows or of tensors, a directory of `datasets`, or a data set of the hub
+            (docs/calibration.md); or texts, lists of ids, a tensor [samples, ...], a tensor for each input, or batches
+            of these; None takes the bundled prose.
         tokenizer: a tokenizer of transformers, for a module in memory; the artifact takes it along.
+        text_column: which column of the rows holds the text or the conversation; None finds it.
+        adapter: the directory of a LoRA adapter of the model, which is merged into its weights while they are read.
         recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
             default recipe.
         nsamples, seqlen: the number of calibration windows, and of tokens in each.
         group_size: the number of columns that share a scale; 0 is per-channel.
         ignore: further linears that stay in floating point: names, or `re:` and an expression.
         seed: the seed of every random choice.
+        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
         console: the console that shows progress; None shows nothing.
         progress: show progress on the standard error stream, without a console of your own.
-        verbose: show the plan and the whole recipe as well.
+        verbose: show the plan and the whole recipe as well, and what other libraries say where something fails.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
@@ -148,10 +162,20 @@ def quantize_model(
     named = getattr(transformers, type(model).__name__, None)
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
     with (
+        own_words_shown(verbose and console is not None),
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
-        prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer)
+        prepared = prepare(
+            model,
+            resolved,
+            calibration,
+            judge=stats is None,
+            tokenizer=tokenizer,
+            text_column=text_column,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+        )
         if target is not None:
             check_target(target, prepared)
         if verbose and console is not None and ranks.is_rank_zero:
@@ -177,12 +201,14 @@ def collect_stats(
     output: str | Path,
     recipe: Recipe,
     calibration: Calibration | None = None,
+    text_column: str | None = None,
+    adapter: str | Path | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
     """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
 
     Args:
-        model, calibration, console: as in `quantize_model`.
+        model, calibration, text_column, adapter, console: as in `quantize_model`.
         output: a new file.
         recipe: a resolved recipe (`load_recipe`), which rounds without data and has one pass that asks for statistics.
 
@@ -190,7 +216,7 @@ def collect_stats(
         UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
-    given = prepare(model, recipe, calibration, judge=False)
+    given = prepare(model, recipe, calibration, judge=False, text_column=text_column, adapter=adapter)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)
@@ -261,7 +287,9 @@ def run_pipeline(
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
-    """Print what the exporter refused, and which data is used, above all if it is not the user's own text."""
+    """Print what is odd about the files, what the exporter refused, and which data is used."""
+    for note in prepared.checkpoint.notes if console is not None else ():
+        console.print(note, soft_wrap=True, markup=False)  # type: ignore[union-attr]
     if console is not None and prepared.program.export_error:
         console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
     if console is not None:
