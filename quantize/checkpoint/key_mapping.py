@@ -123,7 +123,7 @@ def linears_in_files(model: PreTrainedModel, stack: str, transposed: bool) -> di
     experts, rows = sizes[0], sizes[2 if transposed else 1]
     numbers = torch.arange(experts * rows).view(experts, rows, 1)
     parts = as_stored(model, {stack: numbers.mT if transposed else numbers})
-    read_as = map_keys(model, parts).keys()
+    read_as = map_keys(model, {name: name for name in parts}).keys()
     if read_as != {stack} or any(x.dim() != 2 or x.shape[1] != 1 for x in parts.values()):
         return {}
     if not all(name.endswith(".weight") for name in parts):

@@ -22,7 +22,7 @@ from quantize.export.comparison import (
     round_tables,
     with_float_activations,
 )  # fmt: skip
-from quantize.export.compressed_tensors.experts import expert_linears
+from quantize.export.compressed_tensors.experts import expert_linears, names_in_checkpoints
 from quantize.export.compressed_tensors.format import group, has_packed_zero_points, storage
 from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
@@ -106,8 +106,9 @@ def tensor_difference(written: Path, outline: Outline, schemes: Mapping[str, Sch
     Raises:
         QuantizeError: a parameter is not there, or not the artifact's.
     """
-    files, stacks = index_tensors(written), expert_linears(outline)
-    places = {place: scheme for path, scheme in schemes.items() for place in stacks.get(path, [path])}
+    files, stacks, names = index_tensors(written), expert_linears(outline), names_in_checkpoints(outline)
+    own = {path: [names[f"{path}.weight"].removesuffix(".weight")] for path in schemes if path not in stacks}
+    places = {place: scheme for path, scheme in schemes.items() for place in {**own, **stacks}[path]}
     paths = {name: name.rpartition(".")[0] for name in files}
 
     def read(name: str) -> Tensor:
@@ -117,8 +118,8 @@ def tensor_difference(written: Path, outline: Outline, schemes: Mapping[str, Sch
         parts = {part.removeprefix(f"{path}."): read_tensor(files[part], part) for part in paths if paths[part] == path}
         return unpacked(parts, places[path])
 
-    others = [name for name in files if paths[name] not in places]
-    sources = map_keys(outline.skeleton, [*others, *(f"{path}.weight" for path in places)])
+    stored = [*(name for name in files if paths[name] not in places), *(f"{path}.weight" for path in places)]
+    sources = map_keys(outline.skeleton, {name: name for name in stored})
     expected, worst = {name: p.detach() for name, p in model.named_parameters()}, 0.0
     linears = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
     expected |= {f"{path}.weight": as_float(layer, outline.dtype).weight.data for path, layer in linears}
