@@ -24,7 +24,7 @@ from quantize.export.comparison import (
 )  # fmt: skip
 from quantize.export.compressed_tensors.experts import expert_linears, names_in_checkpoints
 from quantize.export.compressed_tensors.format import group, has_packed_zero_points, storage
-from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs
+from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -80,8 +80,8 @@ def compressed_tensors_parity(
         "reference": relative_error(outputs, rounded if rounds else floats),
         "activations": relative_error(floats, rounded),
     }
-    last_bits = ROUNDING * torch.finfo(running_type(schemes)).eps
-    check_difference(found["reference"], last_bits + 2 * found["activations"] * rounds)
+    last_bit = torch.finfo(running_type(schemes)).eps
+    check_difference(found["reference"], last_bit, found["activations"] * rounds, rounded)
     return found
 
 
@@ -129,7 +129,7 @@ def tensor_difference(written: Path, outline: Outline, schemes: Mapping[str, Sch
                 f"the checkpoint holds no {name}, which the model needs; report the model and the recipe"
             )
         worst = max(worst, relative_error([sources[name].read(name, read)], [tensor]))
-    check_difference(worst, torch.finfo(outline.dtype).eps)
+    check_difference(worst, torch.finfo(torch.float32).eps, 0, [*expected.values()])
     return worst
 
 
