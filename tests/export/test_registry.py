@@ -65,7 +65,7 @@ def test_every_folder_is_a_target_and_has_its_tests():
 def test_help_lists_every_target_with_its_options(cli, toy):
     toy()
     shown = words(cli("export", "--help").out)
-    assert "--format [compressed-tensors|onnx|safetensors-float|toy]" in shown
+    assert "--format [compressed-tensors|gguf|onnx|safetensors-float|toy]" in shown
     for name, exporter in EXPORTERS.items():
         assert words(f"Format {name}: {exporter.summary}") in shown
     assert words(f"Format toy: {TOY} --depth INTEGER RANGE How deep. [x>=1] --loud Louder.") in shown
@@ -123,8 +123,10 @@ def test_an_option_of_another_target_is_refused_and_its_target_named(cli, toy, a
     assert not (tmp_path / "no").exists()
     with pytest.raises(UsageError, match="--colour belongs to no target, not to toy; leave it out"):
         export_artifact(artifact_rtn.directory, "toy", tmp_path / "no", colour="red")
-    with pytest.raises(UsageError, match="there is no target 'gguf'; known are compressed-tensors, onnx, safetensors"):
-        export_artifact(artifact_rtn.directory, "gguf", tmp_path / "no")
+    with pytest.raises(
+        UsageError, match="there is no target 'mlx'; known are compressed-tensors, gguf, onnx, safetensors"
+    ):
+        export_artifact(artifact_rtn.directory, "mlx", tmp_path / "no")
 
 
 def test_an_option_of_two_targets_goes_to_either(cli, toy, artifact_rtn, tmp_path, monkeypatch):
