@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,14 @@ from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor, map_keys
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.paths import find_directory, require_config
-from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
-from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, is_hidden, read_json
+from quantize.checkpoint.safetensors_reader import read_rows
+from quantize.checkpoint.tensor_files import (
+    header_tensor,
+    index_tensors,
+    read_float,
+    require_finite,
+)
+from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, has_config_alone, is_hidden, read_json
 from quantize.errors import QuantizeError, UsageError, reason
 
 NOT_COPIED = {"config.json", "manifest.json"}
@@ -35,6 +41,7 @@ class Checkpoint:
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
+        kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
     directory: Path | None
@@ -44,12 +51,24 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
     seen: FilesSeen = field(default_factory=FilesSeen)
+    kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> Mapping[str, Path] | None:
+        """The files that bound what may be built from the config; None for a module, whose config is one's own."""
+        return self.files if self.module is None else None
+
+    @property
+    def is_config_alone(self) -> bool:
+        """Whether there are no weights, so that a run can only be estimated."""
+        return self.module is None and not self.files
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
-        if self.module is None:
-            model = build_skeleton(self.config, self.files)
-            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
+        if self.module is None or self.kept:
+            model = build_skeleton(self.config, self.bounds)
+            stored = self.sources if self.module is None else self.module.state_dict()
+            buffers = [name for name in model.state_dict() if name not in self.ties and name in stored]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             return model
         memo: dict[int, Any] = {
@@ -64,22 +83,55 @@ class Checkpoint:
             QuantizeError: the parameter is missing or cannot be read.
             ChangedError: its file has changed since the model was opened.
         """
-        if self.module is not None:
-            return self.module.get_parameter(name).detach()
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
-        if stored is None:
-            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        try:
-            return self.sources[stored].read(stored, lambda part: read_tensor(self._file(part), part))
-        except RuntimeError as error:  # the parts do not fit together
-            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+        return self._kept_part(name, self._read(name, self.read_part))
 
     def float_tensor(self, name: str) -> Tensor:
         """Read one parameter in float32 and give the file's pages back on the way; it raises what `tensor` raises."""
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
-        if self.module is not None or stored is None:
+        if self.module is not None or self._stored_name(name) is None:
             return self.tensor(name).float()
-        return self.sources[stored].read(stored, lambda part: read_float(self._file(part), part)).float()
+        return self._kept_part(name, self._read(name, lambda part: read_float(self._file(part), part))).float()
+
+    def on_meta(self, name: str) -> Tensor:
+        """Return a parameter on the meta device, as the headers of the files describe it."""
+        if self.module is not None:
+            return self.tensor(name).to("meta")
+        return self._kept_part(name, self._read(name, lambda part: header_tensor(self._file(part), part)))
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Return where a parameter lies in the files; None if they do not hold it."""
+        found = self._stored_name(name)
+        return None if found is None else self.sources[found]
+
+    def read_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by its name in the files."""
+        return tuple(header_tensor(self._file(part), part).shape)
+
+    def read_part(self, part: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Read a tensor by its name in the files, or some of its rows."""
+        return read_rows(self._file(part), part, first, count)
+
+    def _read(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        if self.module is not None:
+            held = self.module.get_parameter(name) if name in self.ties else self.module.get_buffer(name)
+            return held.detach()
+        stored = self._stored_name(name)
+        if stored is None:
+            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
+        try:
+            return self.sources[stored].read(stored, read)
+        except RuntimeError as error:  # the parts do not fit together
+            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+
+    def _stored_name(self, name: str) -> str | None:
+        """Return the name of a parameter, or of one that is tied to it, under which the files hold it."""
+        return next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+
+    def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what is kept of a tensor."""
+        if name not in self.kept:
+            return tensor
+        axis, places = self.kept[name]
+        return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -116,11 +168,12 @@ def side_files(directory: Path) -> list[Path]:
     return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
-def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+def open_checkpoint(model: str | Path | nn.Module, weights: bool = True) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
     Args:
         model: a directory, which never touches a network; a hub id; or a module.
+        weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
         UsageError: there is no such model, or it cannot be quantized.
@@ -131,7 +184,7 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
     directory = find_directory(model) or download(str(model))
     require_config(directory)
     check_files(directory)
-    files = index_tensors(directory)
+    files = index_tensors(directory) if weights or not has_config_alone(directory) else {}
     seen = FilesSeen.of(
         {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
     )
@@ -186,18 +239,3 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type", ""), str):
         raise UsageError(f"{path} does not name its model_type")
     return config
-
-
-def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Check that every parameter in `shapes` is there, has its shape, and is of finite floating-point numbers.
-
-    Raises:
-        QuantizeError: a parameter is not; the message names the first one.
-    """
-    for name, shape in shapes.items():
-        tensor = checkpoint.tensor(name)
-        if tensor.shape != shape:
-            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        require_finite(name, tensor)

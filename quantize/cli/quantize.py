@@ -103,8 +103,10 @@ def quantize(
         from quantize.export.targets import exports
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
+        from quantize.pipeline.prune import as_pruned
 
-        prepared = prepare(model, load_recipe(scheme, recipe, target=target, **settings), calibration, read=False)
+        chosen = load_recipe(scheme, recipe, target=target, **settings)
+        prepared = as_pruned(prepare(model, chosen, calibration, read=False), chosen)
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]

@@ -121,6 +121,22 @@ class ArtifactEstimate:
         modules = {path: linear_settings(module, default) for path, module in self.modules.items()}
         return quantization_settings(recipe, default, modules)
 
+    @functools.cached_property
+    def stored(self) -> list[Tensor]:
+        """The parameters on the meta device, of those that are tied one."""
+        names = {
+            next((n for n in self.program.ties.get(name, ()) if n in self.parameters), name) for name in self.parameters
+        }
+        return [self.parameters[name] for name in sorted(names)]
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters that the pass reads."""
+        return sum(x.numel() for x in self.stored)
+
+    def float_bytes(self) -> int:
+        """Return the bytes of the float model's parameters."""
+        return sum(x.nbytes for x in self.stored)
+
     def artifact_bytes(self) -> int:
         """Return the size of all files of the artifact, in bytes."""
         weights = sum(file_bytes(tensors) for tensors in self.tensors)
@@ -176,7 +192,15 @@ def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.d
     """Return the dtype of each parameter, from the headers of the files."""
     if checkpoint.module is not None:
         return {name: checkpoint.module.get_parameter(name).dtype for name in names}
+    if checkpoint.is_config_alone:
+        return dict.fromkeys(names, config_dtype(checkpoint.config))
     return {name: header_dtype(checkpoint, name) for name in names}
+
+
+def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype in which a config says that its weights are stored; bfloat16 if it says nothing known."""
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPES.values() else torch.bfloat16
 
 
 def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
