@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,23 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantize.checkpoint.adapter import Adapter, open_adapter
+from quantize.checkpoint.architecture import name_architecture
 from quantize.checkpoint.files_seen import FilesSeen
-from quantize.checkpoint.key_mapping import StoredTensor, map_keys
+from quantize.checkpoint.hub import download
+from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
-from quantize.checkpoint.paths import find_directory, require_config
-from quantize.checkpoint.safetensors_reader import read_rows
-from quantize.checkpoint.tensor_files import (
-    header_tensor,
-    index_tensors,
-    read_float,
-    require_finite,
-)
-from quantize.checkpoint.untrusted_files import SIDE_FILES, check_files, has_config_alone, is_hidden, read_json
+from quantize.checkpoint.paths import find_model, require_config
+from quantize.checkpoint.safetensors_reader import read_header, read_rows
+from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
+from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_float, read_tensor, require_finite
+from quantize.checkpoint.untrusted_files import SIDE_FILES, has_config_alone, is_hidden, links_followed, read_json
+from quantize.checkpoint.wrappers import dropped
 from quantize.errors import QuantizeError, UsageError, reason
 
+# Classifiers without a padding token refuse more than one row, as they could not tell padding from text. A run's rows
+# have no padding, which an id says that no token has.
+NO_TOKEN = -1
 NOT_COPIED = {"config.json", "manifest.json"}
 
 
@@ -41,6 +45,8 @@ class Checkpoint:
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
+        adapter: what is merged into the weights while they are read.
+        notes: what is not as the config or the names say, each in a sentence for people.
         kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
@@ -51,6 +57,8 @@ class Checkpoint:
     ties: dict[str, tuple[str, ...]] = field(default_factory=dict)
     sources: dict[str, StoredTensor] = field(default_factory=dict)
     seen: FilesSeen = field(default_factory=FilesSeen)
+    adapter: Adapter | None = None
+    notes: tuple[str, ...] = ()
     kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -70,6 +78,9 @@ class Checkpoint:
             stored = self.sources if self.module is None else self.module.state_dict()
             buffers = [name for name in model.state_dict() if name not in self.ties and name in stored]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
+            config: Any = model.config
+            if getattr(config, "pad_token_id", 0) is None:
+                config.pad_token_id = NO_TOKEN
             return model
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in self.module.parameters()
@@ -83,24 +94,27 @@ class Checkpoint:
             QuantizeError: the parameter is missing or cannot be read.
             ChangedError: its file has changed since the model was opened.
         """
-        return self._kept_part(name, self._read(name, self.read_part))
+        if self.module is not None:
+            held = self.module.get_parameter(name) if name in self.ties else self.module.get_buffer(name)
+            return self._kept_part(name, held.detach())
+        return self._read(name, read_tensor)
 
     def float_tensor(self, name: str) -> Tensor:
         """Read one parameter in float32 and give the file's pages back on the way; it raises what `tensor` raises."""
-        if self.module is not None or self._stored_name(name) is None:
+        if self.module is not None:
             return self.tensor(name).float()
-        return self._kept_part(name, self._read(name, lambda part: read_float(self._file(part), part))).float()
+        return self._read(name, read_float).float()
 
     def on_meta(self, name: str) -> Tensor:
         """Return a parameter on the meta device, as the headers of the files describe it."""
         if self.module is not None:
             return self.tensor(name).to("meta")
-        return self._kept_part(name, self._read(name, lambda part: header_tensor(self._file(part), part)))
+        return self._kept_part(name, self._put_together(name, header_tensor))
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Return where a parameter lies in the files; None if they do not hold it."""
-        found = self._stored_name(name)
-        return None if found is None else self.sources[found]
+        """Return where a parameter lies in the files as it is; None if it lies elsewhere, or is merged or pruned."""
+        apart = self.module is not None or self.adapter is not None or name in self.kept
+        return None if apart else self._stored(name)
 
     def read_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in the files."""
@@ -110,21 +124,15 @@ class Checkpoint:
         """Read a tensor by its name in the files, or some of its rows."""
         return read_rows(self._file(part), part, first, count)
 
-    def _read(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        if self.module is not None:
-            held = self.module.get_parameter(name) if name in self.ties else self.module.get_buffer(name)
-            return held.detach()
-        stored = self._stored_name(name)
+    def _stored(self, name: str) -> StoredTensor:
+        """Return where a parameter, or one that is tied to it, lies in the files."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if stored is None:
-            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs")
-        try:
-            return self.sources[stored].read(stored, read)
-        except RuntimeError as error:  # the parts do not fit together
-            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
-
-    def _stored_name(self, name: str) -> str | None:
-        """Return the name of a parameter, or of one that is tied to it, under which the files hold it."""
-        return next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+            unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
+            nearest = difflib.get_close_matches(name, unused, 1, 0.5)
+            instead = f"; the nearest that it holds is {nearest[0]}" if nearest else ""
+            raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs{instead}")
+        return self.sources[stored]
 
     def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is kept of a tensor."""
@@ -132,6 +140,19 @@ class Checkpoint:
             return tensor
         axis, places = self.kept[name]
         return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+    def _read(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
+        found = self._put_together(name, read)
+        if self.adapter is not None:
+            found = self.adapter.merged(self.ties.get(name, (name,)), found).to(found.dtype)
+        return self._kept_part(name, found)
+
+    def _put_together(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        try:
+            return self._stored(name).read(name, lambda part: read(self._file(part), part))
+        except RuntimeError as error:  # the parts do not fit together
+            raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -168,31 +189,63 @@ def side_files(directory: Path) -> list[Path]:
     return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
-def open_checkpoint(model: str | Path | nn.Module, weights: bool = True) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path | nn.Module, adapter: str | Path | None = None, weights: bool = True
+) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
     Args:
-        model: a directory, which never touches a network; a hub id; or a module.
+        model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
+        adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
         weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
-        UsageError: there is no such model, or it cannot be quantized.
-        QuantizeError: the model's files are damaged.
+        UsageError: there is no such model or adapter, or it cannot be quantized.
+        QuantizeError: the files are damaged.
     """
     if isinstance(model, nn.Module):
+        if adapter is not None:
+            raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
         return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
-    directory = find_directory(model) or download(str(model))
+    place = find_model(model) or download(str(model))
+    directory = place if place.is_dir() else place.parent
     require_config(directory)
-    check_files(directory)
-    files = index_tensors(directory) if weights or not has_config_alone(directory) else {}
+    links = links_followed(directory)
+    alone = not weights and place.is_dir() and has_config_alone(directory)
+    files = (
+        {} if alone else index_tensors(place) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
+    )
     seen = FilesSeen.of(
         {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
     )
-    config = read_config(directory)
+    config = read_config(directory, files)
     if "quantization_config" in config:
         raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    model = build_on_meta(config, files)
-    return Checkpoint(directory, config, files, None, ties_of(model), map_keys(model, files), seen)
+    built = build_on_meta(config, files)
+    names = plain_names(built, files)
+    sources = map_keys(built, names)
+    if apart := told_apart(ties_of(built), sources, files):
+        config, built = without_ties(config), build_on_meta(without_ties(config), files)
+        names = plain_names(built, files)
+        sources = map_keys(built, names)
+    ties = ties_of(built)
+    if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
+        raise UsageError(f"{directory} holds {' and '.join(still[0])}, which differ though the model ties them")
+    merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
+    notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
+    said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
+    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said))
+
+
+def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:
+    """Say in a sentence which tensors of the files the model has no place for, if there are any."""
+    places = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    left = sorted(name for name in found if name not in places)
+    return (
+        [f"{len(left)} tensors of the files have no place in the model and are left out, such as {left[0]}"]
+        if left
+        else []
+    )
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
@@ -202,38 +255,12 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
 
 
-def download(name: str) -> Path:
-    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else.
-
-    Raises:
-        UsageError: the hub has no such model, does not give it to this user, or cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except GatedRepoError:
-        raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UsageError(f"{name} is no directory here, and the hub has no model of that id for you") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        raise UsageError(
-            f"{name} is no directory here, and the hub cannot be reached to fetch it; give a model's directory"
-        ) from None
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read `config.json` as a dict."""
+def read_config(directory: Path, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Read `config.json` as a dict; an architecture that it does not name follows from `files`, tensor name → file."""
     path = require_config(directory)
     config = read_json(path)
+    if files is not None and not config.get("architectures"):
+        config["architectures"] = [name_architecture(config, files)]
     if not isinstance(config.get("architectures"), list) or not config["architectures"]:
         raise UsageError(f"{path} does not name its architecture; add the key architectures")
     if not isinstance(config.get("model_type", ""), str):

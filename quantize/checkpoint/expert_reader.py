@@ -20,8 +20,8 @@ def read_expert(checkpoint: Checkpoint, name: str, number: int, count: int) -> T
     Raises:
         QuantizeError: the stack is missing or cannot be read.
     """
-    stored = None if checkpoint.module is not None else checkpoint.stored(name)
-    if stored is None or name in checkpoint.kept:
+    stored = checkpoint.stored(name)
+    if stored is None:
         return checkpoint.tensor(name)[number].float()
     if stored.converter is None:
         return checkpoint.read_part(stored.names[0], number, 1)[0].float()

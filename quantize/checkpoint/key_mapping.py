@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, revert_weight_conversion
+
+from quantize.checkpoint.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,50 @@ class StoredTensor:
         return tensor
 
 
-def map_keys(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, StoredTensor]:
+def map_keys(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, StoredTensor]:
     """Map names in the model to where they lie, as transformers renames and merges tensors when it loads them.
 
     Args:
         model: the model without weights.
-        stored: the names in the files; a name that the model has stays as it is.
+        names: the names in the files, each with its plain name (`plain_names`).
     """
-    steps, known = get_model_conversion_mapping(model), model.state_dict().keys()
-    found: dict[str, StoredTensor] = {}
-    for name in sorted(stored, key=dot_natural_key):
-        target, pattern, converter = (name, "", None) if name in known else converted(name, steps)
+    find, found = finder(model), dict[str, StoredTensor]()
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern, converter = find(names[name])
         before = found.get(target, StoredTensor(()))
         found[target] = StoredTensor((*before.names, name), (*before.patterns, pattern), converter)
     return found
+
+
+def plain_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Map names in files to those without what wrappers of training put in front."""
+    find = finder(model)
+    return unwrapped(list(stored), lambda name: find(name)[0], model.state_dict().keys())
+
+
+def finder(model: PreTrainedModel) -> Callable[[str], tuple[str, str, WeightConverter | None]]:
+    """Return a function that finds the name in the model for a plain name in files, and what `converted` returns.
+
+    A name that the model has stays as it is. The name of the base model is put in front or dropped, since files hold
+    either the base model or one with a head.
+    """
+    steps, known = get_model_conversion_mapping(model), model.state_dict().keys()
+
+    def find(name: str) -> tuple[str, str, WeightConverter | None]:
+        if name in known:
+            return name, "", None
+        target, pattern, converter = converted(name, steps)
+        return with_base_prefix(target, model.base_model_prefix, known), pattern, converter
+
+    return find
+
+
+def with_base_prefix(name: str, prefix: str, known: Collection[str]) -> str:
+    """Return a name as the model has it, with the name of its base model in front or without."""
+    if f"{prefix}.{name}" in known:
+        return f"{prefix}.{name}"
+    short = name.removeprefix(f"{prefix}.")
+    return short if name not in known and short in known else name
 
 
 def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def model_class(config: dict[str, Any]) -> type[nn.Module]:
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise UsageError(
             f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, "
-            "and code that models bring is not run"
+            "and code that models bring is not run; build the model yourself and give quantize_model the module"
         )
     return cls
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from quantize.errors import UsageError
+from quantize.errors import UsageError, shown
 
+ADAPTER = "adapter_config.json"
+LARGEST_ADAPTER_CONFIG = 1 << 20  # bytes
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FILES_OF_MODELS = {
     ".gguf": "is a GGUF file, and its weights are rounded already; give the directory of the floating-point model",
     ".onnx": "is an exported model; give the directory of the model that it was made of",
-    ".safetensors": "is one file of a model; give the directory with its config.json",
+    ".safetensors": "is one file of a model, and no config.json lies beside it; put the model's there",
 }
 
 
-def find_directory(model: str | Path) -> Path | None:
-    """Return the directory of a model, or None for what may be a hub id.
+def find_model(model: str | Path) -> Path | None:
+    """Return the directory of a model, its one file of weights, or None for what may be a hub id.
 
     Raises:
         UsageError: the model is neither.
@@ -24,6 +27,8 @@ def find_directory(model: str | Path) -> Path | None:
     path = Path(model)
     if path.is_dir():
         require_config(path)
+        return path
+    if path.suffix == ".safetensors" and path.is_file() and path.with_name("config.json").is_file():
         return path
     if path.is_file():
         other = "is a file; give a directory with a config.json and .safetensors weights"
@@ -40,9 +45,23 @@ def require_config(directory: Path) -> Path:
         UsageError: there is none.
     """
     path = directory / "config.json"
+    if not path.is_file() and (directory / ADAPTER).is_file():
+        raise UsageError(
+            f"{directory} holds an adapter{base_of(directory / ADAPTER)}; give the base with --adapter {directory}"
+        )
     if not path.is_file():
         raise UsageError(f"{directory} holds no config.json, so it is no model directory")
     return path
+
+
+def base_of(path: Path) -> str:
+    """Return ` of NAME` for the base that an adapter's config names, or ''."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(LARGEST_ADAPTER_CONFIG))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return f" of {shown(found)}" if isinstance(found, str) and found else ""
 
 
 def require_directory(directory: Path, what: str) -> None:

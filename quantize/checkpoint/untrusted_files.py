@@ -21,27 +21,38 @@ LARGEST_SIDE_FILE = 1 << 28  # bytes; the largest tokenizers take a tenth of it
 
 
 def check_files(directory: Path) -> None:
-    """Check that all that would be read lies in the directory, and that nothing there is a link out of it or a device.
-
-    A snapshot in the hub's cache may link to the blobs beside it.
+    """Check that nothing there that would be read is a link out of the directory, a device, or far too large.
 
     Raises:
         UsageError: something is not so; the message names the first such file.
     """
-    root = directory.resolve()
+    if outside := links_followed(directory):
+        raise UsageError(f"{outside[0]}; put the file itself there")
+
+
+def links_followed(directory: Path) -> list[str]:
+    """Check that all that would be read is a regular file, and say which of them are links out of the directory.
+
+    The hub's cache links each file of a snapshot to the folder `blobs`, which is not worth a word.
+
+    Raises:
+        UsageError: there is something else; the message names the first such file.
+    """
+    root, found = directory.resolve(), []
     roots = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in sorted(directory.rglob("*")):
         if path.suffix not in SIDE_FILES | {".safetensors"} or is_hidden(path.relative_to(directory)) or path.is_dir():
             continue
-        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-            raise UsageError(f"{path} is a link out of the directory, to {path.resolve()}; put the file itself there")
         if not path.is_file():
             raise UsageError(f"{path} is no regular file; put one there, or remove it")
+        if not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+            found.append(f"{path} is a link out of the directory, to {path.resolve()}")
         if path.suffix in SIDE_FILES and path.stat().st_size > LARGEST_SIDE_FILE:
             raise UsageError(
                 f"{path} has {path.stat().st_size} bytes; files beside the weights may have {LARGEST_SIDE_FILE}, so "
                 "remove it"
             )
+    return found
 
 
 def is_hidden(path: Path) -> bool:

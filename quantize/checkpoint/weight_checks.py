@@ -26,7 +26,7 @@ def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
             raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        stored = checkpoint.stored(name) if checkpoint.module is None else None
+        stored = checkpoint.stored(name)
         if stored is None or not all(map(is_finite, numbers_of(checkpoint, stored))):
             require_finite(name, checkpoint.tensor(name))
 

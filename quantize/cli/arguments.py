@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import find_directory, require_file, require_new
+from quantize.checkpoint.paths import find_model, require_file, require_new
 from quantize.recipe.shipped import require_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
@@ -38,7 +38,7 @@ def check_run(
     Raises:
         UsageError: a path does not exist, the output does, or the target cannot execute the scheme.
     """
-    find_directory(model)
+    find_model(model)
     if recipe is not None:
         require_recipe(recipe)
     if calibration is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import find_directory, require_directory, require_file
+from quantize.checkpoint.paths import find_model, require_directory, require_file
 from quantize.cli.arguments import PATH
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
@@ -24,7 +24,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 
     Where a transform is not legal, the reason is given.
     """
-    find_directory(model)
+    find_model(model)
     from quantize.checkpoint.checkpoint import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program

@@ -37,7 +37,10 @@ from quantize.recipe.targets import TARGETS
     help="The data to calibrate on: text (.txt); rows of text, messages or input_ids (.jsonl, .json, .csv, .parquet); "
     "or tensors (.safetensors, .pt).  [default: bundled prose]",
 )
-@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 128]")
+@click.option(
+    "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
+)
+@click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
 @click.option(
     "--group-size",
@@ -76,6 +79,7 @@ def quantize(
     output_dir: Path | None,
     recipe: Path | None,
     calibration: Path | None,
+    adapter: Path | None,
     resume: bool,
     stats: Path | None,
     collect_stats: Path | None,
@@ -88,7 +92,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a new directory.
 
-    MODEL is a directory or a hub id.
+    MODEL is a directory, one .safetensors file beside its config.json, or a hub id.
     """
     check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
     if output_dir is None and not dry_run and collect_stats is None:
@@ -106,14 +110,16 @@ def quantize(
         from quantize.pipeline.prune import as_pruned
 
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        prepared = as_pruned(prepare(model, chosen, calibration, read=False), chosen)
+        prepared = as_pruned(prepare(model, chosen, calibration, read=False, adapter=adapter), chosen)
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
         return click.echo("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        statistics = collect(model, output=collect_stats, recipe=chosen, calibration=calibration, console=console)
+        statistics = collect(
+            model, output=collect_stats, recipe=chosen, calibration=calibration, adapter=adapter, console=console
+        )
         return click.echo(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
     assert output_dir is not None
     artifact = quantize_model(
@@ -121,6 +127,7 @@ def quantize(
         output_dir=output_dir,
         scheme=scheme,
         calibration=calibration,
+        adapter=adapter,
         recipe=recipe,
         target=target,
         resume=resume,

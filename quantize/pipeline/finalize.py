@@ -52,6 +52,8 @@ def finish(
         "rounded_without_data": blocks.held_out.rounded_without_data,
     }
     checkpoint.seen.require_all_same()
+    if checkpoint.adapter is not None:
+        checkpoint.adapter.seen.require_all_same()
     return writer.commit(
         {
             "scheme": plan.recipe.scheme,

@@ -17,6 +17,7 @@ from quantize.artifact.writer import sha256
 from quantize.calibration.data import Samples
 from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.files_seen import FilesSeen
 from quantize.recipe.recipe import Recipe
 
 Fingerprint = dict[str, dict[str, str]]  # part → name in that part → hash, or the value itself
@@ -58,7 +59,9 @@ def file_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the SHA-256 of the weights, the config and the other files that the artifact copies."""
     assert checkpoint.directory is not None
     paths = sorted(checkpoint.seen.stamps)
-    return {str(path.relative_to(checkpoint.directory)): checkpoint.seen.sha256(path) for path in paths}
+    found = {str(path.relative_to(checkpoint.directory)): checkpoint.seen.sha256(path) for path in paths}
+    adapter = checkpoint.adapter.seen if checkpoint.adapter else FilesSeen()
+    return found | {f"adapter: {path.name}": adapter.sha256(path) for path in sorted(adapter.stamps)}
 
 
 def module_hashes(checkpoint: Checkpoint, graph: str) -> dict[str, str]:

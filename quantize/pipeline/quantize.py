@@ -96,6 +96,7 @@ def quantize_model(
     target: str | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
+    adapter: str | Path | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     nsamples: int | None = None,
     seqlen: int | None = None,
@@ -124,6 +125,7 @@ def quantize_model(
         calibration: a file of text, of rows or of tensors (docs/calibration.md); or texts, lists of ids, a tensor
             [samples, ...], a tensor for each input, or batches of these; None takes the bundled prose.
         tokenizer: a tokenizer of transformers, for a module in memory; the artifact takes it along.
+        adapter: the directory of a LoRA adapter of the model, which is merged into its weights while they are read.
         recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
             default recipe.
         nsamples, seqlen: the number of calibration windows, and of tokens in each.
@@ -153,7 +155,7 @@ def quantize_model(
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
-        prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer)
+        prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer, adapter=adapter)
         if target is not None:
             check_target(target, prepared)
         if verbose and console is not None and ranks.is_rank_zero:
@@ -181,12 +183,13 @@ def collect_stats(
     output: str | Path,
     recipe: Recipe,
     calibration: Calibration | None = None,
+    adapter: str | Path | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
     """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
 
     Args:
-        model, calibration, console: as in `quantize_model`.
+        model, calibration, adapter, console: as in `quantize_model`.
         output: a new file.
         recipe: a resolved recipe (`load_recipe`), which rounds without data and has one pass that asks for statistics.
 
@@ -195,7 +198,7 @@ def collect_stats(
         QuantizeError: the run failed.
     """
     check_prune(recipe, statistics=True)
-    given = prepare(model, recipe, calibration, judge=False)
+    given = prepare(model, recipe, calibration, judge=False, adapter=adapter)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)
@@ -270,7 +273,9 @@ def run_pipeline(
 
 
 def announce(prepared: Prepared, console: Console | None) -> None:
-    """Print what the exporter refused, and which data is used, above all if it is not the user's own text."""
+    """Print what is odd about the files, what the exporter refused, and which data is used."""
+    for note in prepared.checkpoint.notes if console is not None else ():
+        console.print(note, soft_wrap=True, markup=False)  # type: ignore[union-attr]
     if console is not None and prepared.program.export_error:
         console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
     if console is not None:

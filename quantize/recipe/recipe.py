@@ -131,7 +131,7 @@ class Recipe(Data):
     ignore_also: tuple[str, ...] = ()
     layers: tuple[LayerArgs, ...] = ()
     tables: tuple[str, ...] | None = None
-    nsamples: int = Field(128, ge=1)
+    nsamples: int = Field(32, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
     prefix: PrefixArgs | None = None

@@ -23,7 +23,7 @@ from quantize.calibration.tensor_samples import read_tensors
 from quantize.checkpoint.checkpoint import open_checkpoint, read_config, side_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.tokenizer import Tokenize, load_tokenize
-from quantize.checkpoint.untrusted_files import INDEX, parse_json, weight_files
+from quantize.checkpoint.untrusted_files import INDEX, check_files, parse_json, weight_files
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
@@ -236,13 +236,13 @@ def test_indices_that_lead_elsewhere(variant):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json", "secret.txt"])
-def test_links_out_of_the_directory(name, variant, tmp_path):
+def test_links_out_of_an_artifact(name, variant, tmp_path):
     model, outside = variant(), tmp_path / "outside"
     outside.write_text("a secret of somebody else")
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(outside)
-    with pytest.raises(UsageError, match=rf"{name} is a link out of the directory, to {outside}"):
-        open_checkpoint(model)
+    with pytest.raises(UsageError, match=rf"{name} is a link out of the directory, to {outside}; put the file itself"):
+        check_files(model)
     (model / name).unlink()
     (model / name).symlink_to("nowhere")
     with pytest.raises(UsageError, match=f"{name} is no regular file"):

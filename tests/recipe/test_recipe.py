@@ -32,7 +32,7 @@ def test_a_scheme_alone_gives_the_promised_defaults(scheme):
     recipe = load_recipe(scheme, None)
     activations = 16 if recipe.activations is None else recipe.activations.num_bits
     assert (recipe.weights.num_bits, activations) == BITS[scheme]
-    assert (recipe.nsamples, recipe.seqlen, recipe.seed) == (128, 512, 0)
+    assert (recipe.nsamples, recipe.seqlen, recipe.seed) == (32, 512, 0)
     assert recipe.weights.group_size == GROUPS.get(scheme, 128)
     formats = {args.format for args in (recipe.weights, recipe.activations) if args}
     assert formats == {scheme.lower() if "FP4" in scheme else "int"}
