@@ -13,7 +13,7 @@ import click
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from benchmarks.mixture.text import TEACHER, training_windows
 from quantize.checkpoint.tokenizer import load_tokenizer
@@ -23,7 +23,7 @@ EPOCHS, BATCH, LEARNING_RATE, WARM_UP = 3, 8, 1e-3, 50
 BALANCE = 0.002  # the weight of the loss that keeps the router from sending all tokens to few experts
 
 
-def upcycled(dense: nn.Module, generator: torch.Generator) -> MixtralForCausalLM:
+def upcycled(dense: PreTrainedModel, generator: torch.Generator) -> MixtralForCausalLM:
     """Return a mixture with a dense Llama's attention, whose experts have random thirds of its neurons each.
 
     The sum of an expert's neurons is taken times the ratio of the sizes, so that it is that of all in the mean.
@@ -56,7 +56,7 @@ def upcycled(dense: nn.Module, generator: torch.Generator) -> MixtralForCausalLM
     return model
 
 
-def train(model: MixtralForCausalLM, dense: nn.Module, windows: Tensor, generator: torch.Generator) -> None:
+def train(model: MixtralForCausalLM, dense: PreTrainedModel, windows: Tensor, generator: torch.Generator) -> None:
     """Train the mixture to predict what the dense model predicts, on windows of tokens [n, T]."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     steps = EPOCHS * -(-len(windows) // BATCH)

@@ -31,7 +31,7 @@ from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
-from quantize.pipeline.prune import check_prune, prune_experts
+from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
@@ -156,8 +156,9 @@ def quantize_model(
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
         prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer, adapter=adapter)
+        what_stays = as_pruned(prepared, resolved)  # what cannot be is refused before anything is measured
         if target is not None:
-            check_target(target, prepared)
+            check_target(target, what_stays)
         if verbose and console is not None and ranks.is_rank_zero:
             console.print(describe_run(prepared), soft_wrap=True, markup=False)
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are

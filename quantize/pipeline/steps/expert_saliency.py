@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +54,14 @@ def collect_saliency(prepared: Prepared, context: RunContext, rows: bool = True)
             found.norms[mixture.path] = norms.tolist()
             found.tokens[mixture.path] = tokens.tolist()
         held_out.run(segment, state, state, state)
-    sums = context.ranks.gather([found.norms, found.tokens])
-    norms, tokens = ({path: added(each[k][path] for each in sums) for path in found.norms} for k in range(2))
-    return Saliency(norms, tokens, held_out.scores.get("float", {}).get("loss"))
+    sums, seen = added(context.ranks.gather(found.norms)), added(context.ranks.gather(found.tokens))
+    counts = {path: [int(count) for count in each] for path, each in seen.items()}
+    return Saliency(sums, counts, held_out.scores.get("float", {}).get("loss"))
 
 
-def added(lists: Iterator[list[float]]) -> list[float]:
-    """Return the sums of numbers at the same place."""
-    return [sum(each) for each in zip(*lists, strict=True)]
+def added(of_ranks: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Return the sums over ranks of the numbers at the same place."""
+    return {path: [sum(each) for each in zip(*(own[path] for own in of_ranks), strict=True)] for path in of_ranks[0]}
 
 
 def measured(runner: SequentialRunner, segment: Segment, state: Overrides) -> Iterator[tuple[Mixture, Tensor, Tensor]]:
