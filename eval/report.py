@@ -35,6 +35,7 @@ def evaluate(
     seqlen: int = 256,
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure a model or artifact.
 
@@ -45,6 +46,7 @@ def evaluate(
         seqlen: the number of tokens in a window.
         nsamples: the largest number of windows, which are spread evenly; None takes all.
         engine: how an artifact runs, as in `quantize.load`.
+        trust_remote_code: whether code of the models' own may run, as in `quantize.load`.
 
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
@@ -54,7 +56,8 @@ def evaluate(
         `against` also `distance`, `spearman_against` and `retained`.
     """
     directory, text = Path(directory), Path(text)
-    model, reference = load_any(directory, engine), None if against is None else load_any(against, engine)
+    model = load_any(directory, engine, trust_remote_code)
+    reference = None if against is None else load_any(against, engine, trust_remote_code)
     check_kinds(directory, model, against, reference, text)
     if text.suffix == ".tsv":
         scores = evaluate_pairs(model, reference, directory, text)
@@ -109,15 +112,15 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
 
 
-def load_any(model: str | Path, engine: Engine = "fake_quant") -> nn.Module:
+def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
     """Load an artifact with an engine, or a float model in float32.
 
     Raises:
         UsageError: there is neither, as in an export to another runtime.
     """
     if (Path(model) / "manifest.json").is_file() and not is_float(Path(model)):
-        return load(model, engine=engine)
-    return open_checkpoint(model).load()
+        return load(model, engine=engine, trust_remote_code=trust_remote_code)
+    return open_checkpoint(model, trust_remote_code=trust_remote_code).load()
 
 
 def is_float(directory: Path) -> bool:

@@ -17,6 +17,7 @@ from quantize.artifact.saving import saved_again
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
+from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
@@ -92,6 +93,7 @@ def load(
     skeleton: nn.Module | None = None,
     engine: Engine = "fake_quant",
     read: Read | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load the quantized model in evaluation mode; for a causal language model `generate` works.
 
@@ -103,6 +105,7 @@ def load(
             in floating point; `reference` multiplies integers and sums them exactly, for proofs, and is slow.
         read: how tensors are read: None reads them into memory; what returns them on the meta device loads a model that
             computes nothing, to see whether all has its place.
+        trust_remote_code: whether code of the model's own may run; its files must be those of the manifest.
 
     Raises:
         UsageError: the directory is no artifact, or there is no such engine.
@@ -113,14 +116,19 @@ def load(
         raise UsageError(f"there is no engine {shown(engine)}; choose {' or '.join(ENGINES)}")
     if not directory.is_dir():
         raise UsageError(f"no such artifact: {directory}")
-    settings = read_manifest(directory)["quantization"]
+    manifest = read_manifest(directory)
+    settings = manifest["quantization"]
     if skeleton is None and not (directory / "config.json").is_file():
         raise UsageError(
             f"{directory} holds the weights of a module that transformers does not know; give a module of its class as "
             "skeleton, whose weights are replaced"
         )
     if skeleton is None:
-        skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE))
+        code = directory if trust_remote_code else None
+        for path in code_files(directory) if code else ():
+            if sha256(path) != manifest["files"].get(path.name):
+                raise QuantizeError(f"{path} is not as the run wrote it, so it is not run")
+        skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE), code)
     model = fill(skeleton, directory, settings, dtype, read)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):

@@ -19,19 +19,23 @@ from quantize.transforms import equivalence
 LOAD_TOLERANCE = 1e-2  # another machine sums in another order, which can move an activation to the next integer
 
 
-def verify_artifact(directory: Path, digest: str | None = None) -> dict[str, Any]:
+def verify_artifact(directory: Path, digest: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Check the hash of every file, load the model, and compare its output on the probes with the recorded one.
 
     Args:
         directory: an artifact.
         digest: the digest that the run printed; None trusts the one in the manifest.
+        trust_remote_code: as in `quantize.load`.
 
     Raises:
         UsageError: the directory is no artifact.
         QuantizeError: a file has changed, or the model computes something else.
     """
     files = check_hashes(directory, digest)
-    (inputs, recorded), model = read_probe(directory), load(directory, engine="reference")
+    (inputs, recorded), model = (
+        read_probe(directory),
+        load(directory, engine="reference", trust_remote_code=trust_remote_code),
+    )
     output = run_probe(model, inputs)
     if recorded.shape != output.shape or not recorded.is_floating_point():
         raise QuantizeError(

@@ -20,7 +20,11 @@ from quantize.checkpoint.hub import download
 from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.paths import find_model, require_config
-from quantize.checkpoint.safetensors_reader import read_header, read_rows
+from quantize.checkpoint.remote_code import code_files
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
+from quantize.checkpoint.sources import find_encoded
+from quantize.checkpoint.sources.encoded import Encoded
+from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
 from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_float, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import SIDE_FILES, has_config_alone, is_hidden, links_followed, read_json
@@ -30,7 +34,7 @@ from quantize.errors import QuantizeError, UsageError, reason
 # Classifiers without a padding token refuse more than one row, as they could not tell padding from text. A run's rows
 # have no padding, which an id says that no token has.
 NO_TOKEN = -1
-NOT_COPIED = {"config.json", "manifest.json"}
+NOT_COPIED = {"config.json", "manifest.json"} | SETTINGS_FILES
 
 
 @dataclass(frozen=True)
@@ -39,14 +43,17 @@ class Checkpoint:
 
     Attributes:
         directory: where the files are; None for a module in memory.
-        config: the config as a dict; empty for a module that has none.
+        config: the config as a dict, without quantization settings; empty for a module that has none.
         files: name in a safetensors file → the file.
         sources: tensor name → where it lies in the files.
         module: the module in memory, None for a directory.
         ties: parameter → all names of the same parameter, itself among them.
         seen: the files as they were when the model was opened, which must not change while they are read.
         adapter: what is merged into the weights while they are read.
+        code: the directory, if code in it may run.
         notes: what is not as the config or the names say, each in a sentence for people.
+        encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
+        dtype: the dtype of the tensors that are made of parts.
         kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
@@ -59,6 +66,9 @@ class Checkpoint:
     seen: FilesSeen = field(default_factory=FilesSeen)
     adapter: Adapter | None = None
     notes: tuple[str, ...] = ()
+    code: Path | None = None
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
     kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -74,7 +84,7 @@ class Checkpoint:
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None or self.kept:
-            model = build_skeleton(self.config, self.bounds)
+            model = build_skeleton(self.config, self.bounds, self.code)
             stored = self.sources if self.module is None else self.module.state_dict()
             buffers = [name for name in model.state_dict() if name not in self.ties and name in stored]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
@@ -88,7 +98,7 @@ class Checkpoint:
         return copy.deepcopy(self.module, memo).float()
 
     def tensor(self, name: str) -> Tensor:
-        """Read one parameter as it is stored.
+        """Read one parameter as it is stored, or in the config's dtype if it is made of parts.
 
         Raises:
             QuantizeError: the parameter is missing or cannot be read.
@@ -97,7 +107,8 @@ class Checkpoint:
         if self.module is not None:
             held = self.module.get_parameter(name) if name in self.ties else self.module.get_buffer(name)
             return self._kept_part(name, held.detach())
-        return self._read(name, read_tensor)
+        found = self._read(name, read_tensor)
+        return found.to(self.dtype) if self.is_encoded(name) else found
 
     def float_tensor(self, name: str) -> Tensor:
         """Read one parameter in float32 and give the file's pages back on the way; it raises what `tensor` raises."""
@@ -106,15 +117,15 @@ class Checkpoint:
         return self._read(name, read_float).float()
 
     def on_meta(self, name: str) -> Tensor:
-        """Return a parameter on the meta device, as the headers of the files describe it."""
-        if self.module is not None:
+        """Return a parameter on the meta device, as far as may be by the headers of the files."""
+        if self.module is not None or self.is_encoded(name):
             return self.tensor(name).to("meta")
         return self._kept_part(name, self._put_together(name, header_tensor))
 
     def stored(self, name: str) -> StoredTensor | None:
-        """Return where a parameter lies in the files as it is; None if it lies elsewhere, or is merged or pruned."""
-        apart = self.module is not None or self.adapter is not None or name in self.kept
-        return None if apart else self._stored(name)
+        """Return where a parameter lies as it is in files; None if it lies elsewhere, or is made, merged or pruned."""
+        apart = self.module is not None or self.adapter is not None or name in self.kept or self.is_encoded(name)
+        return None if apart else self.sources[self._stored_name(name)]
 
     def read_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in the files."""
@@ -124,15 +135,15 @@ class Checkpoint:
         """Read a tensor by its name in the files, or some of its rows."""
         return read_rows(self._file(part), part, first, count)
 
-    def _stored(self, name: str) -> StoredTensor:
-        """Return where a parameter, or one that is tied to it, lies in the files."""
+    def _stored_name(self, name: str) -> str:
+        """Return the name of a parameter, or of one that is tied to it, under which the files hold it."""
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if stored is None:
             unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
             nearest = difflib.get_close_matches(name, unused, 1, 0.5)
             instead = f"; the nearest that it holds is {nearest[0]}" if nearest else ""
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs{instead}")
-        return self.sources[stored]
+        return stored
 
     def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
         """Return what is kept of a tensor."""
@@ -149,10 +160,35 @@ class Checkpoint:
         return self._kept_part(name, found)
 
     def _put_together(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        stored = self._stored_name(name)
         try:
-            return self._stored(name).read(name, lambda part: read(self._file(part), part))
+            return self.sources[stored].read(stored, lambda part: self._part(part, read))
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""
+        if self.is_config_alone:
+            return self.dtype
+        if self.module is not None:
+            return self.module.get_parameter(name).dtype
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        if stored is None or self.is_encoded(name):
+            return torch.float32 if stored is None else self.dtype
+        part = self.sources[stored].names[0]
+        found = DTYPES.get(read_header(self.files[part]).entries[part].dtype, torch.float32)
+        return found if found.is_floating_point and found.itemsize > 1 else torch.float32
+
+    def is_encoded(self, name: str) -> bool:
+        """Return whether a parameter is made of parts."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        return stored is not None and any(part in self.encoded for part in self.sources[stored].names)
+
+    def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read a tensor by the name that it has in the files, or would have there as floats."""
+        if name in self.encoded:
+            return self.encoded[name].read(name, lambda part: read_tensor(self._file(part), part))
+        return read(self._file(name), name)
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -190,13 +226,17 @@ def side_files(directory: Path) -> list[Path]:
 
 
 def open_checkpoint(
-    model: str | Path | nn.Module, adapter: str | Path | None = None, weights: bool = True
+    model: str | Path | nn.Module,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
     Args:
         model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
+        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
@@ -215,18 +255,23 @@ def open_checkpoint(
     files = (
         {} if alone else index_tensors(place) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
     )
-    seen = FilesSeen.of(
-        {*files.values(), *(directory / path for path in (Path("config.json"), *side_files(directory)))}
-    )
-    config = read_config(directory, files)
-    if "quantization_config" in config:
-        raise UsageError(f"{directory} is quantized already; give the floating-point model")
-    built = build_on_meta(config, files)
-    names = plain_names(built, files)
+    code = directory if trust_remote_code else None
+    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
+    seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
+    _, settings = split_settings(read_json(directory / "config.json"), directory)
+    entries = {name: entry for path in sorted(set(files.values())) for name, entry in read_header(path).entries.items()}
+    encoded = {} if settings is None else find_encoded(settings, entries, str(directory))
+    parts = {part for found in encoded.values() for part in found.parts.values()}
+    stored = {name: path for name, path in files.items() if name not in parts}
+    floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
+    config, _ = split_settings(read_config(directory, floats), directory)
+    built = build_on_meta(config, files, code)
+    names = plain_names(built, floats)
     sources = map_keys(built, names)
-    if apart := told_apart(ties_of(built), sources, files):
-        config, built = without_ties(config), build_on_meta(without_ties(config), files)
-        names = plain_names(built, files)
+    plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
+    if apart := told_apart(ties_of(built), plain, files):
+        config, built = without_ties(config), build_on_meta(without_ties(config), files, code)
+        names = plain_names(built, floats)
         sources = map_keys(built, names)
     ties = ties_of(built)
     if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
@@ -234,7 +279,8 @@ def open_checkpoint(
     merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
     notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
     said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
-    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said))
+    dtype = float_dtype(config, entries)
+    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said), code, encoded, dtype)
 
 
 def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:

@@ -78,7 +78,7 @@ def shapes(checkpoint: Checkpoint, config: dict[str, Any]) -> Shapes:
     if not config:
         return {}
     with torch.device("meta"):
-        model = build_skeleton(config, checkpoint.bounds)
+        model = build_skeleton(config, checkpoint.bounds, checkpoint.code)
     return {name: tuple(x.shape) for name, x in model.state_dict().items()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,32 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from quantize.checkpoint.size_limits import bounded
-from quantize.errors import LONGEST, QuantizeError, UsageError, reason
+from quantize.checkpoint.remote_code import own_class, own_class_name
+from quantize.checkpoint.size_limits import BUFFER_BYTES, bounded
+from quantize.errors import LONGEST, QuantizeError, UsageError, reason, shown
+
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
 
 
-def build_skeleton(config: dict[str, Any], files: Mapping[str, Path] | None = None) -> nn.Module:
-    """Build the model class that a config names without weights; code from the model's directory is never run.
+def build_skeleton(
+    config: dict[str, Any], files: Mapping[str, Path] | None = None, code: Path | None = None
+) -> nn.Module:
+    """Build the model class that a config names without weights.
 
     Args:
         config: the config.
         files: tensor name → the file that holds it; the model may not be far larger. None for a config of one's own.
+        code: the model's directory, if the code in it may run; None runs no such code.
 
     Raises:
         UsageError: transformers has no such class, or the config does not fit it, asks for far more than the files
             hold, or names a part that lies on the hub.
     """
-    cls, bounds = model_class(config), contextlib.nullcontext() if files is None else bounded(files)
+    cls, bounds = model_class(config, code), contextlib.nullcontext() if files is None else bounded(files)
     try:
-        with bounds, init_empty_weights(include_buffers=False), offline():
+        with bounds, init_empty_weights(include_buffers=False), offline(), LargeOnMeta():
             model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(with_floats(without_kernels(config))))  # type: ignore[attr-defined]
     except OfflineModeIsEnabled:
         raise UsageError(
@@ -45,32 +53,52 @@ def build_skeleton(config: dict[str, Any], files: Mapping[str, Path] | None = No
     return model  # type: ignore[no-any-return]
 
 
-def build_on_meta(config: dict[str, Any], files: Mapping[str, Path]) -> nn.Module:
+class LargeOnMeta(TorchFunctionMode):
+    """Makes tensors of more elements than any buffer has on the meta device, as a parameter is made and then moved."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch."""
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            sizes = args[0] if args and not isinstance(args[0], int) else args or kwargs.get("size", ())
+            if math.prod(sizes) > BUFFER_BYTES:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def build_on_meta(config: dict[str, Any], files: Mapping[str, Path], code: Path | None = None) -> nn.Module:
     """Build a model with its buffers, too, on the meta device, where no size costs memory; arguments as above."""
     with torch.device("meta"):
-        return build_skeleton(config, files)
+        return build_skeleton(config, files, code)
 
 
-def build_bounded(config: dict[str, Any], files: Mapping[str, Path]) -> nn.Module:
+def build_bounded(config: dict[str, Any], files: Mapping[str, Path], code: Path | None = None) -> nn.Module:
     """Build on the meta device first, so that nothing real is built that is too large; arguments as above."""
-    build_on_meta(config, files)
-    return build_skeleton(config, files)
+    build_on_meta(config, files, code)
+    return build_skeleton(config, files, code)
 
 
-def model_class(config: dict[str, Any]) -> type[nn.Module]:
-    """Return the class of transformers that a config names.
+def model_class(config: dict[str, Any], code: Path | None = None) -> type[nn.Module]:
+    """Return the class of transformers that a config names, or else the one that the directory `code` defines.
 
     Raises:
         UsageError: there is none.
     """
-    architecture = str(config["architectures"][0])
+    architecture, reference = str(config["architectures"][0]), own_class_name(config)
     cls = getattr(transformers, architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UsageError(
-            f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, "
-            "and code that models bring is not run; build the model yourself and give quantize_model the module"
-        )
-    return cls
+    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+        return cls
+    if code is not None and reference is not None:
+        return own_class(code, reference)
+    code_of = (
+        f"code of the model's own ({shown(reference)}) runs only with" if reference else "its config names no code for"
+    )
+    raise UsageError(
+        f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, and {code_of} --trust-remote-code; "
+        "or build the model yourself and give quantize_model the module"
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,11 @@ from quantize.scheme.names import SCHEME_NAMES, scheme_name
 PATH = click.Path(path_type=Path)
 
 
+TRUST = click.option(
+    "--trust-remote-code", is_flag=True, help="Run code of the model's own, if transformers has no class for it."
+)
+
+
 class SchemeType(click.Choice[str]):
     """A scheme's name in any case, or a common name such as `int4`."""
 

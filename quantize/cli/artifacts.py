@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantize.checkpoint.paths import require_directory
-from quantize.cli.arguments import PATH
+from quantize.cli.arguments import PATH, TRUST
 
 
 @click.command("merge-stats")
@@ -56,7 +56,8 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 @click.command()
 @click.argument("directory", type=PATH)
 @click.option("--digest", help="The digest that the run printed, so that nobody can have changed the manifest as well.")
-def verify(directory: Path, digest: str | None) -> None:
+@TRUST
+def verify(directory: Path, digest: str | None, trust_remote_code: bool) -> None:
     """Check that an artifact is as it was written.
 
     The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
@@ -64,7 +65,7 @@ def verify(directory: Path, digest: str | None) -> None:
     require_directory(directory, "artifact")
     from quantize.artifact.verify import verify_artifact
 
-    found = verify_artifact(directory, digest)
+    found = verify_artifact(directory, digest, trust_remote_code)
     click.echo(
         f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
         f"digest {found['digest']}"

@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from quantize.checkpoint.paths import find_model, require_directory, require_file
-from quantize.cli.arguments import PATH
+from quantize.cli.arguments import PATH, TRUST
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
 
@@ -19,7 +19,8 @@ from quantize.scheme.names import ENGINES, Engine
 @click.option("--activations", is_flag=True, help="Show which activations of the float model are massive instead.")
 @click.option("--calibration", type=PATH, help="The text that --activations runs on.  [default: bundled prose]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool) -> None:
+@TRUST
+def inspect(model: str, activations: bool, calibration: Path | None, as_json: bool, trust_remote_code: bool) -> None:
     """Show where transforms are legal in MODEL.
 
     Where a transform is not legal, the reason is given.
@@ -29,7 +30,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     program = make_program(checkpoint, checkpoint.skeleton())
     if activations:
         from quantize.eval.activations import activations_table, measure
@@ -73,6 +74,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 )
 @click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
+@TRUST
 def evaluate(
     directory: Path,
     against: str | None,
@@ -82,6 +84,7 @@ def evaluate(
     engine: Engine,
     kurtosis: bool,
     as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Measure a model or an artifact on a text."""
     require_directory(directory, "artifact")
@@ -95,5 +98,5 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-    scores = measure(directory, against, text, seqlen, nsamples, engine)
+    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
     click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.cli.arguments import PATH, SchemeType, check_run
+from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run
 from quantize.errors import UsageError
 from quantize.recipe.targets import TARGETS
 
@@ -40,6 +40,7 @@ from quantize.recipe.targets import TARGETS
 @click.option(
     "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
 )
+@TRUST
 @click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
 @click.option(
@@ -80,6 +81,7 @@ def quantize(
     recipe: Path | None,
     calibration: Path | None,
     adapter: Path | None,
+    trust_remote_code: bool,
     resume: bool,
     stats: Path | None,
     collect_stats: Path | None,
@@ -110,7 +112,8 @@ def quantize(
         from quantize.pipeline.prune import as_pruned
 
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        prepared = as_pruned(prepare(model, chosen, calibration, read=False, adapter=adapter), chosen)
+        given = prepare(model, chosen, calibration, read=False, adapter=adapter, trust_remote_code=trust_remote_code)
+        prepared = as_pruned(given, chosen)
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
@@ -128,6 +131,7 @@ def quantize(
         scheme=scheme,
         calibration=calibration,
         adapter=adapter,
+        trust_remote_code=trust_remote_code,
         recipe=recipe,
         target=target,
         resume=resume,

@@ -15,7 +15,7 @@ from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import build_bounded
 from quantize.checkpoint.tensor_files import index_tensors
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.scheme.scheme import Scheme
 
@@ -44,7 +44,10 @@ class Outline:
             UsageError: there is no artifact, or one of a module that transformers does not know.
             QuantizeError: the artifact lists linears that its model does not have.
         """
-        settings, config = read_manifest(directory)["quantization"], read_config(directory)
+        manifest, config = read_manifest(directory), read_config(directory)
+        settings = manifest["quantization"]
+        if "remote_code" in manifest:
+            raise UsageError(f"{directory} runs with code of the model's own, which no export takes along")
         skeleton = build_bounded(config, index_tensors(directory, PROBE))
         listed = {*settings["modules"], *settings.get("tables", ())}
         places = {path for named in (skeleton.named_modules(), skeleton.named_parameters()) for path, _ in named}

@@ -75,7 +75,7 @@ class Block:
         chosen = {linear: schemes[linear.path] for linear in linears if linear.path in schemes}
         filed = filed or {}
         weights, apart = dict[str, Tensor](), {linear.weight for linear in filed}
-        dtypes = {name: checkpoint.on_meta(name).dtype for name in segment.parameters}
+        dtypes = {name: checkpoint.dtype_of(name) for name in segment.parameters}
         for name in (name for name in segment.parameters if name not in apart):
             weights[name] = checkpoint.float_tensor(name).to(device)
         plain = {

@@ -16,6 +16,7 @@ from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
+from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.safetensors_reader import read_rows
 from quantize.checkpoint.tensor_files import CHUNK, header_tensor, read_tensor, require_finite
@@ -66,6 +67,7 @@ def finish(
             "parity": proof,
             "untied": blocks.ties.untied,
             "float_bytes": checkpoint.stored_bytes(),
+            **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
             **{name: record for name, record in (data | found).items() if record},
             "coverage": coverage(plan, blocks),
             "body": plan.body.record(),
@@ -73,6 +75,11 @@ def finish(
         },
         functools.partial(check_loads, prepared),
     )
+
+
+def code_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the SHA-256 of each file of code of the model's own, by its name."""
+    return {path.name: checkpoint.seen.sha256(path) for path in checkpoint.side_files if path.suffix == ".py"}
 
 
 def artifact_config(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
@@ -89,7 +96,10 @@ def no_longer_tied(
     """
     if not blocks.ties.untied or not prepared.checkpoint.config:
         return {}
-    ties, found = ties_of(build_skeleton(artifact_config(prepared, blocks))), dict[str, Tensor]()
+    ties, found = (
+        ties_of(build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)),
+        dict[str, Tensor](),
+    )
     for name, stored in blocks.ties.left_out.items():
         if stored not in ties[name]:
             written = (
@@ -109,7 +119,9 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     largest = max(sizes, key=lambda node: node.meta["val"].numel())
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        load(directory, checkpoint.on_meta(sizes[largest]).dtype, skeleton, read=checked_on_meta)
+        trusted = checkpoint.code is not None
+        dtype = checkpoint.dtype_of(sizes[largest])
+        load(directory, dtype, skeleton, read=checked_on_meta, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
 
@@ -145,7 +157,8 @@ def write_side_files(
         name: torch.cat([probe[name] for probe in blocks.verification_inputs]) for name in blocks.verification_inputs[0]
     }
     if prepared.program.export_error:
-        fresh = build_skeleton(checkpoint.config, checkpoint.files) if checkpoint.config else checkpoint.skeleton()
+        config, files = checkpoint.config, checkpoint.files
+        fresh = build_skeleton(config, files, checkpoint.code) if config else checkpoint.skeleton()
         output = written_output(fresh, writer.directory, settings, given)
     else:
         first = len(prepared.program.output.all_input_nodes)

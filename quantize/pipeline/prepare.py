@@ -64,14 +64,15 @@ def prepare(
     judge: bool = True,
     tokenizer: Any = None,
     adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
     Without `read` no weight is read, so wrong weights are not found, and a directory may hold a config alone. With
     `judge` some rows are held back. A tokenizer of transformers takes the place of the one in the model's directory. A
-    LoRA adapter is merged into the weights.
+    LoRA adapter is merged into the weights. With `trust_remote_code` code of the model's own may run.
     """
-    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, weights=read)
+    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code, weights=read)
     skeleton = checkpoint.skeleton()
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})

@@ -61,7 +61,8 @@ class Artifact:
 
     def load(self, engine: Engine = "fake_quant") -> nn.Module:
         """Load the quantized model; `engine` is that of `quantize.load`. A module that was given stays as it is."""
-        return load(self.directory, skeleton=copy.deepcopy(self.module), engine=engine)
+        trusted = "remote_code" in self.manifest  # the run was told so
+        return load(self.directory, skeleton=copy.deepcopy(self.module), engine=engine, trust_remote_code=trusted)
 
     @property
     def warning(self) -> str:
@@ -103,6 +104,7 @@ def quantize_model(
     group_size: int | None = None,
     ignore: Sequence[str] = (),
     seed: int | None = None,
+    trust_remote_code: bool = False,
     resume: bool = False,
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -132,6 +134,7 @@ def quantize_model(
         group_size: the number of columns that share a scale; 0 is per-channel.
         ignore: further linears that stay in floating point: names, or `re:` and an expression.
         seed: the seed of every random choice.
+        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
@@ -155,7 +158,15 @@ def quantize_model(
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
-        prepared = prepare(model, resolved, calibration, judge=stats is None, tokenizer=tokenizer, adapter=adapter)
+        prepared = prepare(
+            model,
+            resolved,
+            calibration,
+            judge=stats is None,
+            tokenizer=tokenizer,
+            adapter=adapter,
+            trust_remote_code=trust_remote_code,
+        )
         what_stays = as_pruned(prepared, resolved)  # what cannot be is refused before anything is measured
         if target is not None:
             check_target(target, what_stays)

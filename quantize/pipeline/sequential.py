@@ -90,7 +90,7 @@ class SequentialPipeline:
             The tensors to store, and what was stored in the file already: its tensors by name, each with the file's.
         """
         trim_heap()
-        large = streamed(self.program, segment, self.plan) if self.context.ranks.count == 1 else []
+        large = streamed(self.checkpoint, self.program, segment, self.plan) if self.context.ranks.count == 1 else []
         filed = ExpertStream(self.checkpoint, self.plan, self.context, file).round(large) if large else {}
         given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device, filed)
         plain = self._plain_rounding(given) if self.held_out.given.rows else Overrides({})

@@ -106,7 +106,7 @@ def test_weights_that_do_not_fit_the_config(refused, variant):
         ({"num_hidden_layers": "five"}, "the config does not build a LlamaForCausalLM: "),
         ({"num_attention_heads": 7}, "the config does not build a LlamaForCausalLM: "),
         ({"hidden_act": "no_such"}, "the config does not build a LlamaForCausalLM: "),
-        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already; give the floating-point model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantized by gptq, says its config, but its"),
     ],
 )
 def test_a_config_that_cannot_be_used(refused, variant, config, words):

@@ -86,9 +86,8 @@ def test_what_data_or_a_pass_touches_is_not_streamed(prepared):
     layer = next(s for s in program.segments if any(x.experts for x in program.linears(s)))
 
     def found(scheme, changes):
-        return [
-            x.path for x in streamed(program, layer, make_plan(load_recipe(scheme, changes, group_size=None), program))
-        ]
+        plan = make_plan(load_recipe(scheme, changes, group_size=None), program)
+        return [linear.path for linear in streamed(prepared.checkpoint, program, layer, plan)]
 
     paths = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}}) == paths

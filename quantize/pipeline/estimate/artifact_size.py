@@ -17,7 +17,6 @@ from quantize.artifact.writer import as_json
 from quantize.calibration.data import Samples
 from quantize.calibration.probes import PROBE_TOKENS
 from quantize.checkpoint.checkpoint import Checkpoint, side_files
-from quantize.checkpoint.safetensors_reader import read_header
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
@@ -32,8 +31,6 @@ from quantize.pipeline.tables import module_of
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 from quantize.transforms.online import InputTransform
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -186,30 +183,6 @@ def stored_tables(tables: Mapping[str, Tensor], names: Iterable[str]) -> dict[st
         if name in tables
     }
     return {f"{path}.{part}": x for path, table in made.items() for part, x in table.tensors().items()}
-
-
-def stored_dtypes(checkpoint: Checkpoint, names: list[str]) -> dict[str, torch.dtype]:
-    """Return the dtype of each parameter, from the headers of the files."""
-    if checkpoint.module is not None:
-        return {name: checkpoint.module.get_parameter(name).dtype for name in names}
-    if checkpoint.is_config_alone:
-        return dict.fromkeys(names, config_dtype(checkpoint.config))
-    return {name: header_dtype(checkpoint, name) for name in names}
-
-
-def config_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype in which a config says that its weights are stored; bfloat16 if it says nothing known."""
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype in DTYPES.values() else torch.bfloat16
-
-
-def header_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """Return the dtype of a parameter; if it is missing or not floating point, reading it will raise the error."""
-    stored = next((alias for alias in checkpoint.ties.get(name, (name,)) if alias in checkpoint.sources), None)
-    if stored is None:
-        return torch.float32
-    part = checkpoint.sources[stored].names[0]
-    return DTYPES.get(read_header(checkpoint.files[part]).entries[part].dtype, torch.float32)
 
 
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:

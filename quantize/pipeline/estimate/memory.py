@@ -106,7 +106,7 @@ class MemoryEstimate(ArtifactEstimate):
         last = segment is self.program.segments[-1]
         stops = sum(count * alive.linear_inputs[segment.name] for count, _, alive in self.alive if not last)
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
-        copies, filed = 1 + bool(self.plan.steps), streamed(self.program, segment, self.plan)
+        copies, filed = 1 + bool(self.plan.steps), streamed(self.checkpoint, self.program, segment, self.plan)
         apart = {linear.weight for linear in filed}
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters if name not in apart)
         most = max([block + inner, *(8 * self.parameters[x.weight][0].numel() for x in filed)])

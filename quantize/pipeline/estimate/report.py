@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from quantize.pipeline.estimate.artifact_size import stored_dtypes
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.time import measure_time
@@ -16,7 +15,7 @@ from quantize.pipeline.prepare import Prepared
 
 def preflight(prepared: Prepared) -> MemoryEstimate:
     """Estimate a prepared run from the headers of the files alone."""
-    dtypes = stored_dtypes(prepared.checkpoint, list(prepared.program.parameters.values()))
+    dtypes = {name: prepared.checkpoint.dtype_of(name) for name in prepared.program.parameters.values()}
     return MemoryEstimate(
         prepared.checkpoint, prepared.program, prepared.plan, prepared.samples, dtypes, prepared.held_out
     )

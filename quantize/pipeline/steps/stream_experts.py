@@ -23,8 +23,11 @@ from quantize.pipeline.plan import Plan, changed_by
 from quantize.quantizers.rtn import RoundToNearest
 
 
-def streamed(program: Program, segment: Segment, plan: Plan) -> list[Linear]:
-    """Return the stacks of experts of a segment that need not be in memory: nothing transforms them or runs on them."""
+def streamed(checkpoint: Checkpoint, program: Program, segment: Segment, plan: Plan) -> list[Linear]:
+    """Return the stacks of experts of a segment that need not be in memory: nothing transforms them or runs on them.
+
+    Those that are made of parts or merged with an adapter while they are read have to be read whole.
+    """
     if plan.calibrates:
         return []
     touched = changed_by(plan.steps) | {path for step in plan.steps for path in step.online}
@@ -33,6 +36,7 @@ def streamed(program: Program, segment: Segment, plan: Plan) -> list[Linear]:
         for linear in program.linears(segment)
         if linear.experts is not None
         and linear.path in plan.schemes
+        and (checkpoint.module is not None or checkpoint.is_config_alone or checkpoint.stored(linear.weight))
         and not {linear.path, linear.weight} & touched
         and not get_format(plan.schemes[linear.path].weights.format).has_global_scale
     ]
@@ -71,10 +75,11 @@ class ExpertStream:
     def _on_meta(self, linear: Linear) -> QuantizedExperts:
         stack, scheme = self.checkpoint.on_meta(linear.weight), self.plan.schemes[linear.path]
         shape = linear.as_out_in(stack).shape
-        weight = RoundToNearest().quantize(torch.empty(shape, device="meta"), scheme.weights, None, stack.dtype)
+        dtype = self.checkpoint.dtype_of(linear.weight)
+        weight = RoundToNearest().quantize(torch.empty(shape, device="meta"), scheme.weights, None, dtype)
         return QuantizedExperts(weight, None, scheme, (), linear.experts or 1, linear.transposed)
 
     def _rounded(self, linear: Linear, expert: int) -> QTensor:
         W = read_expert(self.checkpoint, linear.weight, expert, linear.experts or 1).to(self.context.device)
-        args, dtype = self.plan.schemes[linear.path].weights, self.checkpoint.on_meta(linear.weight).dtype
+        args, dtype = self.plan.schemes[linear.path].weights, self.checkpoint.dtype_of(linear.weight)
         return self.plan.quantizer.quantize(W.T if linear.transposed else W, args, None, dtype)
