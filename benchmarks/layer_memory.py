@@ -26,13 +26,15 @@ from quantize.pipeline.estimate.report import human
 RECIPE = 'passes = []\nquantizer = { name = "rtn" }\n'
 LAYERS = {"Qwen3-30B-A3B": 2, "DeepSeek-V3": 1}
 SMALL = {"vocab_size": 1024, "max_position_embeddings": 4096, "first_k_dense_replace": 0}
+EXPERTS = {"Qwen3-30B-A3B": "num_experts", "DeepSeek-V3": "n_routed_experts"}  # keys of their configs
 RANDOM_BYTES = 3 << 30
 
 
-def write_model(directory: Path, name: str) -> int:
-    """Write a model of some layers, and return the bytes of its weights."""
+def write_model(directory: Path, name: str, experts: int | None) -> int:
+    """Write a model of some layers, with fewer experts if a number is given, and return the bytes of its weights."""
     model_type, settings = MODELS[name]
-    write_config(directory, model_type, {**settings, **SMALL, "num_hidden_layers": LAYERS[name]})
+    fewer = {} if experts is None else {EXPERTS[name]: experts}
+    write_config(directory, model_type, {**settings, **SMALL, **fewer, "num_hidden_layers": LAYERS[name]})
     model = build_on_meta(json.loads((directory / "config.json").read_text()), {})
     tensors = as_stored(model, {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()})
     generator, left = torch.Generator().manual_seed(0), RANDOM_BYTES
@@ -46,13 +48,14 @@ def write_model(directory: Path, name: str) -> int:
 
 @click.command()
 @click.option("--model", "names", type=click.Choice([*LAYERS]), multiple=True, help="[default: all]")
+@click.option("--experts", type=click.IntRange(8), help="Fewer experts in a layer.  [default: the model's]")
 @click.option("--scratch", type=click.Path(path_type=Path), help="Where models and artifacts lie meanwhile.")
-def main(names: tuple[str, ...], scratch: Path | None) -> None:
+def main(names: tuple[str, ...], experts: int | None, scratch: Path | None) -> None:
     """Print a line for each model."""
     for name in names or LAYERS:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             model, output, recipe = (Path(folder) / part for part in ("model", "out", "plain.toml"))
-            size, start = write_model(model, name), time.perf_counter()
+            size, start = write_model(model, name, experts), time.perf_counter()
             recipe.write_text(RECIPE)
             ids = Path(folder) / "ids.jsonl"
             ids.write_text(json.dumps({"input_ids": list(range(64))}) + "\n")
@@ -63,9 +66,10 @@ def main(names: tuple[str, ...], scratch: Path | None) -> None:
                 raise click.ClickException(f"the run on {name} failed")
             peak = usage.ru_maxrss * 1024
             artifact = sum(path.stat().st_size for path in output.iterdir())
+            minutes, fewer = (time.perf_counter() - start) / 60, f" with {experts} experts" if experts else ""
             click.echo(
-                f"{LAYERS[name]} layers of {name}: {human(size)} of weights become {human(artifact)} by plain rounding "
-                f"to W4A16, at a peak of {human(peak)} and in {(time.perf_counter() - start) / 60:.0f} minutes"
+                f"{LAYERS[name]} layers of {name}{fewer}: {human(size)} of weights become {human(artifact)} by plain "
+                f"rounding to W4A16, at a peak of {human(peak)} and in {minutes:.0f} minutes"
             )
 
 
