@@ -24,20 +24,20 @@ from quantize.quantizers.rtn import RoundToNearest
 
 
 def streamed(checkpoint: Checkpoint, program: Program, segment: Segment, plan: Plan) -> list[Linear]:
-    """Return the stacks of experts of a segment that need not be in memory: nothing transforms them or runs on them.
+    """Return the stacks of experts of a segment that need not be in memory, as no pass and no data touches it.
 
     Those that are made of parts or merged with an adapter while they are read have to be read whole.
     """
-    if plan.calibrates:
-        return []
+    linears = program.linears(segment)
     touched = changed_by(plan.steps) | {path for step in plan.steps for path in step.online}
+    if plan.calibrates or touched & {*segment.parameters, *(linear.path for linear in linears)}:
+        return []
     return [
         linear
-        for linear in program.linears(segment)
+        for linear in linears
         if linear.experts is not None
         and linear.path in plan.schemes
         and (checkpoint.module is not None or checkpoint.is_config_alone or checkpoint.stored(linear.weight))
-        and not {linear.path, linear.weight} & touched
         and not get_format(plan.schemes[linear.path].weights.format).has_global_scale
     ]
 
