@@ -64,7 +64,7 @@ def measure(cell: Cell, directory: Path, expected: Recorded, batches: Sequence[T
         return scores(pruned(cell, directory), expected, batches)
     start = time.process_time()
     artifact = quantize_model(directory, output_dir=output, scheme=cell.scheme, recipe=changes(cell), seed=cell.seed,
-                              nsamples=NSAMPLES, seqlen=SEQLEN, group_size=0)  # fmt: skip
+                              seqlen=SEQLEN, group_size=0)  # fmt: skip
     seconds = time.process_time() - start
     return scores(artifact.load(), expected, batches) | {"seconds": seconds} | experts(artifact)
 

@@ -11,6 +11,8 @@ FLOAT, DROPPED = "float", "pruned"
 SCHEMES = ("W4A16", "W4A8", "W4A4")
 PLAIN, DEFAULT, ALL = "plain rounding", "default", "all tokens"
 RECIPES = (PLAIN, DEFAULT, ALL)
+FEW_WINDOWS = 4
+SCARCE = tuple(f"{recipe}, {FEW_WINDOWS} windows" for recipe in (DEFAULT, ALL))  # where nearly every expert is rare
 REAP, FREQUENCY, RANDOM = "REAP", "frequency", "random"
 RATIOS = {"25 %": 0.25, "50 %": 0.5}
 RANDOM_SEEDS = (0, 1, 2)
@@ -35,7 +37,8 @@ def cells() -> list[Cell]:
         for by in (REAP, FREQUENCY, RANDOM)
         for seed in (RANDOM_SEEDS if by == RANDOM else (0,))
     ]
-    return found + [Cell(scheme, recipe, 0) for scheme in SCHEMES for recipe in RECIPES]
+    found += [Cell(scheme, recipe, 0) for scheme in SCHEMES for recipe in RECIPES]
+    return found + [Cell(SCHEMES[-1], recipe, 0) for recipe in SCARCE]
 
 
 def missing(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
@@ -52,5 +55,6 @@ def position(row: Mapping[str, Any]) -> int:
 def changes(cell: Cell) -> dict[str, Any]:
     """Return the changes of the scheme's default recipe."""
     if cell.recipe == PLAIN:
-        return ROUND_TO_NEAREST | ({} if cell.scheme == "W4A16" else PLAIN_ACTIVATIONS)
-    return {"calibrate_all_experts": cell.recipe == ALL}
+        return ROUND_TO_NEAREST | ({} if cell.scheme == "W4A16" else PLAIN_ACTIVATIONS) | {"nsamples": NSAMPLES}
+    nsamples = FEW_WINDOWS if cell.recipe in SCARCE else NSAMPLES
+    return {"calibrate_all_experts": cell.recipe.startswith(ALL), "nsamples": nsamples}

@@ -8,9 +8,12 @@ from benchmarks.mixture.cells import (
     ALL,
     DEFAULT,
     DROPPED,
+    FEW_WINDOWS,
     FLOAT,
+    NSAMPLES,
     PLAIN,
     RANDOM,
+    SCARCE,
     SCHEMES,
     Cell,
     cells,
@@ -43,8 +46,13 @@ def test_every_recipe_is_one_and_only_one_rounds_plainly():
     for scheme in SCHEMES:
         plain = load_recipe(scheme, changes(Cell(scheme, PLAIN, 0)))
         assert (plain.passes, plain.quantizer) == ((), {"name": "rtn"})
-        assert load_recipe(scheme, changes(Cell(scheme, DEFAULT, 0))) == load_recipe(scheme, None)
-        assert load_recipe(scheme, changes(Cell(scheme, ALL, 0))).calibrate_all_experts
+        default = load_recipe(scheme, changes(Cell(scheme, DEFAULT, 0)))
+        assert default == load_recipe(scheme, None, nsamples=NSAMPLES)
+        assert load_recipe(scheme, changes(Cell(scheme, ALL, 0))) == default.model_copy(
+            update={"calibrate_all_experts": True}
+        )
+    few = [load_recipe("W4A4", changes(Cell("W4A4", recipe, 0))) for recipe in SCARCE]
+    assert [(x.nsamples, x.calibrate_all_experts) for x in few] == [(FEW_WINDOWS, False), (FEW_WINDOWS, True)]
 
 
 def test_what_has_a_row_is_not_measured_again():
