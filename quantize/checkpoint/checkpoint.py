@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from quantize.checkpoint.adapter import Adapter, open_adapter
 from quantize.checkpoint.architecture import name_architecture
+from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.hub import download
 from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
+from quantize.checkpoint.size_limits import NoFiles
 from quantize.checkpoint.sources import find_encoded
 from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
@@ -54,6 +57,7 @@ class Checkpoint:
         notes: what is not as the config or the names say, each in a sentence for people.
         encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
         dtype: the dtype of the tensors that are made of parts.
+        computed: parameters that no file holds, because the model computes them.
         kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
@@ -69,6 +73,7 @@ class Checkpoint:
     code: Path | None = None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    computed: dict[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -79,7 +84,7 @@ class Checkpoint:
     @property
     def is_config_alone(self) -> bool:
         """Whether there are no weights, so that a run can only be estimated."""
-        return self.module is None and not self.files
+        return isinstance(self.files, NoFiles)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
@@ -118,14 +123,15 @@ class Checkpoint:
 
     def on_meta(self, name: str) -> Tensor:
         """Return a parameter on the meta device, as far as may be by the headers of the files."""
-        if self.module is not None or self.is_encoded(name):
+        if self.module is not None or self.is_encoded(name) or name in self.computed:
             return self.tensor(name).to("meta")
         return self._kept_part(name, self._put_together(name, header_tensor))
 
     def stored(self, name: str) -> StoredTensor | None:
         """Return where a parameter lies as it is in files; None if it lies elsewhere, or is made, merged or pruned."""
-        apart = self.module is not None or self.adapter is not None or name in self.kept or self.is_encoded(name)
-        return None if apart else self.sources[self._stored_name(name)]
+        apart = self.module is not None or self.adapter is not None or self.is_encoded(name)
+        left_out = name in self.kept or name in self.computed
+        return None if apart or left_out else self.sources[self._stored_name(name)]
 
     def read_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in the files."""
@@ -154,6 +160,8 @@ class Checkpoint:
 
     def _read(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
         """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
+        if name in self.computed:
+            return self.computed[name]
         found = self._put_together(name, read)
         if self.adapter is not None:
             found = self.adapter.merged(self.ties.get(name, (name,)), found).to(found.dtype)
@@ -203,6 +211,13 @@ class Checkpoint:
         return model.eval()
 
     @property
+    def hub_id(self) -> str | None:
+        """The id that the model has on the hub, if it lies in the hub's cache."""
+        parents = self.directory.absolute().parents if self.directory else ()
+        cached = len(parents) > 1 and parents[0].name == "snapshots" and parents[1].name.startswith("models--")
+        return parents[1].name.removeprefix("models--").replace("--", "/") if cached else None
+
+    @property
     def side_files(self) -> list[Path]:
         """The tokenizer's and other small files to take along, as they were when the model was opened."""
         taken = {*self.files.values(), (self.directory or Path()) / "config.json"}
@@ -246,14 +261,19 @@ def open_checkpoint(
     if isinstance(model, nn.Module):
         if adapter is not None:
             raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
-        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
+        plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
+        return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
     place = find_model(model) or download(str(model))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
     alone = not weights and place.is_dir() and has_config_alone(directory)
     files = (
-        {} if alone else index_tensors(place) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
+        NoFiles()
+        if alone
+        else index_tensors(place)
+        if place.is_dir()
+        else dict.fromkeys(read_header(place).entries, place)
     )
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
@@ -280,7 +300,9 @@ def open_checkpoint(
     notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
     said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
     dtype = float_dtype(config, entries)
-    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said), code, encoded, dtype)
+    computed = computed_tensors(built, sources)
+    found = (merged, tuple(said), code, encoded, dtype, computed)
+    return Checkpoint(directory, config, files, None, ties, sources, seen, *found)
 
 
 def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:

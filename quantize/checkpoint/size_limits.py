@@ -29,6 +29,10 @@ class TookTooLong(BaseException):
     """Raised in a thread by `limit_time`; no constructor takes it for an error of its own."""
 
 
+class NoFiles(dict[str, Path]):
+    """The files of a model that is known by its config alone."""
+
+
 @contextlib.contextmanager
 def bounded(files: Mapping[str, Path]) -> Iterator[None]:
     """Stop every constructor in the `with` block that makes far more than the files hold, or takes too long.
@@ -37,13 +41,12 @@ def bounded(files: Mapping[str, Path]) -> Iterator[None]:
     allocated, so build there first.
 
     Args:
-        files: tensor name → file; without any, as for a config that comes alone, the bounds are those of the largest
-            models that there are.
+        files: tensor name → file; `NoFiles` has the bounds of the largest models that there are.
 
     Raises:
         ValueError: it is raised within the constructor, which so cannot go on.
     """
-    if not files:
+    if isinstance(files, NoFiles):
         held = "the largest models"
         with (
             limit_registrations(LARGEST_PARTS, LARGEST_ELEMENTS, BUFFER_BYTES, held),

@@ -17,7 +17,7 @@ from quantize.artifact.verify import read_probe
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -101,7 +101,10 @@ def outputs_of(
         try:
             model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
-            raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
+            raise QuantizeError(
+                "transformers cannot load the checkpoint that was written; report the model and the recipe, of which "
+                "--verbose shows the error"
+            ) from error
         return first_outputs(model.eval(), own)
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from quantize.errors import UsageError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.basis import Bases, Basis
@@ -14,7 +15,7 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
-from quantize.pipeline.body import Body, reasons_in_float
+from quantize.pipeline.body import Body, nothing_left, reasons_in_float
 from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
 from quantize.quantizers import QUANTIZERS, Quantizer
@@ -85,12 +86,16 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     """Make the plan.
 
     Raises:
-        UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
+        UsageError: a pattern matches nothing, or all linears; a group size does not divide; or a pass is unknown or has
+            wrong settings.
     """
     linears = program.all_linears
     head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
     recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program.routers)
     schemes, skipped = select(recipe, linears, words)
+    reasons = reasons_in_float(program) | skipped
+    if not schemes:
+        raise UsageError(nothing_left(program, reasons))
     chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)
@@ -99,7 +104,6 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
             handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
-    reasons = reasons_in_float(program) | skipped
     steps = make_steps(handlers, program, chosen)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
     held = [*map(module_of, tables)]

@@ -23,6 +23,7 @@ from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
+from quantize.graph.random_numbers import drawing
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
@@ -63,14 +64,16 @@ def prepare(
     read: bool = True,
     judge: bool = True,
     tokenizer: Any = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
     Without `read` no weight is read, so wrong weights are not found, and a directory may hold a config alone. With
-    `judge` some rows are held back. A tokenizer of transformers takes the place of the one in the model's directory. A
-    LoRA adapter is merged into the weights. With `trust_remote_code` code of the model's own may run.
+    `judge` some rows are held back. A tokenizer of transformers takes the place of the one in the model's directory;
+    `text_column` is that of `read_source`. A LoRA adapter is merged into the weights. With `trust_remote_code` code of
+    the model's own may run.
     """
     start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code, weights=read)
     skeleton = checkpoint.skeleton()
@@ -79,20 +82,24 @@ def prepare(
     check_length(checkpoint.config, recipe)
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton, recipe.seqlen)
+    if drawn := drawing(program):
+        raise UsageError(
+            f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
+            "checked; give the part of it that draws none"
+        )
     plan = make_plan(recipe, program)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
+    vocabulary = program.vocabulary
     if checkpoint.is_config_alone and calibration is None and tokenize is None:
-        calibration = (
-            torch.arange(recipe.nsamples * recipe.seqlen).remainder(program.vocabulary).view(-1, recipe.seqlen)
-        )
-    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+        calibration = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
+    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
         generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
-        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
+        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)
         samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
 

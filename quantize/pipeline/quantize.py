@@ -18,7 +18,7 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
-from quantize.errors import UsageError
+from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running
 from quantize.pipeline.device import resolve_device
@@ -69,6 +69,12 @@ class Artifact:
         """Why the result may not be worth its calibration, as plain rounding is as near or was all there was; or ''."""
         return "; ".join(warnings(self.manifest))
 
+    def record(self) -> dict[str, Any]:
+        """Return what `summary` says as plain data: the directory, the digest, bytes, schemes, losses and warnings."""
+        names = ("digest", "bytes", "float_bytes", "schemes", "held_out")
+        found = {name: self.manifest[name] for name in names if name in self.manifest}
+        return {"directory": str(self.directory), **found, "warnings": warnings(self.manifest)}
+
     def summary(self) -> str:
         """Describe what was quantized and how, and in a second line what it lost on data that the run did not see."""
         body = self.manifest["body"]
@@ -97,6 +103,7 @@ def quantize_model(
     target: str | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     nsamples: int | None = None,
@@ -124,9 +131,11 @@ def quantize_model(
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
             it cannot execute is refused before the run.
-        calibration: a file of text, of rows or of tensors (docs/calibration.md); or texts, lists of ids, a tensor
-            [samples, ...], a tensor for each input, or batches of these; None takes the bundled prose.
+        calibration: a file of text, of rows or of tensors, a directory of `datasets`, or a data set of the hub
+            (docs/calibration.md); or texts, lists of ids, a tensor [samples, ...], a tensor for each input, or batches
+            of these; None takes the bundled prose.
         tokenizer: a tokenizer of transformers, for a module in memory; the artifact takes it along.
+        text_column: which column of the rows holds the text or the conversation; None finds it.
         adapter: the directory of a LoRA adapter of the model, which is merged into its weights while they are read.
         recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
             default recipe.
@@ -140,7 +149,7 @@ def quantize_model(
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
         console: the console that shows progress; None shows nothing.
         progress: show progress on the standard error stream, without a console of your own.
-        verbose: show the plan and the whole recipe as well.
+        verbose: show the plan and the whole recipe as well, and what other libraries say where something fails.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
@@ -155,6 +164,7 @@ def quantize_model(
     named = getattr(transformers, type(model).__name__, None)
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
     with (
+        own_words_shown(verbose and console is not None),
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):
@@ -164,6 +174,7 @@ def quantize_model(
             calibration,
             judge=stats is None,
             tokenizer=tokenizer,
+            text_column=text_column,
             adapter=adapter,
             trust_remote_code=trust_remote_code,
         )
@@ -195,13 +206,14 @@ def collect_stats(
     output: str | Path,
     recipe: Recipe,
     calibration: Calibration | None = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
     """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
 
     Args:
-        model, calibration, adapter, console: as in `quantize_model`.
+        model, calibration, text_column, adapter, console: as in `quantize_model`.
         output: a new file.
         recipe: a resolved recipe (`load_recipe`), which rounds without data and has one pass that asks for statistics.
 
@@ -210,7 +222,7 @@ def collect_stats(
         QuantizeError: the run failed.
     """
     check_prune(recipe, statistics=True)
-    given = prepare(model, recipe, calibration, judge=False, adapter=adapter)
+    given = prepare(model, recipe, calibration, judge=False, text_column=text_column, adapter=adapter)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)

@@ -23,7 +23,8 @@ from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.held_out_runs import HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
-from quantize.pipeline.serialization import contiguous
+from quantize.pipeline.run_figures import RunFigures
+from quantize.pipeline.serialization import contiguous, lay_out
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.stream_experts import ExpertStream, streamed
@@ -72,7 +73,9 @@ class SequentialPipeline:
                 "survey",
                 lambda: collect_global_statistics(self.checkpoint, self.program, self.plan, batches, context),
             )
-        self.pass_runner = PassRunner(self.program, self.plan, context, self.calibration, self.probes, surveys or {})
+        self.pass_runner = PassRunner(
+            self.program, self.plan, context, self.calibration, self.probes, surveys or {}, self.held_out
+        )
         self.rounder = WeightRounder(
             self.program, self.plan, context, self.calibration, self.float_reference, self.held_out
         )
@@ -107,6 +110,7 @@ class SequentialPipeline:
         block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
         self.held_out.run(segment, reference, plain, block.overrides())
+        self.held_out.note_block(segment, self.pass_runner.undone)
         del reference, plain
         self._make_contiguous()
         for linear, module in block.quantized.items():
@@ -145,10 +149,7 @@ class SequentialPipeline:
     def _make_contiguous(self) -> None:
         """Lay out the carried state as a run that is resumed after this block has it."""
         for _, runner, _ in self.runners():
-            for number, values in enumerate(runner.values):
-                laid_out = {node: contiguous(value) for node, value in values.items()}
-                if any(laid_out[node] is not value for node, value in values.items()):
-                    runner.values[number] = laid_out
+            lay_out(runner)
         sites = self.pass_runner.sites
         self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 
@@ -201,6 +202,7 @@ class SequentialPipeline:
                 self.held_out.rounded_plainly,
                 self.held_out.not_tuned,
                 self.held_out.rounded_without_data,
+                vars(self.held_out.figures),
             ],
             "expert_tokens": self.rounder.expert_tokens,
         }
@@ -211,7 +213,10 @@ class SequentialPipeline:
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         self.ties.left_out = state["left_out"]
         judged = self.held_out
-        judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data = state["held_out"]
+        judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data, figures = state[
+            "held_out"
+        ]
+        judged.figures = RunFigures(**figures)
         self.rounder.expert_tokens.update(state["expert_tokens"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
