@@ -144,8 +144,8 @@ FOUR: Settings = {"hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1]}
 RESNET: Settings = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}
 add(VISION, "swin", "SwinForImageClassification", image_size=32, patch_size=4, embed_dim=32, depths=[2, 2],
     num_heads=[2, 4], window_size=4)  # fmt: skip
-add(VISION, "convnext", "ConvNextForImageClassification", **FOUR)
-add(VISION, "convnextv2", "ConvNextV2ForImageClassification", **FOUR)
+add(VISION, "convnext", "ConvNextForImageClassification", image_size=32, **FOUR)
+add(VISION, "convnextv2", "ConvNextV2ForImageClassification", image_size=32, **FOUR)
 add(VISION, "segformer", "SegformerForSemanticSegmentation", **FOUR, num_attention_heads=[1, 2, 2, 4],
     decoder_hidden_size=64)  # fmt: skip
 add(VISION, "resnet", "ResNetForImageClassification", **RESNET)

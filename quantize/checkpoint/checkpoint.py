@@ -267,14 +267,10 @@ def open_checkpoint(
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
-    alone = not weights and place.is_dir() and has_config_alone(directory)
-    files = (
-        NoFiles()
-        if alone
-        else index_tensors(place)
-        if place.is_dir()
-        else dict.fromkeys(read_header(place).entries, place)
-    )
+    if place.is_file():
+        files = dict.fromkeys(read_header(place).entries, place)
+    else:
+        files = index_tensors(directory) if weights or not has_config_alone(directory) else NoFiles()
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
     seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})

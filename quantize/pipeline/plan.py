@@ -17,7 +17,14 @@ from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
 from quantize.pipeline.body import Body, nothing_left, reasons_in_float
 from quantize.pipeline.layer_schemes import resolve_ignore, select
-from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
+from quantize.pipeline.tables import (
+    choose_tables,
+    module_of,
+    outside_of_body,
+    scoring_linear,
+    set_apart,
+    tables_of_words,
+)
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
@@ -120,7 +127,7 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     )
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
-    body = Body.of(program, left, {*tables_of_words(program), *([head.weight, head.bias or ""] if head else [])})
+    body = Body.of(program, left, {*outside_of_body(program), *([head.weight, head.bias or ""] if head else [])})
     return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables)
 
 

@@ -275,6 +275,33 @@ def test_a_linear_whose_weight_the_model_reads_itself_is_left_alone(small_run):
     assert 0 < distance(load(artifact.directory, skeleton=ReadsTheWeight(always=True)), model) < 0.03
 
 
+class Asks(Chooses):
+    """Asks weights for their dtype and shape, one in a way that no answer can be given to that is no tensor."""
+
+    def __init__(self, slices=False):
+        super().__init__()
+        self.slices = slices
+
+    def forward(self, ids):
+        dtype = self.head.weight.dtype
+        read = self.blocks[0].up.weight[:1].mean() if self.slices else self.blocks[0].up.weight.shape[0]
+        return super().forward(ids).to(dtype) + read
+
+
+@pytest.mark.parametrize(("slices", "left"), [(False, set()), (True, {"head", "blocks.0.up"})])
+def test_a_weight_that_is_asked_for_its_dtype_alone_is_quantized(small_run, slices, left):
+    artifact = small_run(Asks(slices), "W8A8", recipe=RTN | {"ignore": []})
+    assert artifact.manifest["quantization"]["modules"].keys() == set(LINEARS) - left
+    assert load(artifact.directory, skeleton=Asks(slices))(TOKENS).isfinite().all()
+
+
+def test_tables_of_words_are_outside_of_the_body(small_run, module):
+    body = small_run(module(), "W8A8", recipe=RTN).manifest["body"]
+    words = 2 * 512 * 16  # the table and the linear that scores the vocabulary
+    assert body["parameters"] == sum(p.numel() for p in module().parameters()) - words
+    assert body["quantized"] == 4 * 48 * 16
+
+
 class ChangesItself(Chooses):
     """Holds its weights in bounds as it runs."""
 

@@ -107,6 +107,7 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
         segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
         output=output,
         export_error=export_error,
+        embeddings=frozenset(f"{path}.weight" for path, m in skeleton.named_modules() if isinstance(m, nn.Embedding)),
         ties=ties,
         model=model,
         paths=tuple(linears),
