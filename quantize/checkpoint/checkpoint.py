@@ -249,7 +249,8 @@ def open_checkpoint(
     """Find a model's parts without reading a weight.
 
     Args:
-        model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
+        model: a directory, which never touches a network; one file of weights beside its config; a hub id, perhaps
+            with `@` and a revision behind it; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         weights: whether a directory must have weights; otherwise a config alone is enough.
@@ -263,7 +264,7 @@ def open_checkpoint(
             raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
         plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
         return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
-    place = find_model(model) or download(str(model))
+    place = find_model(model) or download(*str(model).split("@"))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
