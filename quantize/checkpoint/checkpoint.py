@@ -237,7 +237,7 @@ class Checkpoint:
 def side_files(directory: Path) -> list[Path]:
     """List the tokenizer's and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
-    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
+    return [p for p in found if str(p) not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
 def open_checkpoint(
