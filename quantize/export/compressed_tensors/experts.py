@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from quantize.checkpoint.key_mapping import linears_in_files, stored_name
-from quantize.export.compressed_tensors.format import held_schemes, storage
+from quantize.export.compressed_tensors.format import storage
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
@@ -29,19 +29,19 @@ def expert_linears(outline: Outline) -> dict[str, dict[str, Tensor]]:
 
 def unplaced_experts(outline: Outline) -> Iterator[tuple[str, str]]:
     """Yield what no reader of the format has a place for, each with what to quantize with instead."""
-    stacks, schemes = expert_linears(outline), held_schemes(outline)
+    stacks, schemes = expert_linears(outline), outline.schemes()
     if not stacks:
         return
     if whole := sorted(path for path, linears in stacks.items() if not linears):
         cls = outline.config["architectures"][0]
         yield f"{whole[0]}, which checkpoints of {cls} hold as one tensor", "--ignore 're:.*experts.*'"
     others = [name for name, p in outline.skeleton.named_parameters() if p.dim() == 3 and name not in stacks]
-    found = {schemes.get(path) for path in stacks}
+    found = {schemes[path] for path in stacks}
     if len(found) > 1 or any(linears_in_files(outline.skeleton, name, False) for name in others):
         yield "experts of several schemes or group sizes", "one scheme and one --group-size for all experts"
     for scheme in found:
-        if scheme is None or get_format(scheme.weights.format).has_global_scale:
-            yield "experts of W8A16 or NVFP4", "an entry of [[layers]] that gives the experts W8A8"
+        if get_format(scheme.weights.format).has_global_scale:
+            yield "experts of NVFP4", "an entry of [[layers]] that gives the experts W8A8"
         elif not scheme.weights.symmetric:
             yield "experts with zero points", "`symmetric = true` in [weights]"
 

@@ -100,8 +100,7 @@ REFUSED = [
         "several schemes or group sizes; quantize with one",
     ),
     (W8A8 | {"weights": {"num_bits": 8, "symmetric": False}}, {}, "zero points; quantize with `symmetric = true`"),
-    ({"weights": {"num_bits": 8}}, {}, "experts of W8A16 or NVFP4; quantize with an entry"),
-    ({"weights": NVFP4 | {"group_size": 16}, "activations": NVFP4}, {}, "experts of W8A16 or NVFP4"),
+    ({"weights": NVFP4 | {"group_size": 16}, "activations": NVFP4}, {}, "experts of NVFP4; quantize with an entry"),
 ]
 
 
