@@ -21,7 +21,7 @@ from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plai
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
 from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
-from quantize.checkpoint.safetensors_reader import DTYPES, read_header
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.sources import find_encoded
 from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
@@ -116,6 +116,18 @@ class Checkpoint:
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
         return found if self.adapter is None else self.adapter.merged(names, found).to(found.dtype)
+
+    def float_rows(self, name: str, count: int) -> Tensor:
+        """Read some entries of the first axis, evenly spread, in float32; it raises what `tensor` raises."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        merges = self.adapter is not None or (stored is not None and self.sources[stored].converter is not None)
+        if stored is None or merges or self.is_encoded(name):
+            whole = self.float_tensor(name)
+            return whole[:: max(1, len(whole) // count)]
+        part = self.sources[stored].names[0]
+        path = self._file(part)
+        total = read_header(path).entries[part].shape[0]
+        return torch.cat([read_rows(path, part, i, 1).float() for i in range(0, total, max(1, total // count))])
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases, find_bases
@@ -19,7 +20,7 @@ from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
-from quantize.scheme.scheme import TABLE_SCHEME, Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Plan:
         tables: the names of the tables of words that are held in 8 bits.
         skipped: the parameters that are not quantized, each with the reason.
         body: what share of the model is quantized.
+        kept: the paths of linears whose weights lie on a grid already and are kept as they are.
+        note: what was found of such grids, and what becomes of them; '' if none was found.
     """
 
     recipe: Recipe
@@ -61,6 +64,8 @@ class Plan:
     skipped: dict[str, str]
     body: Body
     tables: tuple[str, ...] = ()
+    kept: frozenset[str] = frozenset()
+    note: str = ""
 
     @functools.cached_property
     def default_scheme(self) -> Scheme:
@@ -81,8 +86,14 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, program: Program) -> Plan:
+def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = MappingProxyType({})) -> Plan:
     """Make the plan.
+
+    Args:
+        recipe: the recipe.
+        program: the program.
+        grids: the path of each linear whose weight lies on a grid of its format → the group size of the grid, 0 for
+            rows. If the linear's groups fit the grid it is kept: no pass changes its weight.
 
     Raises:
         UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
@@ -100,7 +111,8 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
     reasons = reasons_in_float(program) | skipped
-    steps = make_steps(handlers, program, chosen)
+    kept = frozenset(path for path, size in grids.items() if path in schemes and grid_fits(size, schemes[path].weights))
+    steps = make_steps(handlers, program, chosen, kept)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
     held = [*map(module_of, tables)]
     if head and with_head:
@@ -117,12 +129,17 @@ def make_plan(recipe: Recipe, program: Program) -> Plan:
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
     body = Body.of(program, left, {*tables_of_words(program), *([head.weight, head.bias or ""] if head else [])})
-    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables)
+    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, kept)
+
+
+def grid_fits(size: int, args: WeightArgs) -> bool:
+    """Return whether groups of weights lie within the groups of a grid, of which 0 are whole rows."""
+    return not size or bool(args.group_size and size % args.group_size == 0)
 
 
 def changed_by(steps: Iterable[Step]) -> set[str]:
     """Return the names of the parameters that passes change, which then differ from what they were tied to."""
-    return {edge.parameter for step in steps for b in step.sites for edge in (*b.writers, *b.readers)}
+    return {name for step in steps for basis in step.sites for name in changing(basis)}
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
@@ -130,40 +147,54 @@ def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
 
 
-def make_steps(handlers: list[Pass], program: Program, linears: list[Linear]) -> tuple[Step, ...]:
-    """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it."""
-    steps, folded = [], frozenset[str]()
+def make_steps(handlers: list[Pass], program: Program, linears: list[Linear], kept: frozenset[str]) -> tuple[Step, ...]:
+    """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it.
+
+    The weights of the linears `kept`, given by path, stay as they are.
+    """
+    steps, folded, untouched = [], frozenset[str](), frozenset(x.weight for x in linears if x.path in kept)
     for handler in handlers:
-        step = make_step(handler, find_bases(program, folded), program, linears)
-        step = replace(step, sites=freeing(step.sites, program)) if handler.folds_gains else step
+        step = make_step(handler, find_bases(program, folded), program, linears, untouched)
+        step = replace(step, sites=freeing(step.sites, program, untouched)) if handler.folds_gains else step
         steps.append(step)
         if handler.folds_gains:
             folded |= {basis.gain.parameter for basis in step.sites if basis.gain}
     return tuple(steps)
 
 
-def freeing(sites: Iterable[Basis], program: Program) -> tuple[Basis, ...]:
+def freeing(sites: Iterable[Basis], program: Program, untouched: frozenset[str]) -> tuple[Basis, ...]:
     """Return those of some bases behind norm gains whose folding lets rotations through the norm.
 
     Elsewhere a gain does more good where it is: it mostly is small for massive channels, which otherwise reach what
     reads the norm (Gemma 3, whose residual stream admits no rotation, is nearer to the float model by RTN without).
     """
     rotatable = (b for b in admissible_bases(program) if AllowedTransforms.CENTRED_ORTHOGONAL in b.allowed)
-    freed = {gain for basis in rotatable for gain in basis.gains}
+    freed = {gain for basis in rotatable if not untouched & changing(basis) for gain in basis.gains}
     return tuple(basis for basis in sites if basis.gain and basis.gain.parameter in freed)
 
 
-def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear]) -> Step:
-    """Return one pass with its sites; if it needs statistics, only sites that quantized linears read."""
-    quantized, sites = {linear.weight for linear in linears}, handler.sites(bases.all)
+def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear], untouched: frozenset[str]) -> Step:
+    """Return one pass with its sites; if it needs statistics, only sites that quantized linears read.
+
+    The parameters `untouched` are changed neither by the pass nor by what it puts in front of a linear.
+    """
+    quantized = {linear.weight for linear in linears}
+    sites = tuple(basis for basis in handler.sites(bases.all) if not untouched & changing(basis))
     spanning: tuple[Basis, ...] = ()
     if handler.needs is not None:
         sites = tuple(b for b in sites if quantized & reading(b))
         spanning = tuple(b for b in sites if not in_one_segment(b, program.segments))
         sites = sites if handler.cross_block else tuple(b for b in sites if b not in spanning)
     surveyed = frozenset[str]().union(*map(reading, spanning if handler.cross_block else ()))
-    online = (x.path for x in linears if handler.transforms_input(bases.reading(x.weight), x.columns))
+    absorbs = handler.legal is not AllowedTransforms.NONE  # what goes in front of a linear, into its weight
+    inputs = (x for x in linears if not (absorbs and x.weight in untouched))
+    online = (x.path for x in inputs if handler.transforms_input(bases.reading(x.weight), x.columns))
     return Step(handler, bases, sites, tuple(dict.fromkeys(online)), surveyed)
+
+
+def changing(basis: Basis) -> frozenset[str]:
+    """Return the names of the parameters that a transform of a basis changes."""
+    return frozenset(edge.parameter for edge in (*basis.writers, *basis.readers))
 
 
 def reading(basis: Basis) -> frozenset[str]:
@@ -173,5 +204,4 @@ def reading(basis: Basis) -> frozenset[str]:
 
 def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:
     """Return whether one block holds all parameters of a basis, so that its statistics are known in time."""
-    names = {edge.parameter for edge in (*basis.writers, *basis.readers)}
-    return any(names <= set(segment.parameters) for segment in segments)
+    return any(changing(basis) <= set(segment.parameters) for segment in segments)

@@ -190,6 +190,7 @@ class SequentialPipeline:
                 self.held_out.rounded_without_data,
             ],
             "expert_tokens": self.rounder.expert_tokens,
+            "kept": self.rounder.kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,6 +201,7 @@ class SequentialPipeline:
         judged = self.held_out
         judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data = state["held_out"]
         self.rounder.expert_tokens.update(state["expert_tokens"])
+        self.rounder.kept.extend(state["kept"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}
