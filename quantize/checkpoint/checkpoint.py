@@ -22,7 +22,7 @@ from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_
 from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
-from quantize.checkpoint.sources import find_encoded
+from quantize.checkpoint.sources import find_encoded, gguf
 from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
@@ -147,9 +147,14 @@ class Checkpoint:
 
     def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
         """Read a tensor by the name that it has in the files, or would have there as floats."""
-        if name in self.encoded:
-            return self.encoded[name].read(name, lambda part: read_tensor(self._file(part), part))
-        return read(self._file(name), name)
+        if name not in self.encoded:
+            return read(self._file(name), name)
+        return self.encoded[name].read(name, self._stored)
+
+    def _stored(self, part: str) -> Tensor:
+        """Read a part as it is stored, or in float32 from a GGUF file."""
+        path = self._file(part)
+        return gguf.read_floats(path, part) if path.suffix == gguf.SUFFIX else read_tensor(path, part)
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -208,18 +213,27 @@ def open_checkpoint(
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
-    files = index_tensors(directory) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
+    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
+    files = (
+        index_tensors(directory)
+        if place.is_dir()
+        else dict.fromkeys(gguf.places(place) if is_gguf else read_header(place).entries, place)
+    )
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
     seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
     _, settings = split_settings(read_json(directory / "config.json"), directory)
-    entries = {name: entry for path in sorted(set(files.values())) for name, entry in read_header(path).entries.items()}
-    encoded = {} if settings is None else find_encoded(settings, entries, str(directory))
+    headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
+    entries = {name: entry for header in headers for name, entry in header.items()}
+    encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
     parts = {part for found in encoded.values() for part in found.parts.values()}
     stored = {name: path for name, path in files.items() if name not in parts}
     floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
-    config, _ = split_settings(read_config(directory, floats), directory)
+    config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
     built = build_on_meta(config, files, code)
+    if is_gguf:
+        encoded = gguf.find(place, built)
+        floats = dict.fromkeys(encoded, place)
     names = plain_names(built, floats)
     sources = map_keys(built, names)
     plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
