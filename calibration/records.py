@@ -38,6 +38,23 @@ def ids_of(record: Any, tokenize: Tokenize | None, source: str) -> list[int]:
     return integers(record, source)
 
 
+def of_column(record: Any, column: str, source: str) -> Any:
+    """Return a record of one of its columns alone, which holds a text or a list of messages.
+
+    Raises:
+        UsageError: the record has no such column, or something else is in it.
+    """
+    if not isinstance(record, Mapping) or column not in record:
+        names = ", ".join(map(str, record)) if isinstance(record, Mapping) else "no columns"
+        raise UsageError(f"{source} has rows of {names}; give one of these as --text-column, not {shown(column)}")
+    value = record[column]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
+        return {MESSAGES: value}
+    raise UsageError(f"{source} has {shown(value)} in the column {shown(column)}; name a column of texts or messages")
+
+
 def text_of(record: Mapping[str, Any], source: str) -> str:
     """Return the text of a record.
 
@@ -47,7 +64,9 @@ def text_of(record: Mapping[str, Any], source: str) -> str:
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
     if TEXT not in texts and len(texts) != 1:
         names = ", ".join(map(str, record)) or "nothing"
-        raise UsageError(f"{source} has rows of {names}; call one of them text, messages or input_ids")
+        raise UsageError(
+            f"{source} has rows of {names}; call one of them text, messages or input_ids, or give --text-column"
+        )
     return texts[TEXT] if TEXT in texts else next(iter(texts.values()))
 
 

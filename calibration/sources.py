@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import Row, Samples, spread
-from quantize.calibration.records import IDS, ids_of
-from quantize.calibration.table_files import holds_records, read_records
+from quantize.calibration.data_sets import records_of
+from quantize.calibration.records import IDS, ids_of, of_column
+from quantize.calibration.table_files import READERS, holds_records
 from quantize.calibration.tensor_samples import check_shapes, check_values, described, read_calibration, sample
-from quantize.checkpoint.paths import require_file
+from quantize.checkpoint.paths import is_data_set, require_data
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
@@ -31,31 +32,35 @@ def read_source(
     limit: int,
     tokenize: Tokenize | None,
     vocabulary: int,
+    text_column: str | None = None,
 ) -> Samples:
     """Read the samples for a model; without data they are windows of the bundled prose.
 
     Args:
-        data: a file; or texts, lists of ids, a tensor [samples, ...], a tensor for each input, or batches of these as a
-            data loader gives them. What an `attention_mask` leaves out is removed, so that padding counts nowhere.
+        data: a file, a directory of `datasets`, or a data set of the hub; or texts, lists of ids, a tensor
+            [samples, ...], a tensor for each input, or batches of these as a data loader gives them. What
+            an `attention_mask` leaves out is removed, so that padding counts nowhere.
         inputs: the inputs that the model takes.
         seqlen: the number of tokens at which a row is cut.
         limit: the largest number of rows: spread evenly over a list or tensor, the first ones of other iterables.
         tokenize, vocabulary: as in `read_samples`.
+        text_column: the name of what is used of each record, a text or a conversation; None finds it.
 
     Raises:
-        UsageError: the model does not take such data, or needs a tokenizer that it does not have.
+        UsageError: there is no such column, or the model does not take such data, or needs a tokenizer that it does
+            not have.
         QuantizeError: the data hold too little.
     """
     if data is None or isinstance(data, str | Path):
         path = None if data is None else Path(data)
-        if path is not None:
-            require_file(path)
-        if path is None or not holds_records(path):
+        if path is None or not is_table(path, text_column):
             return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
         source = str(path)
-        records = [sample for item in read_records(path, limit) for sample in samples_in(item, inputs)]
+        records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
     else:
         source, records = IN_MEMORY, records_in(data, inputs, limit)
+    if text_column is not None:
+        records = [of_column(record, text_column, source) for record in records]
     rows = [row_of(record, inputs, seqlen, tokenize, source) for record in records]
     rows = [row for row in rows if all(len(x) > 1 or x.is_floating_point() for x in row.values())]
     if not rows:
@@ -63,6 +68,20 @@ def read_source(
     for row in rows:
         check_values(source, row, vocabulary)
     return Samples(tuple(rows), sha256_of(rows))
+
+
+def is_table(path: Path, text_column: str | None) -> bool:
+    """Return whether data are read record by record.
+
+    Raises:
+        UsageError: there are no such data, or they have no columns for `text_column`.
+    """
+    require_data(path)
+    if path.is_dir() or is_data_set(str(path)):
+        return True
+    if text_column is not None and path.suffix not in READERS:
+        raise UsageError(f"{path} has no columns, of which --text-column could name one; leave it out")
+    return text_column is not None or holds_records(path)
 
 
 def records_in(data: Any, inputs: Mapping[str, Input], limit: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Calibration data lie in tables and lists: .parquet, .csv, .json, conversations in .jsonl, and tensors in .pt."""
+"""Calibration data lie in tables and lists: .parquet, .arrow, .csv, .json, conversations in .jsonl, tensors in .pt."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.calibration.data import spread
 from quantize.calibration.records import MASK, MESSAGES
 from quantize.checkpoint.untrusted_files import parse_json
 from quantize.errors import QuantizeError, UsageError, reason
 
-SPREAD_OVER = 16  # times as many records as are asked for are read, and taken from evenly
 LARGEST = 1 << 28  # bytes of a .json or .pt file, which is read whole
 LONGEST_CELL = 1 << 24  # characters
 
@@ -30,17 +28,17 @@ def holds_records(path: Path) -> bool:
     return f'"{MESSAGES}"'.encode() in first or f'"{MASK}"'.encode() in first
 
 
-def read_records(path: Path, limit: int) -> list[Any]:
-    """Return at most `limit` records, evenly spread over the beginning of a file.
+def read_records(path: Path) -> Iterator[Any]:
+    """Yield the records of a file.
 
     Raises:
-        UsageError: there is no such file, or a package to read it is missing.
+        UsageError: the file is too large to be read whole, or a package to read it is missing.
         QuantizeError: the file is damaged or holds something else.
     """
     if path.suffix in (".json", ".pt") and path.stat().st_size > LARGEST:
         raise UsageError(f"{path} has more than {LARGEST:,} bytes; give .parquet, .jsonl or .safetensors")
     try:
-        return list(spread(list(itertools.islice(READERS[path.suffix](path), SPREAD_OVER * limit)), limit))
+        yield from READERS[path.suffix](path)
     except QuantizeError:
         raise
     except Exception as error:  # the readers of other packages raise anything
@@ -52,10 +50,33 @@ def read_parquet(path: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UsageError(f"{path} needs the package pyarrow; install it, or give .jsonl or .csv") from None
+        raise missing_package(path) from None
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=256):
             yield from batch.to_pylist()
+
+
+def read_arrow(path: Path) -> Iterator[Any]:
+    """Yield the rows of an Arrow file, as `datasets` saves them, as dicts, without reading it whole."""
+    try:
+        import pyarrow.ipc
+    except ImportError:
+        raise missing_package(path) from None
+    with pyarrow.OSFile(str(path)) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            reader = pyarrow.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = iter(pyarrow.ipc.open_stream(file))
+        for batch in batches:
+            yield from batch.to_pylist()
+
+
+def missing_package(path: Path) -> UsageError:
+    """Return the error for a file of columns without the package that reads it."""
+    return UsageError(f"{path} needs the package pyarrow; install it, or give .jsonl or .csv")
 
 
 def read_csv(path: Path) -> Iterator[Any]:
@@ -96,6 +117,7 @@ def read_tensors(path: Path) -> Iterator[Any]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {
+    ".arrow": read_arrow,
     ".csv": read_csv,
     ".json": read_json_list,
     ".jsonl": read_jsonl_records,

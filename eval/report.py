@@ -11,14 +11,13 @@ from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantize.artifact.load import load, read_manifest
+from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import PROBE
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
-from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
+from quantize.eval.loading import load_any
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
@@ -40,7 +39,7 @@ def evaluate(
     """Measure a model or artifact.
 
     Args:
-        directory: an artifact, or a float model.
+        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
         against: the float model to compare with; None leaves the comparison out.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
         seqlen: the number of tokens in a window.
@@ -110,22 +109,6 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
     if not isinstance(model, PreTrainedModel):
         return False, 0
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
-
-
-def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
-    """Load an artifact with an engine, or a float model in float32.
-
-    Raises:
-        UsageError: there is neither, as in an export to another runtime.
-    """
-    if (Path(model) / "manifest.json").is_file() and not is_float(Path(model)):
-        return load(model, engine=engine, trust_remote_code=trust_remote_code)
-    return open_checkpoint(model, trust_remote_code=trust_remote_code).load()
-
-
-def is_float(directory: Path) -> bool:
-    """Return whether a directory with a manifest is an export of floats, which is a model like any other."""
-    return read_json(directory / "manifest.json").get("format") == "safetensors-float"
 
 
 def stored_bytes(directory: Path) -> int:

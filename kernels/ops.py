@@ -27,6 +27,7 @@ from quantize.kernels.reference import (
 )
 from quantize.kernels.runtime_smooth import runtime_smooth_linear, smooth_scales
 from quantize.kernels.smooth_linear import smooth_linear, smooth_prepack, tile_columns
+from quantize.kernels.weight_only_linear import SMALLEST_STEP, step_of, weight_only_linear
 
 __all__ = [
     "PackedWeight",
@@ -45,6 +46,7 @@ __all__ = [
     "gemm",
     "has_kernel",
     "has_smooth_kernel",
+    "has_weight_only_kernel",
     "linear_with_int8_backward",
     "nvfp4_global_scale",
     "on_kernels",
@@ -62,6 +64,7 @@ __all__ = [
     "smooth_scales",
     "unpack_fp4",
     "unpack_int4",
+    "weight_only_linear",
 ]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -143,6 +146,11 @@ def has_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
     columns = x.shape[-1]
     group_size = columns // groups if groups > 1 else 0
     return on_kernels(x) and supported(columns, group_size, num_bits)
+
+
+def has_weight_only_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
+    """Return whether a kernel multiplies activations x [..., K], as they are, by weights of `num_bits` in groups."""
+    return on_kernels(x) and num_bits in (4, 8) and step_of(x.shape[-1], groups) >= SMALLEST_STEP
 
 
 def packed_linear(

@@ -102,6 +102,17 @@ class Ours:
         return Product(M, N, K, self.weight_bits, 16 if self.quantizes else 8, 8, self.group_size)
 
 
+def weight_only_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
+    """Multiply bf16 activations by integers of 4 bits with zero points in groups, as they are stored."""
+    q, x = integers(N, K, bits=4, rng=rng), floats(M, K, rng=rng)
+    scale = torch.rand(N, K // GROUP, generator=rng, device=rng.device) + 0.5
+    zero_point, data = integers(N, K // GROUP, bits=4, rng=rng), ops.pack_int4(q)
+    return Case(
+        lambda: ops.weight_only_linear(x, data, scale, zero_point, None, 4),
+        lambda: x.double() @ ops.dequantize(q, scale, zero_point).double().T,
+    )
+
+
 NATIVE = Config(128, 128, 256, num_warps=8, num_stages=3, variant="native", asm=True)
 
 
@@ -141,6 +152,7 @@ def contenders(device: torch.device) -> Iterator[Contender]:
     yield Contender("int8", lambda M, N, K: Product(max(M, SMALLEST_INT_MM), N, K, 8, 8, 8), int8_case, 0.0)
     for name, ours in OURS.items():
         yield Contender(name, ours.product, ours.case)
+    yield Contender("W4A16 g128", lambda M, N, K: Product(M, N, K, 4, 16, 16, GROUP, scale_bytes=5), weight_only_case)
     for name, experts in EXPERTS.items():
         yield Contender(name, experts.product, experts.case)
     if architecture(device) in INT4_ARCHITECTURES:

@@ -12,14 +12,26 @@ from torch import Tensor
 from benchmarks.kernel_budgets.compile_ahead import ARCHITECTURES
 from benchmarks.kernel_budgets.entries import INT8, LAYOUTS, LOGIC, Entry, K, M, N, configurations
 from benchmarks.kernel_budgets.meta_operands import meta, meta_activations, meta_weight
-from quantize.kernels import experts, fp4_gemm, fp4_linear, fp4_quantizer, smooth_gemm, smooth_maxima, token_quantizer
+from quantize.kernels import (
+    experts,
+    fp4_gemm,
+    fp4_linear,
+    fp4_quantizer,
+    smooth_gemm,
+    smooth_maxima,
+    token_quantizer,
+    weight_only_gemm,
+)
 from quantize.kernels.config import Config
 from quantize.kernels.fp4_quantizer import Fp4Activations
 from quantize.kernels.prologue import Prologue
+from quantize.kernels.weight_only_linear import choose_config
 
 EXPERTS = 8
 NO_MMA = r""
 HALF_MMA = r"HMMA\.16816\.F32\.BF16|v_mfma_f32_\w+_bf16(_1k)?"  # of a Hadamard matrix with bf16
+FLOAT_MMA = rf"{HALF_MMA}|HGMMA\.64x\d+x16\.F32\.BF16|UTCHMMA\S*"
+FLOAT_LOGIC = 16.0  # a nibble is shifted into the mantissa of a float, and its neighbours are put beside it
 FP4_MMA = {"sm_100": r"UTCOMMA\S*", "sm_120": r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.\S+"}
 SMOOTH_LOGIC = 3.2  # weights become 16 · w
 
@@ -29,6 +41,7 @@ def others() -> Iterator[Entry]:
     for arch in ARCHITECTURES:
         yield from quantizers(arch)
         yield from smooth(arch)
+        yield from (weight_only(tokens, arch) for tokens in (16, M))
         yield from (expert_product(scheme, arch) for scheme in ("w8a8", "w4a8", "w4a4", "w4a8g"))
     for arch in FP4_MMA:
         yield from fp4(arch)
@@ -63,6 +76,18 @@ def smooth(arch: str) -> Iterator[Entry]:
             qx, data, scale, None, True, order, meta(K, dtype=torch.float32), 128, False, None, torch.bfloat16, config
         ),
         config.block_n * 128, re.compile(INT8[arch]), SMOOTH_LOGIC, scales=True,
+    )  # fmt: skip
+
+
+def weight_only(tokens: int, arch: str) -> Entry:
+    """Return the product of activations in bfloat16 and 4-bit weights in groups of 128 with zero points."""
+    config = choose_config(tokens, K, N, K // 128)
+    x, data = meta(tokens, K, dtype=torch.bfloat16), meta(N, K // 2, dtype=torch.uint8)
+    scale, zero_point = meta(N, K // 128, dtype=torch.float32), meta(N, K // 128, dtype=torch.int8)
+    return Entry(
+        f"w4a16 {config.block_m}x{config.block_n}", arch,
+        lambda: weight_only_gemm.launch(x, data, scale, zero_point, None, 4, config),
+        config.block_n * config.block_k, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
     )  # fmt: skip
 
 

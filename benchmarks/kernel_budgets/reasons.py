@@ -19,6 +19,14 @@ REASONS = (  # kernel, GPU, reason; the first match counts
         "16 tokens of one group are 1 KB, 8 bytes for each of the 128 threads; two groups at once would be two sums",
     ),
     (
+        r"w4a16 64x128", r"sm_(80|89|120)",
+        "warps stand two by two, so two of them unpack each weight",
+    ),
+    (
+        r"w4a16 .*", r"gfx942",
+        "a step has 64 columns, 128 bytes of a token, of which each of 16 lanes takes 8",
+    ),
+    (
         r"w4a[48] .*", r"gfx942",
         "waves stand two by two, so two of them unpack each weight",
     ),

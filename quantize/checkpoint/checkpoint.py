@@ -169,6 +169,13 @@ class Checkpoint:
         return model.eval()
 
     @property
+    def hub_id(self) -> str | None:
+        """The id that the model has on the hub, if it lies in the hub's cache."""
+        parents = self.directory.absolute().parents if self.directory else ()
+        cached = len(parents) > 1 and parents[0].name == "snapshots" and parents[1].name.startswith("models--")
+        return parents[1].name.removeprefix("models--").replace("--", "/") if cached else None
+
+    @property
     def side_files(self) -> list[Path]:
         """The tokenizer's and other small files to take along, as they were when the model was opened."""
         taken = {*self.files.values(), (self.directory or Path()) / "config.json"}

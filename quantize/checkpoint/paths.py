@@ -11,6 +11,8 @@ from quantize.errors import UsageError, shown
 ADAPTER = "adapter_config.json"
 LARGEST_ADAPTER_CONFIG = 1 << 20  # bytes
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
+FILES_OF_DATA_SETS = (".arrow", ".parquet")
 FILES_OF_MODELS = {
     ".gguf": "is a GGUF file, and no config.json lies beside it; put the float model's there, and its tokenizer",
     ".onnx": "is an exported model; give the directory of the model that it was made of",
@@ -84,6 +86,44 @@ def require_file(path: Path) -> None:
         raise UsageError(f"{path} is a directory; give one file")
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
+
+
+def require_data(path: Path) -> None:
+    """Check that calibration data exist, unless they may be a data set of the hub.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if path.is_dir():
+        data_files(path)
+    elif not is_data_set(str(path)):
+        require_file(path)
+
+
+def data_files(directory: Path) -> list[Path]:
+    """Return the files of a data set as `datasets` writes it, those of its part for training if it has one.
+
+    Raises:
+        UsageError: there are none, or one is a link out of the directory.
+    """
+    files = [path for path in sorted(directory.rglob("*")) if path.suffix in FILES_OF_DATA_SETS]
+    files = [path for path in files if not path.name.startswith("cache-")]  # what `datasets` has computed from others
+    files = [path for path in files if "train" in str(path.relative_to(directory))] or files
+    if not files:
+        raise UsageError(
+            f"{directory} holds no {' and no '.join(FILES_OF_DATA_SETS)} files; give a directory of `datasets`, or "
+            "one file"
+        )
+    for path in files:
+        if not path.is_file() or not path.resolve().is_relative_to(directory.resolve()):
+            raise UsageError(f"{path} is a link out of the directory; put the file itself there")
+    return files
+
+
+def is_data_set(name: str) -> bool:
+    """Return whether a name is that of a data set on the hub, and not of a file that is missing here."""
+    path = Path(name)
+    return bool(DATA_SET.fullmatch(name)) and not path.exists() and not path.parent.is_dir()
 
 
 def require_new(output: Path) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 import click
 from click_default_group import DefaultGroup
 
-from quantize.cli.artifacts import merge_stats, run, verify
+from quantize.cli.artifacts import merge_stats, report, run, verify
 from quantize.cli.listings import completion, recipes, schemes
 from quantize.cli.measure import evaluate, inspect
 from quantize.cli.quantize import quantize
@@ -25,7 +25,7 @@ options.
 commands: click.Group = DefaultGroup(
     default="quantize",
     help=HELP,
-    commands=[quantize, merge_stats, inspect, evaluate, export, run, verify, recipes, schemes, completion],
+    commands=[quantize, merge_stats, inspect, evaluate, export, run, verify, report, recipes, schemes, completion],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(package_name="quantize-model")(commands)

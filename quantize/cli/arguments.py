@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import find_model, require_file, require_new
+from quantize.checkpoint.paths import find_model, require_data, require_new
 from quantize.recipe.shipped import require_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
@@ -47,7 +47,7 @@ def check_run(
     if recipe is not None:
         require_recipe(recipe)
     if calibration is not None:
-        require_file(calibration)
+        require_data(calibration)
     if output is not None:
         require_new(output)
     if scheme is not None:

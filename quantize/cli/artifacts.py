@@ -1,4 +1,4 @@
-"""The commands `quantize-model merge-stats`, `run` and `verify`."""
+"""The commands `quantize-model merge-stats`, `run`, `verify` and `report`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import require_directory
+from quantize.checkpoint.paths import require_directory, require_new
 from quantize.cli.arguments import PATH, TRUST
 
 
@@ -70,3 +70,19 @@ def verify(directory: Path, digest: str | None, trust_remote_code: bool) -> None
         f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
         f"digest {found['digest']}"
     )
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("-o", "--output", type=PATH, help="A new file for the page.  [default: report.html in the artifact]")
+def report(directory: Path, output: Path | None) -> None:
+    """Write the page that shows what was done to an artifact, and what it cost.
+
+    A run writes it into the artifact already; this makes it again from the manifest.
+    """
+    require_directory(directory, "artifact")
+    if output is not None:
+        require_new(output)
+    from quantize.artifact.report.write import write_page
+
+    click.echo(f"{write_page(directory, output)}: open it in a browser")

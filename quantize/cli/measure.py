@@ -55,12 +55,20 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 @click.option(
     "--text",
     type=PATH,
-    required=True,
     help="The text to measure on: .txt or .jsonl for language models, .tsv with scored pairs of sentences "
     "for encoders.",
 )
 @click.option(
-    "--nsamples", type=click.IntRange(1), help="The number of windows, spread evenly over the text.  [default: all]"
+    "--tasks",
+    multiple=True,
+    metavar="TASK",
+    help="In place of a text: tasks of lm-evaluation-harness, separated by commas, by name or as YAML files. May be "
+    "given several times.",
+)
+@click.option(
+    "--nsamples",
+    type=click.IntRange(1),
+    help="The number of windows, spread evenly over the text, or of a task's documents.  [default: all]",
 )
 @click.option(
     "--seqlen", type=click.IntRange(2), default=256, show_default=True, help="The number of tokens in a window."
@@ -78,7 +86,8 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 def evaluate(
     directory: Path,
     against: str | None,
-    text: Path,
+    text: Path | None,
+    tasks: tuple[str, ...],
     nsamples: int | None,
     seqlen: int,
     engine: Engine,
@@ -86,8 +95,20 @@ def evaluate(
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Measure a model or an artifact on a text."""
+    """Measure a model or an artifact on a text, or on tasks.
+
+    DIRECTORY is an artifact, a float model, or a checkpoint of compressed-tensors.
+    """
+    if (text is None) is not bool(tasks) or (kurtosis and text is None):
+        raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
     require_directory(directory, "artifact")
+    if text is None:
+        from quantize.eval.report import scores_table
+        from quantize.eval.tasks import evaluate_tasks
+
+        names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+        found = evaluate_tasks(directory, against, names, nsamples, engine)
+        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)
     if kurtosis:
         from quantize.eval.report import kurtosis_report
@@ -99,4 +120,4 @@ def evaluate(
     from quantize.eval.report import scores_table
 
     scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
-    click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
+    return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

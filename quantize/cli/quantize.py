@@ -34,9 +34,11 @@ from quantize.recipe.targets import TARGETS
 @click.option(
     "--calibration",
     type=PATH,
-    help="The data to calibrate on: text (.txt); rows of text, messages or input_ids (.jsonl, .json, .csv, .parquet); "
-    "or tensors (.safetensors, .pt).  [default: bundled prose]",
+    help="The data to calibrate on: text (.txt); rows of text, messages or input_ids (.jsonl, .json, .csv, .parquet, a "
+    "directory of datasets, or owner/name of a data set on the hub); or tensors (.safetensors, .pt).  "
+    "[default: bundled prose]",
 )
+@click.option("--text-column", metavar="NAME", help="Which column of the rows holds the text or the messages.")
 @click.option(
     "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
 )
@@ -77,6 +79,13 @@ from quantize.recipe.targets import TARGETS
     is_flag=True,
     help="Say what the run would do and what it would take; the first block is run to measure the time.",
 )
+@click.option(
+    "--progress",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="For whom progress is: a person (standard error), or a program (one JSON object a line, standard output).",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the plan and the whole recipe before the run begins.")
 def quantize(
@@ -86,6 +95,7 @@ def quantize(
     output_dir: Path | None,
     recipe: Path | None,
     calibration: Path | None,
+    text_column: str | None,
     adapter: Path | None,
     trust_remote_code: bool,
     resume: bool,
@@ -94,6 +104,7 @@ def quantize(
     dry_run: bool,
     device: str,
     strict: bool,
+    progress: str,
     quiet: bool,
     verbose: bool,
     **settings: Any,
@@ -106,11 +117,14 @@ def quantize(
     if output_dir is None and not dry_run and collect_stats is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
     from quantize.pipeline.distributed import is_rank_zero
+    from quantize.pipeline.progress import JsonConsole
     from quantize.pipeline.quantize import collect_stats as collect
     from quantize.pipeline.quantize import quantize_model
     from quantize.recipe.recipe import load_recipe
 
-    console = None if quiet else Console(stderr=True)
+    program = JsonConsole() if progress == "json" else None
+    say = click.echo if program is None else program.print
+    console = None if quiet else program or Console(stderr=True)
     if dry_run:
         from quantize.export.targets import exports
         from quantize.pipeline.estimate.report import estimates, preflight
@@ -121,25 +135,33 @@ def quantize(
             load_recipe(scheme, recipe, target=target, **settings),
             calibration,
             read=False,
+            text_column=text_column,
             adapter=adapter,
             trust_remote_code=trust_remote_code,
         )
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
-        return click.echo("\n".join(lines))
+        return say("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
         statistics = collect(
-            model, output=collect_stats, recipe=chosen, calibration=calibration, adapter=adapter, console=console
+            model,
+            output=collect_stats,
+            recipe=chosen,
+            calibration=calibration,
+            text_column=text_column,
+            adapter=adapter,
+            console=console,
         )
-        return click.echo(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
+        return say(f"{collect_stats}: statistics of {statistics.record()['tokens']} tokens")
     assert output_dir is not None
     artifact = quantize_model(
         model,
         output_dir=output_dir,
         scheme=scheme,
         calibration=calibration,
+        text_column=text_column,
         adapter=adapter,
         trust_remote_code=trust_remote_code,
         recipe=recipe,
@@ -151,9 +173,11 @@ def quantize(
         verbose=verbose,
         **settings,
     )
-    if is_rank_zero():
-        click.echo(f"{artifact.summary()}\ndigest {artifact.manifest['digest']}")
-        click.echo(f"next: {next_command(model, output_dir, target)}")
+    following = next_command(model, output_dir, target)
+    if is_rank_zero() and program is not None:
+        program.event("done", **artifact.record(), next=following)
+    elif is_rank_zero():
+        click.echo(f"{artifact.summary()}\ndigest {artifact.manifest['digest']}\nnext: {following}")
     if strict and artifact.warning:
         sys.exit(1)
 

@@ -15,11 +15,13 @@ from quantize.kernels.ops import (
     fuses,
     has_kernel,
     has_smooth_kernel,
+    has_weight_only_kernel,
     on_kernels,
     packed_linear,
     prepack,
     smooth_linear,
     smooth_prepack,
+    weight_only_linear,
 )
 from quantize.scheme.scheme import ActivationArgs
 from quantize.transforms.online import Hadamard, Online
@@ -30,8 +32,10 @@ Operands = PackedWeight | list[Tensor | None]
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
     """Return whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
     element = get_format(weight.args.format).element
-    if args is None or element == "level":
+    if element == "level":
         return False
+    if args is None:
+        return element == "int" and has_weight_only_kernel(x, weight.scale.shape[1], weight.args.num_bits)
     if element == "e2m1":
         return on_kernels(x)
     if args.runtime_smooth:
@@ -39,8 +43,10 @@ def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> b
     return has_kernel(x, weight.scale.shape[1], weight.args.num_bits)
 
 
-def prepack_weight(weight: QTensor, args: ActivationArgs) -> Operands:
-    """Lay out the weight as the kernel for `args` reads it."""
+def prepack_weight(weight: QTensor, args: ActivationArgs | None) -> Operands:
+    """Lay out the weight as the kernel for `args` reads it; where activations stay as they are, as it is stored."""
+    if args is None:
+        return [weight.data, weight.unpack_scale().float(), weight.zero_point]
     number_format = get_format(weight.args.format)
     if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
         (stored,) = number_format.scale_dtypes
@@ -59,7 +65,7 @@ def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], in
 
 
 def gpu_linear(
-    x: Tensor, operands: Operands, bias: Tensor | None, weight_bits: int, args: ActivationArgs, hadamard: int
+    x: Tensor, operands: Operands, bias: Tensor | None, weight_bits: int, args: ActivationArgs | None, hadamard: int
 ) -> Tensor:
     """Compute what `quantized_linear` computes, [..., K] → [..., N] in the dtype of x.
 
@@ -68,11 +74,15 @@ def gpu_linear(
         operands: the weight as `prepack_weight` returns it.
         bias: [N] or None.
         weight_bits: the bits of the weight.
-        args: how x is quantized.
+        args: how x is quantized; None leaves it in floating point.
         hadamard: the order that `split_fused_hadamard` returns.
     """
-    grid, smooth = (args.num_bits, args.symmetric, args.clip_ratio), args.runtime_smooth
     rows = x.reshape(-1, x.shape[-1])
+    if args is None:
+        assert isinstance(operands, list)
+        y: Tensor = weight_only_linear(rows, *operands, bias, weight_bits)
+        return y.reshape(*x.shape[:-1], y.shape[1])
+    grid, smooth = (args.num_bits, args.symmetric, args.clip_ratio), args.runtime_smooth
     if isinstance(operands, PackedWeight):
         y = packed_linear(rows, operands, bias, *grid, hadamard)
     elif smooth:

@@ -80,7 +80,6 @@ class QuantizedLinear(QuantizedWeight):
 
         A model must therefore run once before it is compiled.
         """
-        assert self.scheme.activations is not None
         self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
 
@@ -115,10 +114,10 @@ class QuantizedLinear(QuantizedWeight):
     def _forward_reference(self, x: Tensor) -> Tensor:
         """Multiply with activations that are transformed, and quantized as the scheme says."""
         weight, args = self.qtensor(), self.scheme.activations
-        if args is None:
-            return self._forward_float_activations(self.transform(x))
         if has_gpu_kernel(x, weight, args):
             return self._forward_gpu(x, args)
+        if args is None:
+            return self._forward_float_activations(self.transform(x))
         operands = (self.transform(x), weight.unpack(), weight.unpack_scale(), self.zero_point, self.bias)
         if smooth := args.runtime_smooth:
             grid = (args.num_bits, args.symmetric, args.clip_ratio)
@@ -135,9 +134,9 @@ class QuantizedLinear(QuantizedWeight):
             LAST_INPUT.get(x, key, lambda: quantize_input(self.transform(x), args, integers)), weight, self.bias
         )
 
-    def _forward_gpu(self, x: Tensor, args: ActivationArgs) -> Tensor:
+    def _forward_gpu(self, x: Tensor, args: ActivationArgs | None) -> Tensor:
         """Compute the same on a GPU, where the quantizer takes a small Hadamard transform along."""
-        online, hadamard = split_fused_hadamard(self.online)
+        online, hadamard = split_fused_hadamard(self.online) if args else (self.online, 0)
         for transform in online:
             x = transform(x)
         return gpu_linear(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)

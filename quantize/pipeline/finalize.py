@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
+from quantize.artifact.report.card import card
+from quantize.artifact.report.page import PAGE, page
 from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
 from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
+from quantize.graph.alike_bases import alike_bases
+from quantize.graph.analysis import admissible_bases
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
@@ -52,29 +57,54 @@ def finish(
         "rounded_without_data": blocks.held_out.rounded_without_data,
         "kept_grids": blocks.rounder.kept,
     }
+    manifest = {
+        "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},
+        "scheme": plan.recipe.scheme,
+        "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
+        "seed": plan.recipe.seed,
+        "versions": versions() | machine(program.device),
+        "export": program.export_record() | {"not_compared": not_compared(blocks)},
+        "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
+        "online": blocks.pass_runner.changed,
+        "parity": proof,
+        "untied": blocks.ties.untied,
+        "float_bytes": checkpoint.stored_bytes(),
+        "bytes": sum(path.stat().st_size for path in writer.directory.glob("model-*.safetensors")),
+        **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
+        **{name: record for name, record in (data | found).items() if record},
+        "coverage": coverage(plan, blocks),
+        "body": plan.body.record(),
+        "quantization": settings,
+        "report": run_record(prepared, blocks),
+    }
+    write_report(prepared, writer, manifest)
     checkpoint.seen.require_all_same()
     if checkpoint.adapter is not None:
         checkpoint.adapter.seen.require_all_same()
-    return writer.commit(
-        {
-            "scheme": plan.recipe.scheme,
-            "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
-            "seed": plan.recipe.seed,
-            "versions": versions() | machine(program.device),
-            "export": program.export_record() | {"not_compared": not_compared(blocks)},
-            "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
-            "online": blocks.pass_runner.changed,
-            "parity": proof,
-            "untied": blocks.ties.untied,
-            "float_bytes": checkpoint.stored_bytes(),
-            **({"remote_code": code_hashes(checkpoint)} if checkpoint.code else {}),
-            **{name: record for name, record in (data | found).items() if record},
-            "coverage": coverage(plan, blocks),
-            "body": plan.body.record(),
-            "quantization": settings,
-        },
-        functools.partial(check_loads, prepared),
-    )
+    return writer.commit(manifest, functools.partial(check_loads, prepared))
+
+
+def run_record(prepared: Prepared, blocks: SequentialPipeline) -> dict[str, Any]:
+    """Return what the page shows beside the rest of the manifest (`RunRecord`)."""
+    passes = [
+        {"name": step.handler.name, "bases": len(step.sites), "linears": len(step.online)}
+        for step in prepared.plan.steps
+    ]
+    bases = [basis.as_dict() for basis in admissible_bases(prepared.program)]
+    return {**vars(blocks.held_out.figures), "passes": passes, "bases": alike_bases(bases)}
+
+
+def write_report(prepared: Prepared, writer: ArtifactWriter, manifest: dict[str, Any]) -> None:
+    """Write the page that shows what was done, and the model card."""
+    recipe, known = prepared.plan.recipe.to_toml(), bool(prepared.checkpoint.config)
+    generates = manifest["model"]["architecture"] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    writer.write(PAGE, page(manifest, recipe))
+    writer.write("README.md", card(manifest, recipe, known, known and generates))
+
+
+def architecture(checkpoint: Checkpoint) -> str:
+    """Return the name of the model's class."""
+    return str(checkpoint.config["architectures"][0]) if checkpoint.config else type(checkpoint.module).__name__
 
 
 def code_hashes(checkpoint: Checkpoint) -> dict[str, str]:

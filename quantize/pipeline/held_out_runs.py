@@ -5,18 +5,19 @@ The three models go through the blocks side by side, so that no weight is held l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from quantize.calibration.logits import Divergence, divergence
 from quantize.calibration.runner import SequentialRunner, unpacked
-from quantize.graph.interpreter import Overrides, run_nodes
+from quantize.graph.interpreter import Overrides, Values, run_nodes
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
 from quantize.pipeline.held_out import HeldOutRows
+from quantize.pipeline.run_figures import BlockFigures, RunFigures, hidden_state
 from quantize.quantizers.rtn import RoundToNearest
 
 LOGIT_BYTES = 1 << 27  # the most that the logits of a row may take; rows for large vocabularies are cut
@@ -36,6 +37,7 @@ class HeldOutRuns:
         rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
         not_tuned: the blocks that lost less on these rows before they were tuned, and so stayed as they were.
         rounded_without_data: the paths of linears that no calibration row reached, and so got plain rounding.
+        figures: what the run's page shows of these rows.
     """
 
     program: Program
@@ -48,6 +50,7 @@ class HeldOutRuns:
     rounded_plainly: list[str] = field(default_factory=list)
     not_tuned: list[str] = field(default_factory=list)
     rounded_without_data: list[str] = field(default_factory=list)
+    figures: RunFigures = field(default_factory=RunFigures)
 
     def __post_init__(self) -> None:
         behind = self.prefix.batches(self.given.batches(self.length))
@@ -75,6 +78,21 @@ class HeldOutRuns:
         for runner, state in zip(self.runners().values(), states, strict=True):
             runner.run(segment.nodes, state)
         return None
+
+    def note_block(self, segment: Segment, undone: Callable[[Values], Values]) -> None:
+        """Note the figures of a block that all three models have run through, unless it is the last one.
+
+        `undone` returns values that the passes have transformed, as those of the first and the last model are, in the
+        coordinates of the model that was given.
+        """
+        node = None if segment is self.program.segments[-1] else hidden_state(self.program, segment)
+        if node is None or not self.given.rows:
+            return
+        found, rest = BlockFigures(), self.prefix.rest
+        for float_model, plain, quantized in zip(*(runner.values for runner in self.runners().values()), strict=True):
+            expected, y = (undone({node: values[node]})[node] for values in (float_model, quantized))
+            found.update(*(rest(x).flatten(0, -2) for x in (expected, plain[node], y, float_model[node])))
+        self.figures.blocks[segment.name] = found.record()
 
     def _score(self, segment: Segment, states: Sequence[Overrides]) -> None:
         """Run the last block row by row, since the logits of all rows may not fit into memory."""

@@ -60,14 +60,15 @@ def prepare(
     read: bool = True,
     judge: bool = True,
     tokenizer: Any = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
     Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back. A tokenizer
-    of transformers takes the place of the one in the model's directory. A LoRA adapter is merged into the weights. With
-    `trust_remote_code` code of the model's own may run.
+    of transformers takes the place of the one in the model's directory; `text_column` is that of `read_source`. A LoRA
+    adapter is merged into the weights. With `trust_remote_code` code of the model's own may run.
     """
     start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code)
     skeleton = checkpoint.skeleton()
@@ -81,11 +82,12 @@ def prepare(
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
-    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, program.vocabulary)
+    vocabulary = program.vocabulary
+    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
         generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
-        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, program.vocabulary)
+        prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)
         samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
 

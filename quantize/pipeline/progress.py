@@ -1,17 +1,39 @@
-"""Progress tells a person what is being done, how far it is, and how long it will take."""
+"""Progress tells a person, or a program, what is being done, how far it is, and how long it will take."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 T = TypeVar("T")
 Begin = Callable[[str], None]  # says that a step of some name begins
+
+
+class JsonConsole(Console):
+    """A console for programs, which writes one JSON object a line to the standard output stream.
+
+    `event` says what it is: `step` (`what` is done with which `name`, the `number` of it and the number `of` all, and
+    `seconds_left` or null), `message` (its `text`), or `done` with the result.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(file=sys.stdout, force_terminal=False)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Write one line."""
+        self.file.write(json.dumps({"event": event, **fields}) + "\n")
+        self.file.flush()
+
+    def print(self, *objects: Any, **_: Any) -> None:
+        """Write a message."""
+        self.event("message", text=" ".join(map(str, objects)))
 
 
 @contextlib.contextmanager
@@ -31,7 +53,7 @@ def named_steps(names: Sequence[str], what: str, console: Console | None) -> Ite
 def track(
     items: Sequence[T], what: str, name: Callable[[T], str], console: Console | None, forecast: bool = True
 ) -> Generator[T, None, None]:
-    """Yield items under a progress bar on a terminal, as plain lines elsewhere, silently without a console.
+    """Yield items under a progress bar on a terminal, as lines elsewhere, silently without a console.
 
     With `forecast` the time left is told, for items that take about equally long.
     """
@@ -60,7 +82,11 @@ def lines(items: Sequence[T], what: str, name: Callable[[T], str], console: Cons
     start = time.monotonic()
     for done, item in enumerate(items):
         left = (time.monotonic() - start) / done * (len(items) - done) if done and forecast else None
-        console.print(
-            f"{what} {done + 1}/{len(items)} {name(item)}" + (f", {left:.0f} s left" if left is not None else "")
-        )
+        number, of = done + 1, len(items)
+        if isinstance(console, JsonConsole):
+            seconds = None if left is None else round(left, 1)
+            console.event("step", what=what, name=name(item), number=number, of=of, seconds_left=seconds)
+        else:
+            told = f", {left:.0f} s left" if left is not None else ""
+            console.print(f"{what} {number}/{of} {name(item)}{told}")
         yield item

@@ -68,6 +68,12 @@ class Artifact:
         """Why the result may not be worth its calibration, as plain rounding is as near or was all there was; or ''."""
         return "; ".join(warnings(self.manifest))
 
+    def record(self) -> dict[str, Any]:
+        """Return what `summary` says as plain data: the directory, the digest, bytes, schemes, losses and warnings."""
+        names = ("digest", "bytes", "float_bytes", "schemes", "held_out")
+        found = {name: self.manifest[name] for name in names if name in self.manifest}
+        return {"directory": str(self.directory), **found, "warnings": warnings(self.manifest)}
+
     def summary(self) -> str:
         """Describe what was quantized and how, and in a second line what it lost on data that the run did not see."""
         body = self.manifest["body"]
@@ -96,6 +102,7 @@ def quantize_model(
     target: str | None = None,
     calibration: Calibration | None = None,
     tokenizer: Any = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     recipe: str | Path | Mapping[str, Any] | None = None,
     nsamples: int | None = None,
@@ -124,9 +131,11 @@ def quantize_model(
         scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
             it cannot execute is refused before the run.
-        calibration: a file of text, of rows or of tensors (docs/calibration.md); or texts, lists of ids, a tensor
-            [samples, ...], a tensor for each input, or batches of these; None takes the bundled prose.
+        calibration: a file of text, of rows or of tensors, a directory of `datasets`, or a data set of the hub
+            (docs/calibration.md); or texts, lists of ids, a tensor [samples, ...], a tensor for each input, or batches
+            of these; None takes the bundled prose.
         tokenizer: a tokenizer of transformers, for a module in memory; the artifact takes it along.
+        text_column: which column of the rows holds the text or the conversation; None finds it.
         adapter: the directory of a LoRA adapter of the model, which is merged into its weights while they are read.
         recipe: a TOML file, the name of a recipe of the package, or a recipe's content, which changes the scheme's
             default recipe.
@@ -164,6 +173,7 @@ def quantize_model(
             calibration,
             judge=stats is None,
             tokenizer=tokenizer,
+            text_column=text_column,
             adapter=adapter,
             trust_remote_code=trust_remote_code,
         )
@@ -192,13 +202,14 @@ def collect_stats(
     output: str | Path,
     recipe: Recipe,
     calibration: Calibration | None = None,
+    text_column: str | None = None,
     adapter: str | Path | None = None,
     console: Console | None = None,
 ) -> StatisticsFile:
     """Write statistics of some calibration data, which `merge_stats` merges with those of other data.
 
     Args:
-        model, calibration, adapter, console: as in `quantize_model`.
+        model, calibration, text_column, adapter, console: as in `quantize_model`.
         output: a new file.
         recipe: a resolved recipe (`load_recipe`), which rounds without data and has one pass that asks for statistics.
 
@@ -206,7 +217,7 @@ def collect_stats(
         UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
-    given = prepare(model, recipe, calibration, judge=False, adapter=adapter)
+    given = prepare(model, recipe, calibration, judge=False, text_column=text_column, adapter=adapter)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
         found = collect(given, identity_of(given), context)

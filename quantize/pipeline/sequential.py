@@ -22,6 +22,7 @@ from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.held_out_runs import HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
+from quantize.pipeline.run_figures import RunFigures
 from quantize.pipeline.serialization import contiguous
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
@@ -70,7 +71,9 @@ class SequentialPipeline:
                 "survey",
                 lambda: collect_global_statistics(self.checkpoint, self.program, self.plan, batches, context),
             )
-        self.pass_runner = PassRunner(self.program, self.plan, context, self.calibration, self.probes, surveys or {})
+        self.pass_runner = PassRunner(
+            self.program, self.plan, context, self.calibration, self.probes, surveys or {}, self.held_out
+        )
         self.rounder = WeightRounder(
             self.program, self.plan, context, self.calibration, self.float_reference, self.held_out
         )
@@ -95,6 +98,7 @@ class SequentialPipeline:
         block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
         self.held_out.run(segment, reference, plain, block.overrides())
+        self.held_out.note_block(segment, self.pass_runner.undone)
         del reference, plain
         self._make_contiguous()
         for linear, module in block.quantized.items():
@@ -188,6 +192,7 @@ class SequentialPipeline:
                 self.held_out.rounded_plainly,
                 self.held_out.not_tuned,
                 self.held_out.rounded_without_data,
+                vars(self.held_out.figures),
             ],
             "expert_tokens": self.rounder.expert_tokens,
             "kept": self.rounder.kept,
@@ -199,7 +204,10 @@ class SequentialPipeline:
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         self.ties.left_out = state["left_out"]
         judged = self.held_out
-        judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data = state["held_out"]
+        judged.scores, judged.rounded_plainly, judged.not_tuned, judged.rounded_without_data, figures = state[
+            "held_out"
+        ]
+        judged.figures = RunFigures(**figures)
         self.rounder.expert_tokens.update(state["expert_tokens"])
         self.rounder.kept.extend(state["kept"])
         passes.differences, passes.changed = state["differences"], state["changed"]

@@ -48,7 +48,8 @@ def read(path):
 def test_everything_promised_is_there_and_nothing_executable(artifact_w4a4, stories, stories_calibration, tree):
     directory, manifest = artifact_w4a4.directory, artifact_w4a4.manifest
     files = tree(directory)
-    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".toml"}
+    assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".toml", ".html", ".md"}
+    assert b"<script" not in files["report.html"]
     assert manifest == read(directory / "manifest.json")
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != "manifest.json"}
     assert manifest["files"] == hashes

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer
 
 from quantize.calibration.sources import read_source
+from quantize.checkpoint.paths import is_data_set
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
@@ -197,8 +200,6 @@ def test_damaged_files(name, content, words, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(QuantizeError, match=words):
         read(tmp_path / name)
-    with pytest.raises(UsageError, match="is a directory; give one file"):
-        read(tmp_path)
 
 
 def test_images_in_memory():
@@ -208,3 +209,81 @@ def test_images_in_memory():
         assert torch.equal(torch.stack([row["pixel_values"] for row in found.rows]), images)
     with pytest.raises(UsageError, match=r"the model takes pixel_values .*; give a tensor of each"):
         read(["text"], inputs=IMAGES)
+
+
+def test_a_directory_of_datasets_is_read_file_by_file(tokenize, tmp_path):
+    """Streams of Arrow as `save_to_disk` writes them, files of Arrow, Parquet; those for training if there are any."""
+    table = pyarrow.Table.from_pylist([{"text": text} for text in TEXTS])
+    saved = tmp_path / "saved"
+    (saved / "train").mkdir(parents=True)
+    (saved / "test").mkdir()
+    for number, part in enumerate((table.slice(0, 2), table.slice(2))):
+        with pyarrow.ipc.new_stream(str(saved / "train" / f"data-0000{number}-of-00002.arrow"), table.schema) as writer:
+            writer.write_table(part)
+    with pyarrow.ipc.new_file(str(saved / "test" / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table.slice(1))
+    (saved / "train" / "cache-1234.arrow").write_bytes(b"computed from others")
+    assert ids(read(saved, tokenize)) == ids(read(TEXTS, tokenize))
+    assert ids(read(saved / "test", tokenize)) == ids(read(TEXTS[1:], tokenize))
+    pyarrow.parquet.write_table(table, tmp_path / "saved" / "test" / "more.parquet")
+    assert len(read(saved / "test", tokenize).rows) == 5
+    with pytest.raises(UsageError, match=r"holds no \.arrow and no \.parquet files"):
+        read(make(tmp_path / "empty"), tokenize)
+    (make(tmp_path / "links") / "a.parquet").symlink_to(saved / "test" / "more.parquet")
+    with pytest.raises(UsageError, match="is a link out of the directory"):
+        read(tmp_path / "links", tokenize)
+    (make(tmp_path / "bad") / "a.arrow").write_bytes(b"nothing")
+    with pytest.raises(QuantizeError, match=r"a\.arrow cannot be read"):
+        read(tmp_path / "bad", tokenize)
+
+
+def make(directory):
+    directory.mkdir()
+    return directory
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl"])
+def test_a_column_is_named(name, stories, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = TEMPLATE
+    tokenize = tokenize_with(tokenizer)
+    messages = [{"role": "user", "content": "Who is Tom?"}]
+    rows = [{"story": text, "text": "no", "talk": messages, "number": 1} for text in TEXTS]
+    path = write(tmp_path / name, rows)
+
+    def column(found, data=path):
+        return ids(read_source(data, INPUTS, 16, 8, tokenize, 512, found))
+
+    assert column("story") == column("story", rows) == ids(read(TEXTS, tokenize))
+    assert column("talk")[0] == ids(read([{"messages": messages}], tokenize))[0]
+    with pytest.raises(UsageError, match="has rows of story, text, talk, number; give one of these as --text-column"):
+        column("stories")
+    with pytest.raises(UsageError, match="has 1 in the column 'number'; name a column of texts or messages"):
+        column("number")
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match=r"a\.txt has no columns"):
+        column("story", tmp_path / "a.txt")
+
+
+def test_a_data_set_of_the_hub_is_streamed(monkeypatch, tokenize, tmp_path):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((*arguments, options))
+        if "none" in arguments[0]:
+            raise ValueError("no such data set")
+        return iter([{"text": text} for text in TEXTS])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert ids(read("someone/stories:small:test", tokenize)) == ids(read(TEXTS, tokenize))
+    assert asked == [("someone/stories", "small", {"split": "test", "streaming": True})]
+    read("someone/stories", tokenize)
+    assert asked[1] == ("someone/stories", None, {"split": "train", "streaming": True})
+    with pytest.raises(UsageError, match=r"no data set that the hub gives .*no such data set.*; give owner/name"):
+        read("someone/none", tokenize)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"needs the package datasets; install it with pip install"):
+        read("someone/stories", tokenize)
+    with pytest.raises(UsageError, match="no such file"):
+        read(tmp_path / "missing.jsonl", tokenize)
+    assert not is_data_set("tests/missing")  # a file that is missing in a folder that is here

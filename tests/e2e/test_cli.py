@@ -55,7 +55,10 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         ([tmp_path], "holds no config.json, so it is no model directory"),
         ([one_layer], "give --output-dir"),
         ([one_layer, "-o", tmp_path], f"{tmp_path} exists already; give a new --output-dir"),
-        ([one_layer, "-o", "new", "--calibration", tmp_path], f"{tmp_path} is a directory; give one file"),
+        (
+            [one_layer, "-o", "new", "--calibration", tmp_path],
+            "holds no .arrow and no .parquet files; give a directory of `datasets`, or one file",
+        ),
         ([one_layer, "-o", "new", "--recipe", "w4a5"], "no such recipe: w4a5; give a .toml or .yaml file, or one of"),
         ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
         (["verify", "nowhere"], "no such artifact: nowhere"),
@@ -173,6 +176,22 @@ def test_options_reach_the_recipe(cli, one_layer, stories_calibration, tmp_path)
     done = [name for name, how in coverage.items() if how == "quantized"]
     assert [name.split(".")[-2] for name in done] == ["gate_proj", "up_proj", "o_proj", "v_proj"]
     assert coverage["model.layers.0.self_attn.q_proj.weight"] == "ignored by 're:.*[qk]_proj'"
+
+
+def test_progress_for_a_program_is_one_object_a_line(cli, one_layer, stories_calibration, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('passes = []\nquantizer = { name = "rtn" }\n')
+    options = ["--group-size", 0, "--nsamples", 3, "--seqlen", 9, "--calibration", stories_calibration]
+    shown = cli(
+        one_layer, "--scheme", "w4a16", "--recipe", recipe, *options, "-o", tmp_path / "out", "--progress", "json"
+    )
+    assert (shown.code, shown.err) == (0, "")
+    events = [json.loads(line) for line in shown.out.splitlines()]
+    assert [x["number"] for x in events if x["event"] == "step" and x["what"] == "quantizing"] == [1, 2, 3]
+    done = events[-1]
+    assert (done["event"], done["directory"]) == ("done", str(tmp_path / "out"))
+    assert done["digest"] == json.loads((tmp_path / "out" / "manifest.json").read_text())["digest"]
+    assert done["bytes"] < done["float_bytes"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import huggingface_hub
 import huggingface_hub.errors as hub_errors
 import pytest
 import torch
+from helpers.json_files import change_json
 from safetensors.torch import load_file, save_file
 
 from quantize.errors import UsageError
@@ -177,14 +178,26 @@ def test_the_hub_refuses_for_one_reason(refused, monkeypatch, error, words):
     assert words in sentence
 
 
-def test_an_export_is_no_artifact(cli, artifact_rtn, books_heldout, tmp_path):
+def test_an_export_is_no_artifact_but_is_measured(cli, artifact_rtn, books_heldout, tmp_path):
     export_artifact(artifact_rtn, "compressed-tensors", tmp_path / "ct")
     export_artifact(artifact_rtn, "safetensors-float", tmp_path / "float")
-    shown = cli("eval", tmp_path / "ct", "--text", books_heldout)
+    shown = cli("verify", tmp_path / "ct")
     assert shown.code == 2
     assert "ct is an export for 'compressed-tensors'; give the artifact that it was made of" in shown.err
-    shown = cli("eval", tmp_path / "float", "--text", books_heldout, "--nsamples", 1, "--seqlen", 16, "--json")
-    assert json.loads(shown.out)["tokens"] == 15
+    few = ["--text", books_heldout, "--nsamples", 1, "--seqlen", 16, "--json"]
+    losses = [json.loads(cli("eval", tmp_path / name, *few).out)["loss"] for name in ("float", "ct")]
+    own = json.loads(cli("eval", artifact_rtn.directory, *few).out)
+    assert losses == pytest.approx([own["loss"]] * 2, rel=1e-5)
+    change_json(tmp_path / "ct" / "config.json", architectures=["NoSuchModel"])
+    assert "is of a class that transformers does not have" in cli("eval", tmp_path / "ct", *few).err
+    change_json(
+        tmp_path / "ct" / "config.json",
+        architectures=["LlamaForCausalLM"],
+        quantization_config={"quant_method": "compressed-tensors", "format": "no such format"},
+    )
+    assert "ct holds nothing that transformers takes for model.layers.0" in cli("eval", tmp_path / "ct", *few).err
+    (tmp_path / "ct" / "model.safetensors.index.json").write_text("{}")
+    assert cli("eval", tmp_path / "ct", *few).code == 1
 
 
 def test_a_finished_run_is_not_resumed(refused, small_run, one_layer):

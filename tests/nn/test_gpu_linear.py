@@ -8,7 +8,7 @@ from helpers.operands import rng
 
 from quantize import load
 from quantize.formats.qtensor import QTensor
-from quantize.kernels import custom_ops, engine
+from quantize.kernels import custom_ops, engine, weight_only_gemm
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
@@ -48,17 +48,21 @@ def rounded(scheme, model, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4"])
 def test_a_whole_block(scheme, one_layer, small_run, artifact_one_layer, kernels):
-    """Every product of a quantized model, bit by bit; at W4A4 with rotations too, folded and online."""
+    """Every integer product of a model, bit by bit; at W4A4 with rotations too, folded and online.
+
+    The head multiplies floats by integers, so that its sums have another order.
+    """
     directory = artifact_one_layer.directory if scheme == "W4A4" else rounded(scheme, one_layer, small_run)
     model = load(directory, engine="reference")
     ids = torch.randint(0, 512, (1, 9), generator=rng())
     with torch.no_grad():
-        expected = model(ids).logits
+        expected = model(ids, output_hidden_states=True)
         made = kernels()
-        logits = model(ids).logits
+        found = model(ids, output_hidden_states=True)
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     assert len(made) == sum(layer.scheme.activations is not None for layer in layers) >= 7
-    assert torch.equal(logits, expected)
+    assert torch.equal(found.hidden_states[-1], expected.hidden_states[-1])
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -108,7 +112,7 @@ def test_the_layout_follows_the_buffers(change, kernels):
     [
         (WeightArgs(num_bits=4, group_size=16), ActivationArgs(num_bits=8), torch.float32),
         (WeightArgs(num_bits=4), ActivationArgs(num_bits=8), torch.float64),
-        (WeightArgs(num_bits=4), None, torch.float32),
+        (WeightArgs(num_bits=4, group_size=8), None, torch.float32),
     ],
 )
 def test_what_no_kernel_knows_goes_to_the_reference(weights, activations, dtype, kernels):
@@ -129,3 +133,23 @@ def test_compiling_lays_out_too(kernels):
     layer, x = linear(WeightArgs(num_bits=4, group_size=64), ActivationArgs(num_bits=8)), torch.randn(2, 256)
     kernels()
     assert torch.equal(torch.compile(layer, backend="eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group_size"), [(4, False, 128), (4, True, 32), (8, False, 0), (4, False, 0)]
+)
+def test_activations_in_floating_point(bits, symmetric, group_size, dtype, kernels, monkeypatch):
+    """The weight stays as it is stored, and no copy of it is made."""
+    layer = linear(WeightArgs(num_bits=bits, symmetric=symmetric, group_size=group_size), None).to(dtype)
+    x, launched, launch = torch.randn(2, 3, 256, generator=rng(7)).to(dtype), [], weight_only_gemm.launch
+    layer.engine = "reference"
+    expected = layer(x)
+    kernels()
+    monkeypatch.setattr(weight_only_gemm, "launch", lambda *args: launched.append(args) or launch(*args))
+    y = layer(x)
+    assert y.dtype == dtype
+    assert len(launched) == 1
+    assert launched[0][1].data_ptr() == layer.qweight.data_ptr()
+    step = 2.0**-9 if dtype == torch.float16 else 1e-5
+    assert torch.allclose(y, expected, rtol=step, atol=step * float(expected.abs().max()))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from quantize.pipeline.progress import named_steps, track
+from quantize.pipeline.progress import JsonConsole, named_steps, track
 
 
 def shown(terminal):
@@ -45,3 +46,16 @@ def test_the_time_left_is_told_of_items_that_are_alike():
     log, console = shown(terminal=False)
     assert list(track([1, 2], "counting", str, console)) == [1, 2]
     assert log.getvalue() == "counting 1/2 1\ncounting 2/2 2, 0 s left\n"
+
+
+def test_a_program_reads_one_object_a_line(capsys):
+    console = JsonConsole()
+    list(track([1, 2], "counting", lambda x: f"model.{x}", console))
+    list(track([1], "reading", str, console, forecast=False))
+    console.print("two\nlines of [text]", soft_wrap=True, markup=False)
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    step = {"event": "step", "what": "counting", "name": "model.1", "number": 1, "of": 2, "seconds_left": None}
+    assert found[0] == step
+    assert found[1]["seconds_left"] == pytest.approx(0, abs=1)
+    assert (found[2]["what"], found[2]["seconds_left"]) == ("reading", None)
+    assert found[3] == {"event": "message", "text": "two\nlines of [text]"}

@@ -1,12 +1,11 @@
 """GGUF: one file of llama.cpp beside the float model's config, whose names and layouts transformers undoes.
 
-Blocks are dequantized by the package gguf. Tensors are read, and not mapped, at the places that the file's header names.
+Blocks are dequantized by the package gguf. Tensors are read, and not mapped, at the places that the header names.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -14,6 +14,7 @@ from quantize.graph.program import Program
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.block import Block
 from quantize.pipeline.held_out_runs import HeldOutRuns
+from quantize.pipeline.run_figures import short
 from quantize.pipeline.steps.expert_rows import ExpertRows
 from quantize.quantizers.rtn import RoundToNearest
 
@@ -78,13 +79,26 @@ class Referee:
         args, dtype = block.schemes[linear].weights, block.dtypes[linear.weight]
         plain = RoundToNearest().quantize(W, args, None, dtype)
         errors = [sum(error(x, y, weight.dequantize(), W) for x, y in pairs) for weight in (plain, weight)]
+        if linear.experts is None:
+            self._note(path, errors, sum(relative_size(y, W) for _, y in pairs))
         if errors[1] <= errors[0]:
             return weight
         self.held_out.rounded_plainly.append(path)
         return plain
+
+    def _note(self, path: str, errors: Sequence[float], size: float) -> None:
+        """Note the relative errors of plain rounding and of the weight that is chosen."""
+        found = {"plain_rounding": errors[0], "quantized": min(errors)}
+        self.held_out.figures.linears[path] = {n: short((e / max(size, 1e-300)) ** 0.5) for n, e in found.items()}
 
 
 def error(x: Tensor, reference: Tensor, W_hat: Tensor, W: Tensor) -> float:
     """Return Σ ‖Ŵ x - W x'‖² / ‖x'‖² over the rows of x and x' [..., K], for Ŵ and W [N, K]."""
     size = reference.square().sum(-1).clamp(min=1e-30)
     return float((((x @ W_hat.T - reference @ W.T).square().sum(-1)) / size).sum())
+
+
+def relative_size(reference: Tensor, W: Tensor) -> float:
+    """Return Σ ‖W x'‖² / ‖x'‖² over the rows of x' [..., K], for W [N, K], to which `error` is relative."""
+    size = reference.square().sum(-1).clamp(min=1e-30)
+    return float(((reference @ W.T).square().sum(-1) / size).sum())

@@ -23,8 +23,11 @@ from quantize.passes.base import BasisContext, LinearContext
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import merged
+from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.rng import derived_generator
+from quantize.pipeline.run_figures import input_figures
+from quantize.scheme.scheme import TABLE_SCHEME
 from quantize.transforms import equivalence
 from quantize.transforms.fold import Transform, fold
 from quantize.transforms.online import InputTransform
@@ -42,6 +45,7 @@ class PassRunner:
         calibration: the batches on which statistics are collected.
         probes: two other inputs, on which the equivalence check compares.
         surveys: for steps that need them, statistics of the whole float model (`collect_global_statistics`).
+        held_out: rows on which the inputs of linears are measured before and after each pass; None measures nothing.
         sites: for each step the transforms made so far; one that spans blocks is made on the first block and kept.
         differences: for each pass the largest difference that the check found in each block.
         changed: for each pass the linears in front of which it put something.
@@ -53,6 +57,7 @@ class PassRunner:
     calibration: SequentialRunner
     probes: SequentialRunner
     surveys: Surveys = field(default_factory=dict)
+    held_out: HeldOutRuns | None = None
     sites: list[dict[Basis, Transform]] = field(default_factory=list)
     differences: dict[str, dict[str, float]] = field(default_factory=dict)
     changed: dict[str, list[str]] = field(default_factory=dict)
@@ -62,9 +67,23 @@ class PassRunner:
 
     def apply(self, block: Block) -> Block:
         """Apply all passes to one block."""
+        self._note_inputs(-1, block)
         for number in range(len(self.plan.steps)):
-            block = self._apply_one(number, block)
+            before, block = block, self._apply_one(number, block)
+            if block is not before:
+                self._note_inputs(number, block)
         return block
+
+    def _note_inputs(self, number: int, block: Block) -> None:
+        """Note what the inputs of the block's linears look like after step `number`, on the first row held back."""
+        if self.held_out is None or not self.held_out.given.rows:
+            return
+        values = self.undone(self.held_out.float_model.values[0], number + 1)
+        hooks = input_hooks(block, self.context.prefix)
+        hooks = {x: hooks[x] for x, scheme in block.schemes.items() if scheme != TABLE_SCHEME}
+        found = input_figures(self.program, block.segment, block.overrides(), values, hooks)
+        stage = self.plan.steps[number].handler.name if number >= 0 else "float"
+        self.held_out.figures.note_inputs(stage, found)
 
     def _apply_one(self, number: int, block: Block) -> Block:
         step = self.plan.steps[number]
@@ -75,6 +94,8 @@ class PassRunner:
         folded = with_folds(block, self.sites[number], touched)
         found = {x: self._input_transform(number, x, folded, statistics) for x in reached}
         changed = {x: transform for x, transform in found.items() if transform != block.input_transforms[x]}
+        if not touched and not changed:
+            return block
         after = folded.with_input_transforms(changed)
         if changed:
             self.changed.setdefault(step.handler.name, []).extend(linear.path for linear in changed)
@@ -118,14 +139,14 @@ class PassRunner:
         found = seen(self.surveys.get(number, {}))
         if needs is None or (not reached and all(basis in self.sites[number] for basis in touched)):
             return found
-        ahead = SequentialRunner.of(self.program, (self._invert(values, number) for values in self.calibration.values))
+        ahead = SequentialRunner.of(self.program, (self.undone(values, number) for values in self.calibration.values))
         collected = ahead.collect_without_advancing(
             block.segment, block.overrides(), block.linears, needs, input_hooks(block, self.context.prefix)
         )
         return found | seen(merged(collected, needs, self.context.ranks))
 
-    def _invert(self, values: Values, number: int) -> Values:
-        """Return values in front of a block, which all steps have transformed, as they were before step `number`."""
+    def undone(self, values: Values, number: int = 0) -> Values:
+        """Return values between blocks, which all steps have transformed, as they were before step `number`."""
         for step, sites in reversed(list(zip(self.plan.steps, self.sites, strict=True))[number:]):
             values = equivalence.in_coordinates(values, step.bases, sites, invert=True)
         return values
@@ -140,7 +161,7 @@ class PassRunner:
     ) -> None:
         """Run the equivalence check on a pass, in float64 if float32 is not enough; name the basis of a wrong fold."""
         step, sites, segment = self.plan.steps[number], self.sites[number], block.segment
-        probes = [self._invert(values, number) for values in self.probes.values]
+        probes = [self.undone(values, number) for values in self.probes.values]
         compare = functools.partial(equivalence.max_relative_difference, self.program, segment, bases=step.bases)
         found = compare(block.overrides(), after.overrides(), probes, sites=sites)
         allowed, blame = equivalence.TOLERANCE, {}

@@ -1,0 +1,137 @@
+"""The product of activations in floating point and integer weights, which are unpacked on their way to the dot product.
+
+Weights lie as they are stored (`packing.py`), so that they are held once. Integers minus their zero points are exact in
+float16 and bfloat16, and each group's sum is taken in float32 before its scale is applied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantize.kernels.config import Config
+from quantize.kernels.epilogue import store_output
+from quantize.kernels.split_k import part_of
+from quantize.kernels.tiles import tile_of
+
+
+@triton.jit
+def stored_integers(
+    w: tl.tensor, n: tl.tensor, step: tl.tensor, N: tl.tensor, w_stride: tl.tensor, BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Load int8 [BLOCK_N, BLOCK_K], the integers of channels n in the columns of a step."""
+    BYTES: tl.constexpr = BLOCK_K * BITS // 8
+    byte = step * BYTES + tl.arange(0, BYTES)
+    inside = (n < N)[:, None] & (byte < w_stride)[None, :]
+    packed = tl.load(w + n.to(tl.int64)[:, None] * w_stride + byte[None, :], mask=inside, other=0)
+    if BITS == 8:
+        return packed
+    low, high = (packed << 4).to(tl.int8, bitcast=True) >> 4, packed.to(tl.int8, bitcast=True) >> 4
+    return tl.interleave(low, high)
+
+
+@triton.jit
+def halves(words: tl.tensor, SHIFT: tl.constexpr, MAGIC: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+    """Return two nibbles of each word as floats MAGIC's base + 8 + q: a nibble becomes the last bits of a mantissa."""
+    bits = ((words >> SHIFT) & 0x000F000F) ^ MAGIC
+    return bits.to(tl.int16).to(DTYPE, bitcast=True), (bits >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def floats_of_words(
+    w: tl.tensor, n: tl.tensor, step: tl.tensor, N: tl.tensor, w_stride: tl.tensor,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Load [BLOCK_N, BLOCK_K] of q + 136 in bfloat16, or q + 1032 in float16, from words of eight nibbles.
+
+    Eight weights so take some 16 operations, where a conversion of integers would take fifty.
+    """
+    MAGIC: tl.constexpr = 0x43084308 if tl.bfloat16 == DTYPE else 0x64086408
+    word = step * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    inside = (n < N)[:, None] & (word < w_stride)[None, :]
+    words = tl.load(w + n.to(tl.int64)[:, None] * w_stride + word[None, :], mask=inside, other=0)
+    low0, high0 = halves(words, 0, MAGIC, DTYPE)
+    low1, high1 = halves(words, 4, MAGIC, DTYPE)
+    low2, high2 = halves(words, 8, MAGIC, DTYPE)
+    low3, high3 = halves(words, 12, MAGIC, DTYPE)
+    low, high = tl.join(tl.join(low0, low2), tl.join(low1, low3)), tl.join(tl.join(high0, high2), tl.join(high1, high3))
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 1, 4, 2, 3)), (BLOCK_N, BLOCK_K))
+
+
+@triton.jit
+def weight_only_kernel(
+    y: tl.tensor, x: tl.tensor, w: tl.tensor, scale: tl.tensor, zero_point: tl.tensor, bias: tl.tensor,
+    M: tl.tensor, N: tl.tensor, K: tl.tensor, G: tl.tensor, w_stride: tl.tensor,
+    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """A program computes one part of K of one tile of Y [M, N]; y holds the parts one behind the other."""
+    m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    start, stop = part_of(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(start, stop):
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        of_group = n.to(tl.int64) * G + (step * BLOCK_K // GROUP if GROUP else 0)
+        if WORDS:
+            W = floats_of_words(w, n, step, N, w_stride, BLOCK_N, BLOCK_K, DTYPE)
+            zero = tl.zeros((BLOCK_N,), tl.int32) + (136 if tl.bfloat16 == DTYPE else 1032)
+        else:
+            W = stored_integers(w, n, step, N, w_stride, BITS, BLOCK_K).to(DTYPE)
+            zero = tl.zeros((BLOCK_N,), tl.int32)
+        if zero_point is not None:
+            zero += tl.load(zero_point + of_group, mask=n < N, other=0)
+        W -= zero.to(DTYPE)[:, None]
+        inside = (m < M)[None, :] & (k < K)[:, None]
+        X = tl.load(x + m.to(tl.int64)[None, :] * K + k[:, None], mask=inside, other=0.0)
+        s = tl.load(scale + of_group, mask=n < N, other=0.0)
+        total += tl.dot(W, X, input_precision="ieee") * s[:, None]
+    store_output(y + tl.program_id(1).to(tl.int64) * M * N, total, m, n, M, N, None, bias)
+
+
+def launch(
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
+    config: Config,
+) -> Tensor:
+    """Compute Y [M, N] = X Wᵀ + bias in the dtype of x, where W = (q - z) · s by group.
+
+    Args:
+        x: [M, K], float16, bfloat16 or float32, contiguous.
+        data: uint8 [N, ⌈K / 2⌉] of `pack_int4`, or int8 [N, K].
+        scale: float32 [N, G] for G equal groups of columns.
+        zero_point: integers [N, G] or None.
+        bias: [N] or None.
+        num_bits: 4 or 8, the bits of q.
+        config: the tile; `block_k` divides the columns of a group, if G > 1.
+
+    Raises:
+        ValueError: the configuration does not fit the groups.
+    """
+    (M, K), (N, G) = x.shape, scale.shape
+    group = K // G if G > 1 else 0
+    if group % config.block_k:
+        raise ValueError(f"steps of {config.block_k} columns do not fit groups of {group}")
+    split, words = config.split_k > 1, num_bits == 4 and K % 8 == 0 and x.dtype != torch.float32
+    data = data.view(torch.int32) if words else data
+    y = torch.empty((config.split_k, M, N), dtype=torch.float32 if split else x.dtype, device=x.device)
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    if tiles:
+        weight_only_kernel[(tiles, config.split_k)](
+            y, x, data, scale, zero_point, None if split else bias, M, N, K, G, data.shape[1],
+            BITS=num_bits, WORDS=words, GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k, SPLIT_K=config.split_k, **config.options(),
+        )  # fmt: skip
+    if not split:
+        return y[0]
+    summed = y.sum(0)
+    return (summed if bias is None else summed + bias.float()).to(x.dtype)

@@ -1,0 +1,92 @@
+"""The kernel for activations in floating point, in Triton's interpreter, beside the product in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from helpers.operands import rng
+
+from quantize.kernels import engine, weight_only_gemm
+from quantize.kernels.config import Config
+from quantize.kernels.packing import pack_int4
+from quantize.kernels.reference import dequantize
+from quantize.kernels.weight_only_linear import choose_config, step_of, weight_only_linear
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3}  # the interpreter computes bfloat16 products wrongly
+
+
+def operands(N, K, G, bits, symmetric, M, dtype):
+    low, high = -(1 << bits - 1), 1 << bits - 1
+    q = torch.randint(low, high, (N, K), generator=rng(0), dtype=torch.int8)
+    scale = torch.rand(N, G, generator=rng(1)) + 0.1
+    zero = None if symmetric else torch.randint(low, high, (N, G), generator=rng(2), dtype=torch.int8)
+    x = torch.randn(M, K, generator=rng(3)).to(dtype)
+    return x, q, scale, zero
+
+
+def expected(x, q, scale, zero, bias):
+    W = dequantize(q, scale.double(), zero).double()
+    return x.double() @ W.T + (0 if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("K", "G", "parts"), [(200, 1, 1), (192, 3, 1), (192, 2, 1), (256, 2, 3), (203, 1, 2)])
+def test_products(bits, symmetric, dtype, K, G, parts):
+    x, q, scale, zero = operands(70, K, G, bits, symmetric, 19, dtype)
+    bias = torch.randn(70, generator=rng(4)).to(dtype)
+    config = Config(16, 32, step_of(K, G), parts)
+    data = pack_int4(q) if bits == 4 else q
+    found = weight_only_gemm.launch(x, data, scale, zero, bias, bits, config)
+    wanted = expected(x, q, scale, zero, bias)
+    assert found.dtype == dtype
+    assert float((found.double() - wanted).norm() / wanted.norm()) < CLOSE[dtype]
+
+
+@triton.jit
+def words_kernel(y: tl.tensor, w: tl.tensor, DTYPE: tl.constexpr) -> None:
+    """Store what sixteen columns of one channel become, float32 [16]."""
+    found = weight_only_gemm.floats_of_words(w, tl.arange(0, 1), 0, 1, 2, 1, 16, DTYPE)
+    tl.store(y + tl.arange(0, 16)[None, :], found.to(tl.float32))
+
+
+@pytest.mark.parametrize(("dtype", "base"), [(tl.float16, 1032), (tl.bfloat16, 136)])
+def test_all_nibbles_become_floats_in_the_order_of_their_columns(dtype, base):
+    q = torch.tensor([[3, -8, 7, 0, -1, 5, -4, 2, 1, -2, 6, -7, 4, -5, -3, -6]], dtype=torch.int8)
+    found = torch.zeros(16)
+    words_kernel[(1,)](found, pack_int4(q).view(torch.int32), dtype)
+    assert torch.equal(found, q[0].float() + base)
+
+
+def test_a_product_by_hand():
+    """W = (q - z) · s in two groups of 16 columns: (1 - 3) · 2 = -4, then (5 + 1) · 0.5 = 3; x is 1, then 2."""
+    q = torch.tensor([[1] * 16 + [5] * 16], dtype=torch.int8)
+    x = torch.tensor([[1.0] * 16 + [2.0] * 16])
+    scale, zero = torch.tensor([[2.0, 0.5]]), torch.tensor([[3, -1]], dtype=torch.int8)
+    found = weight_only_gemm.launch(x, pack_int4(q), scale, zero, torch.tensor([0.25]), 4, Config(16, 16, 16))
+    assert found.item() == 16 * -4 + 16 * 2 * 3 + 0.25
+
+
+def test_no_tokens_and_steps_that_do_not_fit():
+    x, q, scale, zero = operands(8, 64, 2, 4, False, 0, torch.float32)
+    assert weight_only_gemm.launch(x, pack_int4(q), scale, zero, None, 4, Config(16, 16, 32)).shape == (0, 8)
+    with pytest.raises(ValueError, match="steps of 64 columns do not fit groups of 32"):
+        weight_only_gemm.launch(x, pack_int4(q), scale, zero, None, 4, Config(16, 16, 64))
+
+
+def test_the_operator_is_the_same_on_both_engines(monkeypatch):
+    x, q, scale, zero = operands(40, 96, 3, 4, False, 5, torch.float32)
+    there = weight_only_linear(x, pack_int4(q), scale, zero, None, 4)
+    monkeypatch.setattr(engine, "runs_on_triton", lambda _: True)
+    torch.testing.assert_close(weight_only_linear(x, pack_int4(q), scale, zero, None, 4), there, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_choose_tiles_that_fit():
+    for M, K, N, G in [(1, 4096, 4096, 32), (4096, 4096, 14336, 32), (1, 576, 64, 9), (7, 96, 33, 1), (0, 64, 8, 1)]:
+        config = choose_config(M, K, N, G)
+        assert G == 1 or (K // G) % config.block_k == 0
+        assert config.split_k == 1 or M <= 32
