@@ -56,6 +56,11 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# A tiny model of every family through all of it: benchmarks/results/families.json and docs/families.md (resumes)
+# (arguments: ARGS="--family llama" measures that one anew, --no-onnx leaves the slow exports to a later run)
+bench-families: $(VENV)/installed
+	$(PYTHON) -m benchmarks.families.bench $(ARGS)
+
 # 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
@@ -87,4 +92,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LONGEST = 120  # characters of a value that a sentence shows
+LOG = logging.getLogger("quantize")  # at the level DEBUG it has other libraries' errors in their own words
 
 
 class QuantizeError(Exception):
@@ -23,7 +28,7 @@ class ExportError(QuantizeError):
     """The exporter refuses a model.
 
     Attributes:
-        reason: the reason in the exporter's own words.
+        reason: the reason as a clause.
     """
 
     def __init__(self, reason: str) -> None:
@@ -35,6 +40,31 @@ def reason(error: BaseException) -> str:
     """Return the first line of another library's error, to use in a sentence; two lines if it ends in a colon."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join([first, *rest[:1]]) if first.endswith(":") else first
+
+
+def log_own_words(error: BaseException) -> None:
+    """Log the errors of other libraries from which one was raised, as they are, for `--verbose`."""
+    while (error := error.__cause__) is not None:  # type: ignore[assignment]
+        LOG.debug("%s: %s", type(error).__name__, error)
+
+
+@contextmanager
+def own_words_shown(show: bool = True) -> Iterator[None]:
+    """Write to the standard error stream, within the context, what other libraries say where something fails."""
+    handler, before = logging.StreamHandler(sys.stderr), LOG.level
+    if not show:
+        yield
+        return
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.DEBUG)
+    try:
+        yield
+    except QuantizeError as error:
+        log_own_words(error)
+        raise
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(before)
 
 
 def shown(value: object) -> str:

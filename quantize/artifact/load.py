@@ -17,6 +17,7 @@ from quantize.artifact.saving import saved_again
 from quantize.artifact.writer import PROBE, sha256
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
+from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
@@ -124,6 +125,8 @@ def load(
             if sha256(path) != manifest["files"].get(path.name):
                 raise QuantizeError(f"{path} is not as the run wrote it, so it is not run")
         skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE), code)
+    elif not isinstance(skeleton, PreTrainedModel):
+        skeleton = with_plain_weights(skeleton)
     model = fill(skeleton, directory, settings, dtype)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):

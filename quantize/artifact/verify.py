@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from quantize.artifact.load import check_hashes, fill, load, read_manifest
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.untrusted_files import read_all
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.graph.export import forward_switches, quiet
+from quantize.graph.refusal import place_of
 from quantize.transforms import equivalence
 
 LOAD_TOLERANCE = 1e-2  # another machine sums in another order, which can move an activation to the next integer
@@ -87,8 +88,9 @@ def run_probe(model: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         with quiet():
             return last_token(model, given)
     except Exception as error:  # code of other authors may raise anything
+        where = f", {place}" if (place := place_of(error)) else ""
         raise QuantizeError(
-            f"the quantized model does not run ({reason(error)}); leave out with --ignore the linear at fault"
+            f"the quantized model does not run{where}; leave out with --ignore the linear at fault"
         ) from error
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from quantize.checkpoint.adapter import Adapter, open_adapter
 from quantize.checkpoint.architecture import name_architecture
+from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.hub import download
 from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
+from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
@@ -54,6 +56,7 @@ class Checkpoint:
         notes: what is not as the config or the names say, each in a sentence for people.
         encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
         dtype: the dtype of the tensors that are made of parts.
+        computed: parameters that no file holds, because the model computes them.
     """
 
     directory: Path | None
@@ -68,6 +71,7 @@ class Checkpoint:
     code: Path | None = None
     encoded: dict[str, Encoded] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    computed: dict[str, Tensor] = field(default_factory=dict)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
@@ -106,6 +110,8 @@ class Checkpoint:
         """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
         names = self.ties.get(name, (name,))
         stored = next((alias for alias in names if alias in self.sources), None)
+        if stored is None and name in self.computed:
+            return self.computed[name]
         if stored is None:
             unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
             nearest = difflib.get_close_matches(name, unused, 1, 0.5)
@@ -215,7 +221,8 @@ def open_checkpoint(
     if isinstance(model, nn.Module):
         if adapter is not None:
             raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
-        return Checkpoint(None, config_of(model), module=model, ties=ties_of(model))
+        plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
+        return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
     place = find_model(model) or download(str(model))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
@@ -255,7 +262,9 @@ def open_checkpoint(
     notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
     said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
     dtype = float_dtype(config, entries)
-    return Checkpoint(directory, config, files, None, ties, sources, seen, merged, tuple(said), code, encoded, dtype)
+    computed = computed_tensors(built, sources)
+    found = (merged, tuple(said), code, encoded, dtype, computed)
+    return Checkpoint(directory, config, files, None, ties, sources, seen, *found)
 
 
 def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run
-from quantize.errors import UsageError
+from quantize.errors import UsageError, own_words_shown
 from quantize.recipe.targets import TARGETS
 
 
@@ -87,7 +87,12 @@ from quantize.recipe.targets import TARGETS
     help="For whom progress is: a person (standard error), or a program (one JSON object a line, standard output).",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
-@click.option("-v", "--verbose", is_flag=True, help="Show the plan and the whole recipe before the run begins.")
+@click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="Show the plan and the whole recipe first, and what other libraries say where something fails.",
+)
 def quantize(
     model: str,
     scheme: str | None,
@@ -130,15 +135,16 @@ def quantize(
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
 
-        prepared = prepare(
-            model,
-            load_recipe(scheme, recipe, target=target, **settings),
-            calibration,
-            read=False,
-            text_column=text_column,
-            adapter=adapter,
-            trust_remote_code=trust_remote_code,
-        )
+        with own_words_shown(verbose):
+            prepared = prepare(
+                model,
+                load_recipe(scheme, recipe, target=target, **settings),
+                calibration,
+                read=False,
+                text_column=text_column,
+                adapter=adapter,
+                trust_remote_code=trust_remote_code,
+            )
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]

@@ -10,6 +10,7 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from quantize.checkpoint.paths import require_directory, require_new
+from quantize.errors import own_words_shown
 from quantize.export import EXPORTERS
 
 JUDGED = ("kl", "top1")  # where these are measured, the relative distances are in the manifest alone
@@ -43,15 +44,19 @@ class ExportCommand(click.Command):
 @click.command(cls=ExportCommand)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path), required=True, help="The new directory to write.")
+@click.option("-v", "--verbose", is_flag=True, help="Show what other libraries say where something fails.")
 @click.pass_context
-def export(ctx: click.Context, /, directory: Path, target: str, output_dir: Path, **options: Any) -> None:
+def export(
+    ctx: click.Context, /, directory: Path, target: str, output_dir: Path, verbose: bool, **options: Any
+) -> None:
     """Write an artifact for another runtime, and compare the two."""
     require_directory(directory, "artifact")
     require_new(output_dir)
     from quantize.export.directory import export_artifact
 
     given = {name: x for name, x in options.items() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
-    parity = export_artifact(directory, target, output_dir, Console(stderr=True), **given)
+    with own_words_shown(verbose):
+        parity = export_artifact(directory, target, output_dir, Console(stderr=True), **given)
     figures = [f"{name} {parity[name]:.4f}" for name in JUDGED if name in parity]
     figures = figures or [f"{name} {x if isinstance(x, str) else f'{x:.1e}'}" for name, x in parity.items()]
     click.echo(f"{output_dir}: {', '.join(figures)}")

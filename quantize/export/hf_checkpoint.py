@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from quantize.artifact.verify import read_probe
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -26,6 +26,7 @@ from quantize.nn.quantized_embedding import dequantized_table
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
 
+FEW_NUMBERS = 8  # 2 (1 + 8/n) is passed by one in 1000 ratios of two independent random differences of n numbers
 ROUNDING = 64  # last bits, relative to the output: a sum in another order may differ by so much
 
 
@@ -101,16 +102,27 @@ def outputs_of(
         try:
             model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
-            raise QuantizeError(f"transformers cannot load the checkpoint: {reason(error)}") from error
+            raise QuantizeError(
+                f"transformers cannot load the checkpoint that was written of a {cls.__name__}; run the artifact "
+                "itself with quantize.load, and --verbose shows the error"
+            ) from error
         return first_outputs(model.eval(), own)
 
 
-def check_difference(found: float, allowed: float) -> None:
-    """Check that what transformers computes differs from the artifact by no more than allowed.
+def check_difference(found: float, eps: float, rounding: float, outputs: Sequence[Tensor]) -> None:
+    """Check that what transformers computes differs from the artifact by no more than rounding explains.
+
+    Args:
+        found: the largest relative difference of some outputs.
+        eps: the last bit of what is computed in.
+        rounding: how far rounding moves the outputs, which two right answers may do independently.
+        outputs: the outputs; of few numbers the size of a random difference says less, and more is allowed.
 
     Raises:
         QuantizeError: rounding does not explain the difference.
     """
+    fewest = min(y.numel() for y in outputs)
+    allowed = ROUNDING * eps + 2 * (1 + FEW_NUMBERS / fewest) * rounding
     if not found <= allowed:  # NaN is caught too
         raise QuantizeError(
             f"transformers differs from the artifact by {found:.2g} of the output, and rounding explains at most "

@@ -44,8 +44,14 @@ class Outline:
             UsageError: there is no artifact, or one of a module that transformers does not know.
             QuantizeError: the artifact lists linears that its model does not have.
         """
-        manifest, config = read_manifest(directory), read_config(directory)
+        manifest = read_manifest(directory)
         settings = manifest["quantization"]
+        if not (directory / "config.json").is_file():
+            raise UsageError(
+                f"{directory} is of a module that transformers does not know, for which there is no export; run it "
+                "with quantize.load and a skeleton"
+            )
+        config = read_config(directory)
         if "remote_code" in manifest:
             raise UsageError(f"{directory} runs with code of the model's own, which no export takes along")
         skeleton = build_bounded(config, index_tensors(directory, PROBE))

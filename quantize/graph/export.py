@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantize.checkpoint.meta_model import ties_of
-from quantize.errors import ExportError, reason
+from quantize.errors import ExportError
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
+from quantize.graph.refusal import refusal
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
 
@@ -54,7 +55,7 @@ def export_program(skeleton: nn.Module) -> Program:
                 exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
                 skeleton.to("meta")
     except Exception as error:  # the exporter may meet anything in code of other authors
-        raise ExportError(reason(error)) from error
+        raise ExportError(refusal(error)) from error
     use_first_paths(exported, skeleton)
     program = from_exported(exported, buffers, switches, tuple(inputs))
     linears = [linear for linear in program.all_linears if linear.experts is None]

@@ -23,7 +23,7 @@ VIEWS = {  # other shapes of the same elements in the same order
     ATEN.contiguous.default,
 }
 NOT_ALONE = "its module computes more than this product"
-STACK = "a stack of matrices that is no operand of a product of experts, as convolutions have them"
+STACK = "a stack of matrices that is no operand of a product of experts"
 STACK_READ = "the model reads this stack of matrices in other ways than by the products of its experts"
 READ_ITSELF = "the model reads it itself, not through its module"
 

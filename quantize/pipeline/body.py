@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from quantize.graph.linears import VIEWS
+from quantize.graph.linears import STACK, VIEWS
 from quantize.graph.program import MOVES, Program
 from quantize.graph.rules.table import name_of
 
@@ -20,6 +20,7 @@ NO_LINEAR = "no weight of a linear"
 NOT_FOUND = "only plain linears are found in a model that cannot be exported"
 TURNS = {"t", "numpy_T", "permute", "unsqueeze", "squeeze", "to", "_to_copy"}  # of a parameter as a whole
 ENOUGH = 0.8  # the share of the body below which a run warns
+NAMED = 3  # parameters that are named where nothing is left to quantize
 SMALL = 0.01  # the share of the body below which what stays in floating point is not named
 
 
@@ -34,13 +35,24 @@ def reasons_in_float(program: Program) -> dict[str, str]:
             found[name] = f"a pass with {given} alone does not reach it"
             found[name] = f"a copy of {tied}, to which it is tied" if tied else found[name]
             found[name] = NOT_FOUND if program.export_error else found[name]
-        elif name in program.not_replaceable:
+        elif program.not_replaceable.get(name, STACK) != STACK:
             found[name] = program.not_replaceable[name]
         elif sum(size > 1 for size in node.meta["val"].shape) < 2:
             found[name] = NO_LINEAR
         else:
             found[name] = f"`{name_of(reading[name][0])}` reads it, which is no linear"
     return found
+
+
+def nothing_left(program: Program, reasons: Mapping[str, str]) -> str:
+    """Say that no linear is left to quantize, and what the largest parameters are instead."""
+    sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items() if name in reasons}
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:NAMED]
+    what = ", ".join(f"{name} ({reasons[name]})" for name in largest) or "none"
+    return (
+        f"no linear is left to quantize; the largest parameters are {what}; name fewer in ignore or more in targets, "
+        "or give a model with linears"
+    )
 
 
 def consumers(node: fx.Node) -> Iterator[fx.Node]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.resume.journal import Journal
@@ -53,10 +53,10 @@ def running(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise QuantizeError(
-            f"{name} does not fit into the device's memory ({reason(error)}); give a smaller --seqlen, or --device cpu"
+            f"{name} does not fit into the device's memory; give a smaller --seqlen, or --device cpu"
         ) from error
     except (IndexError, RuntimeError) as error:
         raise QuantizeError(
-            f"{name} does not run on the calibration data ({reason(error)}); "
-            "if that has more tokens in a row than the model has positions, give a smaller --seqlen"
+            f"{name} does not run on the calibration data; if that has more tokens in a row than the model has "
+            "positions, give a smaller --seqlen, and --verbose shows the error"
         ) from error

@@ -47,8 +47,8 @@ def select(
     The patterns of `targets` and `ignore` may also match modules with `tables` of words.
 
     Raises:
-        UsageError: a pattern matches nothing, an entry of `layers` decides nothing, nothing is left, or a group size
-            does not divide the columns.
+        UsageError: a pattern matches nothing, an entry of `layers` decides nothing, or a group size does not divide the
+            columns.
     """
     paths, ignore = [linear.path for linear in linears], recipe.ignore or ()
     for kind, patterns in (("targets", recipe.targets), ("ignore", ignore)):
@@ -72,8 +72,6 @@ def select(
             )
     columns = {linear.path: linear.columns for linear in linears}
     schemes = {path: scheme_for(recipe, entry, columns[path]) for path, entry in chosen.items()}
-    if not schemes:
-        raise UsageError("targets and ignore leave no linear to quantize; name fewer in ignore or more in targets")
     check_groups(recipe, schemes, linears)
     return schemes, {linear.weight: reasons[linear.path] for linear in linears if linear.path in reasons}
 

@@ -24,6 +24,7 @@ from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.progress import track
+from quantize.pipeline.serialization import lay_out
 from quantize.pipeline.tables import module_of
 from quantize.transforms import equivalence
 
@@ -73,6 +74,7 @@ def artifact_parity(
     for segment in track(program.segments, "verifying", lambda s: s.name, console):
         state = stored_state(program, segment, files, dict(settings), ties)
         runner.run(segment.nodes, state)
+        lay_out(runner)  # as in the run, where it decides in which order a convolution sums
         fake_quant = max([fake_quant, *(linear.worst for linear in state.linears.values())])  # type: ignore[attr-defined]
         del state  # freed before the next is read
         trim_heap()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from quantize.errors import UsageError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases, find_bases
 from quantize.graph.basis import Bases, Basis
@@ -15,9 +16,16 @@ from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
-from quantize.pipeline.body import Body, reasons_in_float
+from quantize.pipeline.body import Body, nothing_left, reasons_in_float
 from quantize.pipeline.layer_schemes import resolve_ignore, select
-from quantize.pipeline.tables import choose_tables, module_of, scoring_linear, set_apart, tables_of_words
+from quantize.pipeline.tables import (
+    choose_tables,
+    module_of,
+    outside_of_body,
+    scoring_linear,
+    set_apart,
+    tables_of_words,
+)
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
@@ -96,12 +104,16 @@ def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = Mappi
             rows. If the linear's groups fit the grid it is kept: no pass changes its weight.
 
     Raises:
-        UsageError: a pattern matches nothing, a group size does not divide, or a pass is unknown or has wrong settings.
+        UsageError: a pattern matches nothing, or all linears; a group size does not divide; or a pass is unknown or has
+            wrong settings.
     """
     linears = program.all_linears
     head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
     recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program.routers)
     schemes, skipped = select(recipe, linears, words)
+    reasons = reasons_in_float(program) | skipped
+    if not schemes:
+        raise UsageError(nothing_left(program, reasons))
     chosen = [linear for linear in linears if linear.path in schemes]
     handlers = [validated(lambda s=s: PASSES.make(s), f"pass {s.get('name')!r}") for s in recipe.passes]  # type: ignore[misc]
     check_order(handlers)
@@ -110,7 +122,6 @@ def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = Mappi
             handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
-    reasons = reasons_in_float(program) | skipped
     kept = frozenset(path for path, size in grids.items() if path in schemes and grid_fits(size, schemes[path].weights))
     steps = make_steps(handlers, program, chosen, kept)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
@@ -128,7 +139,7 @@ def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = Mappi
     )
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
-    body = Body.of(program, left, {*tables_of_words(program), *([head.weight, head.bias or ""] if head else [])})
+    body = Body.of(program, left, {*outside_of_body(program), *([head.weight, head.bias or ""] if head else [])})
     return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, kept)
 
 

@@ -21,6 +21,7 @@ from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
+from quantize.graph.random_numbers import drawing
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.grids import plan_with_grids
 from quantize.pipeline.held_out import HeldOutRows, hold_out
@@ -77,6 +78,11 @@ def prepare(
     check_length(checkpoint.config, recipe)
     inputs = example_inputs(skeleton)
     program = make_program(checkpoint, skeleton, recipe.seqlen)
+    if drawn := drawing(program):
+        raise UsageError(
+            f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
+            "checked; give the part of it that draws none"
+        )
     plan = plan_with_grids(recipe, program, checkpoint)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:

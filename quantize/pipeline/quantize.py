@@ -18,7 +18,7 @@ from quantize.artifact.load import load, read_manifest
 from quantize.artifact.writer import ArtifactWriter, sha256
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
-from quantize.errors import UsageError
+from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running
 from quantize.pipeline.device import resolve_device
@@ -150,7 +150,7 @@ def quantize_model(
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
         console: the console that shows progress; None shows nothing.
         progress: show progress on the standard error stream, without a console of your own.
-        verbose: show the plan and the whole recipe as well.
+        verbose: show the plan and the whole recipe as well, and what other libraries say where something fails.
 
     Raises:
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
@@ -164,6 +164,7 @@ def quantize_model(
     named = getattr(transformers, type(model).__name__, None)
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
     with (
+        own_words_shown(verbose and console is not None),
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
     ):

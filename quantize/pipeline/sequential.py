@@ -23,7 +23,7 @@ from quantize.pipeline.held_out_runs import HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.run_figures import RunFigures
-from quantize.pipeline.serialization import contiguous
+from quantize.pipeline.serialization import contiguous, lay_out
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.transform import PassRunner, Surveys
@@ -136,10 +136,7 @@ class SequentialPipeline:
     def _make_contiguous(self) -> None:
         """Lay out the carried state as a run that is resumed after this block has it."""
         for _, runner, _ in self.runners():
-            for number, values in enumerate(runner.values):
-                laid_out = {node: contiguous(value) for node, value in values.items()}
-                if any(laid_out[node] is not value for node, value in values.items()):
-                    runner.values[number] = laid_out
+            lay_out(runner)
         sites = self.pass_runner.sites
         self.pass_runner.sites = [{basis: contiguous(found) for basis, found in made.items()} for made in sites]
 

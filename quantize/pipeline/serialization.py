@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
+from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax, Gram, Rows
 from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.transforms.block_rotation import BlockRotation
@@ -40,6 +41,14 @@ def contiguous(value: Any) -> Any:
         fields = {field.name: contiguous(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **fields)
     return value
+
+
+def lay_out(runner: SequentialRunner) -> None:
+    """Make all values that a runner carries contiguous."""
+    for number, values in enumerate(runner.values):
+        laid_out = {node: contiguous(value) for node, value in values.items()}
+        if any(laid_out[node] is not value for node, value in values.items()):
+            runner.values[number] = laid_out
 
 
 def fresh(x: Tensor) -> Tensor:

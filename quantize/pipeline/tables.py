@@ -27,6 +27,13 @@ def tables_of_words(program: Program) -> dict[str, str]:
     return {name: module_of(name) for name in (*program.word_tables, *copies)}
 
 
+def outside_of_body(program: Program) -> set[str]:
+    """Return the tables of words, also those of a model that cannot be exported, by their rows alone."""
+    words = program.vocabulary if program.export_error else 0
+    sizes = {name: node.meta["val"].shape for node, name in program.parameters.items()}
+    return {*tables_of_words(program), *(name for name in program.embeddings if sizes[name][0] == words)}
+
+
 def set_apart(recipe: Recipe, head: Linear | None, tables: Iterable[str]) -> Recipe:
     """Return the recipe with the head in `ignore_also` if it names it in `tables`, so that no scheme is sought for it.
 

@@ -17,6 +17,8 @@ from quantize.quantizers.column_rounding import OrderedColumns, gptq_round, swee
 from quantize.quantizers.hessian import factor, fill_upper, panels, permute
 from quantize.scheme.scheme import WeightArgs
 
+ENOUGH_ROWS = 2  # rows of inputs for each column, below which they say little of most directions
+
 
 @QUANTIZERS.register("gptq")
 class GPTQ(Quantizer):
@@ -25,7 +27,9 @@ class GPTQ(Quantizer):
     Attributes:
         mse: whether scales are first fitted to the least rounding error, weighted by the root mean square of each
             input.
-        damp: the part of the mean diagonal that is added to the Hessian.
+        damp: the part of the mean diagonal that is added to the Hessian; more, if it is of few rows: K / rows below
+            `ENOUGH_ROWS` rows for each of K columns, as a linear behind a pooling sees them, which then shrinks it
+            towards a multiple of the identity (Ledoit and Wolf 2004).
         act_order: whether columns are taken by falling diagonal of the Hessian.
         block_size: the number of columns between two updates of all the columns to come.
         sweeps: the number of rounds of coordinate descent afterwards, which may move a column again
@@ -57,7 +61,9 @@ class GPTQ(Quantizer):
             else torch.arange(len(H), device=H.device)
         )
         permute(H, order)
-        weights = self.target_weights(weights, gram, H, factor(H, self.damp), order)
+        few = gram.rows < ENOUGH_ROWS * len(H)
+        damp = max(self.damp, len(H) / gram.rows) if few else self.damp
+        weights = self.target_weights(weights, gram, H, factor(H, damp), order)
         grids = [compute_qparams(W, args, scale_dtype, self.mse, importance) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
         group = order // (args.group_size or len(H))

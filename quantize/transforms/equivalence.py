@@ -83,6 +83,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     """Return max |a - b| / max |b|; it is infinite if either is not finite, and 0 if there is nothing to compare."""
     if not b.numel():
         return 0.0
+    a, b = (x if x.is_floating_point() else x.double() for x in (a, b))
     ratio = float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
     return ratio if ratio == ratio else float("inf")
 

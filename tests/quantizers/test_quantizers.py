@@ -45,7 +45,7 @@ def test_asymmetric_groups_by_hand():
 def test_gptq_two_columns_by_hand():
     """H = [[2, 1], [1, 2]] / rows; the first column's error e moves the second by -e · U01 / U00 = +e · H01 / H11."""
     W = torch.tensor([[0.4, 7.0]])
-    gram = Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 1)
+    gram = Gram(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 9)
     gptq = QUANTIZERS["gptq"](mse=False, damp=1e-9, act_order=False, sweeps=0)
     result = gptq.quantize(W * 0.99, WeightArgs(num_bits=4), gram, torch.float32)
     # scale 0.99: w0 = 0.4 → 0, error 0.4; w1 = 7 + 0.4 · 1/2 = 7.2 → 7
@@ -53,7 +53,7 @@ def test_gptq_two_columns_by_hand():
     result = gptq.quantize(
         torch.tensor([[0.4, 3.4, 7.0]]),
         PER_CHANNEL,
-        Gram(torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 1),
+        Gram(torch.tensor([[2.0, 1.0, 0.0], [1.0, 2.0, 0.0], [0.0, 0.0, 1.0]]), 9),
         torch.float32,
     )
     assert result.unpack().tolist() == [[0, 4, 7]]  # 3.4 + 0.2 rounds to 4, where round to nearest gives 3
@@ -65,6 +65,17 @@ def test_gptq_halves_the_held_out_error_of_rtn(args):
     rtn = QUANTIZERS["rtn"]().quantize(W, args, None, torch.float32)
     gptq = QUANTIZERS["gptq"]().quantize(W, args, gram_of(X), torch.float32)
     assert output_error(W, gptq, held_out) <= 0.5 * output_error(W, rtn, held_out)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_fewer_rows_than_columns_lose_no_more_than_rtn(name):
+    """As behind a pooling: 48 rows of 64 columns say nothing of a quarter of all directions."""
+    W, X = weights(), torch.randn(1088, 64, generator=torch.Generator().manual_seed(0))
+    gram = Gram()
+    gram.update(X[:48], X[:48])
+    rtn = QUANTIZERS["rtn"]().quantize(W, PER_CHANNEL, None, torch.float32)
+    made = QUANTIZERS[name]().quantize(W, PER_CHANNEL, gram, torch.float32)
+    assert output_error(W, made, X[64:]) <= 1.05 * output_error(W, rtn, X[64:])
 
 
 def test_block_size_does_not_matter():
@@ -164,7 +175,7 @@ def test_gptaq_makes_up_for_what_earlier_layers_got_wrong():
 @pytest.mark.parametrize(("ridge", "expected"), [(0.0, 6.0), (1.0, 4.5), (3.0, 3.75)])
 def test_the_correction_by_hand(ridge, expected):
     """One column: X' = 2 X, so D = H = 4, and W + W D / (H + ridge H) = 3 + 3 / (1 + ridge), on a grid of its own."""
-    gram = Gram(torch.tensor([[4.0]]), 1, torch.tensor([[4.0]]))
+    gram = Gram(torch.tensor([[4.0]]), 9, torch.tensor([[4.0]]))
     made = QUANTIZERS["gptaq"](alpha=1.0, ridge=ridge, damp=1e-9, mse=False).quantize(
         torch.tensor([[3.0]]), PER_CHANNEL, gram, torch.float32
     )

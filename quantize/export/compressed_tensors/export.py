@@ -35,7 +35,7 @@ from quantize.export.compressed_tensors.format import (
     storage,
     stored,
 )
-from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
+from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -140,7 +140,7 @@ def compressed_tensors_parity(
             first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs), expected
         ),
     }
-    check_difference(found["reference"], ROUNDING * torch.finfo(running_type(schemes)).eps + 2 * found["activations"])
+    check_difference(found["reference"], torch.finfo(running_type(schemes)).eps, found["activations"], expected)
     return found
 
 

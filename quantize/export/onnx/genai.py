@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 TYPES = ("llama", "qwen3", "phi3")  # checked with onnxruntime-genai 0.18, like its name for all other decoders
 OTHER = "decoder"
+POSITIONS = ("max_position_embeddings", "max_seq_len")  # what configs call the largest number of tokens
+UNBOUNDED = 8192  # tokens of a model whose positions have no end, as onnxruntime-genai asks for a number
 OF_SOUND = ("whisper",)
 
 
@@ -21,7 +23,7 @@ def genai_config(interface: Decoder, session_config: Mapping[str, str]) -> dict[
 
     Source: onnxruntime.ai/docs/genai/reference/config.html.
     """
-    config: PreTrainedConfig = interface.model.config
+    config: PreTrainedConfig = interface.model.config.get_text_config()
     decoder = part("model.onnx", config.hidden_size, config.num_attention_heads, session_config) | {
         "head_size": interface.front_shape[3],
         "num_hidden_layers": len(interface.past) // 2,
@@ -30,7 +32,8 @@ def genai_config(interface: Decoder, session_config: Mapping[str, str]) -> dict[
         "outputs": names(interface.outputs, "present"),
     }
     kind = config.model_type if config.model_type in TYPES else OTHER
-    return settings(config, kind, int(config.max_position_embeddings) - interface.prefix, {"decoder": decoder})
+    length = next((int(found) for name in POSITIONS if (found := getattr(config, name, None))), UNBOUNDED)
+    return settings(config, kind, length - interface.prefix, {"decoder": decoder})
 
 
 def genai_config_of_sound(interface: EncoderDecoder, session_config: Mapping[str, str]) -> dict[str, Any]:

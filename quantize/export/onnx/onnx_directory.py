@@ -60,6 +60,7 @@ def real_samples(directory: Path, model: PreTrainedModel) -> list[dict[str, Tens
     if list(example_inputs(model)) == ["input_ids"]:
         length = min(WINDOW, (getattr(model.config, "max_position_embeddings", None) or 2 * WINDOW) // 2)
         with contextlib.suppress(QuantizeError):  # no tokenizer, that of another model, or one of few words
-            prose = read_samples(BUNDLED, length, WINDOWS, load_tokenize(directory), model.config.vocab_size)
+            words = model.config.get_text_config().vocab_size
+            prose = read_samples(BUNDLED, length, WINDOWS, load_tokenize(directory), words)
             return [{name: ids[None] for name, ids in row.items()} for row in prose.rows]
     return probe_inputs(directory)[:1]

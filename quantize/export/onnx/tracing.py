@@ -6,9 +6,10 @@ import onnx_ir
 import onnxscript.optimizer
 import torch
 
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.export.onnx.interface import Axes, Interface
 from quantize.graph.export import quiet
+from quantize.graph.refusal import refusal
 
 OPSET = 23  # the first opset with Attention; from 25 on ONNX Runtime has no kernel for it and runs dozens of nodes
 
@@ -35,7 +36,10 @@ def traced(interface: Interface) -> onnx_ir.Model:
                 dynamic_shapes={"feed": dynamic},
             )
         except torch.onnx.OnnxExporterError as error:
-            raise QuantizeError(f"the model cannot be traced for ONNX: {reason(error.__cause__ or error)}") from error
+            why = refusal(error.__cause__ or error)
+            raise QuantizeError(
+                f"the model cannot be traced for ONNX, as {why}; run the artifact with quantize.load"
+            ) from error
     assert program is not None
     onnxscript.optimizer.optimize(program.model)
     name_axes(program.model, interface.inputs | interface.outputs)

@@ -20,7 +20,7 @@ from quantize.export.comparison import (
     round_tables,
     with_float_activations,
 )  # fmt: skip
-from quantize.export.hf_checkpoint import ROUNDING, check_difference, outputs_of, probe_inputs, shards
+from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.export.safetensors_float.card import model_card
 from quantize.export.safetensors_float.dequantize import float_linear, is_transposed, with_noise
@@ -97,5 +97,5 @@ def float_parity(directory: Path, written: Path, dtype: torch.dtype) -> dict[str
         "rounding": relative_error(first_outputs(noisy, inputs), expected),
         "activations": relative_error(rounded, expected),
     }
-    check_difference(found["reference"], ROUNDING * torch.finfo(torch.float32).eps + 2 * found["rounding"])
+    check_difference(found["reference"], torch.finfo(torch.float32).eps, found["rounding"], expected)
     return found

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from quantize.checkpoint.checkpoint import Checkpoint
-from quantize.errors import QuantizeError, reason
+from quantize.errors import QuantizeError
 from quantize.graph.export import quiet
+from quantize.graph.refusal import place_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def refusal(given: Mapping[str, Tensor], error: Exception) -> str:
     """Say in a sentence why a model does not run."""
     shapes = " and ".join(str(list(tensor.shape)) for tensor in given.values())
     operands = isinstance(error, IndexError | RuntimeError)  # the error of an operator that refuses its operands
-    hint = "; if that is more than the model has positions, give a smaller --seqlen" if operands else ""
-    return f"the model does not run on inputs of shape {shapes} ({reason(error)}){hint}"
+    hint = "if that is more than the model has positions, give a smaller --seqlen, and " if operands else ""
+    where = f", {place}" if (place := place_of(error)) else ""
+    return f"the model does not run on inputs of shape {shapes}{where}; {hint}--verbose shows the error"
 
 
 def noted(note: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

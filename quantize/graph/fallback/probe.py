@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
+from quantize.errors import QuantizeError
 from quantize.graph.fallback.float_model import FloatModel, plain_linears
+from quantize.graph.weight_attributes import WeightAttributes
 
 UNKNOWN = 2**31  # taken if no smaller bound of token ids is known
 
@@ -29,14 +32,27 @@ def vocabulary(model: FloatModel) -> int:
 
 
 def weights_read(model: FloatModel) -> list[str]:
-    """Return linears whose weight the model reads outside of their `forward`, so that nothing can stand in for them."""
+    """Return linears whose weight the model reads outside of their `forward`, so that nothing can stand in for them.
+
+    A model that asks a weight for its dtype, device or shape alone reads none, unless it cannot do with an answer that
+    is no tensor.
+    """
+    with contextlib.suppress(QuantizeError):
+        return watched(model, WatchedAttributes)
+    return watched(model, Watched)
+
+
+def watched(model: FloatModel, kind: type[Watched]) -> list[str]:
+    """Return the linears that note, as another class in a run of the model, that their weight is read."""
     linears = plain_linears(model.module)
+    for linear in linears.values():
+        linear.__dict__["read"] = False
     with contextlib.ExitStack() as watch:
         for linear in linears.values():
             watch.callback(setattr, linear, "__class__", type(linear))
-            linear.__class__ = Watched
+            linear.__class__ = kind
         model.run(zeros(model), {})
-    return [path for path, linear in linears.items() if linear.__dict__.pop("read", False)]
+    return [path for path, linear in linears.items() if linear.__dict__.pop("read")]
 
 
 def zeros(model: FloatModel) -> dict[str, Tensor]:
@@ -56,3 +72,36 @@ class Watched(nn.Linear):
         if name == "weight":
             self.__dict__["read"] = True
         return super().__getattr__(name)
+
+
+class WatchedAttributes(Watched):
+    """A linear that notes when anything but its `forward` asks its weight for more than a quantized linear answers."""
+
+    def __getattr__(self, name: str) -> Any:
+        return AskedWeight(self) if name == "weight" else super().__getattr__(name)
+
+
+class AskedWeight(WeightAttributes):
+    """The attributes of a linear's weight, which note when anything else is asked of it, and let the weight answer."""
+
+    def __init__(self, owner: nn.Linear) -> None:
+        weight = owner._parameters["weight"]
+        assert weight is not None  # it is a plain linear
+        super().__init__(weight.dtype, weight.device, tuple(weight.shape))
+        self.owner, self.values = owner, weight
+
+    def __getattr__(self, name: str) -> Any:
+        self.owner.__dict__["read"] = True
+        return getattr(self.values, name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch with the values."""
+        del types
+
+        def values(x: AskedWeight) -> Tensor:
+            x.owner.__dict__["read"] = True
+            return x.values
+
+        args, kwargs = tree_map_only(cls, values, (args, kwargs or {}))
+        return function(*args, **kwargs)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quantize.checkpoint.checkpoint import Checkpoint
-from quantize.errors import ExportError
+from quantize.errors import ExportError, log_own_words
 from quantize.graph import export
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.fallback.probe import vocabulary, weights_read
@@ -74,6 +74,7 @@ def make_program(checkpoint: Checkpoint, skeleton: nn.Module, length: int | None
             check_length(program, example_inputs(skeleton), length)
         return program
     except ExportError as refusal:
+        log_own_words(refusal)
         program = unexported_program(checkpoint, refusal.reason)
         if not program.segments:
             raise
@@ -106,6 +107,7 @@ def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnly
         segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
         output=output,
         export_error=export_error,
+        embeddings=frozenset(f"{path}.weight" for path, m in skeleton.named_modules() if isinstance(m, nn.Embedding)),
         ties=ties,
         model=model,
         paths=tuple(linears),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -28,6 +29,7 @@ from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import quantization_config, storage, stored
 from quantize.export.compressed_tensors.obstacles import obstacles
 from quantize.export.directory import export_artifact
+from quantize.export.hf_checkpoint import check_difference
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.fake_quantize import fake_quantize
@@ -375,6 +377,14 @@ def test_a_checkpoint_that_computes_something_else_is_noticed(artifact_rtn, tmp_
     with pytest.raises(QuantizeError, match="transformers cannot load the checkpoint"):
         export_artifact(artifact_rtn.directory, "compressed-tensors", tmp_path / "no")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("numbers", "refused"), [(2, False), (64, True)])
+def test_few_numbers_may_differ_by_more_of_their_rounding(numbers, refused):
+    """Of a classifier with two classes four logits are compared."""
+    outputs = [torch.zeros(1, numbers), torch.zeros(1, 100)]
+    with pytest.raises(QuantizeError, match="differs from the artifact by 0") if refused else nullcontext():
+        check_difference(0.06, 1e-7, 0.02, outputs)
 
 
 def test_without_the_package_nothing_is_verified_and_the_manifest_says_so(cli, artifact_rtn, tmp_path, monkeypatch):

@@ -12,9 +12,12 @@ import torch
 from helpers.json_files import change_json
 from onnx import helper
 
+from benchmarks.families.families import FAMILIES
 from quantize import load
 from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.export.directory import export_artifact
+from quantize.export.onnx.decoder import Decoder
+from quantize.export.onnx.genai import genai_config
 from quantize.export.onnx.runtime import session
 from quantize.export.onnx.runtime.decoder_session import OnnxDecoder
 from quantize.export.onnx.runtime.generate import PARTIAL, stream
@@ -41,6 +44,13 @@ def test_it_continues_a_text_as_torch_does(cli, exported, artifact_rtn):
     assert shown.code == 0, shown.err
     assert len(made) == given.shape[1] + 12
     assert shown.out == whole.removeprefix(before) + "\n"
+
+
+@pytest.mark.parametrize(("family", "length"), [("bloom", 8192), ("mpt", 256), ("idefics3", 256)])
+def test_genai_files_of_models_that_name_their_sizes_otherwise(family, length):
+    """Without positions, with another name for them, and with the sizes in the config of a part."""
+    found = genai_config(Decoder(FAMILIES[family].build()), {})["model"]
+    assert (found["context_length"], found["vocab_size"], found["decoder"]["hidden_size"]) == (length, 384, 64)
 
 
 def test_what_onnxruntime_genai_needs_lies_beside(exported, artifact_rtn):

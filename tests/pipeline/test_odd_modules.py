@@ -1,0 +1,94 @@
+"""Linears in other forms than `nn.Linear` are quantized, or it is said what is there."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks.families.modules import MODULES
+from quantize import load
+from quantize.errors import UsageError
+from quantize.export.directory import export_artifact
+
+IDS = torch.arange(3, 103).reshape(4, 25)
+PLAIN = {"passes": [], "quantizer": {"name": "rtn"}}
+
+
+def share(artifact):
+    body = artifact.manifest["body"]
+    return body["quantized"] / body["parameters"]
+
+
+@torch.no_grad()
+def distance(model, other):
+    return float((model(IDS) - other(IDS)).norm() / other(IDS).norm())
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "x @ W"])
+def test_weights_that_are_computed_or_parameters_are_quantized(small_run, name):
+    model = MODULES[name]()
+    artifact = small_run(model, "W8A8", recipe=PLAIN, calibration=list(IDS))
+    assert share(artifact) > 0.97
+    assert "blocks.0.inner" in artifact.manifest["quantization"]["modules"]
+    loaded = load(artifact.directory, skeleton=MODULES[name]())
+    assert 0 < distance(loaded, model) < 0.02
+    assert distance(artifact.load(), loaded) == 0
+    assert name != "weight_norm" or hasattr(model.blocks[0].inner, "parametrizations")  # what was given stays as it is
+
+
+def test_a_weight_that_is_computed_may_stay_in_floating_point(small_run):
+    model = MODULES["weight_norm"]()
+    artifact = small_run(model, "W8A8", recipe={**PLAIN, "ignore": ["head", "blocks.0.inner"]}, calibration=list(IDS))
+    assert 0 < distance(load(artifact.directory, skeleton=MODULES["weight_norm"]()), model) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("einsum", "blocks.0.inner.weight and 1 more (`einsum` reads it, which is no linear)"),
+        ("nn.Bilinear", "blocks.0.inner.bilinear.weight and 1 more (`bilinear` reads it, which is no linear)"),
+        ("nn.GRU", "blocks.0.inner.gru.weight_hh_l0"),
+        ("nn.MultiheadAttention", "blocks.0.inner.attention.in_proj_weight and 3 more (its module computes more than"),
+    ],
+)
+def test_what_is_no_linear_is_named_in_the_last_lines(small_run, name, reason):
+    console = Console(file=io.StringIO(), width=1000)
+    small_run(MODULES[name](), "W8A8", recipe=PLAIN, calibration=list(IDS), console=console)
+    assert f"of the body stays in floating point: {reason}" in console.file.getvalue()
+
+
+def test_a_model_without_linears_is_told_what_it_has(small_run):
+    with pytest.raises(UsageError) as raised:
+        small_run(MODULES["1x1 convolutions"](), "W8A8", recipe=PLAIN, calibration=list(IDS))
+    assert str(raised.value).startswith(
+        "no linear is left to quantize; the largest parameters are blocks.0.down.weight (`conv1d` reads it, which is "
+        "no linear), blocks.0.up.weight (`conv1d` reads it"
+    )
+
+
+def test_an_export_of_a_module_says_that_there_is_none(small_run, tmp_path):
+    artifact = small_run(MODULES["x @ W"](), "W8A8", recipe=PLAIN, calibration=list(IDS))
+    with pytest.raises(
+        UsageError, match="is of a module that transformers does not know, for which there is no export"
+    ):
+        export_artifact(artifact.directory, "onnx", tmp_path / "onnx")
+
+
+class Drawing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.drop, self.head = torch.nn.Embedding(64, 16), torch.nn.Dropout(), torch.nn.Linear(16, 64)
+
+    def forward(self, ids):
+        x = self.drop(self.embed(ids))
+        return self.head(x + torch.rand_like(x))
+
+
+def test_a_model_that_draws_random_numbers_is_refused(small_run):
+    with pytest.raises(
+        UsageError, match=r"draws random numbers as it runs \(`rand_like`\), .*; give the part of it that"
+    ):
+        small_run(Drawing())
