@@ -25,7 +25,7 @@ runs did not see.
 - *load*, *generate*, *verify* and *ONNX* are of the W4A8 default. *generate* compares the logits of 8 tokens that are
   made with the cache with those of one pass. *compressed-tensors* is of the plainly rounded W4A8, as the format has no
   place for the default's online transforms. Each export compares its result with the artifact.
-- *seconds* are processor time of all that together.
+- *seconds* are processor time of all that together; an empty cell below ONNX is not measured yet.
 
 {verdict}
 """

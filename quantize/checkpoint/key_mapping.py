@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, revert_weight_conversion
+from transformers.core_model_loading import (
+    Chunk,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    revert_weight_conversion,
+)
 
 from quantize.checkpoint.wrappers import unwrapped
 
@@ -22,26 +28,28 @@ class StoredTensor:
         names: the names of its parts in the files, in order.
         patterns: for each part the converter's pattern that it fits.
         converter: what transformers makes the tensor with from its parts; None for a tensor that is stored as it is.
+        first: the name of the first tensor that the converter makes of its parts; '' for the tensor itself.
     """
 
     names: tuple[str, ...]
     patterns: tuple[str, ...] = ()
     converter: WeightConverter | None = None
+    first: str = ""
 
     def read(self, target: str, read: Callable[[str], Tensor]) -> Tensor:
         """Read the tensor; `read` returns a part by its name in the files."""
         if self.converter is None:
             return read(self.names[0])
-        converter = copy.deepcopy(self.converter)
+        converter, first = copy.deepcopy(self.converter), self.first or target
         for name, pattern in zip(self.names, self.patterns, strict=True):
-            converter.add_tensor(target, name, pattern, read(name))
-        made = converter.convert(target)[target]
+            converter.add_tensor(first, name, pattern, read(name))
+        made = converter.convert(first)[target]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
 
 
 def map_keys(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """Map names in the model to where they lie, as transformers renames and merges tensors when it loads them.
+    """Map names in the model to where they lie, as transformers renames, merges and splits tensors as it loads them.
 
     Args:
         model: the model without weights.
@@ -49,10 +57,19 @@ def map_keys(model: PreTrainedModel, names: Mapping[str, str]) -> dict[str, Stor
     """
     find, found = finder(model), dict[str, StoredTensor]()
     for name in sorted(names, key=dot_natural_key):
-        target, pattern, converter = find(names[name])
-        before = found.get(target, StoredTensor(()))
-        found[target] = StoredTensor((*before.names, name), (*before.patterns, pattern), converter)
+        first, pattern, converter = find(names[name])
+        targets = [first] if converter is None else made_of(first, converter)
+        for target in targets:
+            before = found.get(target, StoredTensor(()))
+            parts = ((*before.names, name), (*before.patterns, pattern))
+            found[target] = StoredTensor(*parts, converter, first if len(targets) > 1 else "")
     return found
+
+
+def made_of(first: str, converter: WeightConverter) -> list[str]:
+    """Return the names of all tensors that a converter makes, of which the first has a given name."""
+    pattern, *others = converter.target_patterns
+    return [first, *(first.replace(pattern, other, 1) for other in others)]
 
 
 def plain_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
@@ -92,12 +109,23 @@ def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, T
     return stored
 
 
+def makes_one(step: WeightConverter) -> bool:
+    """Return whether a step makes one tensor."""
+    return len(step.target_patterns) == 1
+
+
+def splits_evenly(step: WeightConverter) -> bool:
+    """Return whether a step cuts one tensor into as many equal parts as it has targets, for which it needs no model."""
+    one = len(step.source_patterns) == 1 and len(step.operations) == 1
+    return one and isinstance(step.operations[0], Chunk) and step.operations[0].num_shards_attribute is None
+
+
 def converted(name: str, steps: Iterable[WeightRenaming | WeightConverter]) -> tuple[str, str, WeightConverter | None]:
-    """Return a name after all renamings, and the step that merges it into a tensor."""
-    merging = [step for step in steps if isinstance(step, WeightConverter) and len(step.target_patterns) == 1]
+    """Return a name after all renamings, and the step that merges it into a tensor or splits it into equal parts."""
+    known = [step for step in steps if isinstance(step, WeightConverter) and (makes_one(step) or splits_evenly(step))]
     for step in (step for step in steps if isinstance(step, WeightRenaming)):
         name, _ = step.rename_source_key(name)
-    for step in merging:
+    for step in known:
         target, pattern = step.rename_source_key(name)
         if pattern is not None:
             return target, pattern, step
