@@ -1,7 +1,8 @@
-"""Thousands of broken files of every kind, each read by a command: `python -m benchmarks.fuzz [N [SEED]]`.
+"""Thousands of broken files of every kind, each read by a command: `python -m benchmarks.fuzz [N [SEED]] [--record]`.
 
 A command ends cleanly if its exit code is 0, 1 or 2 within `SECONDS` and `MEMORY`, without another exception, and if
-nothing half-written is left. The exit code is 1 if one did not.
+nothing half-written is left. The exit code is 1 if one did not. `--record` adds the table to those of other seeds in
+`benchmarks/results/fuzz.json` and `.md`, so that many files may be broken in parts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from quantize.recipe.recipe import load_recipe
 
 MODEL = Path(__file__).resolve().parents[2] / "tests" / "models" / "stories260K"
 SECONDS, MEMORY = 20, 3 << 29  # of a core, and bytes beside what the process had before
+NUMBERS = ("files", "exit 0", "exit 1", "exit 2", "unclean", "longest, s", "peak, MB")
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 ROWS = '{{"input_ids": [{}]}}\n'
 
 
@@ -48,6 +51,15 @@ class Tally:
     unclean: list[str] = field(default_factory=list)
     seconds: float = 0.0
     memory: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        longest, most = max(self.seconds, other.seconds), max(self.memory, other.memory)
+        return Tally(self.codes + other.codes, self.unclean + other.unclean, longest, most)
+
+    def row(self) -> list[str]:
+        """Return the cells of a table: files, exit codes 0, 1 and 2, unclean, the longest time, the peak of memory."""
+        counts = (self.codes.total(), self.codes[0], self.codes[1], self.codes[2], len(self.unclean))
+        return [*map(str, counts), f"{self.seconds:.1f}", f"{self.memory / 1e6:.0f}"]
 
 
 def sound_files(folder: Path) -> Sound:
@@ -140,24 +152,45 @@ def peak() -> int:
 
 def table(found: dict[str, Tally]) -> Table:
     """Return the counts, the peak memory and the longest time of each kind."""
-    numbers = ("files", "exit 0", "exit 1", "exit 2", "unclean", "longest, s", "peak, MB")
-    made = Table(Column("kind", no_wrap=True), *numbers)
+    made = Table(Column("kind", no_wrap=True), *NUMBERS)
     for kind, tally in found.items():
-        codes, unclean = tally.codes, len(tally.unclean)
-        counts = (sum(codes.values()), codes[0], codes[1], codes[2], unclean)
-        made.add_row(kind, *map(str, counts), f"{tally.seconds:.1f}", f"{tally.memory / 1e6:.0f}")
+        made.add_row(kind, *tally.row())
     return made
+
+
+def record(seed: int, found: dict[str, Tally]) -> None:
+    """Add a table to those of other seeds, and write the sum of all."""
+    path = RESULTS / "fuzz.json"
+    all_seeds = json.loads(path.read_text()) if path.exists() else {}
+    all_seeds[str(seed)] = {kind: asdict(tally) for kind, tally in found.items()}
+    path.write_text(json.dumps(all_seeds, indent=1, sort_keys=True) + "\n")
+    total = dict.fromkeys(KINDS, Tally())
+    for tallies in all_seeds.values():
+        for kind, tally in tallies.items():
+            codes = Counter({int(code): count for code, count in tally.pop("codes").items()})
+            total[kind] += Tally(codes, **tally)
+    lines = [f"| {' | '.join(cells)} |" for cells in (["kind", *NUMBERS], ["---"] * (1 + len(NUMBERS)))]
+    lines += [f"| {' | '.join([kind, *tally.row()])} |" for kind, tally in total.items()]
+    files = sum(tally.codes.total() for tally in total.values())
+    unclean = sum(len(tally.unclean) for tally in total.values())
+    seeds = ", ".join(sorted(all_seeds, key=int))
+    head = f"`make fuzz` broke {files:,} files (seeds {seeds}), of which {unclean} were not answered cleanly:"
+    note = "Seconds are those of a core; memory is what the command took beside what the process had before it."
+    (RESULTS / "fuzz.md").write_text("\n".join(["# Broken files", "", head, "", *lines, "", note, ""]))
 
 
 def main() -> None:
     """Fuzz every kind, and print the table."""
-    given = [int(x) for x in sys.argv[1:]]
+    given = [int(x) for x in sys.argv[1:] if x != "--record"]
+    records = "--record" in sys.argv
     total, seed = given[0] if given else 10_000, given[1] if len(given) > 1 else 0
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "broken").mkdir()
         found = fuzz(sound_files(place), KINDS, -(-total // len(KINDS)), seed, place / "broken")
     Console().print(table(found))
+    if records:
+        record(seed, found)
     sys.exit(any(tally.unclean for tally in found.values()))
 
 

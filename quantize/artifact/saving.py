@@ -44,7 +44,7 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, *, source: Pat
     if not (source / "manifest.json").is_file():
         raise UsageError(f"{source}, which the model was loaded from, is gone; quantize again, or keep the artifact")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} is not empty; give save_pretrained a new directory")
+        raise UsageError(f"{output} is not empty; give save_pretrained a new directory, or copy {source}")
     if (name := changed(model, source)) is not None:
         raise UsageError(
             f"{name} is not what {source} holds, and a changed model is no artifact; save what you changed, as an "

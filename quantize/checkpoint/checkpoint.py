@@ -201,7 +201,7 @@ class Checkpoint:
 def side_files(directory: Path) -> list[Path]:
     """List the tokenizer's and other small files to take along, relative to the directory."""
     found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
-    return [p for p in found if p.name not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
+    return [p for p in found if str(p) not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
 
 
 def open_checkpoint(
@@ -210,7 +210,8 @@ def open_checkpoint(
     """Find a model's parts without reading a weight.
 
     Args:
-        model: a directory, which never touches a network; one file of weights beside its config; a hub id; or a module.
+        model: a directory, which never touches a network; one file of weights beside its config; a hub id, perhaps
+            with `@` and a revision behind it; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
 
@@ -223,7 +224,7 @@ def open_checkpoint(
             raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
         plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
         return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
-    place = find_model(model) or download(str(model))
+    place = find_model(model) or download(*str(model).split("@"))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)

@@ -1,18 +1,29 @@
-"""A model with an id is fetched from the hub."""
+"""A model with an id is fetched from the hub, by the hub's own library, into its cache."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 
 from quantize.checkpoint.untrusted_files import SIDE_FILES
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError, reason
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def download(name: str) -> Path:
-    """Fetch a model's config, tokenizer and safetensors files from the hub, and nothing else.
+def download(name: str, revision: str | None = None) -> Path:
+    """Fetch a model's config, tokenizer and safetensors files, and nothing else; what was interrupted goes on.
+
+    A token is found as the hub's library finds it: `HF_TOKEN`, or what `hf auth login` stored.
+
+    Args:
+        name: the id.
+        revision: a branch, a tag or a commit; None for the main branch.
 
     Raises:
-        UsageError: the hub has no such model, does not give it to this user, or cannot be reached.
+        UsageError: the hub has no such model or revision, does not give it to this user, or cannot be reached.
+        QuantizeError: a file is not what the hub says it is.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -21,16 +32,56 @@ def download(name: str) -> Path:
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
         patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise UsageError(f"{name} has no revision {revision} on the hub; give a branch, a tag or a commit") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UsageError(f"{name} is no directory here, and the hub has no model of that id for you") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         raise UsageError(
-            f"{name} is no directory here, and the hub cannot be reached to fetch it; give a model's directory"
+            f"{name} is no directory here, and the hub has no model of that id for you; if it is private, log in with "
+            "`hf auth login`"
         ) from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UsageError(f"{name} is no directory here, and {why(error)}") from None
+    for path in sorted(found.glob("*.safetensors")):
+        require_hash(path)
+    return found
+
+
+def why(error: BaseException) -> str:
+    """Say in half a sentence why the hub gives nothing, from an error or one of those behind it."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    codes = [getattr(getattr(link, "response", None), "status_code", None) for link in chain]
+    code = next((code for code in codes if code is not None), None)
+    if code == 401:
+        return "the hub does not know your token; log in anew with `hf auth login`"
+    if code == 429:
+        return "the hub takes no more requests from you for now; wait some minutes, and start again"
+    if code is not None:
+        return f"the hub answers with the error {code}; start again later, and what was fetched is kept"
+    if isinstance(error, OSError) and error.errno is not None and "etwork" not in str(error):
+        return f"what is fetched cannot be stored ({reason(error)})"
+    return "the hub cannot be reached to fetch it; give a model's directory"
+
+
+def require_hash(path: Path) -> None:
+    """Check that a large file in the hub's cache is what the hub says: its blob there is named by its SHA-256.
+
+    Raises:
+        QuantizeError: it is not.
+    """
+    blob = path.resolve()
+    if not SHA256.fullmatch(blob.name):
+        return
+    with blob.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != blob.name:
+        raise QuantizeError(f"{path} has not the SHA-256 that the hub gives for it; remove {blob}, and fetch it again")

@@ -10,7 +10,7 @@ from quantize.errors import UsageError, shown
 
 ADAPTER = "adapter_config.json"
 LARGEST_ADAPTER_CONFIG = 1 << 20  # bytes
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w.-][\w./-]*)?")
 DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
 FILES_OF_DATA_SETS = (".arrow", ".parquet")
 FILES_OF_MODELS = {

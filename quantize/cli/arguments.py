@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from quantize.checkpoint.paths import find_model, require_data, require_new
+from quantize.errors import UsageError
 from quantize.recipe.shipped import require_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
@@ -28,6 +29,17 @@ class SchemeType(click.Choice[str]):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name as this package writes it."""
         return super().convert(scheme_name(value), param, ctx)
+
+
+def on_hub(model: str, revision: str) -> str:
+    """Return the name of a revision of a model on the hub.
+
+    Raises:
+        UsageError: the model lies in a directory.
+    """
+    if Path(model).exists():
+        raise UsageError(f"{model} is not on the hub, so it has no revision {revision}")
+    return f"{model}@{revision}"
 
 
 def check_run(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run
+from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run, on_hub
 from quantize.errors import UsageError, own_words_shown
 from quantize.recipe.targets import TARGETS
 
@@ -42,6 +42,7 @@ from quantize.recipe.targets import TARGETS
 @click.option(
     "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
 )
+@click.option("--revision", help="The branch, tag or commit of a MODEL on the hub.  [default: main]")
 @TRUST
 @click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
@@ -102,6 +103,7 @@ def quantize(
     calibration: Path | None,
     text_column: str | None,
     adapter: Path | None,
+    revision: str | None,
     trust_remote_code: bool,
     resume: bool,
     stats: Path | None,
@@ -118,6 +120,8 @@ def quantize(
 
     MODEL is a directory, one .safetensors file beside its config.json, or a hub id.
     """
+    if revision is not None:
+        model = on_hub(model, revision)
     check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
     if output_dir is None and not dry_run and collect_stats is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.kernels.ops import linear_with_int8_backward
+from quantize.nn.interruptible import interruptible
 from quantize.transforms.kurtosis import kurtosis
 
 Backward = Literal["none", "int8", "int8_hadamard"]
@@ -63,7 +64,7 @@ class RegularizedLinear(nn.Module):
         """[..., K] → [..., N]."""
         if not self.started and x.numel():
             self.start(x.detach())
-        y = self.product(learned_clip(x, self.clip, self.num_bits))
+        y = interruptible(self.product(learned_clip(x, self.clip, self.num_bits)))
         if y.numel():
             self.output_kurtosis.append(kurtosis(y).mean())
         return y

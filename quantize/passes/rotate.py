@@ -37,6 +37,7 @@ class Rotate(Pass):
         block_size: the number of neighbouring channels that are mixed; 0 mixes all. If it does not divide the channels,
             their largest common divisor is taken. None takes what suits the format: 32 for MXFP4, all for integers.
             NVFP4's fine groups lose by rotation (`make bench-handlers`), so there a block size must be given.
+        where_useful: whether to rotate only what plain rounding loses less behind, or hardly more, on two probes.
     """
 
     legal: ClassVar[AllowedTransforms] = AllowedTransforms.CENTRED_ORTHOGONAL
@@ -45,6 +46,7 @@ class Rotate(Pass):
     heads: bool = True
     online_hadamard: bool = True
     block_size: int | None = Field(None, ge=0)
+    where_useful: bool = False
 
     def check(self, scheme: Scheme) -> None:
         """Refuse a format that rotating makes worse, unless a block size is given."""

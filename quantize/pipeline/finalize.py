@@ -66,6 +66,7 @@ def finish(
         "export": program.export_record() | {"not_compared": not_compared(blocks)},
         "gate": {"tolerance": equivalence.TOLERANCE, "passes": blocks.pass_runner.differences},
         "online": blocks.pass_runner.changed,
+        "rotations_left_out": plan.left_out.record(),
         "parity": proof,
         "untied": blocks.ties.untied,
         "float_bytes": checkpoint.stored_bytes(),

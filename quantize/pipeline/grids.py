@@ -72,7 +72,7 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
         return replace(plan, note=f"{found}: {why}; a recipe with passes = [] keeps it")
     unfit = [size for path, size in held.items() if not grid_fits(size, plan.schemes[path].weights)]
     regroups = bool(unfit) and recipe.weights.format == "int" and recipe.weights.num_bits == 4
-    plan = make_plan(regrouped(recipe, min(unfit), found) if regroups else recipe, program, held)
+    plan = make_plan(regrouped(recipe, min(unfit), found) if regroups else recipe, program, grids=held)
     return replace(plan, note=f"{found}: {'kept exactly' if plan.kept else 'rounded anew, as the groups do not fit'}")
 
 

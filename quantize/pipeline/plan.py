@@ -10,12 +10,13 @@ from types import MappingProxyType
 
 from quantize.errors import UsageError
 from quantize.graph.allowed_transforms import AllowedTransforms
-from quantize.graph.analysis import admissible_bases, find_bases
+from quantize.graph.analysis import admissible_bases, find_bases, origin_of
 from quantize.graph.basis import Bases, Basis
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.passes import PASSES, Pass
 from quantize.passes.ordering import check_order
+from quantize.passes.rotate import Rotate
 from quantize.pipeline.body import Body, nothing_left, reasons_in_float
 from quantize.pipeline.layer_schemes import resolve_ignore, select
 from quantize.pipeline.tables import (
@@ -45,12 +46,35 @@ class Step:
     online: tuple[str, ...]
     surveyed: frozenset[str]
 
+    @property
+    def judged(self) -> bool:
+        """Whether the pass is left out where plain rounding loses clearly less without it."""
+        return isinstance(self.handler, Rotate) and self.handler.where_useful
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rotations that a plan leaves out.
+
+    Attributes:
+        bases: the bases that are not rotated, as `origin_of` names them.
+        linears: the paths of linears in front of which nothing rotates.
+    """
+
+    bases: frozenset[tuple[str, int, int]] = frozenset()
+    linears: frozenset[str] = frozenset()
+
+    def record(self) -> dict[str, list[str]]:
+        """Return an entry for the manifest: the first writer of each basis, and the linears."""
+        return {"bases": sorted(parameter for parameter, *_ in self.bases), "linears": sorted(self.linears)}
+
 
 @dataclass(frozen=True)
 class Plan:
     """The decisions of a run.
 
     Attributes:
+        given: the recipe as it was given.
         recipe: the resolved recipe, with every default filled in.
         steps: the passes in order.
         quantizer: the quantizer that rounds weights.
@@ -60,10 +84,12 @@ class Plan:
         tables: the names of the tables of words that are held in 8 bits.
         skipped: the parameters that are not quantized, each with the reason.
         body: what share of the model is quantized.
-        kept: the paths of linears whose weights lie on a grid already and are kept as they are.
+        left_out: the rotations that are left out.
+        kept: the path of each linear whose weight lies on a grid and is kept as it is → the grid's group size, 0 for rows.
         note: what was found of such grids, and what becomes of them; '' if none was found.
     """
 
+    given: Recipe
     recipe: Recipe
     steps: tuple[Step, ...]
     quantizer: Quantizer
@@ -72,7 +98,8 @@ class Plan:
     skipped: dict[str, str]
     body: Body
     tables: tuple[str, ...] = ()
-    kept: frozenset[str] = frozenset()
+    left_out: LeftOut = LeftOut()
+    kept: Mapping[str, int] = MappingProxyType({})
     note: str = ""
 
     @functools.cached_property
@@ -94,12 +121,18 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = MappingProxyType({})) -> Plan:
-    """Make the plan.
+def make_plan(
+    recipe: Recipe,
+    program: Program,
+    left_out: LeftOut = LeftOut(),
+    grids: Mapping[str, int] = MappingProxyType({}),
+) -> Plan:
+    """Make the plan, without some rotations.
 
     Args:
         recipe: the recipe.
         program: the program.
+        left_out: the rotations that are left out.
         grids: the path of each linear whose weight lies on a grid of its format → the group size of the grid, 0 for
             rows. If the linear's groups fit the grid it is kept: no pass changes its weight.
 
@@ -122,8 +155,9 @@ def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = Mappi
             handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
-    kept = frozenset(path for path, size in grids.items() if path in schemes and grid_fits(size, schemes[path].weights))
-    steps = make_steps(handlers, program, chosen, kept)
+    kept = {path: size for path, size in grids.items() if path in schemes and grid_fits(size, schemes[path].weights)}
+    untouched = frozenset(linear.weight for linear in chosen if linear.path in kept)
+    steps = make_steps(handlers, program, chosen, left_out, untouched)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
     held = [*map(module_of, tables)]
     if head and with_head:
@@ -140,7 +174,7 @@ def make_plan(recipe: Recipe, program: Program, grids: Mapping[str, int] = Mappi
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
     body = Body.of(program, left, {*outside_of_body(program), *([head.weight, head.bias or ""] if head else [])})
-    return Plan(resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, kept)
+    return Plan(given, resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, left_out, kept)
 
 
 def grid_fits(size: int, args: WeightArgs) -> bool:
@@ -158,29 +192,42 @@ def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
 
 
-def make_steps(handlers: list[Pass], program: Program, linears: list[Linear], kept: frozenset[str]) -> tuple[Step, ...]:
+def make_steps(
+    handlers: list[Pass], program: Program, linears: list[Linear], left_out: LeftOut, untouched: frozenset[str]
+) -> tuple[Step, ...]:
     """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it.
 
-    The weights of the linears `kept`, given by path, stay as they are.
+    The parameters `untouched` stay as they are.
     """
-    steps, folded, untouched = [], frozenset[str](), frozenset(x.weight for x in linears if x.path in kept)
+    steps, folded = [], frozenset[str]()
     for handler in handlers:
         step = make_step(handler, find_bases(program, folded), program, linears, untouched)
-        step = replace(step, sites=freeing(step.sites, program, untouched)) if handler.folds_gains else step
+        sites = freeing(step.sites, program, left_out, untouched) if handler.folds_gains else step.sites
+        step = replace(step, sites=sites)
+        step = without(step, left_out) if step.judged else step
         steps.append(step)
         if handler.folds_gains:
             folded |= {basis.gain.parameter for basis in step.sites if basis.gain}
     return tuple(steps)
 
 
-def freeing(sites: Iterable[Basis], program: Program, untouched: frozenset[str]) -> tuple[Basis, ...]:
+def without(step: Step, left_out: LeftOut) -> Step:
+    """Return a step without the rotations that are left out."""
+    sites = tuple(basis for basis in step.sites if origin_of(basis) not in left_out.bases)
+    return replace(step, sites=sites, online=tuple(path for path in step.online if path not in left_out.linears))
+
+
+def freeing(
+    sites: Iterable[Basis], program: Program, left_out: LeftOut, untouched: frozenset[str]
+) -> tuple[Basis, ...]:
     """Return those of some bases behind norm gains whose folding lets rotations through the norm.
 
     Elsewhere a gain does more good where it is: it mostly is small for massive channels, which otherwise reach what
     reads the norm (Gemma 3, whose residual stream admits no rotation, is nearer to the float model by RTN without).
     """
     rotatable = (b for b in admissible_bases(program) if AllowedTransforms.CENTRED_ORTHOGONAL in b.allowed)
-    freed = {gain for basis in rotatable if not untouched & changing(basis) for gain in basis.gains}
+    kept = (basis for basis in rotatable if not untouched & changing(basis) and origin_of(basis) not in left_out.bases)
+    freed = {gain for basis in kept for gain in basis.gains}
     return tuple(basis for basis in sites if basis.gain and basis.gain.parameter in freed)
 
 

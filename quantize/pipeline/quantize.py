@@ -26,7 +26,7 @@ from quantize.pipeline.distributed import SingleProcess, init_distributed
 from quantize.pipeline.estimate.report import shard_names
 from quantize.pipeline.finalize import calibration_record, finish
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
-from quantize.pipeline.fold_check import check_folds
+from quantize.pipeline.fold_check import check_folds, resolve_rotations
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
@@ -261,8 +261,10 @@ def run_pipeline(
     prepared, context = replace(prepared, plan=plan), replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))
     announce(prepared, console)
     with running("the model"):
-        if journal is None or not journal.has_results:
-            check_folds(prepared, context)
+        if collected is None:
+            prepared = replace(prepared, plan=resolve_rotations(prepared, context))
+        else:
+            check_folds(prepared, context)  # its statistics were collected behind all rotations
         surveys = None if collected is None else {collected.step: collected.statistics}
         blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
     done, names = journal.load_last_block(blocks, writer) if journal else 0, shard_names(prepared)

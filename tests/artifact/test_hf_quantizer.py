@@ -98,6 +98,24 @@ def test_an_encoder_loads_with_and_without_a_head(small_run, minilm, tmp_path):
             AutoModelForMaskedLM.from_pretrained(artifact.directory)
 
 
+@pytest.mark.slow
+def test_sentence_transformers_load_an_encoder_with_all_its_parts(small_run, minilm, tmp_path):
+    """What lies in folders belongs to a model as well, such as `1_Pooling/config.json`."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    shutil.copytree(minilm, tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", num_hidden_layers=1)
+    artifact = small_run(tmp_path / "model", "W8A8", calibration=None, recipe={"quantizer": {"name": "rtn"}})
+    with quiet(), torch.no_grad():
+        model = sentence_transformers.SentenceTransformer(str(artifact.directory), device="cpu")
+        found = torch.from_numpy(model.encode(["A man is playing a guitar."]))
+        tokens = model.tokenizer(["A man is playing a guitar."], return_tensors="pt")
+        expected = quantize.load(artifact.directory)(**tokens)[0].mean(1)
+        with pytest.raises(UsageError, match=f"give save_pretrained a new directory, or copy {artifact.directory}"):
+            model.save(str(tmp_path / "again"))
+    assert isinstance(model[0].auto_model.encoder.layer[0].attention.self.query, QuantizedLinear)
+    assert torch.allclose(found, torch.nn.functional.normalize(expected), atol=1e-5)
+
+
 @pytest.mark.parametrize("load", ["quantize", "transformers"])
 def test_save_pretrained_writes_the_artifact_again(load, artifact_one_layer, tmp_path, tree):
     directory = artifact_one_layer.directory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -287,3 +288,20 @@ def test_a_fine_tune_that_diverges_leaves_nothing(one_layer, stories_calibration
     with pytest.raises(QuantizeError, match="the gradient of step 1 is not finite; give a smaller learning_rate"):
         quantize.finetune(one_layer, output_dir=tmp_path / "out", text=stories_calibration, learning_rate=1e30, **FEW)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_is_answered_within_a_backward_pass():
+    """Otherwise a step ends first, which takes half a minute in a large model."""
+    weights = [nn.Parameter(torch.randn(256, 256) / 16) for _ in range(40)]
+    y = torch.randn(2048, 256, requires_grad=True)
+    for W in weights:
+        y = RegularizedLinear(W, None, False, 4, "none")(y)
+    y.register_hook(lambda _: signal.setitimer(signal.ITIMER_REAL, 0.001) and None)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            y.sum().backward()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert weights[0].grad is None  # the first linear's product comes last

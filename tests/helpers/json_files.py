@@ -3,7 +3,13 @@
 import json
 
 from quantize.artifact.manifest import digest_of
-from quantize.artifact.writer import sha256
+from quantize.artifact.writer import as_json, sha256
+
+
+def bytes_for_programs(artifact):
+    """Return the bytes of an artifact without its page, its model card and the page's figures in the manifest."""
+    files = (x for x in artifact.directory.iterdir() if x.name not in ("report.html", "README.md"))
+    return sum(x.stat().st_size for x in files) - len(as_json({"report": artifact.manifest["report"]}))
 
 
 def change_json(path, **changes):

@@ -16,7 +16,7 @@ ROTATED = {"passes": [{"name": "fold_norms"}, {"name": "rotate"}], "quantizer": 
 @pytest.fixture(autouse=True)
 def folded_gains(monkeypatch):
     """Fold gains although no rotation is freed, so that the head is no longer what it was tied to."""
-    monkeypatch.setattr("quantize.pipeline.plan.freeing", lambda sites, program, untouched: tuple(sites))
+    monkeypatch.setattr("quantize.pipeline.plan.freeing", lambda sites, *_: tuple(sites))
 
 
 SIZES = {

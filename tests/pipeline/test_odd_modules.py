@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks.families.modules import MODULES
+from benchmarks.families.modules import MODULES, stack
 from quantize import load
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
@@ -37,6 +37,21 @@ def test_weights_that_are_computed_or_parameters_are_quantized(small_run, name):
     assert 0 < distance(loaded, model) < 0.02
     assert distance(artifact.load(), loaded) == 0
     assert name != "weight_norm" or hasattr(model.blocks[0].inner, "parametrizations")  # what was given stays as it is
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_that_hooks_compute_are_quantized(small_run, name):
+    def build():
+        make = getattr(torch.nn.utils, name)
+        return stack(lambda: make(torch.nn.Linear(64, 128)))()
+
+    model = build()
+    model(IDS)  # the hook has computed a weight, which needs a gradient
+    artifact = small_run(model, "W8A8", recipe=PLAIN, calibration=list(IDS))
+    assert share(artifact) > 0.97
+    assert 0 < distance(load(artifact.directory, skeleton=build()), model) < 0.02
+    assert hasattr(model.blocks[0].inner, "weight_orig" if name == "spectral_norm" else "weight_g")
 
 
 def test_a_weight_that_is_computed_may_stay_in_floating_point(small_run):

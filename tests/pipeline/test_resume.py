@@ -120,7 +120,7 @@ def broken_off(attempt, fails, variant, partial):
     kept = f"{partial} keeps what is finished; give the same command again to go on, or remove that directory"
     assert shown.err.splitlines()[-1] == f"error: it broke; {kept}"
     assert sorted(path.name for path in (partial / "journal").iterdir()) == [
-        "border-00001", "identity.json", "survey.safetensors",
+        "border-00001", "identity.json", "rotations.safetensors", "survey.safetensors",
     ]  # fmt: skip
     fails("", None)
     return model

@@ -204,7 +204,7 @@ def test_copies_that_nothing_reads_are_held_in_8_bits_too(small_run, tmp_path, m
 
     The head is untied from them by a gain that is folded into it, here although no rotation is freed.
     """
-    monkeypatch.setattr("quantize.pipeline.plan.freeing", lambda sites, program, untouched: tuple(sites))
+    monkeypatch.setattr("quantize.pipeline.plan.freeing", lambda sites, *_: tuple(sites))
     torch.manual_seed(0)
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}

@@ -119,7 +119,10 @@ class ArtifactEstimate:
         return quantization_settings(recipe, default, modules)
 
     def artifact_bytes(self) -> int:
-        """Return the size of all files of the artifact, in bytes."""
+        """Return the size of all files of the artifact, in bytes, without what people look at.
+
+        The page, the model card and the figures in the manifest are some 200,000 bytes, however large the model is.
+        """
         weights = sum(file_bytes(tensors) for tensors in self.tensors)
         directory = self.checkpoint.directory
         side = sum((directory / path).stat().st_size for path in side_files(directory)) if directory else 0

@@ -14,6 +14,7 @@ from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides, Values, run_node, run_nodes
 from quantize.graph.program import Program, Segment
+from quantize.nn.interruptible import interruptible
 from quantize.nn.quantized_experts import by_expert
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.block import Block, Product
@@ -61,7 +62,7 @@ class STELinear(nn.Module):
 
 def fake_linear(done: QuantizedLinear, x: Tensor, W: Tensor) -> Tensor:
     """Multiply x [..., K] as it reaches a quantized linear's product with W [N, K], with gradients to both."""
-    return nn.functional.linear(straight_through(done.transform(x), done.fake_input(x)), W, done.bias)
+    return interruptible(nn.functional.linear(straight_through(done.transform(x), done.fake_input(x)), W, done.bias))
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
