@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from quantize.errors import UsageError
@@ -85,7 +85,7 @@ class Plan:
         skipped: the parameters that are not quantized, each with the reason.
         body: what share of the model is quantized.
         left_out: the rotations that are left out.
-        kept: the path of each linear whose weight lies on a grid and is kept as it is → the grid's group size, 0 for rows.
+        kept: the path of each linear whose weight lies on a grid and is kept → the group size of the grid, 0 for rows.
         note: what was found of such grids, and what becomes of them; '' if none was found.
     """
 
@@ -99,7 +99,7 @@ class Plan:
     body: Body
     tables: tuple[str, ...] = ()
     left_out: LeftOut = LeftOut()
-    kept: Mapping[str, int] = MappingProxyType({})
+    kept: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
 
     @functools.cached_property
