@@ -38,6 +38,8 @@ RECIPES = {
     ),
     "kv cache": ("W8A8", {"quantizer": {"name": "rtn"}, "kv_cache": {"num_bits": 4}}),
     "prefix": ("W8A8", {"passes": [], "quantizer": {"name": "rtn"}, "prefix": {"tokens": [1, 9]}}),
+    "weights alone": ("W4A16", {"passes": [], "quantizer": {"name": "rtn"}}),
+    "NF4": ("W4A16", {"passes": [], "quantizer": {"name": "rtn"}, "weights": {"format": "nf4"}}),
     "MXFP4": ("MXFP4", {"quantizer": {"name": "rtn"}, "ignore": ["down_proj", "lm_head"]}),
     "NVFP4": ("NVFP4", {"quantizer": {"name": "rtn"}, "ignore": ["down_proj", "lm_head"]}),
 }
