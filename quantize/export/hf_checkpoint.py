@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -26,6 +26,7 @@ from quantize.nn.quantized_embedding import dequantized_table
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
 
+T = TypeVar("T")
 FEW_NUMBERS = 8  # 2 (1 + 8/n) is passed by one in 1000 ratios of two independent random differences of n numbers
 ROUNDING = 64  # last bits, relative to the output: a sum in another order may differ by so much
 
@@ -33,12 +34,11 @@ ROUNDING = 64  # last bits, relative to the output: a sum in another order may d
 def shards(
     directory: Path,
     outline: Outline,
-    replace: Callable[[str, QuantizedLinear], Mapping[str, Tensor]],
+    replace: Callable[[str, QuantizedLinear], Mapping[str, T]],
     console: Console | None = None,
-) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    replace_table: Callable[[Tensor, Tensor], Tensor | T] | None = None,
+) -> Iterator[tuple[str, dict[str, Tensor | T]]]:
     """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
-
-    Tables of words in 8 bits become tables in the dtype in which the float model has them.
 
     Args:
         directory: an artifact.
@@ -46,11 +46,13 @@ def shards(
         replace: maps a path and a linear, as `stored_linear` reads it, to the target's tensors, by name within the
             linear.
         console: the console that shows progress; None shows nothing.
+        replace_table: maps the integers [V, K] and scales [V, 1] of a table of words in 8 bits to the target's tensor;
+            None makes a table in the dtype in which the float model has it.
     """
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
     tables = outline.settings.get("tables", ())
     for file in track(sorted(set(files.values())), "writing", lambda file: file.name, console):
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor | T] = {}
         for name in (name for name, path in files.items() if path == file):
             path, _, leaf = name.rpartition(".")
             if path in modules and leaf == "qweight":
@@ -58,7 +60,8 @@ def shards(
                 tensors |= {f"{path}.{part}": tensor for part, tensor in replace(path, linear).items()}
             elif path in tables and leaf == "qweight":
                 qweight, scale = read_table(path, files)
-                tensors[f"{path}.weight"] = dequantized_table(qweight, scale, scale.dtype)
+                own = replace_table or (lambda q, scale: dequantized_table(q, scale, scale.dtype))
+                tensors[f"{path}.weight"] = own(qweight, scale)
             elif path not in (*modules, *tables) and path.rpartition(".transform.")[0] not in modules:
                 tensors[name] = read_tensor(file, name)
         yield file.name, tensors

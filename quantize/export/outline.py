@@ -30,11 +30,13 @@ class Outline:
         config: the content of the model's `config.json`.
         settings: the artifact's quantization settings.
         skeleton: the float model on the meta device.
+        directory: where the tokenizer is; None for a module in memory.
     """
 
     config: dict[str, Any]
     settings: dict[str, Any]
     skeleton: nn.Module
+    directory: Path | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -59,12 +61,19 @@ class Outline:
         places = {path for named in (skeleton.named_modules(), skeleton.named_parameters()) for path, _ in named}
         if missing := listed - places:
             raise QuantizeError(f"{directory} does not fit the model: it lists {min(missing)}, which the model lacks")
-        return cls(config, settings, skeleton)
+        return cls(config, settings, skeleton, directory)
 
     @classmethod
     def estimate(cls, found: ArtifactEstimate) -> Self:
         """Make the outline of the artifact that a run will write."""
-        return cls(found.checkpoint.config, found.settings, found.checkpoint.skeleton())
+        checkpoint = found.checkpoint
+        return cls(checkpoint.config, found.settings, checkpoint.skeleton(), checkpoint.directory)
+
+    def model_config(self) -> dict[str, Any]:
+        """Return the model's config with the defaults of its class, which `config.json` need not have."""
+        config: Any = self.skeleton.config
+        found: dict[str, Any] = config.to_dict()
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

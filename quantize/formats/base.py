@@ -63,6 +63,8 @@ class NumberFormat(ABC):
         kind = "weights" if isinstance(args, WeightArgs) else "activations"
         if kind == "activations" and self.activation_format != self.name:
             raise ValueError(f"{self.name} is a format of weights; leave the format of the activations out")
+        if isinstance(args, WeightArgs) and args.scale_dtype is not None and self.element != "int":
+            raise ValueError(f"scale_dtype is for integers; leave it out of {self.name} weights")
         needed = {key: value for key, value in self.fixed().items() if hasattr(args, key)}
         found = {key: getattr(args, key) for key in needed}
         if found != needed:

@@ -13,6 +13,9 @@ from quantize.kernels.ops import pack_int4, unpack_int4
 from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.scheme.scheme import WeightArgs
 
+FLOAT16_BITS = 11  # significant bits of a float16
+SMALLEST_FLOAT16, LARGEST_FLOAT16 = 2.0**-24, 2.0**12  # 15 of the latter are a float16, too
+
 
 @FORMATS.register("int")
 class Integer(NumberFormat):
@@ -28,6 +31,8 @@ class Integer(NumberFormat):
         """Return scale and zero point; without a zero point the range reaches ±(2^(b-1) - 1)."""
         del global_scale
         scale, zero_point = scale_and_zero_point(low, high, args.num_bits, args.symmetric)
+        if args.scale_dtype is not None:
+            scale = float16_scale(scale, FLOAT16_BITS - (0 if args.symmetric else args.num_bits))
         return scale.to(scale_dtype).float(), zero_point
 
     def round(self, t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
@@ -48,3 +53,13 @@ class Integer(NumberFormat):
     def unpack(self, data: Tensor, columns: int, args: WeightArgs) -> Tensor:
         """Return int8."""
         return unpack_int4(data, columns) if args.num_bits == 4 else data
+
+
+def float16_scale(scale: Tensor, bits: int) -> Tensor:
+    """Return scales > 0 of any shape, rounded to `bits` significant bits that float16 holds; float32.
+
+    A product with an integer of 11 - `bits` bits is then a float16, too. Scales beyond float16 take its ends.
+    """
+    mantissa, exponent = torch.frexp(scale.float())
+    rounded = torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+    return rounded.clamp(SMALLEST_FLOAT16, LARGEST_FLOAT16).half().float()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats import get_format
+from quantize.formats.integer import FLOAT16_BITS, float16_scale
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.kernels.reference import integer_range
 from quantize.quantizers.base import grouped
@@ -45,6 +46,8 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
         values, scale, zero_point = found
         parts.append((values.view_as(part), *(x.view(len(part), -1) for x in (scale, zero_point))))
     values, scale, zero_point = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    if args.scale_dtype is not None:
+        scale = in_float16(scale.to(dtype).float(), zero_point, args.num_bits)
     stored = number_format.encode_scale(scale, global_scale, dtype)
     if not bool((number_format.decode_scale(stored, global_scale) > 0).all()):
         return None
@@ -79,6 +82,13 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     if len(live) or float(q.min()) < lowest or float(q.max()) > highest:
         return None
     return q, scale, zero_point
+
+
+def in_float16(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return scales that float16 holds, and holds times their zero points: the nearest ones, or coarser ones."""
+    nearest = scale.half().float()
+    exact = (nearest * zero_point).half().float() == nearest * zero_point
+    return torch.where(exact, nearest, float16_scale(scale, FLOAT16_BITS - bits))
 
 
 def fitted(x: Tensor, q: Tensor, d: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from quantize.errors import UsageError
 
 FP4 = "it has no product of FP4 values; give W4A16 or W4A8"
+ROUNDS_ITSELF = "it rounds activations to 8 bits in blocks of 32 by itself, whatever the scheme"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Target:
 CHECKPOINTS = {"W4A16": "w4a16-vllm", "W4A8": "w4a8-vllm", "W4A4": "w4a4-vllm", "MXFP4": "mxfp4-folded"}
 TARGETS = {
     "onnxruntime": Target("onnx", {}, {"MXFP4": FP4, "NVFP4": FP4}),
+    "llama.cpp": Target(
+        "gguf",
+        {"W8A8": "w8a8-llama-cpp", "W4A16": "w4a16-llama-cpp", "MXFP4": "mxfp4-folded"},
+        {
+            "W6A6": f"{ROUNDS_ITSELF}; give W8A8",
+            "W4A8": f"{ROUNDS_ITSELF}; give W4A16",
+            "W4A4": f"{ROUNDS_ITSELF}; give W4A16",
+        },
+    ),
     "transformers": Target("compressed-tensors", CHECKPOINTS | {"W6A6": "w6a6-folded"}),
     "vllm": Target(
         "compressed-tensors", CHECKPOINTS, {"W6A6": "it has no product of 6-bit activations; give W8A8 or W4A8"}

@@ -26,12 +26,15 @@ class WeightArgs(Data):
         format: the name of a file of `formats/`; `formats.check_args` says which other settings it allows.
         symmetric: whether there is no zero point.
         group_size: the number of input channels that share a scale; 0 means one scale for each output channel.
+        scale_dtype: a dtype that must hold each scale of integers, and each scale times its zero point, without loss;
+            None asks for the model's own dtype alone.
     """
 
     num_bits: Literal[4, 6, 8]
     format: str = "int"
     symmetric: bool = True
     group_size: int = Field(default=0, ge=0)
+    scale_dtype: Literal["float16"] | None = None
 
 
 class RuntimeSmoothArgs(Data):
@@ -112,4 +115,4 @@ class Scheme(Data):
 
 
 # Of tables of words and of the linear that scores the vocabulary, which are rounded to nearest, one scale for each row.
-TABLE_SCHEME = Scheme(weights=WeightArgs(num_bits=8))
+TABLE_SCHEME = Scheme(weights=WeightArgs(num_bits=8, scale_dtype="float16"))

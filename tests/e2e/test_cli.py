@@ -121,7 +121,7 @@ def test_version(cli):
         ["model", "--scheme", "W3A3", "--output-dir", "out"],
         ["model", "--scheme", "W8A8", "--output-dir", "out", "--nsamples", "many"],
         ["model", "--scheme", "W8A8", "--output-dir", "out", "--seqlen", "1"],
-        ["export", "x", "--format", "gguf", "--output-dir", "out"],
+        ["export", "x", "--format", "mlx", "--output-dir", "out"],
         ["eval", "x", "--text", "t.jsonl", "--nsamples", "0"],
         ["eval", "x", "--text", "t.jsonl", "--nsamples", "-1"],
         ["eval", "x", "--text", "t.jsonl", "--seqlen", "1"],

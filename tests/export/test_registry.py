@@ -66,7 +66,7 @@ def test_every_folder_is_a_target_and_has_its_tests():
 def test_help_lists_every_target_with_its_options(cli, toy):
     toy()
     shown = words(cli("export", "--help").out)
-    assert "--format [compressed-tensors|onnx|safetensors-float|toy]" in shown
+    assert "--format [compressed-tensors|gguf|onnx|safetensors-float|toy]" in shown
     for name, exporter in EXPORTERS.items():
         assert words(f"Format {name}: {exporter.summary}") in shown
     assert words(f"Format toy: {TOY} --depth INTEGER RANGE How deep. [x>=1] --loud Louder.") in shown
@@ -124,8 +124,10 @@ def test_an_option_of_another_target_is_refused_and_its_target_named(cli, toy, a
     assert not (tmp_path / "no").exists()
     with pytest.raises(UsageError, match="--colour belongs to no target, not to toy; leave it out"):
         export_artifact(artifact_rtn.directory, "toy", tmp_path / "no", colour="red")
-    with pytest.raises(UsageError, match="there is no target 'gguf'; known are compressed-tensors, onnx, safetensors"):
-        export_artifact(artifact_rtn.directory, "gguf", tmp_path / "no")
+    with pytest.raises(
+        UsageError, match="there is no target 'mlx'; known are compressed-tensors, gguf, onnx, safetensors"
+    ):
+        export_artifact(artifact_rtn.directory, "mlx", tmp_path / "no")
 
 
 def test_an_option_of_two_targets_goes_to_either(cli, toy, artifact_rtn, tmp_path, monkeypatch):
@@ -161,7 +163,7 @@ def test_obstacles_are_told_before_a_run_and_before_an_export(
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("target", ["compressed-tensors", "onnx", "safetensors-float"])
+@pytest.mark.parametrize("target", ["compressed-tensors", "gguf", "onnx", "safetensors-float"])
 def test_no_target_has_a_place_for_stacks_of_experts(target):
     outline = SimpleNamespace(experts=["model.layers.0.mlp.experts.up"])
     refusal = (

