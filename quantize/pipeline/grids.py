@@ -55,7 +55,7 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
         UsageError: the group size that was asked for does not fit the grids; also what `make_plan` raises.
     """
     plan = make_plan(recipe, program)
-    if recipe.requantize:
+    if recipe.requantize or checkpoint.is_config_alone:
         return plan
     grids, linears = find_grids(plan, program, checkpoint), quantized(plan, program)
     sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
