@@ -59,6 +59,12 @@ from quantize.recipe.targets import TARGETS
     help="Linears to leave in floating point: names or globs, separated by commas, or one re:EXPRESSION. May be given "
     "several times.",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    default=None,
+    help="Round weights anew that lie on a grid of the scheme already; otherwise they are kept exactly.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
 @click.option(
@@ -132,17 +138,20 @@ def quantize(
         from quantize.export.targets import exports
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
+        from quantize.pipeline.prune import as_pruned
 
+        chosen = load_recipe(scheme, recipe, target=target, **settings)
         with own_words_shown(verbose):
-            prepared = prepare(
+            given = prepare(
                 model,
-                load_recipe(scheme, recipe, target=target, **settings),
+                chosen,
                 calibration,
                 read=False,
                 text_column=text_column,
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
             )
+        prepared = as_pruned(given, chosen)
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]

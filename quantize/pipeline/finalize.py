@@ -21,7 +21,8 @@ from quantize.artifact.verify import LOAD_TOLERANCE, at_last_token, read_probe, 
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
-from quantize.checkpoint.tensor_files import read_tensor
+from quantize.checkpoint.safetensors_reader import read_rows
+from quantize.checkpoint.tensor_files import CHUNK, header_tensor, read_tensor, require_finite
 from quantize.errors import QuantizeError
 from quantize.graph.alike_bases import alike_bases
 from quantize.graph.analysis import admissible_bases
@@ -51,10 +52,13 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
+    kept = {x.weight for x in program.all_linears if x.path in blocks.rounder.kept}
     found = {
-        "held_out": held_out_record(blocks.held_out, prepared.samples),
+        "pruning": dict(prepared.pruning),
+        "held_out": held_out_record(blocks.held_out, prepared.samples, bool(plan.reader_schemes.keys() - kept)),
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
+        "kept_grids": blocks.rounder.kept,
     }
     manifest = {
         "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},
@@ -150,15 +154,13 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     trusted = checkpoint.code is not None
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        model = load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton, trust_remote_code=trusted)
-        if prepared.samples.whole:
-            del model, skeleton
-            skeleton = None if checkpoint.config else checkpoint.skeleton()
-            model = load(directory, skeleton=skeleton, engine="reference", trust_remote_code=trusted)
+        dtype = checkpoint.dtype_of(sizes[largest])
+        load(directory, dtype, skeleton, read=checked_on_meta, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
     if prepared.samples.whole:
-        check_computes(model, directory)
+        skeleton = None if checkpoint.config else checkpoint.skeleton()
+        check_computes(load(directory, skeleton=skeleton, engine="reference", trust_remote_code=trusted), directory)
 
 
 def check_computes(model: nn.Module, directory: Path) -> None:
@@ -176,6 +178,19 @@ def check_computes(model: nn.Module, directory: Path) -> None:
             f"on {listed([*given])} the model computes something else than its exported graph (by {found:.1e}); give "
             "every argument that its processor returns"
         )
+
+
+def checked_on_meta(file: Path, name: str) -> Tensor:
+    """Check the numbers of a tensor, some rows at a time, and return it on the meta device.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    found = header_tensor(file, name)
+    rows = max(1, CHUNK // max(1, found[:1].numel())) if found.dim() else None
+    for first in range(0, len(found), rows) if rows else [0]:
+        require_finite(name, read_rows(file, name, first, rows), file)
+    return found
 
 
 def write_side_files(

@@ -11,23 +11,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantize.calibration.arguments import longest, look_into, match_inputs, whole_samples
 from quantize.calibration.data import Samples
 from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
-from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.program import Program
 from quantize.graph.random_numbers import drawing
 from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.grids import plan_with_grids
 from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.plan import Plan, make_plan
+from quantize.pipeline.plan import Plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.pipeline.tables import module_of
 from quantize.recipe.recipe import Recipe
@@ -42,6 +45,7 @@ class Prepared:
         held_out: rows that were held back from them, to judge the result by.
         seconds: the time it took to prepare the run, most of which is the export of the graph.
         tokenizer: the tokenizer of a module in memory, which the artifact takes along.
+        pruning: what the manifest says of experts that were dropped; {} if none were.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +55,7 @@ class Prepared:
     seconds: float
     held_out: HeldOutRows = field(default_factory=HeldOutRows)
     tokenizer: Any = None
+    pruning: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -67,11 +72,12 @@ def prepare(
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
-    Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back. A tokenizer
-    of transformers takes the place of the one in the model's directory; `text_column` is that of `read_source`. A LoRA
-    adapter is merged into the weights. With `trust_remote_code` code of the model's own may run.
+    Without `read` no weight is read, so wrong weights are not found, and a directory may hold a config alone. With
+    `judge` some rows are held back. A tokenizer of transformers takes the place of the one in the model's directory;
+    `text_column` is that of `read_source`. A LoRA adapter is merged into the weights. With `trust_remote_code` code of
+    the model's own may run.
     """
-    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code)
+    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code, weights=read)
     skeleton = checkpoint.skeleton()
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
@@ -84,7 +90,7 @@ def prepare(
             f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
             "checked; give the part of it that draws none"
         )
-    plan = make_plan(recipe, program)
+    plan = plan_with_grids(recipe, program, checkpoint)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
@@ -92,7 +98,10 @@ def prepare(
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
     vocabulary = program.vocabulary
     if rows is None:
-        samples = read_source(given.data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
+        data = given.data
+        if checkpoint.is_config_alone and data is None and tokenize is None:
+            data = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
+        samples = read_source(data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
     else:
         samples = whole_samples(rows, given, program.bounds)
     samples = masked(samples)
@@ -136,6 +145,7 @@ def describe_run(prepared: Prepared) -> str:
     what = ", ".join([f"{first[1]} linears to {first[0]}", *(f"{count} to {label}" for label, count in others)])
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
+    lines += [plan.note] if plan.note else []
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:

@@ -50,7 +50,7 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
-        ([tmp_path / "model.gguf"], "is a GGUF file, and its weights are rounded already; give the directory"),
+        ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
         ([one_layer / "model.safetensors"], "is one file of a model; give the directory with its config.json"),
         ([tmp_path], "holds no config.json, so it is no model directory"),
         ([one_layer], "give --output-dir"),
@@ -216,9 +216,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "export to onnx: yes",
     ]:
         assert line in shown.out.splitlines()
-    assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
+    assert [line.split(":")[0] for line in shown.out.splitlines()[:4]] == ["model", "memory", "disk", "time"]
     assert re.fullmatch(
-        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[2]
+        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[3]
     )
     assert not list(tmp_path.iterdir())
 
