@@ -74,6 +74,22 @@ test-vllm: $(VENV)/installed
 bench-families: $(VENV)/installed
 	$(PYTHON) -m benchmarks.families.bench $(ARGS)
 
+# A small mixture of experts, trained into a directory in some minutes (argument: ARGS=DIR)
+mixture: $(VENV)/installed
+	$(PYTHON) -m benchmarks.mixture.train $(ARGS)
+
+# The mixture in DIR quantized and pruned: benchmarks/results/mixture.json and .md (resumes; argument: ARGS=DIR)
+bench-mixture: $(VENV)/installed
+	$(PYTHON) -m benchmarks.mixture.bench $(ARGS)
+
+# What Qwen3-30B-A3B and DeepSeek-V3 would take, disk and memory, from their configs alone
+bench-whole: $(VENV)/installed
+	$(PYTHON) -m benchmarks.whole_models
+
+# Peak memory of plainly rounding layers of the shapes of Qwen3-30B-A3B and DeepSeek-V3 (8 GB of disk; ARGS="--scratch DIR")
+bench-layers: $(VENV)/installed
+	$(PYTHON) -m benchmarks.layer_memory $(ARGS)
+
 # 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
@@ -105,4 +121,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format
+.PHONY: mixture bench-mixture bench-whole bench-layers bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format bench-families bench-gguf test-llama-cpp test-vllm

@@ -12,8 +12,9 @@ from torch import Tensor
 from quantize.calibration.massive import Activation, HiddenStateStats, hidden_states
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensor_samples import read_calibration
-from quantize.checkpoint.checkpoint import Checkpoint, check_weights
+from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError
 from quantize.graph.inputs import example_inputs
 from quantize.graph.interpreter import Overrides

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quantize.export.directory import export_artifact as export_artifact
     from quantize.finetuning.finetune import finetune as finetune
     from quantize.graph.inspect import inspect as inspect
+    from quantize.pipeline.pruned_model import prune_model as prune_model
     from quantize.pipeline.quantize import Artifact as Artifact
     from quantize.pipeline.quantize import quantize_model as quantize_model
     from quantize.recipe.recipe import Recipe as Recipe
@@ -27,9 +28,20 @@ HOMES = {
     "finetune": "quantize.finetuning.finetune",
     "inspect": "quantize.graph.inspect",
     "load": "quantize.artifact.load",
+    "prune_model": "quantize.pipeline.pruned_model",
     "quantize_model": "quantize.pipeline.quantize",
 }
-__all__ = ["Artifact", "Recipe", "evaluate", "export_artifact", "finetune", "inspect", "load", "quantize_model"]
+__all__ = [
+    "Artifact",
+    "Recipe",
+    "evaluate",
+    "export_artifact",
+    "finetune",
+    "inspect",
+    "load",
+    "prune_model",
+    "quantize_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,8 @@ from quantize.recipe.recipe import validated
 from quantize.scheme.scheme import ENGINES, Engine
 from quantize.transforms.online import Online, restore
 
+Read = Callable[[Path, str], Tensor]  # a file and a name → the tensor
+
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read `manifest.json` of an artifact.
@@ -91,6 +93,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     skeleton: nn.Module | None = None,
     engine: Engine = "fake_quant",
+    read: Read | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load the quantized model in evaluation mode; for a causal language model `generate` works.
@@ -101,6 +104,8 @@ def load(
         skeleton: the architecture, for artifacts of modules that transformers does not know; its weights are replaced.
         engine: how quantized linears run on a CPU. `fake_quant` holds each weight dequantized in `dtype` and multiplies
             in floating point; `reference` multiplies integers and sums them exactly, for proofs, and is slow.
+        read: how tensors are read: None reads them into memory; what returns them on the meta device loads a model that
+            computes nothing, to see whether all has its place.
         trust_remote_code: whether code of the model's own may run; its files must be those of the manifest.
 
     Raises:
@@ -127,7 +132,7 @@ def load(
         skeleton = build_bounded(read_config(directory), index_tensors(directory, PROBE), code)
     elif not isinstance(skeleton, PreTrainedModel):
         skeleton = with_plain_weights(skeleton)
-    model = fill(skeleton, directory, settings, dtype)
+    model = fill(skeleton, directory, settings, dtype, read)
     for module in model.modules():
         if isinstance(module, QuantizedWeight):
             module.engine = engine
@@ -136,7 +141,13 @@ def load(
     return model
 
 
-def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: torch.dtype = torch.float32) -> nn.Module:
+def fill(
+    model: nn.Module,
+    directory: Path,
+    settings: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    read: Read | None = None,
+) -> nn.Module:
     """Put the tensors of an artifact into its architecture.
 
     Args:
@@ -144,16 +155,18 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
         directory: an artifact, which need not have its manifest yet.
         settings: its quantization settings.
         dtype: the dtype of all parameters that are not integers.
+        read: how tensors are read, as in `load`.
 
     Raises:
         QuantizeError: the files are damaged, or belong to another model.
     """
+    read = read or read_checked
     files = index_tensors(directory, PROBE)
     try:
         for path in settings["modules"]:
-            put_in_place(model, path, read_linear(path, settings, files, dtype))
+            put_in_place(model, path, read_linear(path, settings, files, dtype, read))
         for path in settings.get("tables", ()):
-            qweight, scale = read_table(path, files)
+            qweight, scale = read_table(path, files, read)
             quantize_embedding(model.get_submodule(path), qweight, scale.to(dtype), path)
     except (AttributeError, ValueError) as error:  # there is no such module, or the name is empty
         raise QuantizeError(f"{directory} does not fit the model: {error}") from None
@@ -162,7 +175,7 @@ def fill(model: nn.Module, directory: Path, settings: dict[str, Any], dtype: tor
     held = {
         f"{path}.{name}": t for path, state in modules.items() for name, t in state.items()
     }  # scales of FP4 keep their dtype
-    tensors = {name: read_checked(file, name) for name, file in files.items() if name not in held}
+    tensors = {name: read(file, name) for name, file in files.items() if name not in held}
     wrong = assign_and_tie(model, {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()})
     if wrong:
         raise QuantizeError(f"{directory} does not fit the model: {wrong[0]} is in one of them only")
@@ -202,7 +215,7 @@ def read_linear(
     settings: dict[str, Any],
     files: Mapping[str, Path],
     dtype: torch.dtype,
-    read: Callable[[Path, str], Tensor] = read_checked,
+    read: Read = read_checked,
 ) -> QuantizedLinear | QuantizedExperts:
     """Read one quantized linear of an artifact, or a stack of experts, as the `quantization_config` describes it.
 
@@ -237,9 +250,7 @@ def read_linear(
     return linear
 
 
-def read_table(
-    path: str, files: Mapping[str, Path], read: Callable[[Path, str], Tensor] = read_checked
-) -> tuple[Tensor, Tensor]:
+def read_table(path: str, files: Mapping[str, Path], read: Read = read_checked) -> tuple[Tensor, Tensor]:
     """Read the integers [V, K] and the scales [V, 1] of a table of words.
 
     Raises:

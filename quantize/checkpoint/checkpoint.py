@@ -23,13 +23,14 @@ from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_
 from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
-from quantize.checkpoint.safetensors_reader import DTYPES, read_header
+from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
+from quantize.checkpoint.size_limits import NoFiles
 from quantize.checkpoint.sources import find_encoded
 from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
-from quantize.checkpoint.tensor_files import index_tensors, read_float, read_tensor, require_finite
-from quantize.checkpoint.untrusted_files import SIDE_FILES, is_hidden, links_followed, read_json
+from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_float, read_tensor, require_finite
+from quantize.checkpoint.untrusted_files import SIDE_FILES, has_config_alone, is_hidden, links_followed, read_json
 from quantize.checkpoint.wrappers import dropped
 from quantize.errors import QuantizeError, UsageError, reason
 
@@ -57,6 +58,7 @@ class Checkpoint:
         encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
         dtype: the dtype of the tensors that are made of parts.
         computed: parameters that no file holds, because the model computes them.
+        kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
     directory: Path | None
@@ -72,12 +74,24 @@ class Checkpoint:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     computed: dict[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    @property
+    def bounds(self) -> Mapping[str, Path] | None:
+        """The files that bound what may be built from the config; None for a module, whose config is one's own."""
+        return self.files if self.module is None else None
+
+    @property
+    def is_config_alone(self) -> bool:
+        """Whether there are no weights, so that a run can only be estimated."""
+        return isinstance(self.files, NoFiles)
 
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
-        if self.module is None:
-            model = build_skeleton(self.config, self.files, self.code)
-            buffers = [name for name in model.state_dict() if name not in self.ties and name in self.sources]
+        if self.module is None or self.kept:
+            model = build_skeleton(self.config, self.bounds, self.code)
+            stored = self.sources if self.module is None else self.module.state_dict()
+            buffers = [name for name in model.state_dict() if name not in self.ties and name in stored]
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             config: Any = model.config
             if getattr(config, "pad_token_id", 0) is None:
@@ -96,7 +110,8 @@ class Checkpoint:
             ChangedError: its file has changed since the model was opened.
         """
         if self.module is not None:
-            return self.module.get_parameter(name).detach()
+            held = self.module.get_parameter(name) if name in self.ties else self.module.get_buffer(name)
+            return self._kept_part(name, held.detach())
         found = self._read(name, read_tensor)
         return found.to(self.dtype) if self.is_encoded(name) else found
 
@@ -106,25 +121,63 @@ class Checkpoint:
             return self.tensor(name).float()
         return self._read(name, read_float).float()
 
-    def _read(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
-        """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
-        names = self.ties.get(name, (name,))
-        stored = next((alias for alias in names if alias in self.sources), None)
-        if stored is None and name in self.computed:
-            return self.computed[name]
+    def on_meta(self, name: str) -> Tensor:
+        """Return a parameter on the meta device, as far as may be by the headers of the files."""
+        if self.module is not None or self.is_encoded(name) or name in self.computed:
+            return self.tensor(name).to("meta")
+        return self._kept_part(name, self._put_together(name, header_tensor))
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Return where a parameter lies as it is in files; None if it lies elsewhere, or is made, merged or pruned."""
+        apart = self.module is not None or self.adapter is not None or self.is_encoded(name)
+        left_out = name in self.kept or name in self.computed
+        return None if apart or left_out else self.sources[self._stored_name(name)]
+
+    def read_shape(self, part: str) -> tuple[int, ...]:
+        """Return the shape of a tensor by its name in the files."""
+        return tuple(header_tensor(self._file(part), part).shape)
+
+    def read_part(self, part: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Read a tensor by its name in the files, or some of its rows."""
+        return read_rows(self._file(part), part, first, count)
+
+    def _stored_name(self, name: str) -> str:
+        """Return the name of a parameter, or of one that is tied to it, under which the files hold it."""
+        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
         if stored is None:
             unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
             nearest = difflib.get_close_matches(name, unused, 1, 0.5)
             instead = f"; the nearest that it holds is {nearest[0]}" if nearest else ""
             raise QuantizeError(f"{self.directory} holds no tensor {name}, which the model needs{instead}")
+        return stored
+
+    def _kept_part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return what is kept of a tensor."""
+        if name not in self.kept:
+            return tensor
+        axis, places = self.kept[name]
+        return tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+
+    def _read(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """Read one parameter; a merged adapter leaves it in the dtype that `read` has."""
+        if name in self.computed:
+            return self.computed[name]
+        found = self._put_together(name, read)
+        if self.adapter is not None:
+            found = self.adapter.merged(self.ties.get(name, (name,)), found).to(found.dtype)
+        return self._kept_part(name, found)
+
+    def _put_together(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
+        stored = self._stored_name(name)
         try:
-            found = self.sources[stored].read(stored, lambda part: self._part(part, read))
+            return self.sources[stored].read(stored, lambda part: self._part(part, read))
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
-        return found if self.adapter is None else self.adapter.merged(names, found).to(found.dtype)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""
+        if self.is_config_alone:
+            return self.dtype
         if self.module is not None:
             return self.module.get_parameter(name).dtype
         stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
@@ -188,7 +241,10 @@ def side_files(directory: Path) -> list[Path]:
 
 
 def open_checkpoint(
-    model: str | Path | nn.Module, adapter: str | Path | None = None, trust_remote_code: bool = False
+    model: str | Path | nn.Module,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
 ) -> Checkpoint:
     """Find a model's parts without reading a weight.
 
@@ -197,6 +253,7 @@ def open_checkpoint(
             with `@` and a revision behind it; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
+        weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
         UsageError: there is no such model or adapter, or it cannot be quantized.
@@ -211,7 +268,10 @@ def open_checkpoint(
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
-    files = index_tensors(directory) if place.is_dir() else dict.fromkeys(read_header(place).entries, place)
+    if place.is_file():
+        files = dict.fromkeys(read_header(place).entries, place)
+    else:
+        files = index_tensors(directory) if weights or not has_config_alone(directory) else NoFiles()
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
     seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
@@ -271,18 +331,3 @@ def read_config(directory: Path, files: Mapping[str, Path] | None = None) -> dic
     if not isinstance(config.get("model_type", ""), str):
         raise UsageError(f"{path} does not name its model_type")
     return config
-
-
-def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> None:
-    """Check that every parameter in `shapes` is there, has its shape, and is of finite floating-point numbers.
-
-    Raises:
-        QuantizeError: a parameter is not; the message names the first one.
-    """
-    for name, shape in shapes.items():
-        tensor = checkpoint.tensor(name)
-        if tensor.shape != shape:
-            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
-        require_finite(name, tensor)

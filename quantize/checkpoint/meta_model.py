@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from quantize.checkpoint.remote_code import own_class, own_class_name
-from quantize.checkpoint.size_limits import bounded
+from quantize.checkpoint.size_limits import BUFFER_BYTES, bounded
 from quantize.errors import LONGEST, QuantizeError, UsageError, reason, shown
+
+FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
 
 
 def build_skeleton(
@@ -35,7 +39,7 @@ def build_skeleton(
     """
     cls, bounds = model_class(config, code), contextlib.nullcontext() if files is None else bounded(files)
     try:
-        with bounds, init_empty_weights(include_buffers=False), offline():
+        with bounds, init_empty_weights(include_buffers=False), offline(), LargeOnMeta():
             model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(with_floats(without_kernels(config))))  # type: ignore[attr-defined]
     except OfflineModeIsEnabled:
         raise UsageError(
@@ -47,6 +51,21 @@ def build_skeleton(
         raise UsageError(f"the config does not build a {cls.__name__}: {reason(error)}") from None
     model.tie_weights()
     return model  # type: ignore[no-any-return]
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """Makes tensors of more elements than any buffer has on the meta device, as a parameter is made and then moved."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run a function of torch."""
+        kwargs = kwargs or {}
+        if func in FACTORIES and kwargs.get("device") is None:
+            sizes = args[0] if args and not isinstance(args[0], int) else args or kwargs.get("size", ())
+            if math.prod(sizes) > BUFFER_BYTES:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def build_on_meta(config: dict[str, Any], files: Mapping[str, Path], code: Path | None = None) -> nn.Module:

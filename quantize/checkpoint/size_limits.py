@@ -21,11 +21,16 @@ from torch.nn.modules import module as registration
 ELEMENTS_PER_BYTE, PARTS_PER_TENSOR, SLACK = 4, 8, 1 << 20
 BUFFER_BYTES = 1 << 27  # of masks and tables of positions, beside as many as the files have
 MEMORY = 1 << 30  # bytes that a constructor may take for anything else, beside twice as many as the files have
+LARGEST_PARTS, LARGEST_ELEMENTS = 1 << 16, 1 << 43  # of a model that is known by its config alone
 SECONDS, SECONDS_PER_TENSOR = 5.0, 0.001  # of one core
 
 
 class TookTooLong(BaseException):
     """Raised in a thread by `limit_time`; no constructor takes it for an error of its own."""
+
+
+class NoFiles(dict[str, Path]):
+    """The files of a model that is known by its config alone."""
 
 
 @contextlib.contextmanager
@@ -36,11 +41,20 @@ def bounded(files: Mapping[str, Path]) -> Iterator[None]:
     allocated, so build there first.
 
     Args:
-        files: tensor name → file.
+        files: tensor name → file; `NoFiles` has the bounds of the largest models that there are.
 
     Raises:
         ValueError: it is raised within the constructor, which so cannot go on.
     """
+    if isinstance(files, NoFiles):
+        held = "the largest models"
+        with (
+            limit_registrations(LARGEST_PARTS, LARGEST_ELEMENTS, BUFFER_BYTES, held),
+            limit_time(SECONDS + SECONDS_PER_TENSOR * LARGEST_PARTS, held),
+            limit_memory(MEMORY, held),
+        ):
+            yield
+        return
     size = sum(path.stat().st_size for path in set(files.values()))
     held = f"the {len(files)} tensors of {size} bytes in the files"
     parts = PARTS_PER_TENSOR * (len(files) + 8)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.untrusted_files import weight_files
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, shown
 
 CHUNK = 1 << 22  # numbers of a tensor that are read or looked at together
 
@@ -70,4 +70,6 @@ def header_tensor(path: Path, name: str) -> Tensor:
     entry = read_header(path).entries.get(name)
     if entry is None:
         raise QuantizeError(f"{path} holds no {name}")
+    if entry.dtype not in DTYPES:
+        raise QuantizeError(f"{name} cannot be read from {path} (torch has no type {shown(entry.dtype)})")
     return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

@@ -116,6 +116,12 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def has_config_alone(directory: Path) -> bool:
+    """Return whether a directory holds no weights of any kind."""
+    kinds = CAN_RUN_CODE | {".safetensors"}
+    return not (directory / INDEX).is_file() and not any(path.suffix in kinds for path in directory.iterdir())
+
+
 def indexed(index: Path) -> list[Path]:
     """Return the files that an index of shards names."""
     shards = read_json(index).get("weight_map")

@@ -13,6 +13,7 @@ from click_default_group import DefaultGroup
 from quantize.cli.artifacts import merge_stats, report, run, verify
 from quantize.cli.listings import completion, recipes, schemes
 from quantize.cli.measure import evaluate, inspect
+from quantize.cli.prune import prune
 from quantize.cli.quantize import quantize
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.command import export
@@ -25,7 +26,20 @@ options.
 commands: click.Group = DefaultGroup(
     default="quantize",
     help=HELP,
-    commands=[quantize, merge_stats, inspect, evaluate, export, run, verify, report, recipes, schemes, completion],
+    commands=[
+        quantize,
+        prune,
+        merge_stats,
+        inspect,
+        evaluate,
+        export,
+        run,
+        verify,
+        report,
+        recipes,
+        schemes,
+        completion,
+    ],
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 click.version_option(package_name="quantize-model")(commands)

@@ -132,17 +132,20 @@ def quantize(
         from quantize.export.targets import exports
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
+        from quantize.pipeline.prune import as_pruned
 
+        chosen = load_recipe(scheme, recipe, target=target, **settings)
         with own_words_shown(verbose):
-            prepared = prepare(
+            given = prepare(
                 model,
-                load_recipe(scheme, recipe, target=target, **settings),
+                chosen,
                 calibration,
                 read=False,
                 text_column=text_column,
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
             )
+        prepared = as_pruned(given, chosen)
         found = preflight(prepared)
         told = estimates(found, prepared.seconds, console)
         lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]

@@ -15,6 +15,7 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.interpreter import Overrides
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.nn.filed_experts import FiledExperts
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_experts import QuantizedExperts, by_expert, quantized_product
@@ -61,23 +62,27 @@ class Block:
         segment: Segment,
         schemes: Mapping[str, Scheme],
         device: torch.device,
+        filed: Mapping[Linear, FiledExperts] | None = None,
     ) -> Block:
-        """Read a block as the float model has it; `schemes` are those of the plan, by path.
+        """Read a block as the float model has it, without weights of experts that were rounded into a file already.
+
+        `schemes` are those of the plan, by path.
 
         Raises:
             QuantizeError: a parameter is missing or unreadable.
         """
         linears = tuple(program.linears(segment))
         chosen = {linear: schemes[linear.path] for linear in linears if linear.path in schemes}
-        weights, dtypes = dict[str, Tensor](), dict[str, torch.dtype]()
-        for name in segment.parameters:
+        filed = filed or {}
+        weights, apart = dict[str, Tensor](), {linear.weight for linear in filed}
+        dtypes = {name: checkpoint.dtype_of(name) for name in segment.parameters}
+        for name in (name for name in segment.parameters if name not in apart):
             weights[name] = checkpoint.float_tensor(name).to(device)
-            dtypes[name] = checkpoint.dtype_of(name)
         plain = {
             linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
             for linear in linears
         }
-        return cls(segment, linears, weights, dtypes, chosen, plain)
+        return cls(segment, linears, weights, dtypes, chosen, plain, filed)
 
     @property
     def replaced(self) -> set[str]:
@@ -146,8 +151,12 @@ class Block:
         return Overrides(self.weights, runs, self.operators)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the quantized linears and tables, as they are stored."""
-        stored = {linear.path: module.state_dict() for linear, module in self.quantized.items()}
+        """Return the tensors of the quantized linears and tables, as they are stored, but for what is in a file."""
+        stored = {
+            linear.path: module.state_dict()
+            for linear, module in self.quantized.items()
+            if not isinstance(module, FiledExperts)
+        }
         stored |= {name.rpartition(".")[0]: table.tensors() for name, table in self.tables.items()}
         return {f"{path}.{name}": tensor for path, held in stored.items() for name, tensor in held.items()}
 

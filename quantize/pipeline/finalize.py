@@ -21,7 +21,8 @@ from quantize.artifact.verify import at_last_token, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
-from quantize.checkpoint.tensor_files import read_tensor
+from quantize.checkpoint.safetensors_reader import read_rows
+from quantize.checkpoint.tensor_files import CHUNK, header_tensor, read_tensor, require_finite
 from quantize.errors import QuantizeError
 from quantize.graph.alike_bases import alike_bases
 from quantize.graph.analysis import admissible_bases
@@ -51,6 +52,7 @@ def finish(
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
     found = {
+        "pruning": dict(prepared.pruning),
         "held_out": held_out_record(blocks.held_out, prepared.samples),
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
@@ -149,9 +151,23 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
         trusted = checkpoint.code is not None
-        load(directory, checkpoint.tensor(sizes[largest]).dtype, skeleton, trust_remote_code=trusted)
+        dtype = checkpoint.dtype_of(sizes[largest])
+        load(directory, dtype, skeleton, read=checked_on_meta, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
+
+
+def checked_on_meta(file: Path, name: str) -> Tensor:
+    """Check the numbers of a tensor, some rows at a time, and return it on the meta device.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    found = header_tensor(file, name)
+    rows = max(1, CHUNK // max(1, found[:1].numel())) if found.dim() else None
+    for first in range(0, len(found), rows) if rows else [0]:
+        require_finite(name, read_rows(file, name, first, rows), file)
+    return found
 
 
 def write_side_files(

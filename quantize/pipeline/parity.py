@@ -14,10 +14,12 @@ from torch import Tensor, fx
 from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.writer import PROBE
 from quantize.calibration.runner import SequentialRunner
-from quantize.checkpoint.tensor_files import index_tensors, read_float
+from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_float
 from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Overrides
+from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
+from quantize.nn.filed_experts import FiledExperts
 from quantize.nn.kv_cache import quantized_attention, read_kv_cache
 from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_experts import QuantizedExperts
@@ -86,6 +88,17 @@ def artifact_parity(
     return {"reloaded": reloaded, "fake_quant": fake_quant, "triton": "not verified", "onnxruntime": "not verified"}
 
 
+def read_product(
+    linear: Linear, settings: dict[str, Any], files: dict[str, Path]
+) -> QuantizedLinear | QuantizedExperts:
+    """Read what the written files hold in the place of a linear; experts are read one by one when they are needed."""
+    if linear.experts is None:
+        return read_linear(linear.path, settings, files, torch.float32)
+    described = read_linear(linear.path, settings, files, torch.float32, header_tensor)
+    assert isinstance(described, QuantizedExperts)
+    return FiledExperts.of(described, files[f"{linear.path}.qweight"], linear.path)
+
+
 def stored_state(
     program: Program,
     segment: Segment,
@@ -109,7 +122,7 @@ def stored_state(
     }
     modules: dict[fx.Node, Compared] = {}
     for linear in linears:
-        module = read_linear(linear.path, settings, files, torch.float32).to(device)
+        module = read_product(linear, settings, files).to(device)
         modules |= dict.fromkeys(linear.calls, Compared(module))
     operators = dict(quantized_attention(segment, read_kv_cache(settings)))
     for name in (name for name in names if name in tables):

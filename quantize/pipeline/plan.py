@@ -105,8 +105,8 @@ class Plan:
     @property
     def calibrates(self) -> bool:
         """Whether any part of the plan uses data."""
-        tunes = self.recipe.tune is not None
-        return self.quantizer.needs_gram or tunes or any(step.handler.needs for step in self.steps)
+        judged = self.recipe.tune is not None or self.recipe.prune is not None
+        return self.quantizer.needs_gram or judged or any(step.handler.needs for step in self.steps)
 
     def calibrates_after(self, segment: Segment, program: Program) -> bool:
         """Return whether anything after a block uses the calibration activations."""

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quantize.calibration.data import Samples
 from quantize.calibration.sources import Calibration, read_source
-from quantize.checkpoint.checkpoint import Checkpoint, check_weights, open_checkpoint
+from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.inputs import example_inputs
@@ -41,6 +43,7 @@ class Prepared:
         held_out: rows that were held back from them, to judge the result by.
         seconds: the time it took to prepare the run, most of which is the export of the graph.
         tokenizer: the tokenizer of a module in memory, which the artifact takes along.
+        pruning: what the manifest says of experts that were dropped; {} if none were.
     """
 
     checkpoint: Checkpoint
@@ -50,6 +53,7 @@ class Prepared:
     seconds: float
     held_out: HeldOutRows = field(default_factory=HeldOutRows)
     tokenizer: Any = None
+    pruning: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -66,11 +70,12 @@ def prepare(
 ) -> Prepared:
     """Decide and check all that can be decided and checked before the first block.
 
-    Without `read` no weight is read, so wrong weights are not found. With `judge` some rows are held back. A tokenizer
-    of transformers takes the place of the one in the model's directory; `text_column` is that of `read_source`. A LoRA
-    adapter is merged into the weights. With `trust_remote_code` code of the model's own may run.
+    Without `read` no weight is read, so wrong weights are not found, and a directory may hold a config alone. With
+    `judge` some rows are held back. A tokenizer of transformers takes the place of the one in the model's directory;
+    `text_column` is that of `read_source`. A LoRA adapter is merged into the weights. With `trust_remote_code` code of
+    the model's own may run.
     """
-    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code)
+    start, checkpoint = time.perf_counter(), open_checkpoint(model, adapter, trust_remote_code, weights=read)
     skeleton = checkpoint.skeleton()
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
@@ -88,6 +93,8 @@ def prepare(
         check_kv_cache(program, skeleton)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
     vocabulary = program.vocabulary
+    if checkpoint.is_config_alone and calibration is None and tokenize is None:
+        calibration = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
     samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:

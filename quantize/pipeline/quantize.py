@@ -31,6 +31,7 @@ from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
+from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
@@ -158,6 +159,7 @@ def quantize_model(
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
     resolved = load_recipe(scheme, changes, ignore=tuple(ignore), group_size=group_size, target=target, **single)
+    check_prune(resolved, statistics=stats is not None)
     output, console = Path(output_dir), Console(stderr=True) if progress and console is None else console
     named = getattr(transformers, type(model).__name__, None)
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
@@ -176,8 +178,9 @@ def quantize_model(
             adapter=adapter,
             trust_remote_code=trust_remote_code,
         )
+        what_stays = as_pruned(prepared, resolved)  # what cannot be is refused before anything is measured
         if target is not None:
-            check_target(target, prepared)
+            check_target(target, what_stays)
         if verbose and console is not None and ranks.is_rank_zero:
             console.print(describe_run(prepared), soft_wrap=True, markup=False)
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
@@ -192,6 +195,8 @@ def quantize_model(
         shown = console if ranks.is_rank_zero else None
         scratch = journal.directory.parent
         context = RunContext(resolved.seed, here, ranks, scratch=scratch, console=shown, journal=journal)
+        if resolved.prune is not None:
+            prepared = prune_experts(prepared, resolved, context)
         return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0], skeleton)
 
 
@@ -216,6 +221,7 @@ def collect_stats(
         UsageError: the call, the recipe or a path is wrong.
         QuantizeError: the run failed.
     """
+    check_prune(recipe, statistics=True)
     given = prepare(model, recipe, calibration, judge=False, text_column=text_column, adapter=adapter)
     with running("the model"):
         context = RunContext(recipe.seed, prefix=PrefixTokens(recipe.prefix_tokens), console=console)
@@ -270,9 +276,13 @@ def run_pipeline(
         console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
     for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
         with running(segment.name):
-            tensors = blocks.process(segment)
+            name = names[number - 1]
+            experts = Path(writer.directory if writer else "") / f"{Path(name).stem}-experts.safetensors"
+            tensors, filed = blocks.process(segment, experts)
         if writer:
-            writer.add(names[number - 1], tensors)
+            writer.weight_map |= filed
+            writer.hashes |= {file: sha256(writer.directory / file) for file in dict.fromkeys(filed.values())}
+            writer.add(name, tensors)
         if journal:
             journal.save_block(number, blocks, writer)
     if not writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,7 @@ from quantize.pipeline.run_figures import RunFigures
 from quantize.pipeline.serialization import contiguous, lay_out
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
+from quantize.pipeline.steps.stream_experts import ExpertStream, streamed
 from quantize.pipeline.steps.transform import PassRunner, Surveys
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
 from quantize.pipeline.tables import module_of
@@ -80,10 +82,20 @@ class SequentialPipeline:
         self.modules: dict[str, dict[str, object]] = {}
         self.ties = TiedWeights(self.program.ties)
 
-    def process(self, segment: Segment) -> dict[str, Tensor]:
-        """Transform and quantize one block; return the tensors to store."""
+    def process(self, segment: Segment, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Transform and quantize one block.
+
+        Args:
+            segment: the block.
+            file: where experts are written that are too large for memory.
+
+        Returns:
+            The tensors to store, and what was stored in the file already: its tensors by name, each with the file's.
+        """
         trim_heap()
-        given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
+        large = streamed(self.checkpoint, self.program, segment, self.plan) if self.context.ranks.count == 1 else []
+        filed = ExpertStream(self.checkpoint, self.plan, self.context, file).round(large) if large else {}
+        given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device, filed)
         plain = self._plain_rounding(given) if self.held_out.given.rows else Overrides({})
         block = self.pass_runner.apply(given)
         tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
@@ -108,7 +120,8 @@ class SequentialPipeline:
             self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         first = {name: tensor for name, tensor in tensors.items() if self.program.first_readers[name] is segment}
-        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(first)
+        written = {f"{x.path}.{name}": file.name for x, module in filed.items() for name in module.state_dict()}
+        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(first), written
 
     def _plain_rounding(self, block: Block) -> Overrides:
         """Return what the block runs with by plain rounding, without float weights that it does not read."""

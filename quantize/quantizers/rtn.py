@@ -33,7 +33,8 @@ class RoundToNearest(Quantizer):
     def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
         """Round a few rows at a time, so that intermediate results are small and stay in a core's cache."""
         scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
-        q, rows = torch.empty_like(W, dtype=get_format(args.format).value_dtype), cached_rows(W.shape[1])
+        q = torch.empty_like(W, dtype=get_format(args.format).value_dtype)
+        rows = len(W) if W.is_meta else cached_rows(W.shape[1])
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)

@@ -59,6 +59,16 @@ class PrefixArgs(Data):
         return self
 
 
+class PruneArgs(Data):
+    """How many experts of a mixture are dropped before anything else happens (REAP, arXiv 2510.13999).
+
+    Attributes:
+        ratio: the part of the experts of each layer that is dropped, rounded down to whole experts.
+    """
+
+    ratio: float = Field(gt=0, lt=1)
+
+
 class LayerArgs(Data):
     """A scheme for some linears, in place of the recipe's.
 
@@ -103,6 +113,7 @@ class Recipe(Data):
         nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
         seed: the seed of every random choice the run makes.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
+        prune: how many experts of each layer are dropped; None drops none.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: how the rounding of each block is tuned afterwards; None does not tune.
@@ -124,6 +135,7 @@ class Recipe(Data):
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
     prefix: PrefixArgs | None = None
+    prune: PruneArgs | None = None
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})

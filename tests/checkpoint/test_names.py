@@ -6,7 +6,8 @@ import transformers
 from helpers.json_files import change_json
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint.checkpoint import check_weights, open_checkpoint
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 
 BERT = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}

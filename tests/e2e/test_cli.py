@@ -216,9 +216,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(cli, one_layer, stori
         "export to onnx: yes",
     ]:
         assert line in shown.out.splitlines()
-    assert [line.split(":")[0] for line in shown.out.splitlines()[:3]] == ["memory", "disk", "time"]
+    assert [line.split(":")[0] for line in shown.out.splitlines()[:4]] == ["model", "memory", "disk", "time"]
     assert re.fullmatch(
-        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[2]
+        r"time: about \d+ (s|minutes); ran model\.layers\.0 on 2 of 2 rows in \d+\.\d s", shown.out.splitlines()[3]
     )
     assert not list(tmp_path.iterdir())
 

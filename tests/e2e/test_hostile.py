@@ -20,10 +20,11 @@ from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import as_json
 from quantize.calibration.data import read_samples
 from quantize.calibration.tensor_samples import read_tensors
-from quantize.checkpoint.checkpoint import check_weights, open_checkpoint, read_config, side_files
+from quantize.checkpoint.checkpoint import open_checkpoint, read_config, side_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.tokenizer import Tokenize, load_tokenize
 from quantize.checkpoint.untrusted_files import INDEX, check_files, parse_json, weight_files
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
 from quantize.pipeline.layer_schemes import require_match

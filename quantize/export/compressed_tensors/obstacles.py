@@ -34,12 +34,21 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):
         yield "keys and values with a scale for each token", "no table `kv_cache`"
+    kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes}
+    others = [path for path, kind in kinds.items() if not has_plain_forward(kind)]
+    for kind in dict.fromkeys(kinds[path] for path in others):
+        first, *more = (path for path in others if kinds[path] is kind)
+        what = f"{first}{f' and {len(more)} more' if more else ''}, of the class {kind.__name__} and no plain nn.Linear"
+        yield what, f"--ignore {','.join(sorted({path.rpartition('.')[2] for path in (first, *more)}))}"
     for path, entry in ((path, settings["modules"][path]) for path in schemes):
-        if not isinstance(module := outline.skeleton.get_submodule(path), nn.Linear):
-            yield f"{path}, which is a {type(module).__name__} and no nn.Linear", f"--ignore {path}"
         yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
         args = schemes[path].activations
         if args is not None and args.runtime_smooth is not None:
             yield "runtime smooth", "no pass `runtime_smooth`"
         if args is not None and args.clip_ratio != 1:
             yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"
+
+
+def has_plain_forward(kind: type[nn.Module]) -> bool:
+    """Return whether a class is a linear that computes no product of its own, which may read its weight."""
+    return issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward

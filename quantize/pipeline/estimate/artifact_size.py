@@ -118,6 +118,22 @@ class ArtifactEstimate:
         modules = {path: linear_settings(module, default) for path, module in self.modules.items()}
         return quantization_settings(recipe, default, modules)
 
+    @functools.cached_property
+    def stored(self) -> list[Tensor]:
+        """The parameters on the meta device, of those that are tied one."""
+        names = {
+            next((n for n in self.program.ties.get(name, ()) if n in self.parameters), name) for name in self.parameters
+        }
+        return [self.parameters[name] for name in sorted(names)]
+
+    def parameter_count(self) -> int:
+        """Return the number of parameters that the pass reads."""
+        return sum(x.numel() for x in self.stored)
+
+    def float_bytes(self) -> int:
+        """Return the bytes of the float model's parameters."""
+        return sum(x.nbytes for x in self.stored)
+
     def artifact_bytes(self) -> int:
         """Return the size of all files of the artifact, in bytes, without what people look at.
 

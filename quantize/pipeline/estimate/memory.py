@@ -21,6 +21,7 @@ from quantize.passes.rotate import Rotate
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.pipeline.held_out_runs import scored_length
 from quantize.pipeline.sequential import TUNE_TOKENS
+from quantize.pipeline.steps.stream_experts import streamed
 from quantize.transforms.online import Hadamard
 
 BatchShapes = tuple[tuple[str, tuple[int, ...]], ...]  # each input's name and shape
@@ -105,10 +106,13 @@ class MemoryEstimate(ArtifactEstimate):
         last = segment is self.program.segments[-1]
         stops = sum(count * alive.linear_inputs[segment.name] for count, _, alive in self.alive if not last)
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
-        copies = 1 + bool(self.plan.steps)
-        block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters)
-        most = block + inner
+        copies, filed = 1 + bool(self.plan.steps), streamed(self.checkpoint, self.program, segment, self.plan)
+        apart = {linear.weight for linear in filed}
+        block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters if name not in apart)
+        most = max([block + inner, *(8 * self.parameters[x.weight][0].numel() for x in filed)])
         for sharing in self.together(segment):
+            if sharing[0] in filed:
+                continue
             most = max(most, block + self._rounding_bytes(sharing))
             block -= sum(4 * self.parameters[linear.weight].numel() for linear in sharing) if self._gives_up else 0
         return self.runners * min(stops, IN_MEMORY) + most

@@ -35,11 +35,16 @@ def shard_names(prepared: Prepared) -> list[str]:
 
 
 def estimates(found: MemoryEstimate, opened: float, console: Console | None = None) -> Iterator[str]:
-    """Yield memory, disk and time as lines; `opened` is the time in s that opening and exporting the model took."""
+    """Yield the model's size, memory, disk and time as lines.
+
+    `opened` is the time in s that opening and exporting the model took.
+    """
     held, more = peak_memory(), found.memory_bytes()
+    yield f"model: {found.parameter_count():,} parameters in {human(found.float_bytes())}"
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
-    yield f"time: {measure_time(found, opened, console)}"
+    alone = found.checkpoint.is_config_alone
+    yield f"time: {'not measured without weights' if alone else measure_time(found, opened, console)}"
 
 
 def human(size: float) -> str:

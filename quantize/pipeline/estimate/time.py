@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from quantize.checkpoint.checkpoint import check_weights
+from quantize.checkpoint.weight_checks import check_weights
 from quantize.graph.program import Segment
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.trial import Trial, run_probes, run_trial

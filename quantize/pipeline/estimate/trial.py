@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
@@ -58,11 +60,13 @@ def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -
         surveyed, seconds = time.perf_counter(), list[float]()
         prepared = replace(prepared, program=found.program, plan=plan)
         blocks = SequentialPipeline(prepared, context, surveys)
-    for segment in segments:
-        seconds.append(time.perf_counter())
-        with running(segment.name):
-            blocks.process(segment)
-    return Trial(rows, surveyed - start, seconds[-1] - surveyed, time.perf_counter() - seconds[-1])
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, segment in enumerate(segments):
+            seconds.append(time.perf_counter())
+            with running(segment.name):
+                blocks.process(segment, Path(scratch) / f"{number}.safetensors")
+        end = time.perf_counter()
+    return Trial(rows, surveyed - start, seconds[-1] - surveyed, end - seconds[-1])
 
 
 def shortened(plan: Plan, part: float) -> Plan:

@@ -59,7 +59,8 @@ class WeightRounder:
             keep: whether the float weights stay in the block.
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
-        quantized = {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
+        quantized = dict(block.quantized)
+        quantized |= {x: self._rounded_head(x, block) for x, scheme in block.schemes.items() if scheme == TABLE_SCHEME}
         state.linears.update({node: module for linear, module in quantized.items() for node in linear.calls})
         if not keep:
             free_replaced(self.program, state, (linear.weight for linear in quantized))

@@ -15,6 +15,7 @@ from compressed_tensors.quantization import QuantizationConfig, apply_quantizati
 from helpers.json_files import change_json
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact.load import load
@@ -360,10 +361,13 @@ def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
-def test_a_module_that_is_no_linear(artifact_rtn):
+@pytest.mark.parametrize("kind", [Conv1D, FalconLinear])
+def test_a_module_that_is_no_plain_linear(artifact_rtn, kind):
     outline = Outline.read(artifact_rtn.directory)
-    outline.skeleton.set_submodule("model.layers.0.mlp.up_proj", Conv1D(172, 64))
-    with pytest.raises(UsageError, match=r"up_proj, which is a Conv1D and no nn.Linear; quantize with --ignore model"):
+    outline.skeleton.set_submodule("model.layers.0.mlp.up_proj", kind(172, 64))
+    with pytest.raises(
+        UsageError, match=rf"up_proj, of the class {kind.__name__} and no plain nn.Linear; .* --ignore up"
+    ):
         EXPORTERS["compressed-tensors"].check(outline)
 
 

@@ -1,0 +1,43 @@
+"""One expert of a stack is read without the others, be the stack one tensor in the files or put together from many."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.key_mapping import StoredTensor
+
+
+def read_expert(checkpoint: Checkpoint, name: str, number: int, count: int) -> Tensor:
+    """Read the weights of one expert in float32, [...].
+
+    Args:
+        checkpoint: the model.
+        name: the stack, [experts, ...].
+        number: the expert.
+        count: the number of experts.
+
+    Raises:
+        QuantizeError: the stack is missing or cannot be read.
+    """
+    stored = checkpoint.stored(name)
+    if stored is None:
+        return checkpoint.tensor(name)[number].float()
+    if stored.converter is None:
+        return checkpoint.read_part(stored.names[0], number, 1)[0].float()
+    part = part_of(stored, number, count)
+    made = checkpoint.tensor(name) if part is None else part.read(name, checkpoint.read_part)
+    return (made[0] if len(made) == 1 else made[number]).float()
+
+
+def part_of(stored: StoredTensor, number: int, count: int) -> StoredTensor | None:
+    """Return where one expert lies if each kind of part is there once for each expert; None if not.
+
+    The parts of a kind are in the order of the experts, as transformers stacks them.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, pattern in zip(stored.names, stored.patterns, strict=True):
+        kinds.setdefault(pattern, []).append(name)
+    if any(len(names) != count for names in kinds.values()):
+        return None
+    return StoredTensor(tuple(names[number] for names in kinds.values()), tuple(kinds), stored.converter)

@@ -1,0 +1,124 @@
+"""Experts that are rounded without data go from file to file, and give the bytes that a whole layer gives."""
+
+import json
+
+import pytest
+import torch
+from helpers.mixtures import build_family
+from safetensors.torch import load_file
+
+from quantize.artifact.verify import verify_artifact
+from quantize.checkpoint import expert_reader
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.expert_reader import part_of, read_expert
+from quantize.checkpoint.key_mapping import StoredTensor
+from quantize.checkpoint.safetensors_writer import RowWriter
+from quantize.pipeline import sequential
+from quantize.pipeline.plan import make_plan
+from quantize.pipeline.prepare import prepare
+from quantize.pipeline.quantize import quantize_model
+from quantize.pipeline.steps.stream_experts import streamed
+from quantize.recipe.recipe import load_recipe
+
+ROWS = torch.randint(2, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+PLAIN = {"passes": [], "quantizer": {"name": "rtn"}}
+SETTINGS = {"nsamples": 4, "seqlen": 16, "group_size": 0}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixtral") / "model"
+    build_family("mixtral").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(directory):
+    return prepare(directory, load_recipe("W4A16", PLAIN, **SETTINGS), ROWS)
+
+
+def tensors(directory):
+    found = {}
+    for path in directory.glob("model*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.slow
+def test_experts_go_from_file_to_file_and_give_the_same_bytes(directory, tmp_path, monkeypatch):
+    """Each expert is read alone: no stack is ever read whole."""
+    monkeypatch.setattr(
+        expert_reader.Checkpoint, "float_tensor", refused := no_stacks(expert_reader.Checkpoint.float_tensor)
+    )
+    artifact = quantize_model(
+        directory, output_dir=tmp_path / "out", scheme="W4A8", recipe=PLAIN, calibration=ROWS, **SETTINGS
+    )
+    assert refused.seen and not any("experts" in name for name in refused.seen)
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert names["model.layers.1.mlp.experts.down_proj.qweight"].endswith("-experts.safetensors")
+    assert verify_artifact(tmp_path / "out")["difference"] < 1e-5
+
+    monkeypatch.undo()
+    monkeypatch.setattr(sequential, "streamed", lambda *_: [])
+    whole = quantize_model(
+        directory, output_dir=tmp_path / "whole", scheme="W4A8", recipe=PLAIN, calibration=ROWS, **SETTINGS
+    )
+    first, second = tensors(artifact.directory), tensors(whole.directory)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert artifact.manifest["quantization"] == whole.manifest["quantization"]
+    assert artifact.manifest["coverage"] == whole.manifest["coverage"]
+
+
+def no_stacks(read):
+    """Return a method that notes which tensors are read."""
+
+    def noted(self, name):
+        noted.seen.append(name)
+        return read(self, name)
+
+    noted.seen = []
+    return noted
+
+
+def test_what_data_or_a_pass_touches_is_not_streamed(prepared):
+    program = prepared.program
+    layer = next(s for s in program.segments if any(x.experts for x in program.linears(s)))
+
+    def found(scheme, changes):
+        plan = make_plan(load_recipe(scheme, changes, group_size=None), program)
+        return [linear.path for linear in streamed(prepared.checkpoint, program, layer, plan)]
+
+    paths = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+    assert found("W4A16", PLAIN | {"weights": {"group_size": 0}}) == paths
+    assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "quantizer": {"name": "gptq"}}) == []
+    assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "passes": [{"name": "rotate"}]}) == []
+    assert found("NVFP4", PLAIN) == []  # whose scale of the whole weight is that of all experts
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_an_expert_is_read_alone(family, tmp_path):
+    """Mixtral's files hold three tensors for each expert, and those of gpt-oss a stack."""
+    build_family(family).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    for name in ("gate_up_proj", "down_proj"):
+        path = f"model.layers.1.mlp.experts.{name}"
+        whole = checkpoint.float_tensor(path)
+        assert all(torch.equal(read_expert(checkpoint, path, e, 4), whole[e]) for e in range(4))
+        assert checkpoint.on_meta(path).shape == whole.shape
+        read = checkpoint.stored(path).names
+        assert len(part_of(checkpoint.stored(path), 0, 4).names) < len(read) if family == "mixtral" else len(read) == 1
+
+
+def test_parts_that_are_not_one_for_each_expert_are_read_whole():
+    assert part_of(StoredTensor(("a.0", "a.1", "b"), ("a", "a", "b")), 0, 2) is None
+
+
+def test_rows_are_written_into_their_places(tmp_path):
+    whole = {"b": torch.arange(12, dtype=torch.int8).view(4, 3), "a": torch.randn(4, 2).to(torch.bfloat16)}
+    with RowWriter(tmp_path / "x.safetensors", {name: x.to("meta") for name, x in whole.items()}) as writer:
+        for first in (2, 0):
+            for name, x in whole.items():
+                writer.put(name, first, x[first : first + 2])
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
