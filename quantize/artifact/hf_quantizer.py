@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from quantize.nn.quantized_experts import QuantizedExperts
     from quantize.nn.quantized_linear import QuantizedLinear
 
 METHOD = "quantize-model"
@@ -32,7 +33,7 @@ class ArtifactConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts quantized linears into a model on the meta device, which transformers then fills.
+    """Puts quantized linears and experts into a model on the meta device, which transformers then fills.
 
     Transformers makes garbage of buffers that are never saved and casts all floats to the model's dtype. What must not
     change is therefore read here and put back when all is loaded.
@@ -45,7 +46,7 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ArtifactConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self.kept: list[tuple[nn.Module, str, Tensor]] = []
-        self.linears: dict[str, QuantizedLinear] = {}
+        self.linears: dict[str, QuantizedLinear | QuantizedExperts] = {}
         self.directory: Path | None = None
         self.dtype = torch.float32
 
@@ -72,6 +73,11 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
         """Saving is `save_pretrained` of `artifact/saving.py`, which writes the artifact again."""
         return True
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Convert nothing, as an artifact has the names and tensors of the model itself."""
+        del weight_conversions, model
+        return []
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Keep FP4's scales of 8 bits as they are stored; other floats take the model's dtype."""
         stored = str(param.get_dtype() if hasattr(param, "get_dtype") else param.dtype)
@@ -85,27 +91,25 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from quantize.artifact.load import check_place, read_linear, read_table
+        from quantize.artifact.load import put_in_place, read_linear, read_table
         from quantize.artifact.writer import PROBE
         from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_tensor
         from quantize.errors import UsageError
         from quantize.nn.quantized_embedding import quantize_embedding
-        from quantize.nn.quantized_linear import QuantizedLinear
+        from quantize.nn.quantized_experts import QuantizedExperts
 
         if not checkpoint_files:
             raise UsageError("an artifact is loaded from its files; give from_pretrained a directory or a hub id")
         self.directory, settings = Path(checkpoint_files[0]).parent, self.settings
-        if stacks := [path for path, entry in settings["modules"].items() if entry.get("experts")]:
-            raise UsageError(f"{stacks[0]} is a stack of experts, which from_pretrained cannot fill; use quantize.load")
         files = index_tensors(self.directory, PROBE)
         with torch.device("cpu"):  # transformers has made `meta` the default, where cached matrices would stay empty
             for path, place in places(model, settings["modules"]):
                 linear = read_linear(path, settings, files, self.dtype, read=header_tensor)
-                assert isinstance(linear, QuantizedLinear)
-                check_place(model.get_submodule(place), linear, place)
-                model.set_submodule(place, linear)
+                put_in_place(model, place, linear)
                 self.linears[path] = linear
                 self._keep(linear.transform)
+                if isinstance(linear, QuantizedExperts):
+                    self.kept.append((linear, "computes_in", linear.computes_in))
                 if linear.global_scale is not None:
                     name = f"{path}.global_scale"
                     self.kept.append((linear, "global_scale", read_tensor(files[name], name)))
@@ -156,7 +160,8 @@ def places(model: nn.Module, paths: Any) -> Iterator[tuple[str, str]]:
 
     A part that the model does not have is left out, as the head of a model that is loaded without it.
     """
-    prefix, found = str(getattr(model, "base_model_prefix", "")), {path for path, _ in model.named_modules()}
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    found = {path for named in (model.named_modules(), model.named_parameters()) for path, _ in named}
     for path in paths:
         candidates = (path, path.removeprefix(f"{prefix}."), f"{prefix}.{path}")
         if (place := next((c for c in candidates if c in found), None)) is not None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -107,6 +108,44 @@ def as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, T
     """Undo `map_keys` for some whole tensors of a model: return them as transformers saves them in files."""
     stored: dict[str, Tensor] = revert_weight_conversion(model, tensors)
     return stored
+
+
+def stored_name(model: PreTrainedModel, name: str) -> str:
+    """Return the name in files of a tensor that lies there as it is; its own name where the files hold another tensor.
+
+    Args:
+        model: the model, with weights or without.
+        name: the name in the model.
+    """
+    converters = [x for x in get_model_conversion_mapping(model, add_legacy=False) if isinstance(x, WeightConverter)]
+    if any(converter.reverse_transform().rename_source_key(name)[1] is not None for converter in converters):
+        return name
+    return next(iter(as_stored(model, {name: torch.empty(())})))
+
+
+def linears_in_files(model: PreTrainedModel, stack: str, transposed: bool) -> dict[str, Tensor]:
+    """Return the linears that files hold in the place of a stack of weights, by path, each with its rows of the stack.
+
+    Transformers splits the numbers of the rows as it splits weights that it saves.
+
+    Args:
+        model: the model, with weights or without.
+        stack: the name of the parameter.
+        transposed: whether it is [E, K, N], otherwise [E, N, K].
+
+    Returns:
+        Numbers int64 [n] of rows [E · N], all of them once; nothing if the files hold the stack in another way.
+    """
+    sizes = model.get_parameter(stack).shape
+    experts, rows = sizes[0], sizes[2 if transposed else 1]
+    numbers = torch.arange(experts * rows).view(experts, rows, 1)
+    parts = as_stored(model, {stack: numbers.mT if transposed else numbers})
+    read_as = map_keys(model, {name: name for name in parts}).keys()
+    if read_as != {stack} or any(x.dim() != 2 or x.shape[1] != 1 for x in parts.values()):
+        return {}
+    if not all(name.endswith(".weight") for name in parts):
+        return {}
+    return {name.removesuffix(".weight"): x[:, 0] for name, x in parts.items()}
 
 
 def makes_one(step: WeightConverter) -> bool:

@@ -40,6 +40,7 @@ class Exporter:
         options: the command's options for this target, each with its help; `export` takes them as keywords and has
             their defaults.
         obstacles: yields what the target cannot express of an artifact, before anything is written.
+        not_executed: returns why a runtime, a name in `TARGETS`, does not execute what the target can express; else "".
         export: writes the artifact in a directory with a writer that has the side files already, and shows progress on
             a console or, with None, nowhere; returns the manifest's entries, of which `parity` says how far the written
             model is from the artifact. Of a language model it has `kl` and `top1` where they are measured.
@@ -50,6 +51,7 @@ class Exporter:
     options: tuple[click.Option, ...]
     obstacles: Callable[[Outline], Iterable[Obstacle]]
     export: Callable[..., dict[str, Any]]
+    not_executed: Callable[[str, Outline], str] = lambda *_: ""
 
     def check(self, outline: Outline) -> None:
         """Check that the target can express an artifact.
@@ -61,10 +63,7 @@ class Exporter:
             raise UsageError("; ".join(found))
 
     def refusals(self, outline: Outline) -> list[str]:
-        """Return what the target cannot express, each with what to change; stacks of experts are alone the first."""
-        if outline.experts:
-            reason = f"--format {self.name} has no place for stacks of experts yet, as {outline.experts[0]}"
-            return [str(Obstacle(reason, "quantize with --ignore 're:.*experts.*', or run the artifact itself"))]
+        """Return what the target cannot express, each with what to change."""
         return [str(obstacle) for obstacle in self.obstacles(outline)]
 
 

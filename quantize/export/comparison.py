@@ -10,26 +10,38 @@ import torch
 from torch import Tensor, nn
 
 from quantize.nn.quantized_embedding import QuantizedEmbedding
+from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.scheme.scheme import Scheme
 
 Module = TypeVar("Module", bound=nn.Module)
+Weight = TypeVar("Weight", bound=QuantizedWeight)
 
 
-def copy_with_replaced_linears(model: Module, replace: Callable[[QuantizedLinear], nn.Module]) -> Module:
-    """Return a copy that shares all weights, without KV cache, in which each `QuantizedLinear` is replaced."""
+def copy_with_replaced_linears(
+    model: Module,
+    replace: Callable[[QuantizedLinear], nn.Module],
+    replace_experts: Callable[[QuantizedExperts], nn.Module | nn.Parameter] = lambda experts: experts,
+) -> Module:
+    """Return a copy that shares all weights, without KV cache, in which each `QuantizedLinear` is replaced.
+
+    Stacks of experts are replaced as well, where `replace_experts` is given, be it by a parameter in floating point.
+    """
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, QuantizedLinear):
             twin.set_submodule(name, replace(layer))
+        elif isinstance(layer, QuantizedExperts):
+            replace_parameter(twin, name, replace_experts(layer))
     config: Any = getattr(twin, "config", None)
     if hasattr(config, "use_cache"):
         config.use_cache = False
     return twin
 
 
-def with_float_activations(layer: QuantizedLinear) -> QuantizedLinear:
+def with_float_activations(layer: Weight) -> Weight:
     """Turn off a layer's activation quantization, in place; for `copy_with_replaced_linears`, which copies layers."""
     layer.scheme = Scheme(weights=layer.scheme.weights)
     return layer
@@ -42,6 +54,12 @@ def as_float(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Linear:
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.float(), requires_grad=False)
     return linear
+
+
+def as_float_stack(experts: QuantizedExperts, dtype: torch.dtype) -> nn.Parameter:
+    """Return a stack without online transforms as the float32 parameter that it was, rounded to `dtype`."""
+    W = torch.stack([experts.expert(e).qtensor().dequantize().to(dtype).float() for e in range(experts.count)])
+    return nn.Parameter(W.mT if experts.transposed else W, requires_grad=False)
 
 
 def round_tables(model: nn.Module, dtype: torch.dtype) -> None:

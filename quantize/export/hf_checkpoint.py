@@ -23,6 +23,7 @@ from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
 from quantize.nn.quantized_embedding import dequantized_table
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
 
@@ -34,17 +35,16 @@ ROUNDING = 64  # last bits, relative to the output: a sum in another order may d
 def shards(
     directory: Path,
     outline: Outline,
-    replace: Callable[[str, QuantizedLinear], Mapping[str, T]],
+    replace: Callable[[str, QuantizedLinear | QuantizedExperts], Mapping[str, T]],
     console: Console | None = None,
     replace_table: Callable[[Tensor, Tensor], Tensor | T] | None = None,
 ) -> Iterator[tuple[str, dict[str, Tensor | T]]]:
-    """Yield the files of an artifact with each quantized linear converted, one file in memory at a time.
+    """Yield the files of an artifact with each quantized linear or stack converted, one file in memory at a time.
 
     Args:
         directory: an artifact.
         outline: the artifact's outline.
-        replace: maps a path and a linear, as `stored_linear` reads it, to the target's tensors, by name within the
-            linear.
+        replace: maps a path and a linear or a stack of experts, as `stored_linear` reads it, to the target's tensors.
         console: the console that shows progress; None shows nothing.
         replace_table: maps the integers [V, K] and scales [V, 1] of a table of words in 8 bits to the target's tensor;
             None makes a table in the dtype in which the float model has it.
@@ -56,8 +56,7 @@ def shards(
         for name in (name for name, path in files.items() if path == file):
             path, _, leaf = name.rpartition(".")
             if path in modules and leaf == "qweight":
-                linear = stored_linear(path, outline, files)
-                tensors |= {f"{path}.{part}": tensor for part, tensor in replace(path, linear).items()}
+                tensors |= replace(path, stored_linear(path, outline, files))
             elif path in tables and leaf == "qweight":
                 qweight, scale = read_table(path, files)
                 own = replace_table or (lambda q, scale: dequantized_table(q, scale, scale.dtype))
@@ -67,16 +66,14 @@ def shards(
         yield file.name, tensors
 
 
-def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear:
-    """Read a quantized linear, with bias and scales in the dtype that the float model's weight was stored in.
+def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear | QuantizedExperts:
+    """Read a quantized linear or stack, with bias and scales in the dtype that the float model's weight was stored in.
 
     Scales have that dtype already, except for those of FP4, where the config tells the dtype.
     """
     is_fp4 = get_format(linear_scheme(outline.settings, path).weights.format).element == "e2m1"
     dtype = outline.dtype if is_fp4 else read_tensor(files[f"{path}.scale"], f"{path}.scale").dtype
-    linear = read_linear(path, outline.settings, files, dtype)
-    assert isinstance(linear, QuantizedLinear)  # experts are an obstacle
-    return linear
+    return read_linear(path, outline.settings, files, dtype)
 
 
 def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
@@ -86,7 +83,11 @@ def probe_inputs(directory: Path) -> list[dict[str, Tensor]]:
 
 
 def outputs_of(
-    directory: Path, inputs: list[dict[str, Tensor]], dtype: torch.dtype = torch.float32, **options: Any
+    directory: Path,
+    inputs: list[dict[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+    rounds_activations: bool = True,
+    **options: Any,
 ) -> list[Tensor]:
     """Return the first outputs of a checkpoint, loaded in transformers.
 
@@ -94,6 +95,7 @@ def outputs_of(
         directory: the directory of the checkpoint.
         inputs: the inputs of each call.
         dtype: the dtype in which it runs.
+        rounds_activations: whether the package compressed-tensors rounds activations, where the checkpoint says so.
         options: options of `from_pretrained`.
 
     Raises:
@@ -109,7 +111,14 @@ def outputs_of(
                 f"transformers cannot load the checkpoint that was written of a {cls.__name__}; run the artifact "
                 "itself with quantize.load, and --verbose shows the error"
             ) from error
-        return first_outputs(model.eval(), own)
+        if not rounds_activations:
+            model.apply(disable_rounding)
+        return first_outputs(model.eval().to(dtype), own)  # experts that were unpacked have another dtype
+
+
+def disable_rounding(module: Any) -> None:
+    """Let a module compute with activations as they are; compressed-tensors 0.20, `lifecycle/forward.py`."""
+    module.quantization_enabled = False
 
 
 def check_difference(found: float, eps: float, rounding: float, outputs: Sequence[Tensor]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from quantize.export import EXPORTERS
 from quantize.export.outline import Outline
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
+from quantize.recipe.targets import TARGETS
 
 
 def formats(found: ArtifactEstimate) -> dict[str, str]:
@@ -15,6 +16,12 @@ def formats(found: ArtifactEstimate) -> dict[str, str]:
         return dict.fromkeys(sorted(EXPORTERS), "a module that transformers does not know is not exported")
     outline = Outline.estimate(found)
     return {name: "; ".join(EXPORTERS[name].refusals(outline)) for name in sorted(EXPORTERS)}
+
+
+def refusal(runtime: str, found: ArtifactEstimate) -> str:
+    """Return why a runtime, a name in `TARGETS`, cannot execute the artifact; the text is empty if it can."""
+    name = TARGETS[runtime].format
+    return formats(found)[name] or EXPORTERS[name].not_executed(runtime, Outline.estimate(found))
 
 
 def exports(found: ArtifactEstimate) -> Iterator[str]:

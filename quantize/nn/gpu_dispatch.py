@@ -11,6 +11,7 @@ from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.kernels.ops import (
     PackedWeight,
+    expert_linear,
     fp4_linear,
     fuses,
     has_kernel,
@@ -41,6 +42,12 @@ def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> b
     if args.runtime_smooth:
         return has_smooth_kernel(x, args.runtime_smooth.group_size)
     return has_kernel(x, weight.scale.shape[1], weight.args.num_bits)
+
+
+def has_expert_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
+    """Return whether one kernel multiplies rows x [..., K] of several experts by the weights of all of them."""
+    in_integers = get_format(weight.args.format).element == "int"
+    return in_integers and args is not None and args.runtime_smooth is None and has_gpu_kernel(x, weight, args)
 
 
 def prepack_weight(weight: QTensor, args: ActivationArgs | None) -> Operands:
@@ -91,3 +98,17 @@ def gpu_linear(
     else:
         y = fp4_linear(rows, *operands, bias, args.clip_ratio, hadamard)
     return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+def gpu_expert_linear(
+    x: Tensor, operands: Operands, ends: Tensor, bias: Tensor | None, args: ActivationArgs, hadamard: int
+) -> Tensor:
+    """Compute `gpu_linear` with the weight of each row's expert, [M, K] → [M, N]; rows of no expert become zeros.
+
+    Args:
+        ends: integers [E], the row behind each expert's last one; rows are sorted by expert.
+        x, operands, bias, args, hadamard: as there, with weights [E · N, K] that have an expert kernel.
+    """
+    assert isinstance(operands, PackedWeight)
+    y = expert_linear(x, operands, ends.int(), bias, args.num_bits, args.symmetric, args.clip_ratio, hadamard)
+    return y.masked_fill_((torch.arange(len(x), device=x.device) >= ends[-1])[:, None], 0)

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
+from quantize.nn.cpu_engine import runs_fake_quant
+from quantize.nn.gpu_dispatch import (
+    gpu_expert_linear,
+    has_expert_kernel,
+    split_fused_hadamard,
+)
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.nn.stack_stand_in import Stack
@@ -69,7 +75,8 @@ class QuantizedExperts(QuantizedWeight, Stack):
         return found
 
     def drop_laid_out(self) -> None:
-        """Drop the experts, whose tensors are parts of the stack's."""
+        """Drop the experts, whose tensors are parts of the stack's, and the weight that is laid out."""
+        super().drop_laid_out()
         self._experts = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,6 +98,9 @@ class QuantizedExperts(QuantizedWeight, Stack):
         Returns:
             [S, N] or [count, S, N]; rows behind the last expert's are zero.
         """
+        if self._has_kernel(x):
+            ends = offs if offs is not None else torch.arange(1, self.count + 1, device=x.device) * x.shape[1]
+            return self._forward_gpu(x.reshape(-1, x.shape[-1]), ends).reshape(*x.shape[:-1], self.out_features)
         return by_expert(x, offs, self.expert_product, self.out_features)
 
     def fake_quantized(self, x: Tensor, offs: Tensor | None = None) -> Tensor:
@@ -107,10 +117,28 @@ class QuantizedExperts(QuantizedWeight, Stack):
 
     def expert_product(self, number: int, x: Tensor) -> Tensor:
         """Multiply x [..., K] by one expert: [..., N]."""
+        if self._has_kernel(x):
+            rows = x.reshape(-1, x.shape[-1])
+            ends = (torch.arange(self.count, device=x.device) >= number % self.count) * len(rows)
+            return self._forward_gpu(rows, ends).reshape(*x.shape[:-1], self.out_features)
         expert = self.expert(number)
         with contextlib.nullcontext() if self._unpacked_dtype is None else expert.unpacked(self._unpacked_dtype):
             y: Tensor = expert(x)
             return y
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Return whether one launch multiplies the rows of all experts."""
+        args = self.scheme.activations
+        fake_quant = self.engine == "fake_quant" and runs_fake_quant(x, args)
+        return not fake_quant and has_expert_kernel(x, self.qtensor(), args)
+
+    def _forward_gpu(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Multiply rows [M, K], sorted by expert up to row `ends` [count] of each, in one launch: [M, N]."""
+        online, hadamard = split_fused_hadamard(self.online)
+        for transform in online:
+            x = transform(x)
+        assert self.scheme.activations is not None
+        return gpu_expert_linear(x, self.packed(), ends, self.bias, self.scheme.activations, hadamard)
 
 
 def by_expert(x: Tensor, offs: Tensor | None, product: Callable[[int, Tensor], Tensor], out_features: int) -> Tensor:
@@ -148,9 +176,9 @@ def quantized_product(
     return QuantizedExperts(weight, bias, scheme, online, experts, transposed)
 
 
-def replace_parameter(model: nn.Module, path: str, experts: QuantizedExperts) -> None:
-    """Put experts in the place of a parameter, at the same path."""
+def replace_parameter(model: nn.Module, path: str, stack: nn.Module | nn.Parameter) -> None:
+    """Put experts in the place of a parameter, at the same path, or a parameter in the place of experts."""
     parent, _, leaf = path.rpartition(".")
     owner: Any = model.get_submodule(parent)
     delattr(owner, leaf)
-    owner.register_module(leaf, experts)
+    setattr(owner, leaf, stack)

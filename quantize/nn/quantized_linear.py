@@ -21,7 +21,7 @@ from quantize.nn.cpu_engine import (
     quantize_input,
     runs_fake_quant,
 )
-from quantize.nn.gpu_dispatch import Operands, gpu_linear, has_gpu_kernel, prepack_weight, split_fused_hadamard
+from quantize.nn.gpu_dispatch import gpu_linear, has_gpu_kernel, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.scheme.scheme import ActivationArgs, Scheme
@@ -43,7 +43,6 @@ class QuantizedLinear(QuantizedWeight):
         has_tensors = any(part.state_dict() for part in self.online)  # tensors, which the settings do not tell apart
         self._transform_key = None if has_tensors else str([part.settings() for part in self.online])
         self.leading = PrefixTokens()
-        self._packed: Operands | None = None
         self._held: FloatWeight | None = None
         self._unpacked: QTensor | None = None
 
@@ -70,19 +69,6 @@ class QuantizedLinear(QuantizedWeight):
         finally:
             self._unpacked = None
 
-    def packed(self) -> Operands:
-        """Return the weight as the GPU kernels read it, laid out once, held beside the buffers, and never saved."""
-        return self._packed or self._prepack()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _prepack(self) -> Operands:
-        """Lay out the weight eagerly, because the layout depends on the scales' values.
-
-        A model must therefore run once before it is compiled.
-        """
-        self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
-        return self._packed
-
     def held(self, dtype: torch.dtype) -> FloatWeight:
         """Return the weight as `fake_quant` reads it, made once, held beside the buffers, and never saved."""
         held, args = self._held, self.scheme.activations
@@ -92,11 +78,12 @@ class QuantizedLinear(QuantizedWeight):
 
     def drop_laid_out(self) -> None:
         """Drop the weights that are laid out."""
-        self._packed = self._held = None
+        super().drop_laid_out()
+        self._held = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold, which is nothing that is laid out."""
-        return super().__getstate__() | {"_packed": None, "_held": None, "_unpacked": None}
+        return super().__getstate__() | {"_held": None, "_unpacked": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""

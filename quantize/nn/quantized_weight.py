@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
+from quantize.nn.gpu_dispatch import Operands, prepack_weight
 from quantize.scheme.scheme import Engine, Scheme
 from quantize.transforms.online import Online
 
@@ -62,6 +63,7 @@ class QuantizedWeight(nn.Module):
         self.online = tuple(online)
         self.transform = nn.Sequential(*self.online)
         self.engine: Engine = "reference"
+        self._packed: Operands | None = None
 
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
@@ -72,8 +74,22 @@ class QuantizedWeight(nn.Module):
         args = self.scheme.weights
         return QTensor(self.qweight, self.scale, self.zero_point, self.in_features, args, self.global_scale)
 
+    def packed(self) -> Operands:
+        """Return the weight as the GPU kernels read it, laid out once, held beside the buffers, and never saved."""
+        return self._packed or self._prepack()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepack(self) -> Operands:
+        """Lay out the weight eagerly, because the layout depends on the scales' values.
+
+        A model must therefore run once before it is compiled.
+        """
+        self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
+        return self._packed
+
     def drop_laid_out(self) -> None:
         """Drop what was made of the buffers and is held beside them, since they move, change their type or values."""
+        self._packed = None
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.drop_laid_out()
@@ -85,7 +101,11 @@ class QuantizedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies hold, and what is serialized: FP8 as bytes."""
-        return {**self.__dict__, "_buffers": {name: as_bytes(buffer) for name, buffer in self._buffers.items()}}
+        return {
+            **self.__dict__,
+            "_packed": None,
+            "_buffers": {name: as_bytes(buffer) for name, buffer in self._buffers.items()},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what `__getstate__` returned."""

@@ -51,11 +51,13 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
+    kept = {x.weight for x in program.all_linears if x.path in blocks.rounder.kept}
     found = {
         "pruning": dict(prepared.pruning),
-        "held_out": held_out_record(blocks.held_out, prepared.samples),
+        "held_out": held_out_record(blocks.held_out, prepared.samples, bool(plan.reader_schemes.keys() - kept)),
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
+        "kept_grids": blocks.rounder.kept,
     }
     manifest = {
         "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},

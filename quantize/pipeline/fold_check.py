@@ -50,8 +50,8 @@ def resolve_rotations(prepared: Prepared, context: RunContext) -> Plan:
         return plan
     if context.console is not None:
         context.console.print(describe(left_out), soft_wrap=True, markup=False)
-    found = make_plan(plan.given, prepared.program, left_out)
-    return replace(found, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
+    found = make_plan(plan.given, prepared.program, left_out, plan.kept)
+    return replace(found, note=plan.note, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
 
 
 def describe(left_out: LeftOut) -> str:

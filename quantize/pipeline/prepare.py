@@ -25,10 +25,11 @@ from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.graph.random_numbers import drawing
 from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.grids import plan_with_grids
 from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.plan import Plan, make_plan
+from quantize.pipeline.plan import Plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.pipeline.tables import module_of
 from quantize.recipe.recipe import Recipe
@@ -87,7 +88,7 @@ def prepare(
             f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
             "checked; give the part of it that draws none"
         )
-    plan = make_plan(recipe, program)
+    plan = plan_with_grids(recipe, program, checkpoint)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
@@ -127,6 +128,7 @@ def describe_run(prepared: Prepared) -> str:
     what = ", ".join([f"{first[1]} linears to {first[0]}", *(f"{count} to {label}" for label, count in others)])
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
+    lines += [plan.note] if plan.note else []
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:

@@ -205,6 +205,7 @@ class SequentialPipeline:
                 vars(self.held_out.figures),
             ],
             "expert_tokens": self.rounder.expert_tokens,
+            "kept": self.rounder.kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,6 +219,7 @@ class SequentialPipeline:
         ]
         judged.figures = RunFigures(**figures)
         self.rounder.expert_tokens.update(state["expert_tokens"])
+        self.rounder.kept.extend(state["kept"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

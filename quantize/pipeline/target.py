@@ -7,7 +7,6 @@ import importlib
 from quantize.errors import UsageError
 from quantize.pipeline.estimate.report import preflight
 from quantize.pipeline.prepare import Prepared
-from quantize.recipe.targets import TARGETS
 
 
 def check_target(target: str, prepared: Prepared) -> None:
@@ -19,5 +18,5 @@ def check_target(target: str, prepared: Prepared) -> None:
         UsageError: it cannot; the message names all that is in the way, and what to change.
     """
     targets = importlib.import_module("quantize.export.targets")
-    if why := targets.formats(preflight(prepared))[TARGETS[target].format]:
+    if why := targets.refusal(target, preflight(prepared)):
         raise UsageError(f"{target} cannot execute the result: {why}")

@@ -117,6 +117,7 @@ class Recipe(Data):
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: how the rounding of each block is tuned afterwards; None does not tune.
+        requantize: whether weights that lie on a grid of the format already are rounded anew.
         calibrate_all_experts: whether each expert of a mixture is rounded on all tokens, and not only on those that the
             router sends to it.
     """
@@ -140,6 +141,7 @@ class Recipe(Data):
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
     calibrate_all_experts: bool = False
+    requantize: bool = False
 
     @property
     def linear_scheme(self) -> Scheme:
@@ -174,7 +176,7 @@ def load_recipe(
         ignore: further linears to leave in floating point: names, globs, lists separated by commas, or expressions.
         group_size: the number of columns that share a scale; None leaves the recipe's.
         target: the runtime whose recipe takes the place of the scheme's default; None takes the default.
-        settings: `nsamples`, `seqlen` and `seed`; None leaves the recipe's.
+        settings: `nsamples`, `seqlen`, `seed` and `requantize`; None leaves the recipe's.
 
     Raises:
         UsageError: the scheme is unknown, or the recipe cannot be read or is not valid.

@@ -24,6 +24,7 @@ import quantize
 from quantize.artifact.registration import register, register_when_imported
 from quantize.errors import UsageError
 from quantize.graph.export import quiet
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 
 TOKENS = torch.tensor([[1, 300, 17, 260, 31, 402, 99, 5], [1, 44, 450, 3, 3, 77, 210, 8]])
@@ -62,6 +63,20 @@ def test_logits_are_those_of_load(name, dtype, small_run, one_layer):
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(quantize.load(directory, dtype=dtype)), expected)  # nothing cached was spoilt
     assert {name for name, x in model.named_buffers() if x.is_meta} == set()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [AutoModelForCausalLM, AutoModel])
+def test_a_mixture_loads_with_its_experts(cls, dtype, artifact_mixture):
+    directory, ids = artifact_mixture.directory, TOKENS % 64
+    with quiet(), torch.no_grad():
+        model, expected = cls.from_pretrained(directory, dtype=dtype), quantize.load(directory, dtype=dtype)
+        expected = expected if cls is AutoModelForCausalLM else expected.base_model
+        assert torch.equal(model(ids)[0], expected(ids)[0])
+        assert isinstance(model.base_model.layers[0].mlp.experts.down_proj, QuantizedExperts)
+        if cls is AutoModelForCausalLM:
+            texts = [m.generate(ids, max_new_tokens=4, do_sample=False) for m in (model, expected)]
+            assert torch.equal(*texts)
 
 
 def test_from_pretrained_generates_and_takes_a_device_map(artifact_one_layer):

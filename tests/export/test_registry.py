@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import pytest
@@ -161,13 +160,3 @@ def test_obstacles_are_told_before_a_run_and_before_an_export(
     shown = cli("export", artifact_rtn.directory, "--format", "toy", "--output-dir", tmp_path / "no")
     assert (shown.code, shown.err) == (2, "error: toys have no gates; quantize with --ignore gate_proj\n")
     assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("target", ["compressed-tensors", "gguf", "onnx", "safetensors-float"])
-def test_no_target_has_a_place_for_stacks_of_experts(target):
-    outline = SimpleNamespace(experts=["model.layers.0.mlp.experts.up"])
-    refusal = (
-        f"--format {target} has no place for stacks of experts yet, as model.layers.0.mlp.experts.up; quantize with"
-    )
-    with pytest.raises(UsageError, match=refusal):
-        EXPORTERS[target].check(outline)

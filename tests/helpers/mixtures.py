@@ -1,5 +1,7 @@
 """A small mixture of experts whose graph has all that the analysis of experts looks for, under names of its own."""
 
+from typing import Any
+
 import torch
 import transformers
 import transformers.integrations.moe  # registers its products
@@ -64,9 +66,9 @@ FAMILIES = {  # model type → what its config has besides `SMALL`
 }  # fmt: skip
 
 
-def build_family(name: str) -> transformers.PreTrainedModel:
-    """Return a tiny random model of a family, with weights so large that its scores differ."""
-    config = transformers.CONFIG_MAPPING[name](**{**SMALL, **FAMILIES[name]})
+def build_family(name: str, **changes: Any) -> transformers.PreTrainedModel:
+    """Return a tiny random model of a family, with weights so large that its scores differ; `changes` of its config."""
+    config = transformers.CONFIG_MAPPING[name](**{**SMALL, **FAMILIES[name], **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from quantize.export.base import Obstacle
+from quantize.export.compressed_tensors.experts import unplaced_experts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -24,7 +25,8 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
 
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     """Yield what the format has no place for, each with what to quantize with instead."""
-    settings, schemes = outline.settings, held_schemes(outline)
+    settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
+    yield from unplaced_experts(outline)
     for name in sorted({scheme.weights.format for scheme in schemes.values()}):
         if get_format(name).element == "level":
             yield f"{name} weights", '`format = "int"` in [weights]'
@@ -34,7 +36,7 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):
         yield "keys and values with a scale for each token", "no table `kv_cache`"
-    kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes}
+    kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes if path not in stacks}
     others = [path for path, kind in kinds.items() if not has_plain_forward(kind)]
     for kind in dict.fromkeys(kinds[path] for path in others):
         first, *more = (path for path in others if kinds[path] is kind)

@@ -18,6 +18,7 @@ from quantize.export.hf_checkpoint import shards
 from quantize.export.outline import Outline
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_embedding import table_of
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 
 WORDS, HEAD = "token_embd.weight", "output.weight"
@@ -31,10 +32,10 @@ def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> 
     config = outline.model_config()
     names, held = name_map(config), dict[str, Blocks]()
 
-    def converted(path: str, linear: QuantizedLinear) -> dict[str, Blocks]:
+    def converted(path: str, linear: QuantizedLinear | QuantizedExperts) -> dict[str, Blocks]:
         order = row_order(path, len(linear.qweight), config)
-        bias = {} if linear.bias is None else {"bias": plain(rows(linear.bias, order))}
-        return {"weight": blocks(reordered(linear.qtensor(), order))} | bias
+        bias = {} if linear.bias is None else {f"{path}.bias": plain(rows(linear.bias, order))}
+        return {f"{path}.weight": blocks(reordered(linear.qtensor(), order))} | bias
 
     def table(qweight: Tensor, scale: Tensor) -> Blocks:
         return blocks(table_of(qweight, scale))

@@ -11,8 +11,8 @@ from onnx_ir.convenience import replace_all_uses_with
 from torch import Tensor
 
 from quantize.errors import UsageError
-from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.onnx.decoder import Decoder, is_causal_lm
+from quantize.export.onnx.gathered_experts import lowered_copy
 from quantize.export.onnx.hybrid_linear import MANY, HybridLinear, gains, is_prompt, lower_for_prompt
 from quantize.export.onnx.interface import IN_PLACE, Feed, Interface
 from quantize.export.onnx.lowering import lower
@@ -35,7 +35,7 @@ class HybridDecoder(Decoder):
 
     def graphs(self) -> Sequence[Interface]:
         """Return the graph for few tokens, and the one for many."""
-        return [copy_with_replaced_linears(self, lower), copy_with_replaced_linears(self, lower_for_prompt)]
+        return [lowered_copy(self, lower), lowered_copy(self, lower_for_prompt)]
 
     def forward(self, feed: Feed) -> tuple[Tensor, ...]:
         """Compute like other decoders, with the linears that the file uses for so many tokens."""

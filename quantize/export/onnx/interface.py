@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from quantize.export.comparison import copy_with_replaced_linears
+from quantize.export.onnx.gathered_experts import lowered_copy
 from quantize.export.onnx.lowering import lower
 from quantize.nn.quantized_linear import QuantizedLinear
 
@@ -57,7 +57,7 @@ class Interface(nn.Module):
 
     def lowered(self) -> Interface:
         """Return a copy that computes what the file computes."""
-        return copy_with_replaced_linears(self, self.lower)
+        return lowered_copy(self, self.lower)
 
     def graphs(self) -> Sequence[Interface]:
         """Return what is traced into the file; if there are several graphs, one runs at a time."""

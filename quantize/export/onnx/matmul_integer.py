@@ -54,7 +54,7 @@ class IntegerLinear(nn.Module):
         if not self.activations.symmetric:
             y = y - zero_point[:, None] * self.shift
         y = y * scale[:, None]
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], y.shape[-1])
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `kernels.reference.scale_and_zero_point` in fewer operators: [M, K] → scale and zero point [M]."""

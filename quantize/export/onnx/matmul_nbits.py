@@ -98,7 +98,7 @@ def int8_blocks(x: Tensor, block: int) -> Tensor:
     """Put activations [..., K] on the int8 grids of ONNX Runtime's accuracy level 4, one for each block of columns."""
     columns = x.shape[-1]
     x = nn.functional.pad(x, (0, -columns % block))
-    x = x.reshape(*x.shape[:-1], -1, block)
+    x = x.unflatten(-1, (x.shape[-1] // block, block))  # of no rows, too
     largest = x.abs().amax(dim=-1, keepdim=True)
     steps = torch.where(largest > 0, 127 / largest, 0)  # times the reciprocal; a division would round other ties up
     return ((x * steps).round() * (largest / 127)).flatten(-2)[..., :columns]

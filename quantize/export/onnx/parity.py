@@ -76,7 +76,7 @@ def onnx_parity(
     begin(ARTIFACT)
     expected = run_torch(interface, feeds)
     begin(FLOAT)
-    exact = run_torch(copy_with_replaced_linears(interface, with_float_activations), feeds)
+    exact = run_torch(copy_with_replaced_linears(interface, with_float_activations, with_float_activations), feeds)
     differences = {
         "emulation": relative_output_error(found, emulated),
         "reference": relative_output_error(found, expected),

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import vjp
 from torch.func import functional_call
 
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
@@ -25,15 +26,36 @@ def float_linear(linear: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
     return vjp(linear.transform, torch.zeros_like(W), W)[1], bias
 
 
+def float_stack(experts: QuantizedExperts, dtype: torch.dtype) -> Tensor:
+    """Return the stack [E, N, K], or [E, K, N], in `dtype`, with the online transforms in the weights; no bias is left.
+
+    The model adds the experts' own biases, so that the bias of a stack only undoes a shift of its inputs.
+    """
+    W = torch.stack([float_linear(experts.expert(e))[0].to(dtype) for e in range(experts.count)])
+    return W.mT.contiguous() if experts.transposed else W
+
+
 def with_noise(linear: QuantizedLinear, relative: float) -> nn.Linear:
     """Return `float_linear` in float32 with relative errors of up to `relative`, the same ones in each call."""
     plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
     generator = torch.Generator().manual_seed(0)
     for tensor, name in zip(float_linear(linear), ("weight", "bias"), strict=True):
         if tensor is not None:
-            noise = torch.empty_like(tensor).uniform_(-relative, relative, generator=generator)
-            setattr(plain, name, nn.Parameter((tensor * (1 + noise)).float(), requires_grad=False))
+            noisy = tensor * (1 + noise_like(tensor, relative, generator))
+            setattr(plain, name, nn.Parameter(noisy.float(), requires_grad=False))
     return plain
+
+
+def stack_with_noise(experts: QuantizedExperts, relative: float) -> nn.Parameter:
+    """Return `float_stack` in float32 with relative errors of up to `relative`, the same ones in each call."""
+    W = float_stack(experts, torch.float32)
+    W *= 1 + noise_like(W, relative, torch.Generator().manual_seed(0))
+    return nn.Parameter(W, requires_grad=False)
+
+
+def noise_like(tensor: Tensor, largest: float, generator: torch.Generator) -> Tensor:
+    """Return uniform noise of up to `largest` in the shape and type of a tensor."""
+    return torch.empty_like(tensor).uniform_(-largest, largest, generator=generator)
 
 
 def is_transposed(module: nn.Module, columns: int) -> bool | None:

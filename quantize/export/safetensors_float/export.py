@@ -23,8 +23,15 @@ from quantize.export.comparison import (
 from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs, shards
 from quantize.export.outline import Outline
 from quantize.export.safetensors_float.card import model_card
-from quantize.export.safetensors_float.dequantize import float_linear, is_transposed, with_noise
+from quantize.export.safetensors_float.dequantize import (
+    float_linear,
+    float_stack,
+    is_transposed,
+    stack_with_noise,
+    with_noise,
+)  # fmt: skip
 from quantize.formats import get_format
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
@@ -46,15 +53,16 @@ def export_safetensors_float(directory: Path, writer: ArtifactWriter, console: C
     """
     outline, dtypes = Outline.read(directory), set[torch.dtype]()
 
-    def dequantized(path: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-        place = outline.skeleton.get_submodule(path)
+    def dequantized(path: str, linear: QuantizedLinear | QuantizedExperts) -> dict[str, Tensor]:
         is_fp4 = get_format(linear.scheme.weights.format).element == "e2m1"  # others have the model's dtype
         dtype = outline.dtype if is_fp4 else linear.scale.dtype
         dtypes.add(dtype)
-        weight, bias = float_linear(linear)
-        found = {"weight": (weight.T if is_transposed(place, linear.in_features) else weight).to(dtype)}
+        if isinstance(linear, QuantizedExperts):
+            return {path: float_stack(linear, dtype)}
+        place, (weight, bias) = outline.skeleton.get_submodule(path), float_linear(linear)
+        found = {f"{path}.weight": (weight.T if is_transposed(place, linear.in_features) else weight).to(dtype)}
         # If the model has no bias, the linear's bias undoes a shift of its inputs, and folding leaves nothing of it.
-        return found if bias is None or place.bias is None else found | {"bias": bias.to(dtype)}
+        return found if bias is None or place.bias is None else found | {f"{path}.bias": bias.to(dtype)}
 
     total = len(set(index_tensors(directory, PROBE).values()))
     for number, (_, tensors) in enumerate(shards(directory, outline, dequantized, console), 1):
@@ -90,8 +98,11 @@ def float_parity(directory: Path, written: Path, dtype: torch.dtype) -> dict[str
     inputs, model = probe_inputs(directory), load(directory, engine="reference")
     round_tables(model, dtype)
     rounded = first_outputs(model, inputs)
-    expected = first_outputs(copy_with_replaced_linears(model, with_float_activations), inputs)
-    noisy = copy_with_replaced_linears(model, lambda linear: with_noise(linear, torch.finfo(dtype).eps / 2))
+    expected = first_outputs(copy_with_replaced_linears(model, with_float_activations, with_float_activations), inputs)
+    largest = torch.finfo(dtype).eps / 2
+    noisy = copy_with_replaced_linears(
+        model, lambda linear: with_noise(linear, largest), lambda experts: stack_with_noise(experts, largest)
+    )
     found = {
         "reference": relative_error(outputs_of(written, inputs), expected),
         "rounding": relative_error(first_outputs(noisy, inputs), expected),

@@ -19,7 +19,8 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
     if outline.settings.get("kv_cache"):
         reason = "keys and values are quantized, for which an ordinary checkpoint has no place"
         yield Obstacle(reason, f"quantize with no table `kv_cache`, {INSTEAD}")
-    for path, entry in outline.settings["modules"].items():
+    stacks = set(outline.experts)
+    for path, entry in ((x, entry) for x, entry in outline.settings["modules"].items() if x not in stacks):
         if is_transposed(module := outline.skeleton.get_submodule(path), entry["columns"]) is None:
             reason = f"{path} is a {type(module).__name__}, of which it is not known how it holds its weight"
             yield Obstacle(reason, f"quantize with --ignore {path}")

@@ -273,7 +273,7 @@ def test_the_config_is_what_the_package_writes(name, one_layer, tmp_path):
     scheme, skeleton = SCHEMES[name], build_skeleton(open_checkpoint(one_layer).config)
     quantized = {path for path, m in skeleton.named_modules() if isinstance(m, nn.Linear) and "attn" in path}
     ours = quantization_config(
-        dict.fromkeys(sorted(quantized), scheme), export.ignored(skeleton, dict.fromkeys(quantized))
+        dict.fromkeys(sorted(quantized), scheme), export.ignored(skeleton, dict.fromkeys(quantized), {})
     )
     with quiet():
         apply_quantization_config(skeleton, QuantizationConfig.model_validate(ours))
