@@ -47,11 +47,12 @@ def test_help_states_the_true_defaults(cli):
 
 def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     """In a process of its own, as this one has imported torch."""
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name in ("model.gguf", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"GGUF")
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
         ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
-        ([one_layer / "model.safetensors"], "is one file of a model; give the directory with its config.json"),
+        ([tmp_path / "model.safetensors"], "is one file of a model, and no config.json lies beside it"),
         ([tmp_path], "holds no config.json, so it is no model directory"),
         ([one_layer], "give --output-dir"),
         ([one_layer, "-o", tmp_path], f"{tmp_path} exists already; give a new --output-dir"),
