@@ -21,6 +21,10 @@ bench-engine: $(VENV)/installed
 bench-vit: $(VENV)/installed
 	$(PYTHON) -m benchmarks.vit
 
+# A small masked-diffusion language model, trained first, calibrated on masked and on unmasked text
+bench-diffusion: $(VENV)/installed
+	$(PYTHON) -m benchmarks.masked_diffusion
+
 # How ranges of activations move with the length of sequences, and what calibrating at another length costs
 bench-lengths: $(VENV)/installed
 	$(PYTHON) -m benchmarks.sequence_length
@@ -121,4 +125,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: mixture bench-mixture bench-whole bench-layers bench-cpu bench-engine bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format bench-families bench-gguf test-llama-cpp test-vllm
+.PHONY: bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers

@@ -34,17 +34,20 @@ class Samples:
         sha256: the hash of the file that they come from, or of the part of it that was read.
         leading: the special tokens that the tokenizer puts in front of a text, if all samples begin with them.
         part: the number of bytes that were read, and of those in the file; None if the whole file was.
+        whole: whether no row may be cut, because its inputs belong together.
     """
 
     rows: tuple[Row, ...]
     sha256: str
     leading: tuple[SpecialToken, ...] = ()
     part: tuple[int, int] | None = None
+    whole: bool = False
 
     @property
     def tokens(self) -> int:
-        """The number of token ids in all rows."""
-        return sum(x.numel() for row in self.rows for x in row.values() if not x.is_floating_point())
+        """The number of token ids in all rows; in rows taken whole these are the first integers along an axis."""
+        ids = [[x for x in row.values() if not x.is_floating_point() and x.dim()] for row in self.rows]
+        return sum(x.numel() for found in ids for x in (found[:1] if self.whole else found))
 
     def size(self) -> str:
         """Say how many tokens there are, and what each sample begins with: `64 tokens, each row behind <bos>`."""

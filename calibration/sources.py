@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,18 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.calibration.arguments import IN_MEMORY
 from quantize.calibration.data import Row, Samples, spread
 from quantize.calibration.data_sets import records_of
-from quantize.calibration.records import IDS, ids_of, of_column
+from quantize.calibration.records import IDS, MASK, ids_of, of_column
 from quantize.calibration.table_files import READERS, holds_records
-from quantize.calibration.tensor_samples import check_shapes, check_values, described, read_calibration, sample
+from quantize.calibration.tensor_samples import (
+    check_shapes,
+    check_values,
+    described,
+    read_calibration,
+    read_stamped,
+    sample,
+    sha256_of,
+)
 from quantize.checkpoint.paths import is_data_set, require_data
+from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import QuantizeError, UsageError
-from quantize.graph.inputs import Input
+from quantize.graph.inputs import NO_INPUTS, Input
 
 Calibration = str | Path | Tensor | Mapping[str, Tensor] | Iterable[Any]
-IN_MEMORY = "the calibration data"
 
 
 def read_source(
@@ -56,7 +64,10 @@ def read_source(
         if path is None or not is_table(path, text_column):
             return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
         source = str(path)
-        records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
+        if path.suffix == ".safetensors":
+            records = records_in(read_stamped(path)[0], inputs, limit)
+        else:
+            records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
     else:
         source, records = IN_MEMORY, records_in(data, inputs, limit)
     if text_column is not None:
@@ -81,6 +92,8 @@ def is_table(path: Path, text_column: str | None) -> bool:
         return True
     if text_column is not None and path.suffix not in READERS:
         raise UsageError(f"{path} has no columns, of which --text-column could name one; leave it out")
+    if path.suffix == ".safetensors":  # what a mask leaves out is removed, row by row
+        return not {MASK, *NO_INPUTS}.isdisjoint(read_header(path).entries)
     return text_column is not None or holds_records(path)
 
 
@@ -123,13 +136,3 @@ def row_of(record: Any, inputs: Mapping[str, Input], seqlen: int, tokenize: Toke
         raise UsageError(f"the model takes {described(inputs)}; give a tensor of each")
     check_shapes(source, {n: record[n][None] for n in inputs}, inputs)
     return {n: sample(record[n], seqlen) for n in inputs}
-
-
-def sha256_of(rows: Iterable[Row]) -> str:
-    """Return the SHA-256 of all samples, in hex."""
-    digest = hashlib.sha256()
-    for row in rows:
-        for name, x in row.items():
-            digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
-            digest.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

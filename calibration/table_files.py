@@ -103,7 +103,7 @@ def read_jsonl_records(path: Path) -> Iterator[Any]:
 
 def read_tensors(path: Path) -> Iterator[Any]:
     """Yield the samples of a tensor, a list, or a dict of tensors that torch saved; no other object is read."""
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found = load_tensors(path)
     if isinstance(found, Mapping):
         tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
         rows = min((len(x) for x in tensors.values()), default=0)
@@ -114,6 +114,27 @@ def read_tensors(path: Path) -> Iterator[Any]:
         raise QuantizeError(
             f"{path} holds a {type(found).__name__}; give a tensor, a list of them, or one for each input"
         )
+
+
+def load_tensors(path: Path) -> Any:
+    """Return what torch saved in a file, of tensors and containers alone.
+
+    Raises:
+        UsageError: the file is too large to be read whole.
+        QuantizeError: it is damaged or holds something else.
+    """
+    if path.stat().st_size > LARGEST:
+        raise UsageError(f"{path} has more than {LARGEST:,} bytes; give .parquet, .jsonl or .safetensors")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything
+        raise QuantizeError(f"{path} cannot be read ({reason(error)})") from None
+
+
+def read_named_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors by name that torch saved; none if it saved something else."""
+    found = load_tensors(path)
+    return {str(k): x for k, x in found.items() if isinstance(x, Tensor)} if isinstance(found, Mapping) else {}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantize.calibration.data import BUNDLED, Samples, check_ids, read_samples, spread
+from quantize.calibration.data import BUNDLED, Row, Samples, check_ids, read_samples, spread
 from quantize.checkpoint.safetensors_reader import stamp
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import read_all
@@ -48,6 +48,22 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
         UsageError: there is no such file, or it does not hold what the model takes.
         QuantizeError: the file is damaged, or holds numbers that are not finite.
     """
+    tensors, digest = read_stamped(path)
+    check_shapes(path, tensors, inputs)
+    check_values(path, tensors, vocabulary)
+    chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
+    rows = ({name: sample(tensors[name][i], seqlen) for name in inputs} for i in chosen)
+    return Samples(tuple(rows), digest)
+
+
+def read_stamped(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return all tensors of a file, and the file's SHA-256 in hex.
+
+    Raises:
+        UsageError: there is no such file.
+        QuantizeError: the file is damaged.
+        ChangedError: it has changed on the way.
+    """
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
     before, tensors = stamp(path), read_all(path)
@@ -55,11 +71,17 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if stamp(path) != before:
         raise ChangedError(f"{path} has changed while it was read; start again with a file that stays as it is")
-    check_shapes(path, tensors, inputs)
-    check_values(path, tensors, vocabulary)
-    chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
-    rows = ({name: sample(tensors[name][i], seqlen) for name in inputs} for i in chosen)
-    return Samples(tuple(rows), digest)
+    return tensors, digest
+
+
+def sha256_of(rows: Iterable[Row]) -> str:
+    """Return the SHA-256 of samples, in hex."""
+    digest = hashlib.sha256()
+    for row in rows:
+        for name, x in row.items():
+            digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode())
+            digest.update(x.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sample(tensor: Tensor, seqlen: int) -> Tensor:
@@ -90,11 +112,17 @@ def fits(tensor: Tensor, wanted: Input) -> bool:
 
 def check_values(path: Path | str, tensors: Mapping[str, Tensor], vocabulary: int) -> None:
     """Check that numbers are finite and that ids lie in the vocabulary."""
-    for name, tensor in tensors.items():
+    for tensor in tensors.values():
         if not tensor.is_floating_point():
             check_ids(path, int(tensor.min()), int(tensor.max()), vocabulary)
-        elif not bool((finite := tensor.float().isfinite()).all()):
-            index = int((~finite).nonzero()[0, 0])
+    check_finite(path, tensors)
+
+
+def check_finite(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that numbers are finite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool((finite := tensor.float().isfinite()).all()):
+            index = int((~finite).nonzero()[0, 0]) if tensor.dim() else 0
             raise QuantizeError(f"{path} holds values of {name} that are not finite, the first in sample {index}")
 
 
@@ -105,7 +133,7 @@ def described(inputs: Mapping[str, Input]) -> str:
 
 def axes(wanted: Input) -> str:
     """Return the sizes of an input's axes, or the names of what they count."""
-    words = dict(zip(wanted.dynamic, ("samples", "tokens"), strict=False))
+    words = dict(zip(wanted.dynamic, ("samples", "tokens"), strict=False)) | dict(wanted.free)
     return ", ".join(words.get(axis, str(size)) for axis, size in enumerate(wanted.example.shape))
 
 

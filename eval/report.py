@@ -18,9 +18,11 @@ from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
 from quantize.eval.loading import load_any
+from quantize.eval.masked import score_masked
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs
 from quantize.graph.inputs import example_inputs
+from quantize.recipe.recipe import load_recipe
 from quantize.scheme.scheme import Engine
 
 BATCH_TOKENS = 4096
@@ -35,6 +37,7 @@ def evaluate(
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
     trust_remote_code: bool = False,
+    mask_id: int | None = None,
 ) -> dict[str, Any]:
     """Measure a model or artifact.
 
@@ -46,6 +49,9 @@ def evaluate(
         nsamples: the largest number of windows, which are spread evenly; None takes all.
         engine: how an artifact runs, as in `quantize.load`.
         trust_remote_code: whether code of the models' own may run, as in `quantize.load`.
+        mask_id: the token that a masked-diffusion language model has in the place of tokens to find; None takes that
+            of the artifact's recipe, if there is one. Such a model is scored on what is masked, a tenth to nine tenths
+            of each window.
 
     Returns:
         A flat dict. A language model has `loss`, `perplexity`, `tokens` (the number predicted) and `bytes`, and with
@@ -61,7 +67,8 @@ def evaluate(
     if text.suffix == ".tsv":
         scores = evaluate_pairs(model, reference, directory, text)
     else:
-        scores = evaluate_language(model, reference, directory, text, seqlen, nsamples)
+        mask_id = mask_id_of(directory) if mask_id is None else mask_id
+        scores = evaluate_language(model, reference, directory, text, seqlen, nsamples, mask_id)
     return scores | {"bytes": stored_bytes(directory)}
 
 
@@ -116,14 +123,33 @@ def stored_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.name != PROBE)
 
 
+def mask_id_of(directory: Path) -> int | None:
+    """Return the token that an artifact's calibration data were masked with, if they were."""
+    if not (directory / "manifest.json").is_file() or not (directory / "recipe.toml").is_file():
+        return None
+    found = load_recipe(None, directory / "recipe.toml").calibration
+    return None if found is None else found.mask_id
+
+
 def evaluate_language(
-    model: nn.Module, reference: nn.Module | None, directory: Path, text: Path, seqlen: int, nsamples: int | None
+    model: nn.Module,
+    reference: nn.Module | None,
+    directory: Path,
+    text: Path,
+    seqlen: int,
+    nsamples: int | None,
+    mask_id: int | None,
 ) -> dict[str, Any]:
-    """Measure loss and divergence on windows of a text."""
+    """Measure loss and divergence on windows of a text, of what is masked where there is a token for that."""
     vocabulary = kind_of(model)[1]
+    if mask_id is not None and mask_id >= vocabulary:
+        raise UsageError(f"--mask-id {mask_id} is no token of the model; give an id from 0 to {vocabulary - 1}")
     samples = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH_TOKENS // seqlen or 1)]
-    found = score_language(model, batches, reference)
+    if mask_id is None:
+        found = score_language(model, batches, reference)
+    else:
+        found = score_masked(model, batches, mask_id, reference)
     scores: dict[str, Any] = {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
     scores |= {"leading_tokens": samples.leading_text} if samples.leading else {}
     scores |= {"text_part": samples.part_text} if samples.part else {}

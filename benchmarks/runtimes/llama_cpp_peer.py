@@ -80,12 +80,13 @@ def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
 
 def score(reference: str, models: Sequence[str], windows: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
     """Return loss, divergence from the reference and agreement on the first token, as `eval/perplexity.py` does."""
-    float_model, found = Model(reference), {path: Model(path) for path in models}
+    float_model = Model(reference)
+    found = {path: float_model if path == reference else Model(path) for path in models}
     sums = {path: np.zeros(3) for path in models}
     for row in windows:
         expected = log_softmax(float_model(row)[:-1])
         for path, model in found.items():
-            given = log_softmax(model(row)[:-1])
+            given = expected if path == reference else log_softmax(model(row)[:-1])
             loss = -given[np.arange(len(given)), row[1:]].sum()
             kl = (np.exp(expected) * (expected - given)).sum()
             sums[path] += [loss, kl, (given.argmax(-1) == expected.argmax(-1)).sum()]

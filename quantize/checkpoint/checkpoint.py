@@ -25,7 +25,7 @@ from quantize.checkpoint.paths import find_model, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.size_limits import NoFiles
-from quantize.checkpoint.sources import find_encoded
+from quantize.checkpoint.sources import find_encoded, gguf
 from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
@@ -174,6 +174,16 @@ class Checkpoint:
         except RuntimeError as error:  # the parts do not fit together
             raise QuantizeError(f"{name} cannot be put together from {self.directory} ({reason(error)})") from None
 
+    def float_rows(self, name: str, count: int) -> Tensor:
+        """Read some entries of the first axis, evenly spread, in float32; it raises what `tensor` raises."""
+        source = self.stored(name)
+        if source is None or source.converter is not None:
+            whole = self.float_tensor(name)
+            return whole[:: max(1, len(whole) // count)]
+        total = self.read_shape(source.names[0])[0]
+        picked = range(0, total, max(1, total // count))
+        return torch.cat([self.read_part(source.names[0], row, 1).float() for row in picked])
+
     def dtype_of(self, name: str) -> torch.dtype:
         """Return the dtype of what `tensor` reads, by the headers of the files; float32 if reading it is an error."""
         if self.is_config_alone:
@@ -194,9 +204,14 @@ class Checkpoint:
 
     def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
         """Read a tensor by the name that it has in the files, or would have there as floats."""
-        if name in self.encoded:
-            return self.encoded[name].read(name, lambda part: read_tensor(self._file(part), part))
-        return read(self._file(name), name)
+        if name not in self.encoded:
+            return read(self._file(name), name)
+        return self.encoded[name].read(name, self._stored)
+
+    def _stored(self, part: str) -> Tensor:
+        """Read a part as it is stored, or in float32 from a GGUF file."""
+        path = self._file(part)
+        return gguf.read_floats(path, part) if path.suffix == gguf.SUFFIX else read_tensor(path, part)
 
     def _file(self, part: str) -> Path:
         """Return the file that holds a tensor, if it is still what it was."""
@@ -268,21 +283,26 @@ def open_checkpoint(
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links = links_followed(directory)
+    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
     if place.is_file():
-        files = dict.fromkeys(read_header(place).entries, place)
+        files = dict.fromkeys(gguf.places(place) if is_gguf else read_header(place).entries, place)
     else:
         files = index_tensors(directory) if weights or not has_config_alone(directory) else NoFiles()
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
     seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
     _, settings = split_settings(read_json(directory / "config.json"), directory)
-    entries = {name: entry for path in sorted(set(files.values())) for name, entry in read_header(path).entries.items()}
-    encoded = {} if settings is None else find_encoded(settings, entries, str(directory))
+    headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
+    entries = {name: entry for header in headers for name, entry in header.items()}
+    encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
     parts = {part for found in encoded.values() for part in found.parts.values()}
     stored = {name: path for name, path in files.items() if name not in parts}
     floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
-    config, _ = split_settings(read_config(directory, floats), directory)
+    config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
     built = build_on_meta(config, files, code)
+    if is_gguf:
+        encoded = gguf.find(place, built)
+        floats = dict.fromkeys(encoded, place)
     names = plain_names(built, floats)
     sources = map_keys(built, names)
     plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}

@@ -14,7 +14,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w.-][\w./-]*)?")
 DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
 FILES_OF_DATA_SETS = (".arrow", ".parquet")
 FILES_OF_MODELS = {
-    ".gguf": "is a GGUF file, and its weights are rounded already; give the directory of the floating-point model",
+    ".gguf": "is a GGUF file, and no config.json lies beside it; put the float model's there, and its tokenizer",
     ".onnx": "is an exported model; give the directory of the model that it was made of",
     ".safetensors": "is one file of a model, and no config.json lies beside it; put the model's there",
 }
@@ -30,7 +30,7 @@ def find_model(model: str | Path) -> Path | None:
     if path.is_dir():
         require_config(path)
         return path
-    if path.suffix == ".safetensors" and path.is_file() and path.with_name("config.json").is_file():
+    if path.suffix in (".safetensors", ".gguf") and path.is_file() and path.with_name("config.json").is_file():
         return path
     if path.is_file():
         other = "is a file; give a directory with a config.json and .safetensors weights"

@@ -80,6 +80,11 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     show_default=True,
     help="How an artifact runs on a CPU: in floating point, or exactly and slowly.",
 )
+@click.option(
+    "--mask-id",
+    type=click.IntRange(0),
+    help="The mask token of a masked-diffusion language model, scored on what is masked.  [default: the recipe's]",
+)
 @click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
 @TRUST
@@ -94,6 +99,7 @@ def evaluate(
     kurtosis: bool,
     as_json: bool,
     trust_remote_code: bool,
+    mask_id: int | None,
 ) -> None:
     """Measure a model or an artifact on a text, or on tasks.
 
@@ -119,5 +125,5 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
+    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code, mask_id)
     return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

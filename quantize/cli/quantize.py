@@ -59,6 +59,12 @@ from quantize.recipe.targets import TARGETS
     help="Linears to leave in floating point: names or globs, separated by commas, or one re:EXPRESSION. May be given "
     "several times.",
 )
+@click.option(
+    "--requantize",
+    is_flag=True,
+    default=None,
+    help="Round weights anew that lie on a grid of the scheme already; otherwise they are kept exactly.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
 @click.option(

@@ -6,7 +6,7 @@ a fused projection falls apart into the ranges that are used differently, withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import fx
@@ -33,25 +33,45 @@ def find_bases(program: Program, folded: frozenset[str] = frozenset()) -> Bases:
         for node in segment.nodes:
             visit(walk, node)
         if program.unreached:
-            pin_what_is_open(walk, segment, program.unreached)
+            pin_what_is_open(walk, segment, program)
     for value in (n for n in program.output.all_input_nodes if n not in program.intermediate_outputs):
         walk.pin(value, "it is an output of the model")
     share(walk)
     return assemble(walk)
 
 
-def pin_what_is_open(walk: ChannelTrace, segment: Segment, unreached: frozenset[str]) -> None:
+def pin_what_is_open(walk: ChannelTrace, segment: Segment, program: Program) -> None:
     """Pin what a pass with other arguments may read or write with parameters that this pass does not reach.
 
-    They may lie anywhere: image features take the place of words, and a layer for images may stand among the others.
-    Only what stays inside of a block whose every parameter is reached is known to be all there is.
+    They may lie anywhere in the module that holds them and whose other parameters this pass does reach: image features
+    take the place of words, and a layer for images may stand among the others. Only what stays inside of a block whose
+    every parameter is reached is known to be all there is. A tower that this pass runs leaves as this pass shows it.
     """
+    unreached = program.unreached
     inside = f"{block_at(segment.name)}."
     closed = inside != "." and not any(name.startswith(inside) for name in unreached)
-    nodes = set(segment.nodes)
+    nodes, holders = set(segment.nodes), holders_of(unreached, program.parameters.values())
     for node in segment.nodes:
-        if not closed or not nodes.issuperset(node.users):
+        if lies_in(node, holders) and (not closed or not nodes.issuperset(node.users)):
             walk.pin(node, f"`{min(unreached)}` and others that this pass does not reach may read or write it")
+
+
+def holders_of(unreached: frozenset[str], names: Iterable[str]) -> frozenset[str]:
+    """Return the paths, each with a dot behind it, of the innermost modules around them that hold others, too."""
+    reached, found = [name for name in names if name not in unreached], set[str]()
+    for name in unreached:
+        path = name.rpartition(".")[0]
+        while path and not any(other.startswith(f"{path}.") for other in reached):
+            path = path.rpartition(".")[0]
+        found.add(f"{path}." if path else "")
+    return frozenset(found)
+
+
+def lies_in(node: fx.Node, holders: frozenset[str]) -> bool:
+    """Return whether a node's module lies in one of some modules, or it is not known where it lies."""
+    stack = node.meta.get("nn_module_stack")
+    path = f"{next(reversed(stack.values()))[0]}." if stack else ""
+    return not path or any(path.startswith(holder) for holder in holders)
 
 
 def share(walk: ChannelTrace) -> None:

@@ -13,23 +13,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError, UserErrorType
 
 from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError
-from quantize.graph.inputs import example_inputs
+from quantize.graph.inputs import Input, example_inputs
 from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.refusal import refusal
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
+# outputs that are read by other parts of a model, or hold what others have read
+INTERMEDIATE = ("encoder_", "image_hidden_states", "image_outputs", "video_outputs", "audio_outputs")
 
-def export_program(skeleton: nn.Module) -> Program:
+
+def export_program(skeleton: nn.Module, inputs: Mapping[str, Input] | None = None) -> Program:
     """Export one forward pass with dynamic sizes of batch and sequence.
 
     Args:
         skeleton: the model with parameters on the meta device and real buffers; its parameters are untied in place.
+        inputs: what `forward` is given; None for what the model takes by itself.
 
     Raises:
         ExportError: the exporter refuses the model; the message carries its reason.
@@ -39,25 +45,14 @@ def export_program(skeleton: nn.Module) -> Program:
     skeleton.eval().to("meta")
     switches = forward_switches(skeleton)
     try:
-        inputs = example_inputs(skeleton)
-        example = {name: found.example for name, found in inputs.items()} | switches
-        dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
-        shapes = {**dynamic, **dict.fromkeys(switches)}
+        inputs = example_inputs(skeleton) if inputs is None else inputs
         with quiet(), plain_encoder_layers():
-            exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
-            lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
-            if any(exported.constants[name].is_meta for name in lifted):
-                # a tensor of numbers that `forward` makes keeps them on the CPU alone, where no page is ever touched
-                skeleton.to_empty(device="cpu")
-                on_cpu = {
-                    k: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x for k, x in example.items()
-                }
-                exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
-                skeleton.to("meta")
+            exported, batch = export_batches(skeleton, inputs, switches)
     except Exception as error:  # the exporter may meet anything in code of other authors
         raise ExportError(refusal(error)) from error
     use_first_paths(exported, skeleton)
-    program = from_exported(exported, buffers, switches, tuple(inputs))
+    program = replace(from_exported(exported, buffers, switches, tuple(inputs)), batch=batch)
+    example = {name: found.example for name, found in inputs.items()} | switches
     linears = [linear for linear in program.all_linears if linear.experts is None]
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
@@ -67,6 +62,41 @@ def export_program(skeleton: nn.Module) -> Program:
     return replace(
         program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties, unreached=unreached
     )
+
+
+def export_batches(
+    skeleton: nn.Module, inputs: Mapping[str, Input], switches: Mapping[str, bool]
+) -> tuple[torch.export.ExportedProgram, int | None]:
+    """Export a batch of any size, or of one sample where the exporter fixes the size, with that size (None for any)."""
+    try:
+        return export_inputs(skeleton, inputs, switches), None
+    except UserError as error:  # `forward` counts the samples in Python
+        if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+            raise
+        single = {
+            name: replace(found, example=found.example[:1], dynamic=tuple(n for n in found.dynamic if n))
+            for name, found in inputs.items()
+        }
+        return export_inputs(skeleton, single, switches), 1
+
+
+def export_inputs(
+    skeleton: nn.Module, inputs: Mapping[str, Input], switches: Mapping[str, bool]
+) -> torch.export.ExportedProgram:
+    """Export one forward pass on the meta device."""
+    example: dict[str, Any] = {name: found.example for name, found in inputs.items()}
+    example |= switches
+    dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
+    shapes = {**dynamic, **dict.fromkeys(switches)}
+    exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+    lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
+    if any(exported.constants[name].is_meta for name in lifted):
+        # a tensor of numbers that `forward` makes keeps them on the CPU alone, where no page is ever touched
+        skeleton.to_empty(device="cpu")
+        on_cpu = {k: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x for k, x in example.items()}
+        exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
+        skeleton.to("meta")
+    return exported
 
 
 def unread(parameters: Mapping[fx.Node, str], ties: Mapping[str, Sequence[str]]) -> frozenset[str]:
@@ -162,17 +192,19 @@ def from_exported(
     output = next(n for n in module.graph.nodes if n.op == "output")
     inputs = {name: by_name[name] for name in names}
     intermediate_outputs = frozenset(
-        node for name, node in named_outputs(exported, output) if name.startswith("encoder_")
+        node for name, node in named_outputs(exported, output) if name.startswith(INTERMEDIATE)
     )
     return Program(module, parameters, values, constants, inputs, cut(module, parameters), output, intermediate_outputs)
 
 
 def named_outputs(exported: torch.export.ExportedProgram, output: fx.Node) -> list[tuple[str, fx.Node]]:
     """Return the graph's outputs, each with its key if the model returns a dictionary."""
-    spec, nodes = exported.call_spec.out_spec, output.all_input_nodes
+    spec, flat = exported.call_spec.out_spec, pytree.arg_tree_leaves(output.args[0])
     keys = spec.context if isinstance(getattr(spec, "context", None), list) else []
-    names = [str(key) for key in keys] if len(keys) == len(nodes) else [""] * len(nodes)
-    return list(zip(names, nodes, strict=True))
+    names = [str(key) for key, child in zip(keys, spec.children(), strict=False) for _ in range(child.num_leaves)]
+    names = names if len(names) == len(flat) else [""] * len(flat)
+    found = {node: name for name, node in zip(names, flat, strict=True) if isinstance(node, fx.Node)}
+    return [(found[node], node) for node in output.all_input_nodes]
 
 
 def drop_assertions(module: fx.GraphModule) -> None:

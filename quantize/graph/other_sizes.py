@@ -27,7 +27,10 @@ def check_length(program: Program, inputs: Mapping[str, Input], length: int) -> 
         ExportError: the graph runs on as many tokens as it was exported with, and not on this number.
     """
     bounded = any(length > longest(program.inputs[name]) for name, found in inputs.items() if len(found.dynamic) > 1)
-    if not bounded and (runs(program, inputs, BATCH + 1, length) or not runs(program, inputs, BATCH, SEQUENCE)):
+    if not bounded and (
+        runs(program, inputs, program.batch or BATCH + 1, length)
+        or not runs(program, inputs, program.batch or BATCH, SEQUENCE)
+    ):
         return
     raise ExportError(f"its graph depends on the number of tokens, and does not run on {length}")
 

@@ -63,6 +63,7 @@ class Program:
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
         unreached: the names of parameters that this pass does not read, and another could, as it takes more arguments.
+        batch: the number of samples that run together; None for any.
         export_error: why the exporter refused the model, whose graph then holds its linears alone; empty otherwise.
         device: where the graph runs.
     """
@@ -79,6 +80,7 @@ class Program:
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unreached: frozenset[str] = frozenset()
+    batch: int | None = None
     export_error: str = ""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
@@ -98,8 +100,21 @@ class Program:
 
     @property
     def vocabulary(self) -> int:
-        """The rows of the smallest table that the inputs index, which token ids lie below."""
-        return min([rows(lookup) for lookup in self._lookups] or [2**31])
+        """The rows of the smallest table that token ids index, which they lie below.
+
+        Token ids are the main input, the integers [batch, tokens] that come first, and what a decoder starts from.
+        """
+        bounds = self.bounds
+        ids = [name for name in bounds if self.inputs[name].meta["val"].dim() > 1]
+        return min((bounds[name] for name in {*ids[:1], "decoder_input_ids"} & {*ids}), default=2**31)
+
+    @functools.cached_property
+    def bounds(self) -> dict[str, int]:
+        """Input → the rows of the smallest table that it indexes, for inputs that index one."""
+        found: dict[str, int] = {}
+        for lookup, name in self._lookups.items():
+            found[name] = min(rows(lookup), found.get(name, 2**31))
+        return {name: found[name] for name in self.inputs if name in found}
 
     @functools.cached_property
     def word_tables(self) -> dict[str, list[fx.Node]]:
@@ -113,14 +128,14 @@ class Program:
         return found
 
     @functools.cached_property
-    def _lookups(self) -> list[fx.Node]:
-        """The nodes that look up rows by the inputs, as they are, in another shape, or on another device."""
-        ids, found = set(self.inputs.values()), list[fx.Node]()
+    def _lookups(self) -> dict[fx.Node, str]:
+        """The nodes that look up rows by an input, as it is, in another shape, or on another device, and its name."""
+        ids, found = {node: name for name, node in self.inputs.items()}, dict[fx.Node, str]()
         for node in self.module.graph.nodes:
             if (node.target in VIEWS | MOVES or name_of(node) in CASTS) and node.args[0] in ids:
-                ids.add(node)
+                ids[node] = ids[node.args[0]]
             if node.target is ATEN.embedding.default and node.args[1] in ids:
-                found.append(node)
+                found[node] = ids[node.args[1]]
         return found
 
     def linears(self, segment: Segment) -> list[Linear]:
@@ -155,6 +170,24 @@ class Program:
             if any(linear.experts is not None for linear in linears.values()):
                 found |= {linears[node].path for node in routers(segment.nodes, self._linears) if node in linears}
         return frozenset(found)
+
+    @functools.cached_property
+    def towers(self) -> frozenset[str]:
+        """The paths of linears that images or sound reach and no token does, if token ids are the main input.
+
+        In a language model these are the towers whose outputs take the place of words.
+        """
+        main, *others = self.inputs.values()
+        seen = {node for node in others if is_media(node.meta["val"])}
+        if next(iter(self.inputs)) not in self.bounds or not seen:
+            return frozenset()
+        tokens = {main}
+        for node in self.module.graph.nodes:
+            for found in (tokens, seen):
+                if not found.isdisjoint(node.all_input_nodes):
+                    found.add(node)
+        linears = (linear for linear in self._linears.values() if linear.source in seen - tokens)
+        return frozenset(linear.path for linear in linears)
 
     @functools.cached_property
     def turned_stacks(self) -> frozenset[fx.Node]:
@@ -226,6 +259,11 @@ def name_device(module: fx.GraphModule, device: torch.device) -> None:
         for node in graph_module.graph.nodes:
             node.args, node.kwargs = map_aggregate(node.args, here), map_aggregate(node.kwargs, here)
         graph_module.recompile()
+
+
+def is_media(tensor: Tensor) -> bool:
+    """Return whether an input is one of images or sound: floats with axes besides those of samples and channels."""
+    return tensor.is_floating_point() and tensor.dim() > 2
 
 
 def rows(lookup: fx.Node) -> int:

@@ -48,11 +48,12 @@ class ShapeInfo:
         return max(math.prod(shape[:2]) for shape in self.shapes.values())
 
     def number(self, size: int | torch.SymInt) -> int:
-        """Return a size, which may depend on sizes of the inputs, as a number."""
+        """Return a size, which may depend on sizes of the inputs, as a number; what data decide on is one a token."""
         if isinstance(size, int):
             return self.rows if self.program.export_error and size == BATCH else size  # a batch of rows, not in a graph
         if (expression := size.node.expr) not in self._known:
-            self._known[expression] = int(expression.subs(self._symbols))
+            found = expression.subs(self._symbols)
+            self._known[expression] = int(found.subs(dict.fromkeys(found.free_symbols, self.rows)))
         return self._known[expression]
 
     @functools.cached_property

@@ -42,6 +42,7 @@ class Block:
         quantized: the quantized linear, or experts, that run in place of a linear, once it is rounded.
         operators: functions that run in place of other nodes.
         tables: the integers and scales of tables of words, by the name of the parameter, once they are rounded.
+        kept: the linears whose weights lay on a grid and were kept, once they are rounded.
     """
 
     segment: Segment
@@ -53,6 +54,7 @@ class Block:
     quantized: Mapping[Linear, Product] = field(default_factory=dict)
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     tables: Mapping[str, QTensor] = field(default_factory=dict)
+    kept: frozenset[Linear] = frozenset()
 
     @classmethod
     def read(

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from quantize.artifact.load import load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.report.card import card
 from quantize.artifact.report.page import PAGE, page
-from quantize.artifact.verify import at_last_token, written_output
+from quantize.artifact.verify import LOAD_TOLERANCE, at_last_token, read_probe, run_probe, written_output
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
@@ -26,6 +26,7 @@ from quantize.checkpoint.tensor_files import CHUNK, header_tensor, read_tensor, 
 from quantize.errors import QuantizeError
 from quantize.graph.alike_bases import alike_bases
 from quantize.graph.analysis import admissible_bases
+from quantize.graph.inputs import listed
 from quantize.pipeline.fingerprint import machine, versions
 from quantize.pipeline.parity import artifact_parity
 from quantize.pipeline.plan import Plan
@@ -51,11 +52,13 @@ def finish(
     write_side_files(prepared, writer, blocks, settings)
     probes, outputs = blocks.prefixed_probes(), blocks.probes.outputs()
     proof = artifact_parity(program, writer.directory, settings, checkpoint.ties, probes, outputs, console)
+    kept = {x.weight for x in program.all_linears if x.path in blocks.rounder.kept}
     found = {
         "pruning": dict(prepared.pruning),
-        "held_out": held_out_record(blocks.held_out, prepared.samples),
+        "held_out": held_out_record(blocks.held_out, prepared.samples, bool(plan.reader_schemes.keys() - kept)),
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
+        "kept_grids": blocks.rounder.kept,
     }
     manifest = {
         "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},
@@ -148,13 +151,33 @@ def check_loads(prepared: Prepared, directory: Path) -> None:
     """
     checkpoint, sizes = prepared.checkpoint, prepared.program.parameters
     largest = max(sizes, key=lambda node: node.meta["val"].numel())
+    trusted = checkpoint.code is not None
     skeleton = None if checkpoint.config else checkpoint.skeleton()
     try:
-        trusted = checkpoint.code is not None
         dtype = checkpoint.dtype_of(sizes[largest])
         load(directory, dtype, skeleton, read=checked_on_meta, trust_remote_code=trusted)
     except QuantizeError as error:
         raise QuantizeError(f"what was written cannot be loaded ({error}); report this") from error
+    if prepared.samples.whole:
+        skeleton = None if checkpoint.config else checkpoint.skeleton()
+        check_computes(load(directory, skeleton=skeleton, engine="reference", trust_remote_code=trusted), directory)
+
+
+def check_computes(model: nn.Module, directory: Path) -> None:
+    """Check that a loaded model gives the outputs that its graph gave on samples with several arguments.
+
+    What `forward` does without one of its arguments may be another thing while it is exported.
+
+    Raises:
+        QuantizeError: it gives others.
+    """
+    given, recorded = read_probe(directory)
+    found = equivalence.relative(run_probe(model, given), recorded)
+    if found > LOAD_TOLERANCE:
+        raise QuantizeError(
+            f"on {listed([*given])} the model computes something else than its exported graph (by {found:.1e}); give "
+            "every argument that its processor returns"
+        )
 
 
 def checked_on_meta(file: Path, name: str) -> Tensor:

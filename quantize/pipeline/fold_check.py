@@ -50,8 +50,8 @@ def resolve_rotations(prepared: Prepared, context: RunContext) -> Plan:
         return plan
     if context.console is not None:
         context.console.print(describe(left_out), soft_wrap=True, markup=False)
-    found = make_plan(plan.given, prepared.program, left_out)
-    return replace(found, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
+    found = make_plan(plan.given, prepared.program, left_out, plan.kept)
+    return replace(found, note=plan.note, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
 
 
 def describe(left_out: LeftOut) -> str:
@@ -75,7 +75,7 @@ def check_folds(prepared: Prepared, context: RunContext) -> LeftOut:
     program, plan = prepared.program, without_data(prepared.plan)
     if not checks_folds(plan):
         return LeftOut()
-    inputs = verification_inputs(prepared.samples.rows[-1], program.vocabulary, context.seed)
+    inputs = verification_inputs(prepared.samples, program.vocabulary, context.seed)
     probes, plain = (SequentialRunner(program, context.prefix.batches(inputs)) for _ in range(2))
     choice = RotationChoice(program, plan, context.prefix)
     passes = PassRunner(program, plan, context, SequentialRunner(program, []), probes)

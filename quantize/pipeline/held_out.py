@@ -25,14 +25,18 @@ class HeldOutRows:
         rows: the rows; none if there was nothing to hold back.
         source: where they come from, in words.
         generates: whether the model predicts the next token, so that its loss on them means something.
+        whole: whether no row may be cut.
     """
 
     rows: tuple[Row, ...] = ()
     source: str = "calibration data"
     generates: bool = False
+    whole: bool = False
 
     def batches(self, length: int) -> list[Row]:
         """Return each row as a batch of its own, token ids cut to a length."""
+        if self.whole:
+            return [{k: x[None] for k, x in row.items()} for row in self.rows]
         return [{k: (x if x.is_floating_point() else x[:length])[None] for k, x in row.items()} for row in self.rows]
 
 
@@ -55,7 +59,7 @@ def hold_out(samples: Samples, generates: bool, prose: Callable[[], Samples] | N
     number = max(1, min(count // PART, BATCH_TOKENS * count // max(samples.tokens, 1)))
     chosen = sorted({(2 * i + 1) * count // (2 * number) for i in range(number)})
     rest = tuple(row for i, row in enumerate(samples.rows) if i not in chosen)
-    held = HeldOutRows(tuple(samples.rows[i] for i in chosen), generates=generates)
+    held = HeldOutRows(tuple(samples.rows[i] for i in chosen), generates=generates, whole=samples.whole)
     return replace(samples, rows=rest), held
 
 

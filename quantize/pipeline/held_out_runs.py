@@ -103,7 +103,7 @@ class HeldOutRuns:
             for name, runner, state in zip(found, runners[1:], states[1:], strict=True):
                 y = self._output(runner, number, segment, state)
                 errors[name] = max(errors[name], relative_error(y, expected))
-                if y.shape[-1] == self.program.vocabulary:
+                if y.dim() == 3 and y.shape[-1] == self.program.vocabulary:
                     labels = self._next_tokens(number)
                     scored = slice(-len(labels) - 1, -1)
                     found[name] += divergence(y[0, scored], expected[0, scored], labels)
@@ -127,7 +127,7 @@ class HeldOutRuns:
 
     def _next_tokens(self, number: int) -> Tensor:
         row = next(x for x in self.given.rows[number].values() if not x.is_floating_point())
-        return row[1 : self.length].to(self.program.device)
+        return row[1 : None if self.given.whole else self.length].to(self.program.device)
 
 
 def scored_length(vocabulary: int) -> int:

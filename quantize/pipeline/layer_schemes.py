@@ -13,18 +13,20 @@ import re2
 from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
+from quantize.graph.program import Program
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
+TOWER = "images or sound pass through it beside the language model; an entry of `layers` quantizes it"
 
-def resolve_ignore(
-    recipe: Recipe, head: Linear | None, linears: Sequence[Linear], routers: Set[str] = frozenset()
-) -> Recipe:
+
+def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear], program: Program) -> Recipe:
     """Return the recipe with one list `ignore`, which has its own patterns and the caller's.
 
     By default it names the linear that scores the vocabulary, `head`, if there is one and no entry of `layers` gives it
     a scheme; `choose_tables` then says whether that linear is held in 8 bits or stays in floating point. It also names
-    the linears that choose experts, `routers`, without those that an entry of `layers` matches.
+    the linears that choose experts, and those of towers of images or sound beside a language model, without those that
+    an entry of `layers` matches.
 
     Raises:
         UsageError: a pattern of `layers` matches nothing.
@@ -35,16 +37,18 @@ def resolve_ignore(
     if ignore is None:
         entry = entry_for(recipe, head.path) if head else None
         ignore = (head.path,) if head and (entry is None or entry.scheme is None) else ()
-        ignore += tuple(path for path in paths if path in routers and entry_for(recipe, path) is None)
+        apart = program.routers | (program.towers if head else frozenset())
+        ignore += tuple(path for path in paths if path in apart and entry_for(recipe, path) is None)
     return recipe.model_copy(update={"ignore": ignore + recipe.ignore_also, "ignore_also": ()})
 
 
 def select(
-    recipe: Recipe, linears: Sequence[Linear], tables: Sequence[str] = ()
+    recipe: Recipe, linears: Sequence[Linear], tables: Sequence[str] = (), towers: Set[str] = frozenset()
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """Return the scheme of each linear to quantize, by path in order, and the reason for each weight left out.
 
-    The patterns of `targets` and `ignore` may also match modules with `tables` of words.
+    The patterns of `targets` and `ignore` may also match modules with `tables` of words. Linears of `towers` that are
+    ignored by their path have a reason of their own.
 
     Raises:
         UsageError: a pattern matches nothing, an entry of `layers` decides nothing, or a group size does not divide the
@@ -58,7 +62,7 @@ def select(
     for path in paths:
         entry, ignored = entry_for(recipe, path), [p for p in ignore if matches(p, path)]
         if ignored:
-            reasons[path] = f"ignored by {ignored[0]!r}"
+            reasons[path] = TOWER if path in towers and ignored[0] == path else f"ignored by {ignored[0]!r}"
         elif not any(matches(p, path) for p in recipe.targets):
             reasons[path] = "not in targets"
         elif entry is not None and entry.ignore:

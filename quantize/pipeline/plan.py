@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from quantize.errors import UsageError
 from quantize.graph.allowed_transforms import AllowedTransforms
@@ -28,7 +29,7 @@ from quantize.pipeline.tables import (
 )
 from quantize.quantizers import QUANTIZERS, Quantizer
 from quantize.recipe.recipe import Recipe, validated
-from quantize.scheme.scheme import TABLE_SCHEME, Scheme
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Plan:
         skipped: the parameters that are not quantized, each with the reason.
         body: what share of the model is quantized.
         left_out: the rotations that are left out.
+        kept: the path of each linear whose weight lies on a grid and is kept → the group size of the grid, 0 for rows.
+        note: what was found of such grids, and what becomes of them; '' if none was found.
     """
 
     given: Recipe
@@ -96,6 +99,8 @@ class Plan:
     body: Body
     tables: tuple[str, ...] = ()
     left_out: LeftOut = LeftOut()
+    kept: Mapping[str, int] = field(default_factory=dict)
+    note: str = ""
 
     @functools.cached_property
     def default_scheme(self) -> Scheme:
@@ -116,8 +121,20 @@ class Plan:
         )
 
 
-def make_plan(recipe: Recipe, program: Program, left_out: LeftOut = LeftOut()) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    program: Program,
+    left_out: LeftOut = LeftOut(),
+    grids: Mapping[str, int] = MappingProxyType({}),
+) -> Plan:
     """Make the plan, without some rotations.
+
+    Args:
+        recipe: the recipe.
+        program: the program.
+        left_out: the rotations that are left out.
+        grids: the path of each linear whose weight lies on a grid of its format → the group size of the grid, 0 for
+            rows. If the linear's groups fit the grid it is kept: no pass changes its weight.
 
     Raises:
         UsageError: a pattern matches nothing, or all linears; a group size does not divide; or a pass is unknown or has
@@ -125,8 +142,8 @@ def make_plan(recipe: Recipe, program: Program, left_out: LeftOut = LeftOut()) -
     """
     linears = program.all_linears
     head, given, words = scoring_linear(program, linears), recipe, list(tables_of_words(program).values())
-    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program.routers)
-    schemes, skipped = select(recipe, linears, words)
+    recipe = resolve_ignore(set_apart(recipe, head, words), head, linears, program)
+    schemes, skipped = select(recipe, linears, words, program.towers)
     reasons = reasons_in_float(program) | skipped
     if not schemes:
         raise UsageError(nothing_left(program, reasons))
@@ -138,7 +155,9 @@ def make_plan(recipe: Recipe, program: Program, left_out: LeftOut = LeftOut()) -
             handler.check(scheme)
     quantizer = validated(lambda: QUANTIZERS.make(recipe.quantizer), "quantizer")
     reader_schemes = {linear.weight: schemes[linear.path] for linear in chosen}
-    steps = make_steps(handlers, program, chosen, left_out)
+    kept = {path: size for path, size in grids.items() if path in schemes and grid_fits(size, schemes[path].weights)}
+    untouched = frozenset(linear.weight for linear in chosen if linear.path in kept)
+    steps = make_steps(handlers, program, chosen, left_out, untouched)
     tables, with_head = choose_tables(given, program, head, changed_by(steps) | reader_schemes.keys())
     held = [*map(module_of, tables)]
     if head and with_head:
@@ -155,12 +174,17 @@ def make_plan(recipe: Recipe, program: Program, left_out: LeftOut = LeftOut()) -
     done = {*reader_schemes, *tables, *([head.weight] if head and with_head else [])}
     left = {name: why for name, why in reasons.items() if name not in done}
     body = Body.of(program, left, {*outside_of_body(program), *([head.weight, head.bias or ""] if head else [])})
-    return Plan(given, resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, left_out)
+    return Plan(given, resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, left_out, kept)
+
+
+def grid_fits(size: int, args: WeightArgs) -> bool:
+    """Return whether groups of weights lie within the groups of a grid, of which 0 are whole rows."""
+    return not size or bool(args.group_size and size % args.group_size == 0)
 
 
 def changed_by(steps: Iterable[Step]) -> set[str]:
     """Return the names of the parameters that passes change, which then differ from what they were tied to."""
-    return {edge.parameter for step in steps for b in step.sites for edge in (*b.writers, *b.readers)}
+    return {name for step in steps for basis in step.sites for name in changing(basis)}
 
 
 def settings(chosen: Pass | Quantizer) -> dict[str, object]:
@@ -168,12 +192,18 @@ def settings(chosen: Pass | Quantizer) -> dict[str, object]:
     return {"name": chosen.name, **chosen.model_dump(exclude_none=True)}
 
 
-def make_steps(handlers: list[Pass], program: Program, linears: list[Linear], left_out: LeftOut) -> tuple[Step, ...]:
-    """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it."""
+def make_steps(
+    handlers: list[Pass], program: Program, linears: list[Linear], left_out: LeftOut, untouched: frozenset[str]
+) -> tuple[Step, ...]:
+    """Return the passes with their sites; a pass that folds gains changes the analysis of the passes after it.
+
+    The parameters `untouched` stay as they are.
+    """
     steps, folded = [], frozenset[str]()
     for handler in handlers:
-        step = make_step(handler, find_bases(program, folded), program, linears)
-        step = replace(step, sites=freeing(step.sites, program, left_out)) if handler.folds_gains else step
+        step = make_step(handler, find_bases(program, folded), program, linears, untouched)
+        sites = freeing(step.sites, program, left_out, untouched) if handler.folds_gains else step.sites
+        step = replace(step, sites=sites)
         step = without(step, left_out) if step.judged else step
         steps.append(step)
         if handler.folds_gains:
@@ -187,28 +217,42 @@ def without(step: Step, left_out: LeftOut) -> Step:
     return replace(step, sites=sites, online=tuple(path for path in step.online if path not in left_out.linears))
 
 
-def freeing(sites: Iterable[Basis], program: Program, left_out: LeftOut) -> tuple[Basis, ...]:
+def freeing(
+    sites: Iterable[Basis], program: Program, left_out: LeftOut, untouched: frozenset[str]
+) -> tuple[Basis, ...]:
     """Return those of some bases behind norm gains whose folding lets rotations through the norm.
 
     Elsewhere a gain does more good where it is: it mostly is small for massive channels, which otherwise reach what
     reads the norm (Gemma 3, whose residual stream admits no rotation, is nearer to the float model by RTN without).
     """
     rotatable = (b for b in admissible_bases(program) if AllowedTransforms.CENTRED_ORTHOGONAL in b.allowed)
-    freed = {gain for basis in rotatable if origin_of(basis) not in left_out.bases for gain in basis.gains}
+    kept = (basis for basis in rotatable if not untouched & changing(basis) and origin_of(basis) not in left_out.bases)
+    freed = {gain for basis in kept for gain in basis.gains}
     return tuple(basis for basis in sites if basis.gain and basis.gain.parameter in freed)
 
 
-def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear]) -> Step:
-    """Return one pass with its sites; if it needs statistics, only sites that quantized linears read."""
-    quantized, sites = {linear.weight for linear in linears}, handler.sites(bases.all)
+def make_step(handler: Pass, bases: Bases, program: Program, linears: list[Linear], untouched: frozenset[str]) -> Step:
+    """Return one pass with its sites; if it needs statistics, only sites that quantized linears read.
+
+    The parameters `untouched` are changed neither by the pass nor by what it puts in front of a linear.
+    """
+    quantized = {linear.weight for linear in linears}
+    sites = tuple(basis for basis in handler.sites(bases.all) if not untouched & changing(basis))
     spanning: tuple[Basis, ...] = ()
     if handler.needs is not None:
         sites = tuple(b for b in sites if quantized & reading(b))
         spanning = tuple(b for b in sites if not in_one_segment(b, program.segments))
         sites = sites if handler.cross_block else tuple(b for b in sites if b not in spanning)
     surveyed = frozenset[str]().union(*map(reading, spanning if handler.cross_block else ()))
-    online = (x.path for x in linears if handler.transforms_input(bases.reading(x.weight), x.columns))
+    absorbs = handler.legal is not AllowedTransforms.NONE  # what goes in front of a linear, into its weight
+    inputs = (x for x in linears if not (absorbs and x.weight in untouched))
+    online = (x.path for x in inputs if handler.transforms_input(bases.reading(x.weight), x.columns))
     return Step(handler, bases, sites, tuple(dict.fromkeys(online)), surveyed)
+
+
+def changing(basis: Basis) -> frozenset[str]:
+    """Return the names of the parameters that a transform of a basis changes."""
+    return frozenset(edge.parameter for edge in (*basis.writers, *basis.readers))
 
 
 def reading(basis: Basis) -> frozenset[str]:
@@ -218,5 +262,4 @@ def reading(basis: Basis) -> frozenset[str]:
 
 def in_one_segment(basis: Basis, segments: Iterable[Segment]) -> bool:
     """Return whether one block holds all parameters of a basis, so that its statistics are known in time."""
-    names = {edge.parameter for edge in (*basis.writers, *basis.readers)}
-    return any(names <= set(segment.parameters) for segment in segments)
+    return any(changing(basis) <= set(segment.parameters) for segment in segments)

@@ -14,21 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantize.calibration.arguments import longest, look_into, match_inputs, whole_samples
 from quantize.calibration.data import Samples
+from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
 from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
-from quantize.graph.inputs import example_inputs
 from quantize.graph.program import Program
 from quantize.graph.random_numbers import drawing
 from quantize.pipeline.fingerprint import Fingerprint, identity
+from quantize.pipeline.grids import plan_with_grids
 from quantize.pipeline.held_out import HeldOutRows, hold_out
 from quantize.pipeline.kv_cache_check import attention_count, check_kv_cache
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.plan import Plan, make_plan
+from quantize.pipeline.plan import Plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.pipeline.tables import module_of
 from quantize.recipe.recipe import Recipe
@@ -80,28 +82,44 @@ def prepare(
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
-    inputs = example_inputs(skeleton)
-    program = make_program(checkpoint, skeleton, recipe.seqlen)
+    given = look_into(calibration)
+    inputs, rows = match_inputs(skeleton, given, recipe.nsamples)
+    program = make_program(checkpoint, skeleton, None if rows else min(recipe.seqlen, longest(given)), inputs)
     if drawn := drawing(program):
         raise UsageError(
             f"the model draws random numbers as it runs ({drawn}), so no two passes agree and no result can be "
             "checked; give the part of it that draws none"
         )
-    plan = make_plan(recipe, program)
+    plan = plan_with_grids(recipe, program, checkpoint)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
+    masked = functools.partial(masked_as_asked, recipe, program.vocabulary)
     tokenize = load_tokenize(checkpoint.directory) if tokenizer is None else tokenize_with(tokenizer)
     vocabulary = program.vocabulary
-    if checkpoint.is_config_alone and calibration is None and tokenize is None:
-        calibration = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
-    samples = read_source(calibration, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
+    if rows is None:
+        data = given.data
+        if checkpoint.is_config_alone and data is None and tokenize is None:
+            data = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
+        samples = read_source(data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
+    else:
+        samples = whole_samples(rows, given, program.bounds)
+    samples = masked(samples)
     held_out = HeldOutRows()
     if judge and plan.calibrates and not program.export_error:
-        generates = list(program.inputs) == ["input_ids"] and getattr(skeleton, "can_generate", lambda: False)()
+        generates = next(iter(program.inputs)) == "input_ids" and getattr(skeleton, "can_generate", lambda: False)()
+        generates = generates and "decoder_input_ids" not in program.inputs and recipe.calibration is None
         prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)
-        samples, held_out = hold_out(samples, generates, prose if tokenize and len(inputs) == 1 else None)
+        reads = tokenize and len(inputs) == 1 and not samples.whole
+        samples, held_out = hold_out(samples, generates, (lambda: masked(prose())) if reads else None)
     return Prepared(checkpoint, program, plan, samples, time.perf_counter() - start, held_out, tokenizer)
+
+
+def masked_as_asked(recipe: Recipe, vocabulary: int, samples: Samples) -> Samples:
+    """Return samples as they are, or masked if the recipe asks for it."""
+    if recipe.calibration is None:
+        return samples
+    return mask_samples(samples, recipe.calibration.mask_id, vocabulary, recipe.seed)
 
 
 def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
@@ -127,6 +145,7 @@ def describe_run(prepared: Prepared) -> str:
     what = ", ".join([f"{first[1]} linears to {first[0]}", *(f"{count} to {label}" for label, count in others)])
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
+    lines += [plan.note] if plan.note else []
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:

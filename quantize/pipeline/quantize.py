@@ -112,6 +112,7 @@ def quantize_model(
     ignore: Sequence[str] = (),
     seed: int | None = None,
     trust_remote_code: bool = False,
+    requantize: bool = False,
     resume: bool = False,
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -144,6 +145,7 @@ def quantize_model(
         ignore: further linears that stay in floating point: names, or `re:` and an expression.
         seed: the seed of every random choice.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
+        requantize: round weights anew that lie on a grid of the format already, which are kept as they are otherwise.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
@@ -157,7 +159,7 @@ def quantize_model(
     """
     here = resolve_device(device)
     changes = Path(recipe) if isinstance(recipe, str) else recipe
-    single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed}
+    single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "requantize": requantize or None}
     resolved = load_recipe(scheme, changes, ignore=tuple(ignore), group_size=group_size, target=target, **single)
     check_prune(resolved, statistics=stats is not None)
     output, console = Path(output_dir), Console(stderr=True) if progress and console is None else console
@@ -305,6 +307,8 @@ def announce(prepared: Prepared, console: Console | None) -> None:
     if console is not None and prepared.program.export_error:
         console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
     if console is not None:
+        if prepared.plan.note:
+            console.print(prepared.plan.note, soft_wrap=True, markup=False)
         for line in describe_fallbacks(prepared.plan.recipe, prepared.plan.schemes, prepared.program.all_linears):
             console.print(line, soft_wrap=True)
     if console is None or not prepared.plan.calibrates:

@@ -59,10 +59,10 @@ class SequentialPipeline:
         self.context, samples, recipe = context, prepared.samples, prepared.plan.recipe
         batch_tokens = TUNE_TOKENS if recipe.tune else BATCH_TOKENS
         runs = self.plan.calibrates and calibrate
-        given = samples.batches(max(1, batch_tokens // recipe.seqlen)) if runs else []
+        given = samples.batches(self.program.batch or max(1, batch_tokens // recipe.seqlen)) if runs else []
         self.first_batch = context.ranks.shard_slice(len(given)).start
         batches = context.prefix.batches(context.ranks.shard(given))
-        self.verification_inputs = verification_inputs(samples.rows[-1], self.program.vocabulary, context.seed)
+        self.verification_inputs = verification_inputs(samples, self.program.vocabulary, context.seed)
         needs_reference = self.plan.quantizer.needs_float_reference or recipe.tune is not None
         self.calibration = SequentialRunner(self.program, batches, context.scratch)
         self.float_reference = SequentialRunner(self.program, batches if needs_reference else [], context.scratch)
@@ -205,6 +205,7 @@ class SequentialPipeline:
                 vars(self.held_out.figures),
             ],
             "expert_tokens": self.rounder.expert_tokens,
+            "kept": self.rounder.kept,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -218,6 +219,7 @@ class SequentialPipeline:
         ]
         judged.figures = RunFigures(**figures)
         self.rounder.expert_tokens.update(state["expert_tokens"])
+        self.rounder.kept.extend(state["kept"])
         passes.differences, passes.changed = state["differences"], state["changed"]
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}

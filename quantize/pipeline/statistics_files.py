@@ -102,7 +102,7 @@ def collect(prepared: Prepared, found: Fingerprint, context: RunContext) -> Stat
     """
     plan, program, samples = prepared.plan, prepared.program, prepared.samples
     number = only_calibrated_step(plan)
-    batches = context.prefix.batches(samples.batches(max(1, BATCH_TOKENS // plan.recipe.seqlen)))
+    batches = context.prefix.batches(samples.batches(program.batch or max(1, BATCH_TOKENS // plan.recipe.seqlen)))
     weights = frozenset(linear.weight for linear in program.all_linears)
     statistics = statistics_before(number, weights, prepared.checkpoint, program, plan, batches, context, {})
     return StatisticsFile(without_data(found), {samples.sha256: samples.size_record()}, number, statistics)

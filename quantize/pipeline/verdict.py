@@ -13,8 +13,11 @@ from quantize.pipeline.held_out_runs import HeldOutRuns
 ROWS_PER_COLUMN = 2  # calibration tokens for each input channel below which they are called few
 
 
-def held_out_record(runs: HeldOutRuns, samples: Samples) -> dict[str, Any]:
-    """Return the scores, the data they are of, and a warning if plain rounding loses no more; {} without rows."""
+def held_out_record(runs: HeldOutRuns, samples: Samples, rounds: bool) -> dict[str, Any]:
+    """Return the scores, the data they are of, and a warning if plain rounding loses no more; {} without rows.
+
+    There is no warning if the run `rounds` no weight anew.
+    """
     if not runs.scores:
         return {}
     tokens = sum(min(x.numel(), runs.length) for row in runs.given.rows for x in row.values() if x.dim() == 1)
@@ -24,7 +27,7 @@ def held_out_record(runs: HeldOutRuns, samples: Samples) -> dict[str, Any]:
     record |= {"source": runs.given.source, "rows": len(runs.given.rows), "tokens": tokens}
     found, plain = (runs.scores[name] for name in ("quantized", "plain_rounding"))
     measure = "kl" if "kl" in found else "error"
-    if found[measure] < plain[measure]:
+    if found[measure] < plain[measure] or not rounds:
         return record | {"warning": ""}
     return record | {
         "warning": f"plain rounding is as near to the float model or nearer: {reason(runs.program, samples)}"

@@ -59,6 +59,17 @@ class PrefixArgs(Data):
         return self
 
 
+class CalibrationArgs(Data):
+    """What is done to the rows of calibration data before they run.
+
+    Attributes:
+        mask_id: the token that a masked-diffusion language model has in the place of tokens to find. A part of each
+            row's tokens, drawn from 0.1 to 0.9, is replaced by it.
+    """
+
+    mask_id: int = Field(ge=0)
+
+
 class PruneArgs(Data):
     """How many experts of a mixture are dropped before anything else happens (REAP, arXiv 2510.13999).
 
@@ -112,11 +123,13 @@ class Recipe(Data):
             None names all that the artifact would not store as one tensor.
         nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
         seed: the seed of every random choice the run makes.
+        calibration: what is done to the rows of calibration data; None for nothing.
         prefix: tokens in front of every sequence, whose activations are not quantized; None for none.
         prune: how many experts of each layer are dropped; None drops none.
         passes: outlier handlers in order, each `{name, parameters…}`.
         quantizer: how weights are rounded, `{name, parameters…}`.
         tune: how the rounding of each block is tuned afterwards; None does not tune.
+        requantize: whether weights that lie on a grid of the format already are rounded anew.
         calibrate_all_experts: whether each expert of a mixture is rounded on all tokens, and not only on those that the
             router sends to it.
     """
@@ -134,12 +147,14 @@ class Recipe(Data):
     nsamples: int = Field(32, ge=1)
     seqlen: int = Field(512, ge=2)
     seed: int = Field(0, ge=0)
+    calibration: CalibrationArgs | None = None
     prefix: PrefixArgs | None = None
     prune: PruneArgs | None = None
     passes: tuple[dict[str, Any], ...] = ()
     tune: TuneArgs | None = None
     quantizer: dict[str, Any] = Field(default_factory=lambda: {"name": "rtn"})
     calibrate_all_experts: bool = False
+    requantize: bool = False
 
     @property
     def linear_scheme(self) -> Scheme:
@@ -174,7 +189,7 @@ def load_recipe(
         ignore: further linears to leave in floating point: names, globs, lists separated by commas, or expressions.
         group_size: the number of columns that share a scale; None leaves the recipe's.
         target: the runtime whose recipe takes the place of the scheme's default; None takes the default.
-        settings: `nsamples`, `seqlen` and `seed`; None leaves the recipe's.
+        settings: `nsamples`, `seqlen`, `seed` and `requantize`; None leaves the recipe's.
 
     Raises:
         UsageError: the scheme is unknown, or the recipe cannot be read or is not valid.

@@ -281,18 +281,21 @@ def test_what_is_made_for_tokens_alone_says_so(given, tmp_path):
 
 def test_probes_are_a_sample_and_random_data_like_it():
     row = {"image": torch.tensor([[5.0, 7.0], [9.0, 3.0]]), "flat": torch.full((4,), 2.0), "ids": torch.arange(40)}
-    first, second = verification_inputs(row, vocabulary=3, seed=0)
+    first, second = verification_inputs(Samples((row,), ""), vocabulary=3, seed=0)
     assert first["ids"].tolist() == [list(range(32))]
     assert torch.equal(first["image"], row["image"][None])
     assert second["ids"].shape == (1, 32)
     assert set(second["ids"].flatten().tolist()) == {0, 1, 2}
     assert second["flat"].std() > 0.1
-    again, other = verification_inputs(row, vocabulary=3, seed=0)[1], verification_inputs(row, vocabulary=3, seed=1)[1]
+    again, other = (
+        verification_inputs(Samples((row,), ""), vocabulary=3, seed=0)[1],
+        verification_inputs(Samples((row,), ""), vocabulary=3, seed=1)[1],
+    )
     for name, tensor in second.items():
         assert torch.equal(tensor, again[name])
         assert not torch.equal(tensor, other[name])
         assert tensor.dtype == first[name].dtype
     wide = {"x": 3 + 0.5 * torch.randn(10_000, generator=torch.Generator().manual_seed(0))}
-    noise = verification_inputs(wide, 0, 0)[1]["x"]
+    noise = verification_inputs(Samples((wide,), ""), 0, 0)[1]["x"]
     assert abs(float(noise.mean()) - 3) < 0.05
     assert abs(float(noise.std()) - 0.5) < 0.05

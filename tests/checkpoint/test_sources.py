@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -142,6 +143,50 @@ def test_settings_beside_the_config_and_in_a_part_of_it(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.encoded
     assert not [path for path in checkpoint.side_files if path.name == "hf_quant_config.json"]
+
+
+def test_gguf(tmp_path):
+    """One file beside its config, in blocks of several kinds; `from_pretrained` reads the same floats."""
+    path = quantized_sources.gguf_file(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    reference = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32, config=config
+    )
+    checkpoint = open_checkpoint(path)
+    for name, expected in reference.named_parameters():
+        assert torch.equal(checkpoint.tensor(name), expected), name
+    assert checkpoint.stored_bytes() == path.stat().st_size
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_config(path):
+    path.with_name("config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        (cut, QuantizeError, "model.gguf is truncated"),
+        (lambda path: path.write_bytes(b"GGUX" * 9), QuantizeError, "model.gguf is truncated or no GGUF file"),
+        (no_config, UsageError, "is a GGUF file, and no config.json lies beside it"),
+    ],
+)
+def test_a_gguf_file_that_cannot_be_read(tmp_path, damage, error, words):
+    path = quantized_sources.gguf_file(tmp_path)
+    damage(path)
+    with pytest.raises(error) as caught:
+        open_checkpoint(path)
+    assert words in str(caught.value)
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    path = quantized_sources.gguf_file(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match="is read by the package gguf: pip install"):
+        open_checkpoint(path)
 
 
 def without(directory, end):

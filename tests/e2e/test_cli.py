@@ -50,7 +50,7 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
-        ([tmp_path / "model.gguf"], "is a GGUF file, and its weights are rounded already; give the directory"),
+        ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
         ([one_layer / "model.safetensors"], "is one file of a model; give the directory with its config.json"),
         ([tmp_path], "holds no config.json, so it is no model directory"),
         ([one_layer], "give --output-dir"),

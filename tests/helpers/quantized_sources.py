@@ -187,3 +187,34 @@ def modelopt(directory: Path) -> Path:
         tensors[f"{weight}_scale_2"] = 1 / tensors.pop(f"{weight}_global_scale").reshape(())
     settings = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
     return rewrite(directory, tensors, settings)
+
+
+def gguf_file(directory: Path, kinds: tuple[str, ...] = ("Q4_0", "Q8_0", "Q4_1")) -> Path:
+    """Write a Llama as GGUF beside its config, its linears in some kinds of blocks by turns."""
+    import gguf
+
+    tensors, path = tensors_of(small_llama(directory)), directory / "model.gguf"
+    config = json.loads((directory / "config.json").read_text())
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    for number, (name, W) in enumerate(sorted(tensors.items())):
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+        if heads:  # as llama.cpp orders rows for its rotary embedding
+            W = W.view(heads, 2, -1, W.shape[1]).transpose(1, 2).reshape(W.shape)
+        kind = getattr(gguf.GGMLQuantizationType, kinds[number % len(kinds)]) if is_linear(name) else None
+        data = W.numpy() if kind is None else gguf.quants.quantize(W.contiguous().numpy(), kind)
+        writer.add_tensor(names.get_name(name.removesuffix(".weight")) + ".weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (directory / "model.safetensors").unlink()
+    return path

@@ -131,6 +131,13 @@ BODIES = {
     "padded with ones": (lambda n, h, x: F.pad(h, (0, 0, 1, 0), value=1.0)[:, :-1], NONE, 1),
     "channels padded": (lambda n, h, x: F.pad(h, (1, 0))[..., :-1], NONE, 1),
     "tokens masked": (lambda n, h, x: h.masked_fill((torch.sigmoid(n.score(x)[..., :1]) > 0.5), 0.0), LINEAR, 1),
+    "tokens replaced": (
+        lambda n, h, x: h.masked_scatter((torch.sigmoid(n.score(x)[..., :1]) > 0.5).expand_as(h), n.gate(x)), LINEAR, 1,
+    ),
+    "channels replaced": (lambda n, h, x: h.masked_scatter(n.gate(x) > 0, h.flip(1)), NONE, 1),
+    "tokens replaced by numbers": (
+        lambda n, h, x: h.masked_scatter((n.score(x)[..., :1] > 0).expand_as(h), n.constant.expand_as(h)), NONE, 1,
+    ),
     "masked by minus one": (lambda n, h, x: h.masked_fill((torch.sigmoid(n.score(x)[..., :1]) > 0.5), -1.0), NONE, 1),
     "root mean square": (lambda n, h, x: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS), ORTHOGONAL, 1),
     "of its own product": (lambda n, h, x: h * torch.rsqrt((h * h).mean(-1, keepdim=True) + EPS), ORTHOGONAL, 1),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import ExportError, log_own_words
 from quantize.graph import export
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
-from quantize.graph.fallback.probe import vocabulary, weights_read
-from quantize.graph.inputs import BATCH, example_inputs
+from quantize.graph.fallback.probe import bounds, idle_without, vocabulary, weights_read
+from quantize.graph.inputs import BATCH, Input, example_inputs
 from quantize.graph.linears import LINEAR, READ_ITSELF
 from quantize.graph.other_sizes import check_length
-from quantize.graph.program import Program, Segment
+from quantize.graph.program import Program, Segment, is_media
 
 KEPT_ROWS = 32  # rows of each linear's output to compare; all rows of all linears would not fit into memory
 Linears = list[tuple[str, nn.Linear]]
@@ -48,6 +48,17 @@ class LinearsOnlyProgram(Program):
         return vocabulary(self.model)
 
     @functools.cached_property
+    def bounds(self) -> dict[str, int]:
+        """Input → the rows of the smallest table that it indexes, for inputs that index one."""
+        return bounds(self.model)
+
+    @functools.cached_property
+    def towers(self) -> frozenset[str]:
+        """The paths of linears that run on images or sound alone, if token ids are the main input."""
+        media = [name for name, x in self.model.examples.items() if is_media(x)]
+        return frozenset(idle_without(self.model, media)) if next(iter(self.inputs)) not in media else frozenset()
+
+    @functools.cached_property
     def not_replaceable(self) -> dict[str, str]:
         """The weights of linears that no other module can stand in for, and why."""
         return {f"{path}.weight": READ_ITSELF for path in weights_read(self.model)}
@@ -57,53 +68,64 @@ class LinearsOnlyProgram(Program):
         return [path for i, path in enumerate(self.paths) if not any(map(len, outputs[i :: len(self.paths)]))]
 
 
-def make_program(checkpoint: Checkpoint, skeleton: nn.Module, length: int | None = None) -> Program:
+def make_program(
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+    length: int | None = None,
+    inputs: Mapping[str, Input] | None = None,
+) -> Program:
     """Return the exported graph of a model, or its linears alone if the exporter refuses it.
 
     Args:
         checkpoint: the model.
         skeleton: what `checkpoint.skeleton()` returned; it is changed in place.
         length: the number of tokens that the graph must hold for; None for any.
+        inputs: what `forward` is given; None for what the model takes by itself.
 
     Raises:
         ExportError: the exporter refuses the model, and it has no linear.
     """
     try:
-        program = export.export_program(skeleton)
+        inputs = example_inputs(skeleton) if inputs is None else inputs
+        program = export.export_program(skeleton, inputs)
         if length is not None:
-            check_length(program, example_inputs(skeleton), length)
+            check_length(program, inputs, length)
         return program
     except ExportError as refusal:
         log_own_words(refusal)
-        program = unexported_program(checkpoint, refusal.reason)
+        program = unexported_program(checkpoint, refusal.reason, inputs)
         if not program.segments:
             raise
         return program
 
 
-def unexported_program(checkpoint: Checkpoint, export_error: str) -> LinearsOnlyProgram:
+def unexported_program(
+    checkpoint: Checkpoint, export_error: str, inputs: Mapping[str, Input] | None = None
+) -> LinearsOnlyProgram:
     """Return a graph of a model's linears, block by block, each on what `linear_inputs` returns.
 
     Args:
         checkpoint: the model.
         export_error: why the model cannot be exported.
+        inputs: as in `make_program`.
     """
     skeleton = checkpoint.skeleton()
     ties = export.untie(skeleton)
-    examples = {name: found.example for name, found in example_inputs(skeleton).items()}
+    inputs = example_inputs(skeleton) if inputs is None else inputs
+    examples = {k: found.example if found.sample is None else found.sample for k, found in inputs.items()}
     model = FloatModel(checkpoint, examples, export.forward_switches(skeleton))
     graph, linears = fx.Graph(), plain_linears(skeleton)
     source = graph.placeholder("model")
-    inputs = {name: graph.placeholder(f"input_{name}") for name in examples}
+    places = {name: graph.placeholder(f"input_{name}") for name in examples}
     weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters()}
-    runs = [(name, add_block(graph, source, inputs, weights, run)) for name, run in blocks_of(linears)]
+    runs = [(name, add_block(graph, source, places, weights, run)) for name, run in blocks_of(linears)]
     output = graph.output(tuple(node for _, nodes in runs for node in nodes if not node.users))
     return LinearsOnlyProgram(
         module=fx.GraphModule(nn.Module(), graph),
         parameters={node: name for name, node in weights.items()},
         buffers={},
         constants={source: model},
-        inputs=inputs,
+        inputs=places,
         segments=tuple(segment(name, nodes, weights) for name, nodes in export.split_tail(runs)),
         output=output,
         export_error=export_error,

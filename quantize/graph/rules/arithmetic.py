@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from quantize.graph.allowed_transforms import AllowedTransforms
-from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, shape_of, trimmed
+from quantize.graph.labels import ChannelTrace, axis_index, channel_axes, id_pairs, last_axis, shape_of, trimmed
 from quantize.graph.rules.movement import as_value, origin
 from quantize.graph.rules.norms import mean_square, squared
 from quantize.graph.rules.table import SOURCES, arguments, name_of, pin_all, rule
@@ -53,6 +53,25 @@ def centred(walk: ChannelTrace, node: fx.Node, x: fx.Node, mean: fx.Node) -> Non
     reduced = [d for d, (n, m) in enumerate(zip(shape_of(x), shape_of(mean), strict=True)) if m != n]
     mean_square(walk, labels, reduced, AllowedTransforms.CENTRED_ORTHOGONAL)
     walk.labels[node] = labels
+
+
+@rule("masked_scatter", operands=3)
+def scattered(walk: ChannelTrace, node: fx.Node) -> None:
+    """Rows that take the place of tokens carry the channels of what they replace, if whole rows are chosen."""
+    x, mask, source = arguments(node)[:3]
+    parts = [last_axis(labels) for n in (x, source) if (labels := as_value(walk, n)) is not None]
+    if len(parts) < 2 or any(ids is None or len(ids) != shape_of(node)[-1] for ids in parts) or not whole_rows(mask):
+        return pin_all(walk, node, "`masked_scatter` puts other values in its place")
+    a, b = (ids.expand(shape_of(node)) for ids in parts if ids is not None)
+    join(walk, node, a, b)
+
+
+def whole_rows(mask: fx.Node) -> bool:
+    """Return whether a mask is the same along its last axis, as a mask of tokens that was expanded is."""
+    while name_of(mask) in ("to", "_to_copy", "clone", "alias"):
+        mask = mask.all_input_nodes[0]
+    tokens = mask.all_input_nodes[0] if name_of(mask) in ("expand", "expand_as") else mask
+    return shape_of(tokens)[-1:] == (1,)
 
 
 def join(walk: ChannelTrace, node: fx.Node, a: Tensor, b: Tensor) -> None:

@@ -88,9 +88,9 @@ def measured(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("view_as", "reshape_as", "expand_as", operands=2)
 def shaped_like(walk: ChannelTrace, node: fx.Node) -> None:
-    """Channels go where their elements go in the shape of another value."""
+    """Channels go where their elements go in the shape of another value, of which nothing else is used."""
     if (labels := walk.labels.get(arguments(node)[0])) is None:
-        return pin_all(walk, node, f"its square or mean passes through `{name_of(node)}`")
+        return walk.pin(arguments(node)[0], f"its square or mean passes through `{name_of(node)}`")
     shape = shape_of(node)
     walk.labels[node] = labels.expand(shape) if name_of(node) == "expand_as" else labels.reshape(shape)
 

@@ -35,7 +35,7 @@ class MemoryEstimate(ArtifactEstimate):
     def batch(self) -> int:
         """The number of calibration rows that run together."""
         tokens = TUNE_TOKENS if self.plan.recipe.tune else BATCH_TOKENS
-        return max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1
+        return self.program.batch or (max(1, tokens // self.plan.recipe.seqlen) if not self.plan.recipe.prefix else 1)
 
     @functools.cached_property
     def batches(self) -> Counter[BatchShapes]:
@@ -45,7 +45,8 @@ class MemoryEstimate(ArtifactEstimate):
     def _shapes(self, given: Iterable[Row]) -> Counter[BatchShapes]:
         p = len(self.plan.recipe.prefix_tokens)
         return Counter(
-            tuple((name, (*x.shape[:1], x.shape[1] + p, *x.shape[2:])) for name, x in rows.items()) for rows in given
+            tuple((name, (*x.shape[:1], *(n + p for n in x.shape[1:2]), *x.shape[2:])) for name, x in rows.items())
+            for rows in given
         )
 
     @functools.cached_property

@@ -85,7 +85,7 @@ def shortened(plan: Plan, part: float) -> Plan:
 
 def run_probes(found: MemoryEstimate, segments: tuple[Segment, ...]) -> None:
     """Read the first blocks and run them on the probes, as the verification does."""
-    given = verification_inputs(found.samples.rows[-1], found.program.vocabulary, found.plan.recipe.seed)
+    given = verification_inputs(found.samples, found.program.vocabulary, found.plan.recipe.seed)
     runner = SequentialRunner(found.program, PrefixTokens(found.plan.recipe.prefix_tokens).batches(given))
     for segment in segments:
         with running(segment.name):

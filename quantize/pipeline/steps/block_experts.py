@@ -65,7 +65,8 @@ class BlockExperts:
             return
         for producer in (x for x in part if x.offsets is not None and self.program.gathers_tokens(x)):
             for linear in (x for x in self.block.schemes if x.offsets is producer.offsets and x not in part):
-                if not self.program.gathers_tokens(linear) and nodes_between(producer, linear) is not None:
+                ahead = linear.path not in self.plan.kept and not self.program.gathers_tokens(linear)
+                if ahead and nodes_between(producer, linear) is not None:
                     rounder = self._rounder([linear], self._all_tokens(producer, linear))
                     (self.ahead[linear],) = rounder.quantize(lambda _, weights: weights)
 

@@ -24,6 +24,7 @@ from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.steps.block_experts import BlockExperts
 from quantize.pipeline.steps.referee import Referee
+from quantize.quantizers.grid import on_grid
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
 from quantize.transforms.online import InputTransform
@@ -38,6 +39,7 @@ class WeightRounder:
         calibration, float_reference: the activations of the quantized and of the float model.
         held_out: rows on which rounding by calibration data must lose less than plain rounding.
         expert_tokens: how many tokens of the calibration data each expert saw, by the path of the experts.
+        kept: the paths of the linears whose weights lay on a grid and were kept as they are.
     """
 
     program: Program
@@ -47,6 +49,7 @@ class WeightRounder:
     float_reference: SequentialRunner
     held_out: HeldOutRuns
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
 
     def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
@@ -64,7 +67,7 @@ class WeightRounder:
         state.linears.update({node: module for linear, module in quantized.items() for node in linear.calls})
         if not keep:
             free_replaced(self.program, state, (linear.weight for linear in quantized))
-        targets = [linear for linear in block.schemes if linear not in quantized]
+        targets, kept = [linear for linear in block.schemes if linear not in quantized], set[Linear]()
         referee = Referee(self.program, self.held_out, self.context.prefix, self.plan.quantizer.needs_gram)
         experts = BlockExperts(
             self.program,
@@ -84,8 +87,13 @@ class WeightRounder:
             referee.float_model.advance_to_linears(block.segment, reference, targets, finish=False),
             strict=True,
         ):
-            for part in self.rounded_together(sharing, block):
-                if part[0].experts is None:
+            own = self._on_grids(sharing, block)
+            kept |= own.keys()
+            together = self.rounded_together([linear for linear in sharing if linear not in own], block)
+            for part in [*([linear] for linear in own), *together]:
+                if part[0] in own:
+                    weights = [own[part[0]]]
+                elif part[0].experts is None:
                     rounded = self.quantize(part, block, state, reference)
                     weights = referee.choose(part, block, rounded, state, reference)
                 else:
@@ -100,7 +108,16 @@ class WeightRounder:
                 if not keep:
                     free_replaced(self.program, state, (linear.weight for linear in part))
             trim_heap()
-        return replace(block, quantized=quantized)
+        self.kept.extend(linear.path for linear in targets if linear in kept)
+        return replace(block, quantized=quantized, kept=frozenset(kept))
+
+    def _on_grids(self, linears: Sequence[Linear], block: Block) -> dict[Linear, QTensor]:
+        """Return the weights of those linears that the plan keeps and that lie on a grid as a whole, as they are."""
+        found = dict[Linear, QTensor]()
+        for linear in (x for x in linears if x.path in self.plan.kept):
+            weight = on_grid(block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight])
+            found |= {linear: weight} if weight is not None else {}
+        return found
 
     def _rounded_head(self, linear: Linear, block: Block) -> Product:
         """Round the linear that scores the vocabulary to nearest, whatever the quantizer, as its columns cost too much.

@@ -37,6 +37,7 @@ def streamed(checkpoint: Checkpoint, program: Program, segment: Segment, plan: P
         for linear in linears
         if linear.experts is not None
         and linear.path in plan.schemes
+        and linear.path not in plan.kept
         and (checkpoint.module is not None or checkpoint.is_config_alone or checkpoint.stored(linear.weight))
         and not get_format(plan.schemes[linear.path].weights.format).has_global_scale
     ]

@@ -96,8 +96,10 @@ class BlockTuner:
             starts: the quantized model's values in front of the block, batch by batch.
             targets: the outputs of the float model's block for the same batches, by node.
         """
-        rest = {x: done for x, done in block.quantized.items() if done.scheme == TABLE_SCHEME}  # rounded to nearest
+        rest = {x: y for x, y in block.quantized.items() if y.scheme == TABLE_SCHEME or x in block.kept}
         made = {x: STELinear(done, block.weight(x)) for x, done in block.quantized.items() if x not in rest}
+        if not made:
+            return block
         state, segment = block.overrides(), block.segment
         latents = {node: latent for linear, latent in made.items() for node in linear.calls}
         live = replace(state, linears=state.linears | latents)

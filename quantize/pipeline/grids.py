@@ -1,0 +1,159 @@
+"""Weights that lie on a grid already are found before the plan is final, which must not transform or regroup them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.errors import UsageError
+from quantize.formats import get_format
+from quantize.formats.qtensor import QTensor
+from quantize.graph.linears import Linear
+from quantize.graph.program import Program
+from quantize.pipeline.plan import Plan, grid_fits, make_plan
+from quantize.quantizers.base import grouped
+from quantize.quantizers.grid import on_grid
+from quantize.recipe.recipe import Recipe
+from quantize.scheme.scheme import TABLE_SCHEME, WeightArgs
+
+ROWS, EXPERTS = 64, 2  # of each weight that are looked at before the plan; a block looks at all of it
+FIRST = 4  # rows that tell most weights to lie on no grid
+SIZES = (128, 64, 32, 16)  # the group sizes that are looked for, besides whole rows and the recipe's
+ENOUGH = 0.5  # the share of the weights to quantize that must lie on grids, so that these decide about transforms
+TRANSFORMED_BITS = 8  # integer activations of fewer bits lose more without transforms than grids are worth
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid on which the weight of a linear lies.
+
+    Attributes:
+        size: the largest group size that the grid has; 0 for whole rows.
+        levels: how many levels it has, in words.
+        held: whether the recipe's format holds it, with or without zero points as the recipe says.
+    """
+
+    size: int
+    levels: str
+    held: bool
+
+
+def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) -> Plan:
+    """Make the plan, in which linears whose weights lie on grids that their formats hold are kept as they are.
+
+    A default group size gives way to that of the grids, and transforms stay away from kept weights. Nothing is kept if
+    the grids are those of less than half of the weights, or if activations are integers of fewer than 8 bits and the
+    recipe has transforms for them.
+
+    Raises:
+        UsageError: the group size that was asked for does not fit the grids; also what `make_plan` raises.
+    """
+    plan = make_plan(recipe, program)
+    if recipe.requantize or checkpoint.is_config_alone:
+        return plan
+    grids, linears = find_grids(plan, program, checkpoint), quantized(plan, program)
+    sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
+    total, on = (sum(sizes[x.weight] for x in linears if x.path in found) for found in (plan.schemes, grids))
+    if not grids or on < ENOUGH * total:
+        return plan
+    found = f"{len(grids)} of {len(linears)} linears already lie on a grid of {described(grids)}"
+    held = {path: grid.size for path, grid in grids.items() if grid.held}
+    activations = recipe.activations
+    if not held:
+        return replace(plan, note=f"{found}, which needs zero points: rounded anew")
+    if activations and activations.format == "int" and activations.num_bits < TRANSFORMED_BITS and plan.steps:
+        why = f"rounded anew, since {activations.num_bits}-bit activations need the recipe's transforms"
+        return replace(plan, note=f"{found}: {why}; a recipe with passes = [] keeps it")
+    unfit = [size for path, size in held.items() if not grid_fits(size, plan.schemes[path].weights)]
+    regroups = bool(unfit) and recipe.weights.format == "int" and recipe.weights.num_bits == 4
+    plan = make_plan(regrouped(recipe, min(unfit), found) if regroups else recipe, program, grids=held)
+    return replace(plan, note=f"{found}: {'kept exactly' if plan.kept else 'rounded anew, as the groups do not fit'}")
+
+
+def quantized(plan: Plan, program: Program) -> list[Linear]:
+    """Return the linears that passes and the quantizer change."""
+    return [x for x in program.all_linears if plan.schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME]
+
+
+def regrouped(recipe: Recipe, size: int, found: str) -> Recipe:
+    """Return the recipe with the group size of grids, if the recipe's own is a default.
+
+    Raises:
+        UsageError: it was asked for.
+    """
+    if not recipe.fallback_group_sizes:
+        raise UsageError(
+            f"the group size {recipe.weights.group_size} does not fit: {found}; give --group-size {size} or none to "
+            "keep the grid, or --requantize to round the weights anew"
+        )
+    return recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"group_size": size})})
+
+
+def find_grids(plan: Plan, program: Program, checkpoint: Checkpoint) -> dict[str, Grid]:
+    """Return the grid of each linear whose weight lies on one, by path, from some rows of each weight.
+
+    Of weights that can only be read as a whole, one for each place in a block is looked at.
+    """
+    known = dict[str, Grid | None]()
+    places = {
+        x: re.sub(r"\d+", "#", x.path) if checkpoint.is_encoded(x.weight) or x.transposed else x.path
+        for x in quantized(plan, program)
+    }
+    for linear, place in places.items():
+        if place not in known:
+            args, dtype = plan.schemes[linear.path].weights, checkpoint.dtype_of(linear.weight)
+            known[place] = grid_of(some_rows(checkpoint, linear), args, dtype)
+    return {linear.path: grid for linear, place in places.items() if (grid := known[place])}
+
+
+def some_rows(checkpoint: Checkpoint, linear: Linear) -> Tensor:
+    """Return some rows of the weight [N, K] of a linear, or of the weights of some experts."""
+    if linear.experts is not None:
+        W = linear.as_out_in(checkpoint.float_rows(linear.weight, EXPERTS))
+    elif linear.transposed:
+        W = linear.as_out_in(checkpoint.float_tensor(linear.weight))
+    else:
+        return checkpoint.float_rows(linear.weight, ROWS)
+    return W[:: max(1, len(W) // ROWS)].contiguous()
+
+
+def grid_of(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> Grid | None:
+    """Return the grid of the weight of which W [R, K] are some rows, with the largest groups that it has; or None."""
+    number_format, columns = get_format(args.format), W.shape[1]
+    free = args.model_copy(update={"symmetric": number_format.element != "int"})
+    sizes = {args.group_size or columns} | (set() if number_format.group_size else {columns, *SIZES})
+    rising = sorted(size for size in sizes if columns % size == 0)
+    if not rising or on_grid(W[:: max(1, len(W) // FIRST)], sized(free, rising[0], columns), dtype) is None:
+        return None
+    for size in reversed(rising):
+        own = sized(free, size, columns)
+        if (found := on_grid(W, own, dtype)) is not None:
+            held = args.symmetric == free.symmetric or on_grid(W, sized(args, size, columns), dtype) is not None
+            return Grid(own.group_size, levels(found), held)
+    return None
+
+
+def sized(args: WeightArgs, size: int, columns: int) -> WeightArgs:
+    """Return settings with another group size, 0 for whole rows."""
+    return args.model_copy(update={"group_size": 0 if size == columns else size})
+
+
+def levels(found: QTensor) -> str:
+    """Return what levels a weight has, in words."""
+    if get_format(found.args.format).element != "int":
+        return f"{found.args.format} values"
+    q = grouped(found.unpack(), found.args)
+    return f"{int((q.amax(-1) - q.amin(-1)).max()) + 1} levels"
+
+
+def described(grids: Mapping[str, Grid]) -> str:
+    """Return the grid that most linears have, in words."""
+    (size, _), _ = Counter((grid.size, grid.held) for grid in grids.values()).most_common(1)[0]
+    most = max((grid.levels for grid in grids.values()), key=lambda words: (len(words), words))
+    return f"{most} {f'in groups of {size}' if size else 'in each row'}"

@@ -1,0 +1,118 @@
+"""A run keeps weights that lie on a grid already, says so, and lets nobody change them unless asked to."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+import torch
+from helpers import quantized_sources
+from helpers.quantized_sources import is_linear, tensors_of
+from helpers.weights import rounded_to_levels, rounded_to_q4_0
+from safetensors.torch import load_file, save_file
+
+from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.errors import UsageError
+from quantize.graph.fallback.program import make_program
+from quantize.pipeline.grids import plan_with_grids
+from quantize.recipe.recipe import load_recipe
+
+
+def on_grids(directory, change):
+    """Write a tiny Llama whose linears are rounded."""
+    quantized_sources.small_llama(directory)
+    tensors = {k: change(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
+    return quantized_sources.rewrite(directory, tensors)
+
+
+def seven(W):
+    return rounded_to_levels(W, 7)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """Return a function that plans for a model; its graph is made once."""
+    first = open_checkpoint(quantized_sources.small_llama(tmp_path_factory.mktemp("first")))
+    program = make_program(first, first.skeleton(), 32)
+
+    def plan(directory, scheme, changes=None, **settings):
+        return plan_with_grids(load_recipe(scheme, changes, **settings), program, open_checkpoint(directory))
+
+    return plan
+
+
+def test_a_plan_keeps_grids_and_takes_their_groups(tmp_path, planned):
+    plan = planned(on_grids(tmp_path, rounded_to_q4_0), "W4A8")
+    assert plan.note == "14 of 14 linears already lie on a grid of 16 levels in groups of 32: kept exactly"
+    assert {scheme.weights.group_size for scheme in plan.reader_schemes.values()} == {32}
+    assert {f"{path}.weight" for path in plan.kept} == plan.reader_schemes.keys()
+    assert [len(step.sites) + len(step.online) for step in plan.steps] == [0, 0]
+    assert load_recipe(None, tomllib.loads(plan.recipe.to_toml())).weights.group_size == 32
+    assert planned(tmp_path, "W4A8", requantize=True).kept == {}
+    assert any(step.sites for step in planned(tmp_path, "W4A8", requantize=True).steps)
+
+
+def test_a_grid_of_rows_holds_in_any_groups(tmp_path, planned):
+    plan = planned(on_grids(tmp_path, seven), "W4A16", group_size=16)
+    assert plan.note == "14 of 14 linears already lie on a grid of 7 levels in each row: kept exactly"
+    assert planned(tmp_path, "W4A16", {"weights": {"symmetric": True}}).kept
+
+
+def test_a_group_size_that_does_not_fit_names_the_one_that_does(tmp_path, planned):
+    on_grids(tmp_path, rounded_to_q4_0)
+    with pytest.raises(UsageError, match=r"group size 0 does not fit: 14 of .* give --group-size 32 or none"):
+        planned(tmp_path, "W4A16", group_size=0)
+    assert planned(tmp_path, "W4A16", group_size=16).kept
+    assert not planned(tmp_path, "W4A16", group_size=0, requantize=True).kept
+
+
+def test_what_is_not_kept_is_said(tmp_path, planned):
+    on_grids(tmp_path, rounded_to_q4_0)
+    plan = planned(tmp_path, "W4A4")
+    assert plan.note.endswith("rounded anew, since 4-bit activations need the recipe's transforms; a recipe with "
+                              "passes = [] keeps it")  # fmt: skip
+    assert not plan.kept
+    assert planned(tmp_path, "W4A4", {"passes": []}).kept
+    plan = planned(tmp_path, "W4A16", {"weights": {"symmetric": True}})
+    assert plan.note.endswith("in groups of 32, which needs zero points: rounded anew")
+
+
+def test_grids_of_few_weights_decide_nothing(tmp_path, planned):
+    on_grids(tmp_path, lambda W: rounded_to_q4_0(W) if W.shape == (32, 64) else W)
+    plan = planned(tmp_path, "W4A8")
+    assert (plan.note, plan.kept) == ("", {})
+
+
+def test_floats_are_on_no_grid(tmp_path, planned):
+    assert planned(quantized_sources.small_llama(tmp_path), "W4A16").note == ""
+
+
+def test_a_run_keeps_the_integers(tmp_path, small_run):
+    """One weight off its grid is rounded anew with its linear alone."""
+    directory = on_grids(tmp_path / "model", rounded_to_q4_0)
+    tensors, off = tensors_of(directory), "model.layers.1.mlp.up_proj"
+    tensors[f"{off}.weight"][50, 7] *= 1.3  # a row that the plan does not look at
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(2, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    artifact = small_run(directory, "W4A16", calibration=ids, group_size=None)
+    assert len(artifact.manifest["kept_grids"]) == 13
+    assert off not in artifact.manifest["kept_grids"]
+    model = artifact.load()
+    for name, module in model.named_modules():
+        if name in artifact.manifest["kept_grids"]:
+            assert torch.equal(module.qtensor().dequantize(), tensors[f"{name}.weight"])
+
+
+@pytest.mark.slow
+def test_mxfp4_experts_keep_their_codes(tmp_path, small_run):
+    directory = quantized_sources.mxfp4_experts(tmp_path / "model")
+    ids = torch.randint(2, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    small_run(directory, "MXFP4", calibration=ids, group_size=None)
+    source, stored = tensors_of(directory), {}
+    for path in (tmp_path / "out").glob("model-*.safetensors"):
+        stored |= load_file(path)
+    name = "model.layers.0.mlp.experts.down_proj"
+    blocks = source[f"{name}_blocks"].flatten(-2).flatten(0, 1)
+    codes = blocks - 8 * (blocks & 15 == 8).byte() - 128 * (blocks >> 4 == 8).byte()  # -0 is stored as 0
+    assert torch.equal(stored[f"{name}.qweight"].view(codes.shape), codes)
+    assert torch.equal(stored[f"{name}.scale"].view(-1), source[f"{name}_scales"].view(-1))

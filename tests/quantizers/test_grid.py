@@ -1,0 +1,81 @@
+"""Weights on a grid are recognised by their values alone, and their integers are kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.weights import rounded_to_levels, rounded_to_q4_0
+
+from quantize.formats import get_format
+from quantize.quantizers.grid import on_grid
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.scheme.scheme import WeightArgs
+
+ASYMMETRIC = WeightArgs(num_bits=4, symmetric=False, group_size=32)
+
+
+def random(rows=48, columns=128):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_q4_0_in_any_dtype(dtype):
+    """The step of Q4_0 has either sign, so that its levels are -8 … 7 or -7 … 8 of a positive step."""
+    W = rounded_to_q4_0(random()).to(dtype).float()
+    found = on_grid(W, ASYMMETRIC, dtype)
+    assert found.scale.dtype == dtype
+    torch.testing.assert_close(found.dequantize(), W, rtol=1.01 * torch.finfo(dtype).eps, atol=0)
+    assert dtype != torch.float32 or torch.equal(found.dequantize(), W)
+    assert sorted(found.zero_point.unique().tolist()) == [-1, 0]
+
+
+def test_scales_for_float16():
+    """Those of Q4_0 are float16 already, and so are they times -1, its only zero point besides 0."""
+    W, args = rounded_to_q4_0(random()), ASYMMETRIC.model_copy(update={"scale_dtype": "float16"})
+    found = on_grid(W, args, torch.float32)
+    assert torch.equal(found.dequantize(), W)
+    found = on_grid(rounded_to_levels(random(), 15) + 0.0, args.model_copy(update={"group_size": 0}), torch.float32)
+    products = found.scale * found.zero_point
+    assert torch.equal(products.half().float(), products)
+
+
+def test_what_lies_on_no_grid():
+    W, V = random(), rounded_to_q4_0(random())
+    assert on_grid(W, ASYMMETRIC, torch.float32) is None
+    assert on_grid(W.bfloat16().float(), ASYMMETRIC, torch.bfloat16) is None
+    assert on_grid(V, ASYMMETRIC.model_copy(update={"group_size": 64}), torch.float32) is None  # two steps in a group
+    V[7, 5] += 0.3 * V[7, :32].abs().max() / 8  # one weight of all
+    assert on_grid(V, ASYMMETRIC, torch.float32) is None
+    assert on_grid(torch.zeros(4, 32), ASYMMETRIC, torch.float32) is None
+
+
+@pytest.mark.parametrize("levels", [2, 3, 7, 15])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_few_levels_in_each_row(levels, symmetric):
+    W = rounded_to_levels(random(), levels)
+    found = on_grid(W, WeightArgs(num_bits=4, symmetric=symmetric), torch.float32)
+    torch.testing.assert_close(found.dequantize(), W, rtol=1e-6, atol=0)
+    assert (found.zero_point is None) == symmetric
+
+
+def test_levels_that_a_format_without_zero_points_does_not_hold():
+    W = rounded_to_q4_0(random())
+    assert on_grid(W, ASYMMETRIC.model_copy(update={"symmetric": True}), torch.float32) is None
+
+
+def test_a_group_of_zeros_beside_others():
+    W = rounded_to_q4_0(random())
+    W[3, 32:64] = 0
+    assert torch.equal(on_grid(W, ASYMMETRIC, torch.float32).dequantize(), W)
+
+
+@pytest.mark.parametrize(("name", "size"), [("mxfp4", 32), ("nvfp4", 16), ("nf4", 64)])
+@pytest.mark.parametrize("mse", [False, True])
+def test_values_of_other_formats(name, size, mse):
+    args = WeightArgs(num_bits=4, format=name, group_size=size)
+    quantized = RoundToNearest(mse=mse).quantize(random(), args, None, torch.float32)
+    found = on_grid(quantized.dequantize(), args, torch.float32)
+    assert torch.equal(found.data, quantized.data)
+    torch.testing.assert_close(found.dequantize(), quantized.dequantize(), rtol=1e-6, atol=0)
+    assert on_grid(random(), args, torch.float32) is None
+    assert get_format(name).element != "int"
