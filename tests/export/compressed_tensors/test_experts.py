@@ -164,7 +164,8 @@ def test_experts_in_bytes_are_compared_number_by_number(artifact_mixture, small_
     artifact = small_run(model, "W4A8", recipe=recipe, calibration=ids, group_size=16)
     assert export_artifact(artifact.directory, CT, tmp_path / "ct") == {"tensors": 0}
     groups = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]["config_groups"]
-    assert groups["group_1"]["targets"] == [r"re:model\.layers\.0\.block_sparse_moe\.experts\.\d+\..*"]
+    pattern = r"re:model\.layers\.0\.block_sparse_moe\.experts\.\d+\..*"
+    assert [pattern] in [group["targets"] for group in groups.values()]
     rows_of = experts.rows_of
     monkeypatch.setattr(export, "rows_of", lambda weight, rows: rows_of(weight, rows.flip(0)))
     with pytest.raises(QuantizeError, match="differs from the artifact by"):
