@@ -30,7 +30,7 @@ def refused(cli, program, stories_calibration, tmp_path, tree, monkeypatch):
 
     All models here have one graph, which is made once: that takes longer than everything else.
     """
-    monkeypatch.setattr("quantize.graph.export.export_program", lambda _: program)
+    monkeypatch.setattr("quantize.graph.export.export_program", lambda *_: program)
 
     def run(model, *arguments, scheme="W8A8", output="out", keeps=False):
         before = tree(tmp_path)
