@@ -67,7 +67,9 @@ def test_weights_cross_once_and_no_number_is_read_between_columns(found, one_lay
 
 def test_a_full_device_is_said_to_be_full():
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    with pytest.raises(QuantizeError, match=r"layers\.3 does not fit into the device's memory; give a smaller --seqlen"):
+    with pytest.raises(
+        QuantizeError, match=r"layers\.3 does not fit into the device's memory; give a smaller --seqlen"
+    ):
         fail_in("model.layers.3", full)
 
 
