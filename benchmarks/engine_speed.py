@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from quantize.artifact.load import load
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.formats import FORMATS
 from quantize.pipeline.quantize import quantize_model
 from quantize.scheme.scheme import ENGINES

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant, plant_keys

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantize.calibration.data import BUNDLED, read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.divergence import LanguageJudge
 from quantize.eval.planted_outlier_kinds import inputs_of

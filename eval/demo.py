@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 from quantize.eval.perplexity import score_language
 from quantize.eval.similarity import correlation, embed_pairs, read_pairs, score_pairs

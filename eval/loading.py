@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 from quantize.artifact.load import load
-from quantize.checkpoint.checkpoint import open_checkpoint, read_config
+from quantize.checkpoint.model_config import read_config
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.untrusted_files import check_files, read_json, weight_files
 from quantize.errors import UsageError, reason
 from quantize.graph.export import quiet

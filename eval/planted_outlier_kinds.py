@@ -12,7 +12,7 @@ from quantize.artifact.float_model import save_float_model
 from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.tensor_samples import read_calibration
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import UsageError
 from quantize.eval.planted_outliers import FACTOR

@@ -9,7 +9,7 @@ import torch
 
 from quantize.artifact.float_model import save_float_model
 from quantize.artifact.writer import ArtifactWriter
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases

@@ -22,7 +22,7 @@ from helpers.json_files import change_json
 from helpers.mixtures import build_family
 
 from quantize import cli as command
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.graph.export import export_program
 from quantize.kernels import engine
 from quantize.pipeline.quantize import quantize_model

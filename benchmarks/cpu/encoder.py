@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.eval.similarity import BATCH, Pairs, correlation
 from quantize.export.directory import export_artifact

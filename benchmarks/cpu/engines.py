@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.model import write_model, write_tokens
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.export import export_onnx
 from quantize.pipeline.quantize import quantize_model

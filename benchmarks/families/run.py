@@ -21,7 +21,7 @@ from benchmarks.families.tiny import SPECIAL
 from benchmarks.models.cells import DEFAULT, PLAIN
 from quantize.artifact.verify import verify_artifact
 from quantize.artifact.writer import ArtifactWriter
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.eval.demo import PLAIN_ACTIVATIONS, ROUND_TO_NEAREST
 from quantize.export.directory import export_artifact

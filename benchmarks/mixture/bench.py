@@ -32,7 +32,7 @@ from benchmarks.mixture.cells import (
 )
 from benchmarks.mixture.report import markdown
 from benchmarks.mixture.text import ROOT, unseen_windows
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.eval.demo import ROUND_TO_NEAREST
 from quantize.eval.divergence import Recorded
 from quantize.eval.perplexity import score_language

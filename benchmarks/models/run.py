@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.models.cells import FLOAT, ROOT, Cell, changes
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.eval.divergence import SentenceJudge
 from quantize.eval.perplexity import score_language

@@ -13,7 +13,8 @@ from benchmarks.machine import processor
 from benchmarks.models.windows import WINDOWS, write_evaluation
 from benchmarks.runtimes.peer import call
 from benchmarks.runtimes.tiny_models import ROOT, TEXT
-from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.export.directory import export_artifact
 from quantize.export.gguf.blocks import Blocks
 from quantize.export.gguf.export import write_gguf

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
-from quantize.checkpoint.adapter import Adapter, open_adapter
-from quantize.checkpoint.architecture import name_architecture
-from quantize.checkpoint.computed_tensors import computed_tensors
+from quantize.checkpoint.adapter import Adapter
 from quantize.checkpoint.files_seen import FilesSeen
-from quantize.checkpoint.hub import download
-from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
-from quantize.checkpoint.meta_model import assign_and_tie, build_on_meta, build_skeleton, load_tensors, ties_of
-from quantize.checkpoint.parametrized import with_plain_weights
-from quantize.checkpoint.paths import find_model, require_config
-from quantize.checkpoint.remote_code import code_files
+from quantize.checkpoint.key_mapping import StoredTensor
+from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.size_limits import NoFiles
-from quantize.checkpoint.sources import find_encoded, gguf
+from quantize.checkpoint.sources import gguf
 from quantize.checkpoint.sources.encoded import Encoded
-from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
-from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
-from quantize.checkpoint.tensor_files import header_tensor, index_tensors, read_float, read_tensor, require_finite
-from quantize.checkpoint.untrusted_files import SIDE_FILES, has_config_alone, is_hidden, links_followed, read_json
-from quantize.checkpoint.wrappers import dropped
-from quantize.errors import QuantizeError, UsageError, reason
+from quantize.checkpoint.tensor_files import header_tensor, read_float, read_tensor, require_finite
+from quantize.errors import QuantizeError, reason
 
 # Classifiers without a padding token refuse more than one row, as they could not tell padding from text. A run's rows
 # have no padding, which an id says that no token has.
 NO_TOKEN = -1
-NOT_COPIED = {"config.json", "manifest.json"} | SETTINGS_FILES
 
 
 @dataclass(frozen=True)
@@ -247,107 +235,3 @@ class Checkpoint:
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers that belong to the model's state."""
         return {name: t for name, t in self.skeleton().state_dict().items() if name not in self.ties}
-
-
-def side_files(directory: Path) -> list[Path]:
-    """List the tokenizer's and other small files to take along, relative to the directory."""
-    found = (p.relative_to(directory) for p in sorted(directory.rglob("*")) if p.is_file() and p.suffix in SIDE_FILES)
-    return [p for p in found if str(p) not in NOT_COPIED and not p.name.endswith(".index.json") and not is_hidden(p)]
-
-
-def open_checkpoint(
-    model: str | Path | nn.Module,
-    adapter: str | Path | None = None,
-    trust_remote_code: bool = False,
-    weights: bool = True,
-) -> Checkpoint:
-    """Find a model's parts without reading a weight.
-
-    Args:
-        model: a directory, which never touches a network; one file of weights beside its config; a hub id, perhaps
-            with `@` and a revision behind it; or a module.
-        adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
-        trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
-        weights: whether a directory must have weights; otherwise a config alone is enough.
-
-    Raises:
-        UsageError: there is no such model or adapter, or it cannot be quantized.
-        QuantizeError: the files are damaged.
-    """
-    if isinstance(model, nn.Module):
-        if adapter is not None:
-            raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
-        plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
-        return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
-    place = find_model(model) or download(*str(model).split("@"))
-    directory = place if place.is_dir() else place.parent
-    require_config(directory)
-    links = links_followed(directory)
-    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
-    if place.is_file():
-        files = dict.fromkeys(gguf.places(place) if is_gguf else read_header(place).entries, place)
-    else:
-        files = index_tensors(directory) if weights or not has_config_alone(directory) else NoFiles()
-    code = directory if trust_remote_code else None
-    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
-    seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
-    _, settings = split_settings(read_json(directory / "config.json"), directory)
-    headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
-    entries = {name: entry for header in headers for name, entry in header.items()}
-    encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
-    parts = {part for found in encoded.values() for part in found.parts.values()}
-    stored = {name: path for name, path in files.items() if name not in parts}
-    floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
-    config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
-    built = build_on_meta(config, files, code)
-    if is_gguf:
-        encoded = gguf.find(place, built)
-        floats = dict.fromkeys(encoded, place)
-    names = plain_names(built, floats)
-    sources = map_keys(built, names)
-    plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
-    if apart := told_apart(ties_of(built), plain, files):
-        config, built = without_ties(config), build_on_meta(without_ties(config), files, code)
-        names = plain_names(built, floats)
-        sources = map_keys(built, names)
-    ties = ties_of(built)
-    if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
-        raise UsageError(f"{directory} holds {' and '.join(still[0])}, which differ though the model ties them")
-    merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
-    notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
-    said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
-    dtype = float_dtype(config, entries)
-    computed = computed_tensors(built, sources)
-    found = (merged, tuple(said), code, encoded, dtype, computed)
-    return Checkpoint(directory, config, files, None, ties, sources, seen, *found)
-
-
-def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:
-    """Say in a sentence which tensors of the files the model has no place for, if there are any."""
-    places = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    left = sorted(name for name in found if name not in places)
-    return (
-        [f"{len(left)} tensors of the files have no place in the model and are left out, such as {left[0]}"]
-        if left
-        else []
-    )
-
-
-def config_of(model: nn.Module) -> dict[str, Any]:
-    """Return the config of a transformers model with the name of its class; it is empty for any other module."""
-    if not isinstance(model, transformers.PreTrainedModel):
-        return {}
-    return {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": str(model.dtype).split(".")[-1]}
-
-
-def read_config(directory: Path, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
-    """Read `config.json` as a dict; an architecture that it does not name follows from `files`, tensor name → file."""
-    path = require_config(directory)
-    config = read_json(path)
-    if files is not None and not config.get("architectures"):
-        config["architectures"] = [name_architecture(config, files)]
-    if not isinstance(config.get("architectures"), list) or not config["architectures"]:
-        raise UsageError(f"{path} does not name its architecture; add the key architectures")
-    if not isinstance(config.get("model_type", ""), str):
-        raise UsageError(f"{path} does not name its model_type")
-    return config

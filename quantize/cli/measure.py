@@ -26,7 +26,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     Where a transform is not legal, the reason is given.
     """
     find_model(model)
-    from quantize.checkpoint.checkpoint import open_checkpoint
+    from quantize.checkpoint.opening import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from quantize.artifact.load import check_hashes
 from quantize.artifact.writer import ArtifactWriter, sha256
-from quantize.checkpoint.checkpoint import side_files
+from quantize.checkpoint.opening import side_files
 from quantize.export import EXPORTERS
 from quantize.export.outline import Outline
 

@@ -15,7 +15,7 @@ from quantize.artifact.load import read_linear, read_table
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.verify import read_probe
 from quantize.artifact.writer import PROBE
-from quantize.checkpoint.checkpoint import read_config
+from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.errors import QuantizeError
 from quantize.export.comparison import first_outputs

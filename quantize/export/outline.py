@@ -12,8 +12,8 @@ from torch import nn
 from quantize.artifact.load import read_manifest
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.writer import PROBE
-from quantize.checkpoint.checkpoint import read_config
 from quantize.checkpoint.meta_model import build_bounded
+from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quantize.artifact.float_model import save_float_model
 from quantize.artifact.writer import ArtifactWriter
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.finetuning.regularized_linear import Backward, RegularizedLinear
 from quantize.finetuning.training import Batches, FinetuneSettings, mean_kurtosis, train

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.graph.analysis import admissible_bases
 from quantize.graph.fallback.program import make_program
 

@@ -18,7 +18,8 @@ from quantize.calibration.arguments import longest, look_into, match_inputs, who
 from quantize.calibration.data import Samples
 from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
-from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError

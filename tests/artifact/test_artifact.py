@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from quantize import load
 from quantize.artifact.verify import verify_artifact
 from quantize.artifact.writer import ArtifactWriter
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.nn.quantized_linear import QuantizedLinear
 

@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.handlers.bench import SCHEMES, SEEDS, TOGETHER, cells, missing
 from benchmarks.handlers.handlers import HANDLERS, LANGUAGE_ONLY, WHOLE, left_out, whole
 from benchmarks.handlers.report import markdown
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import input_kurtosis, online_cost
 from quantize.eval.planted_outlier_kinds import HEIGHT, KINDS, plant_kind, spike_factors

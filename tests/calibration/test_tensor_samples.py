@@ -16,7 +16,7 @@ from quantize.artifact.writer import PROBE
 from quantize.calibration.data import Samples
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.tensor_samples import read_calibration
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.report import evaluate
 from quantize.graph.inputs import Input

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 
 UP, LAYER = "model.layers.0.mlp.up_proj.weight", "base_model.model.model.layers.0.mlp.up_proj"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from quantize.calibration import tensor_samples
 from quantize.checkpoint import safetensors_reader
-from quantize.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import ChangedError

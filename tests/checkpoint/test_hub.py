@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

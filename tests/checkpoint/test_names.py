@@ -6,7 +6,7 @@ import transformers
 from helpers.json_files import change_json
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 

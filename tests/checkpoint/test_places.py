@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 
 

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from helpers.json_files import change_json, sign_again
 
 from quantize.artifact.load import load
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.cli import commands
 from quantize.errors import QuantizeError, UsageError
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.size_limits import bounded, limit_time
 from quantize.errors import UsageError
 

@@ -11,7 +11,7 @@ import transformers
 from helpers import quantized_sources
 from helpers.quantized_sources import is_linear, rewrite, tensors_of
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.sources.encoded import unpack_bits
 from quantize.errors import QuantizeError, UsageError
 

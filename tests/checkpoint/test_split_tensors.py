@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.families.families import FAMILIES
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 
 
 def test_queries_keys_and_values_are_split(tmp_path):

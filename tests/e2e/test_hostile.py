@@ -20,7 +20,8 @@ from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import as_json
 from quantize.calibration.data import read_samples
 from quantize.calibration.tensor_samples import read_tensors
-from quantize.checkpoint.checkpoint import open_checkpoint, read_config, side_files
+from quantize.checkpoint.model_config import read_config
+from quantize.checkpoint.opening import open_checkpoint, side_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.tokenizer import Tokenize, load_tokenize
 from quantize.checkpoint.untrusted_files import INDEX, check_files, parse_json, weight_files

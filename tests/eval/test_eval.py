@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quantize import load
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.eval import report
 from quantize.eval.perplexity import score_language

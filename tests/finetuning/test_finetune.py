@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import quantize
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.perplexity import score_language
 from quantize.finetuning.finetune import token_stream

@@ -8,7 +8,7 @@ from scipy.stats import norm
 
 from quantize import load
 from quantize.artifact.verify import verify_artifact
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.export.directory import export_artifact
 from quantize.formats import check_scheme, get_format

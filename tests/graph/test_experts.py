@@ -10,8 +10,8 @@ from helpers.soundness import CONFIGS
 from torch import nn
 
 from quantize.artifact.verify import verify_artifact
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.meta_model import build_skeleton
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.graph.export import export_program
 from quantize.graph.linears import NOT_ALONE, STACK, STACK_READ
 from quantize.pipeline.quantize import quantize_model

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from quantize import load
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.meta_model import with_floats
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.graph.export import export_program
 from quantize.graph.fallback.program import LinearsOnlyProgram, make_program
 from quantize.graph.interpreter import Overrides, run_nodes, start

@@ -15,7 +15,7 @@ from transformers import LongformerConfig, LongformerForMaskedLM
 from quantize import load
 from quantize.artifact.verify import verify_artifact
 from quantize.calibration.runner import SequentialRunner
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import find_bases

@@ -15,7 +15,7 @@ from torch.nn import functional
 from quantize import load, quantize_model
 from quantize.artifact.verify import verify_artifact
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.perplexity import score_language

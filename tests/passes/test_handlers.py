@@ -9,7 +9,7 @@ import torch
 from helpers.bases import W4A4, basis, edge, maxima, place, site
 
 from quantize.calibration.statistics import Absmax, Rows
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.graph.allowed_transforms import AllowedTransforms

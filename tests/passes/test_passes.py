@@ -6,7 +6,7 @@ from helpers.bases import basis, edge, maxima, place, site
 from helpers.soundness import family
 
 from quantize.calibration.runner import SequentialRunner
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.export import export_program

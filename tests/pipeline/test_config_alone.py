@@ -6,7 +6,7 @@ from click.testing import CliRunner
 from helpers.mixtures import build_family
 
 from benchmarks.whole_models import MODELS, write_config
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.cli import commands
 from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.estimate.report import preflight

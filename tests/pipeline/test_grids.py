@@ -11,7 +11,7 @@ from helpers.quantized_sources import is_linear, tensors_of
 from helpers.weights import rounded_to_levels, rounded_to_q4_0
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.pipeline.grids import plan_with_grids

@@ -7,7 +7,7 @@ import torch
 
 from quantize.calibration.data import Samples
 from quantize.calibration.logits import divergence
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.pipeline.held_out import hold_out
 from quantize.pipeline.prepare import prepare

@@ -10,7 +10,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlavaConf
 
 from quantize import load
 from quantize.artifact.verify import verify_artifact
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.analysis import admissible_bases

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantize.calibration.statistics import Absmax, Rows
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.resume.work_dir import partial_directory
 from quantize.pipeline.sequential import SequentialPipeline

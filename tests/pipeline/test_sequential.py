@@ -10,7 +10,7 @@ from torch import nn
 import quantize
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Absmax
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.graph.export import export_program
 from quantize.graph.interpreter import Overrides
 

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from quantize.artifact.verify import verify_artifact
 from quantize.checkpoint import expert_reader
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.expert_reader import part_of, read_expert
 from quantize.checkpoint.key_mapping import StoredTensor
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.safetensors_writer import RowWriter
 from quantize.pipeline import sequential
 from quantize.pipeline.plan import make_plan

@@ -17,7 +17,7 @@ from transformers import BartConfig, BartForConditionalGeneration, Gemma3ForCaus
 
 from quantize.artifact.load import load
 from quantize.artifact.verify import verify_artifact
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.precision import CAST

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.steps.tune import STELinear, relative_error, shuffled, to_qtensor

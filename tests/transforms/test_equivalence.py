@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantize
-from quantize.checkpoint.checkpoint import open_checkpoint
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError
 from quantize.passes import PASSES
 from quantize.pipeline.sequential import SequentialPipeline

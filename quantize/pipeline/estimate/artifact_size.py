@@ -16,7 +16,8 @@ from quantize.artifact.quantization_config import linear_settings, quantization_
 from quantize.artifact.writer import as_json
 from quantize.calibration.data import Samples
 from quantize.calibration.probes import PROBE_TOKENS
-from quantize.checkpoint.checkpoint import Checkpoint, side_files
+from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.opening import side_files
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact.load import load
 from quantize.calibration.data import read_samples
-from quantize.checkpoint.checkpoint import open_checkpoint
 from quantize.checkpoint.meta_model import build_skeleton
+from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.export import EXPORTERS
 from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
