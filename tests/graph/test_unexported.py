@@ -146,7 +146,8 @@ def test_it_is_quantized_and_close_the_closer_the_more_bits(small_run, module):
 
 
 def test_every_linear_is_rotated_online_and_only_that(small_run, module):
-    artifact = small_run(module(), recipe={"ignore": ["blocks.1.up"]})
+    passes = [{"name": "rescale"}, {"name": "rotate", "residual": False}, {"name": "activation_clip"}]
+    artifact = small_run(module(), recipe={"ignore": ["blocks.1.up"], "passes": passes})
     modules = artifact.manifest["quantization"]["modules"]
     sizes = {"blocks.0.up": 16, "blocks.0.down": 48, "blocks.1.down": 48, "head": 16}
     assert {path: entry["online"] for path, entry in modules.items()} == {

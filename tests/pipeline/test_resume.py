@@ -83,10 +83,10 @@ def fails(monkeypatch):
     process = SequentialPipeline.process
 
     def at(name, error):
-        def failing(self, segment):
+        def failing(self, segment, file):
             if error is not None and segment.name == name:
                 raise error
-            return process(self, segment)
+            return process(self, segment, file)
 
         monkeypatch.setattr(SequentialPipeline, "process", failing)
 
