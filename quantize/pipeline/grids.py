@@ -113,7 +113,15 @@ def find_grids(plan: Plan, program: Program, checkpoint: Checkpoint) -> dict[str
 
 
 def some_rows(checkpoint: Checkpoint, linear: Linear) -> Tensor:
-    """Return some rows of the weight [N, K] of a linear, or of the weights of some experts."""
+    """Return some rows of the weight [N, K] of a linear, or of the weights of some experts.
+
+    Of experts that are stored one by one the first is enough, so that no stack is read whole.
+    """
+    source = None if linear.experts is None else checkpoint.stored(linear.weight)
+    if source is not None and source.converter is not None:
+        first = checkpoint.read_part(source.names[0]).float()
+        if first.dim() == 2 and first.shape[1] == linear.columns:
+            return first[:: max(1, len(first) // ROWS)].contiguous()
     if linear.experts is not None:
         W = linear.as_out_in(checkpoint.float_rows(linear.weight, EXPERTS))
     elif linear.transposed:

@@ -40,8 +40,8 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
     alive: list[int] = []
     process, leaf, scalars = SequentialPipeline.process, column_rounding.RecursiveUpdate.round_leaf, [0]
 
-    def processed(self: SequentialPipeline, segment: Any) -> Any:
-        tensors = process(self, segment)
+    def processed(self: SequentialPipeline, segment: Any, file: Any) -> Any:
+        tensors = process(self, segment, file)
         gc.collect()
         alive.append(TRAFFIC.alive)
         return tensors
