@@ -92,7 +92,10 @@ def dispatch(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     if here and any(not isinstance(x, PretendTensor) and x.dim() for x in leaves) and func not in CPU_INDICES:
         raise RuntimeError(f"{func}: tensors on {NAME}:0 and cpu")
     if target is not None:
-        kwargs = {**{k: v for k, v in kwargs.items() if k != "pin_memory"}, "device": "cpu"}
+        kwargs = {
+            **{k: v for k, v in kwargs.items() if k != "pin_memory"},
+            "device": "meta" if target == "meta" else "cpu",
+        }
     made = func(*tree_map(inner, args), **tree_map(inner, kwargs))
     if target != NAME and (not here or target is not None):
         return made
