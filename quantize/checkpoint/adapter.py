@@ -88,20 +88,17 @@ def open_adapter(directory: Path, find: Callable[[str], str], known: Iterable[st
     check_files(directory)
     config, names, pairs, replaced = read_json(path), set(known), dict[str, tuple[str, float]](), dict[str, str]()
     require_plain(path, config)
-    for name in sorted(read_header(weights).entries):
+    entries = read_header(weights).entries
+    for name in sorted(entries):
         stem, cut, _ = name.partition("lora_A.weight")
-        if name.endswith("lora_B.weight") and name.replace("lora_B", "lora_A") in read_header(weights).entries:
+        if name.endswith("lora_B.weight") and name.replace("lora_B", "lora_A") in entries:
             continue
         module = stem.removeprefix(PREFIX).removesuffix(".")
         target = find(f"{module}.weight" if cut else module)
-        if (
-            "lora_" in target
-            or target not in names
-            or (cut and f"{stem}lora_B.weight" not in read_header(weights).entries)
-        ):
+        if "lora_" in target or target not in names or (cut and f"{stem}lora_B.weight" not in entries):
             raise QuantizeError(f"{weights} holds {name}, which changes no weight of the base; merge the adapter first")
         if cut:
-            pairs[target] = (stem, scale_of(path, config, module, read_header(weights).entries[name].shape[0]))
+            pairs[target] = (stem, scale_of(path, config, module, entries[name].shape[0]))
         else:
             replaced[target] = name
     return Adapter(weights, pairs, replaced, bool(config.get("fan_in_fan_out")), FilesSeen.of([path, weights]))

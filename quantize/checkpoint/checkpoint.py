@@ -129,9 +129,13 @@ class Checkpoint:
         """Read a tensor by its name in the files, or some of its rows."""
         return read_rows(self._file(part), part, first, count)
 
+    def _alias(self, name: str) -> str | None:
+        """Return the name of a parameter, or of one that is tied to it, under which the files hold it, if they do."""
+        return next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+
     def _stored_name(self, name: str) -> str:
-        """Return the name of a parameter, or of one that is tied to it, under which the files hold it."""
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        """Return what `_alias` returns; a parameter that the files do not hold is an error."""
+        stored = self._alias(name)
         if stored is None:
             unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
             nearest = difflib.get_close_matches(name, unused, 1, 0.5)
@@ -178,7 +182,7 @@ class Checkpoint:
             return self.dtype
         if self.module is not None:
             return self.module.get_parameter(name).dtype
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        stored = self._alias(name)
         if stored is None or self.is_encoded(name):
             return torch.float32 if stored is None else self.dtype
         part = self.sources[stored].names[0]
@@ -187,7 +191,7 @@ class Checkpoint:
 
     def is_encoded(self, name: str) -> bool:
         """Return whether a parameter is made of parts."""
-        stored = next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
+        stored = self._alias(name)
         return stored is not None and any(part in self.encoded for part in self.sources[stored].names)
 
     def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
