@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Row, Samples, check_ids, read_samples, spread
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.safetensors_reader import stamp
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import read_all
@@ -67,8 +68,7 @@ def read_stamped(path: Path) -> tuple[dict[str, Tensor], str]:
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
     before, tensors = stamp(path), read_all(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(path)
     if stamp(path) != before:
         raise ChangedError(f"{path} has changed while it was read; start again with a file that stays as it is")
     return tensors, digest

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from quantize.artifact.manifest import REQUIRED, Manifest, digest_of
 from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.saving import saved_again
-from quantize.artifact.writer import PROBE, sha256
+from quantize.artifact.writer import PROBE
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.parametrized import with_plain_weights

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantize.artifact.manifest import digest_of
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.paths import require_new
 from quantize.checkpoint.untrusted_files import INDEX
 from quantize.errors import QuantizeError
@@ -142,12 +142,6 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def as_json(value: Any) -> str:

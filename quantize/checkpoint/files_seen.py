@@ -48,8 +48,7 @@ class FilesSeen:
             ChangedError: the file has changed.
         """
         self.require_same(path)
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if self.hashes.setdefault(path, found) != found:
             raise changed(path)
         return found
@@ -76,6 +75,12 @@ class FilesSeen:
             self.require_same(path)
         for path in list(self.hashes):
             self.sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changed(path: Path) -> ChangedError:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.untrusted_files import SIDE_FILES
 from quantize.errors import QuantizeError, UsageError, reason
 
@@ -79,9 +79,5 @@ def require_hash(path: Path) -> None:
         QuantizeError: it is not.
     """
     blob = path.resolve()
-    if not SHA256.fullmatch(blob.name):
-        return
-    with blob.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != blob.name:
+    if SHA256.fullmatch(blob.name) and sha256(blob) != blob.name:
         raise QuantizeError(f"{path} has not the SHA-256 that the hub gives for it; remove {blob}, and fetch it again")

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from quantize.artifact.load import check_hashes
-from quantize.artifact.writer import ArtifactWriter, sha256
+from quantize.artifact.writer import ArtifactWriter
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.opening import side_files
 from quantize.export import EXPORTERS
 from quantize.export.outline import Outline

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact.writer import sha256
 from quantize.calibration.data import Samples
 from quantize.calibration.precision import bfloat16_unit
 from quantize.checkpoint.checkpoint import Checkpoint
-from quantize.checkpoint.files_seen import FilesSeen
+from quantize.checkpoint.files_seen import FilesSeen, sha256
 from quantize.recipe.recipe import Recipe
 
 Fingerprint = dict[str, dict[str, str]]  # part → name in that part → hash, or the value itself

@@ -15,9 +15,10 @@ from rich.console import Console
 from torch import nn
 
 from quantize.artifact.load import load, read_manifest
-from quantize.artifact.writer import ArtifactWriter, sha256
+from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
+from quantize.checkpoint.files_seen import sha256
 from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from quantize.artifact.load import load
 from quantize.artifact.manifest import digest_of
 from quantize.artifact.verify import verify_artifact
-from quantize.artifact.writer import PROBE, sha256
+from quantize.artifact.writer import PROBE
+from quantize.checkpoint.files_seen import sha256
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.directory import export_artifact
 

@@ -3,7 +3,8 @@
 import json
 
 from quantize.artifact.manifest import digest_of
-from quantize.artifact.writer import as_json, sha256
+from quantize.artifact.writer import as_json
+from quantize.checkpoint.files_seen import sha256
 
 
 def bytes_for_programs(artifact):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from quantize.artifact.load import read_manifest
-from quantize.artifact.writer import sha256
+from quantize.checkpoint.files_seen import sha256
 from quantize.export.outline import Outline
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightArgs

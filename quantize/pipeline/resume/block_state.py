@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from quantize.artifact.writer import ArtifactWriter, sha256
+from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.runner import SequentialRunner
+from quantize.checkpoint.files_seen import sha256
 from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
 from quantize.graph.program import Program, Segment

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from quantize.artifact.load import load
-from quantize.artifact.writer import sha256
+from quantize.checkpoint.files_seen import sha256
 from quantize.errors import QuantizeError, UsageError
 from quantize.export import EXPORTERS
 from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
