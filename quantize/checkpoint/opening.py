@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import transformers
@@ -22,6 +22,7 @@ from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.size_limits import NoFiles
 from quantize.checkpoint.sources import find_encoded, gguf
+from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
 from quantize.checkpoint.tensor_files import index_tensors
@@ -59,22 +60,16 @@ def open_checkpoint(
     place = find_model(model) or download(*str(model).split("@"))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
-    links = links_followed(directory)
-    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
-    if place.is_file():
-        files = dict.fromkeys(gguf.places(place) if is_gguf else read_header(place).entries, place)
-    else:
-        files = index_tensors(directory) if weights or not has_config_alone(directory) else NoFiles()
+    links, files = links_followed(directory), files_of(place, weights)
     code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
     seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
-    _, settings = split_settings(read_json(directory / "config.json"), directory)
+    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
     headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
     entries = {name: entry for header in headers for name, entry in header.items()}
+    _, settings = split_settings(read_json(directory / "config.json"), directory)
     encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
-    parts = {part for found in encoded.values() for part in found.parts.values()}
-    stored = {name: path for name, path in files.items() if name not in parts}
-    floats = stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
+    floats = as_floats(files, encoded)
     config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
     built = build_on_meta(config, files, code)
     if is_gguf:
@@ -84,30 +79,50 @@ def open_checkpoint(
     sources = map_keys(built, names)
     plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
     if apart := told_apart(ties_of(built), plain, files):
-        config, built = without_ties(config), build_on_meta(without_ties(config), files, code)
-        names = plain_names(built, floats)
+        config = without_ties(config)
+        built = build_on_meta(config, files, code)
         sources = map_keys(built, names)
-    ties = ties_of(built)
+    ties, find = ties_of(built), finder(built)
     if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
         raise UsageError(f"{directory} holds {' and '.join(still[0])}, which differ though the model ties them")
-    merged = None if adapter is None else open_adapter(Path(adapter), lambda name: finder(built)(name)[0], ties)
     notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
-    said = [*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)]
-    dtype = float_dtype(config, entries)
-    computed = computed_tensors(built, sources)
-    found = (merged, tuple(said), code, encoded, dtype, computed)
-    return Checkpoint(directory, config, files, None, ties, sources, seen, *found)
+    return Checkpoint(
+        directory,
+        config,
+        files,
+        ties=ties,
+        sources=sources,
+        seen=seen,
+        adapter=None if adapter is None else open_adapter(Path(adapter), lambda name: find(name)[0], ties),
+        notes=(*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)),
+        code=code,
+        encoded=encoded,
+        dtype=float_dtype(config, entries),
+        computed=computed_tensors(built, sources),
+    )
+
+
+def files_of(place: Path, weights: bool) -> dict[str, Path]:
+    """Map tensor names to files, of a directory or of one file; without `weights` a directory may have none."""
+    if place.is_dir():
+        return index_tensors(place) if weights or not has_config_alone(place) else NoFiles()
+    return dict.fromkeys(gguf.places(place) if place.suffix == gguf.SUFFIX else read_header(place).entries, place)
+
+
+def as_floats(files: Mapping[str, Path], encoded: Mapping[str, Encoded]) -> dict[str, Path]:
+    """Map the names that tensors have, or would have as floats, to files; one made of parts lies with its first."""
+    parts = {part for found in encoded.values() for part in found.parts.values()}
+    stored = {name: path for name, path in files.items() if name not in parts}
+    return stored | {name: files[next(iter(found.parts.values()))] for name, found in encoded.items()}
 
 
 def no_place(model: nn.Module, found: Iterable[str]) -> list[str]:
     """Say in a sentence which tensors of the files the model has no place for, if there are any."""
     places = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     left = sorted(name for name in found if name not in places)
-    return (
-        [f"{len(left)} tensors of the files have no place in the model and are left out, such as {left[0]}"]
-        if left
-        else []
-    )
+    if not left:
+        return []
+    return [f"{len(left)} tensors of the files have no place in the model and are left out, such as {left[0]}"]
 
 
 def side_files(directory: Path) -> list[Path]:
