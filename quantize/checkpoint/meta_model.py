@@ -86,10 +86,9 @@ def model_class(config: dict[str, Any], code: Path | None = None) -> type[nn.Mod
     Raises:
         UsageError: there is none.
     """
-    architecture, reference = str(config["architectures"][0]), own_class_name(config)
-    cls = getattr(transformers, architecture, None)
-    if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+    if (cls := native_class(config)) is not None:
         return cls
+    architecture, reference = str(config["architectures"][0]), own_class_name(config)
     if code is not None and reference is not None:
         return own_class(code, reference)
     code_of = (
@@ -99,6 +98,12 @@ def model_class(config: dict[str, Any], code: Path | None = None) -> type[nn.Mod
         f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, and {code_of} --trust-remote-code; "
         "or build the model yourself and give quantize_model the module"
     )
+
+
+def native_class(config: dict[str, Any]) -> type[nn.Module] | None:
+    """Return the class of transformers itself that a config names, if there is one."""
+    cls = getattr(transformers, str(config["architectures"][0]), None)
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
 
 
 @contextlib.contextmanager

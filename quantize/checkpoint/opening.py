@@ -14,7 +14,7 @@ from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.hub import download
 from quantize.checkpoint.key_mapping import finder, map_keys, plain_names
-from quantize.checkpoint.meta_model import build_on_meta, ties_of
+from quantize.checkpoint.meta_model import build_on_meta, native_class, ties_of
 from quantize.checkpoint.model_config import config_of, read_config
 from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import find_model, require_config
@@ -61,9 +61,8 @@ def open_checkpoint(
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links, files = links_followed(directory), files_of(place, weights)
-    code = directory if trust_remote_code else None
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
-    seen = FilesSeen.of({*files.values(), *beside, *(code_files(code) if code else ())})
+    seen = FilesSeen.of({*files.values(), *beside})
     is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
     headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
     entries = {name: entry for header in headers for name, entry in header.items()}
@@ -71,6 +70,8 @@ def open_checkpoint(
     encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
     floats = as_floats(files, encoded)
     config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
+    code = directory if trust_remote_code and native_class(config) is None else None
+    seen.stamps.update(FilesSeen.of(code_files(code)).stamps if code else {})
     built = build_on_meta(config, files, code)
     if is_gguf:
         encoded = gguf.find(place, built)

@@ -96,3 +96,12 @@ def test_code_on_the_hub_is_not_fetched(own):
     change_json(own / "config.json", auto_map={"AutoModelForCausalLM": "some/repo--modeling_own.OwnForCausalLM"})
     with pytest.raises(UsageError, match=r"has no 'some/repo--modeling_own.py'"):
         open_checkpoint(own, trust_remote_code=True)
+
+
+def test_nothing_runs_and_nothing_is_taken_along_where_transformers_has_the_class(variant, marker):
+    model = variant()
+    (model / "modeling_own.py").write_text(CODE.format(marker=marker))
+    found = open_checkpoint(model, trust_remote_code=True)
+    assert found.code is None
+    assert not [path for path in found.side_files if path.suffix == ".py"]
+    assert not marker.exists()
