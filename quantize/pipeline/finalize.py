@@ -130,10 +130,8 @@ def no_longer_tied(
     """
     if not blocks.ties.untied or not prepared.checkpoint.config:
         return {}
-    ties, found = (
-        ties_of(build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)),
-        dict[str, Tensor](),
-    )
+    model = build_skeleton(artifact_config(prepared, blocks), code=prepared.checkpoint.code)
+    ties, found = ties_of(model), dict[str, Tensor]()
     for name, stored in blocks.ties.left_out.items():
         if stored not in ties[name]:
             written = (

@@ -77,14 +77,15 @@ def check_folds(prepared: Prepared, context: RunContext) -> LeftOut:
         return LeftOut()
     inputs = verification_inputs(prepared.samples, program.vocabulary, context.seed)
     probes, plain = (SequentialRunner(program, context.prefix.batches(inputs)) for _ in range(2))
-    choice = RotationChoice(program, plan, context.prefix)
+    choice = RotationChoice(program, plan, context.prefix) if any(step.judged for step in plan.steps) else None
     passes = PassRunner(program, plan, context, SequentialRunner(program, []), probes)
     for segment in track(program.segments, "checking folds of", lambda s: s.name, context.console):
         given = Block.read(prepared.checkpoint, program, segment, plan.schemes, context.device)
         block = passes.apply(given)
-        choice.compare(given, block, plain, probes)
-        plain.run(segment.nodes, given.overrides())
+        if choice is not None:
+            choice.compare(given, block, plain, probes)
+            plain.run(segment.nodes, given.overrides())
         probes.run(segment.nodes, block.overrides())
         del given, block  # freed before the next is read
         trim_heap()
-    return choice.left_out()
+    return LeftOut() if choice is None else choice.left_out()

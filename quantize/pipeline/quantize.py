@@ -303,16 +303,14 @@ def run_pipeline(
 
 def announce(prepared: Prepared, console: Console | None) -> None:
     """Print what is odd about the files, what the exporter refused, and which data is used."""
-    for note in prepared.checkpoint.notes if console is not None else ():
-        console.print(note, soft_wrap=True, markup=False)  # type: ignore[union-attr]
-    if console is not None and prepared.program.export_error:
-        console.print(prepared.program.export_error_message, soft_wrap=True, markup=False)
-    if console is not None:
-        if prepared.plan.note:
-            console.print(prepared.plan.note, soft_wrap=True, markup=False)
-        for line in describe_fallbacks(prepared.plan.recipe, prepared.plan.schemes, prepared.program.all_linears):
-            console.print(line, soft_wrap=True)
-    if console is None or not prepared.plan.calibrates:
+    if console is None:
+        return
+    refused = prepared.program.export_error_message if prepared.program.export_error else ""
+    for note in filter(None, (*prepared.checkpoint.notes, refused, prepared.plan.note)):
+        console.print(note, soft_wrap=True, markup=False)
+    for line in describe_fallbacks(prepared.plan.recipe, prepared.plan.schemes, prepared.program.all_linears):
+        console.print(line, soft_wrap=True)
+    if not prepared.plan.calibrates:
         return
     rows, wanted = len(prepared.samples.rows), prepared.plan.recipe.nsamples
     line = f"quantizing on {rows} calibration rows of {wanted} asked for, {prepared.samples.size()}"

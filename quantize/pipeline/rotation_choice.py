@@ -41,9 +41,8 @@ class RotationChoice:
 
     def compare(self, given: Block, passed: Block, plain: SequentialRunner, runner: SequentialRunner) -> None:
         """Note the errors of one block, in front of which both runners stand: the float model's and behind passes."""
-        if any(step.judged for step in self.plan.steps):
-            self.before |= self._errors(given, plain)
-            self.after |= self._errors(passed, runner)
+        self.before |= self._errors(given, plain)
+        self.after |= self._errors(passed, runner)
 
     def _errors(self, block: Block, runner: SequentialRunner) -> dict[Linear, float]:
         """Return the median over tokens of ‖Ŵ x̂ - W x‖² / ‖W x‖² for each linear that tokens reach, but experts.

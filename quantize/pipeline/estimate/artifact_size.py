@@ -170,18 +170,9 @@ class ArtifactEstimate:
         row = ShapeInfo(self.program, {name: (1, *x.shape) for name, x in self.samples.rows[0].items()})
         shape = row.shape(node)
         output = math.prod(shape[:1] + shape[2:] if len(shape) == 3 else shape)
-        return (
-            2
-            * (
-                4 * output
-                + 8
-                * sum(
-                    x.numel() if self.samples.whole else min(x.numel(), PROBE_TOKENS)
-                    for x in self.samples.rows[0].values()
-                )
-            )
-            + 300
-        )
+        most = math.inf if self.samples.whole else PROBE_TOKENS
+        inputs = sum(int(min(x.numel(), most)) for x in self.samples.rows[0].values())
+        return 2 * (4 * output + 8 * inputs) + 300
 
 
 @functools.lru_cache
