@@ -121,6 +121,10 @@ def broken(kind: str, sound: Sound, folder: Path, rng: Rng) -> list[str]:
         shutil.copy(sound["text"], path)
         change_bytes(path, rng)
         return [str(sound["model"]), *quantize, "--calibration", str(path)]
+    if kind == "table":
+        path = Path(shutil.copy(rng.choice(sorted(sound["tables"].iterdir())), folder))
+        (change_json if path.suffix == ".json" and rng.random() < 0.7 else change_bytes)(path, rng)
+        return [str(sound["model"]), *quantize, "--calibration", str(path)]
     if kind == "statistics":
         path = folder / "a.stats"
         shutil.copy(sound["statistics"], path)
@@ -134,7 +138,7 @@ def broken(kind: str, sound: Sound, folder: Path, rng: Rng) -> list[str]:
         return [str(copied), *quantize]
     if kind == "manifest":
         rng.choice([change_json, change_json, change_json, change_bytes])(copied / "manifest.json", rng)
-        return ["verify", str(copied)]
+        return rng.choice([["verify", str(copied)], ["report", str(copied), "--output", str(folder / "page.html")]])
     path = rng.choice(sorted(path for path in copied.iterdir() if path.is_file()))
     change_one(path, rng)
     if kind == "onnx":
@@ -147,7 +151,7 @@ MODEL_FILES = {
     "config": ["config.json"], "weights": ["model.safetensors"],
     "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
 }  # fmt: skip
-KINDS = ("recipe", "config", "weights", "tokenizer", "text", "statistics", "manifest", "artifact", "onnx")
+KINDS = ("recipe", "config", "weights", "tokenizer", "text", "table", "statistics", "manifest", "artifact", "onnx")
 
 
 def change_one(path: Path, rng: Rng) -> None:
