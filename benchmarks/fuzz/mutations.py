@@ -81,7 +81,9 @@ def tensor_like(x: Tensor, rng: Rng) -> Tensor | None:
         lambda: None,
         lambda: x.flatten()[:-1],
         lambda: x.to(rng.choice([torch.float16, torch.int64, torch.uint8, torch.float64])),
-        lambda: torch.full_like(x, wrong) if x.is_floating_point() and x.element_size() > 1 else x.flatten(),
+        lambda: (
+            torch.full(x.shape, wrong).to(x.dtype) if x.is_floating_point() and x.element_size() > 1 else x.flatten()
+        ),
         lambda: torch.zeros(0, dtype=x.dtype),
         lambda: x[None],
         lambda: x,
