@@ -107,7 +107,10 @@ def value_of(file: BinaryIO) -> str | int | None:
 def text(file: BinaryIO) -> str | None:
     """Read a text, or read past one that is too long to be a name."""
     length = number(file, "<Q")
-    return read(file, length).decode(errors="replace") if length <= LONGEST else skip(file, length)
+    if length <= LONGEST:
+        return read(file, length).decode(errors="replace")
+    skip(file, length)
+    return None
 
 
 def read(file: BinaryIO, count: int) -> bytes:
