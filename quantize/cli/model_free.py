@@ -42,8 +42,8 @@ def run_model_free(model: str, output_dir: Path | None, call: dict[str, Any], pr
         call: the other arguments of `quantize_model_free`.
     """
     from quantize.checkpoint.opening import open_files
-    from quantize.model_free.plan import plan_without_model, recipe_without_model
-    from quantize.model_free.quantize import quantize_model_free
+    from quantize.export.compressed_tensors.model_free.plan import plan_without_model, recipe_without_model
+    from quantize.export.compressed_tensors.model_free.quantize import quantize_model_free
     from quantize.pipeline.progress import JsonConsole
 
     program = JsonConsole() if progress == "json" else None

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import quantize
 from quantize.checkpoint.opening import open_checkpoint, open_files
 from quantize.errors import UsageError
-from quantize.model_free import files
-from quantize.model_free.plan import recipe_without_model
+from quantize.export.compressed_tensors.model_free import files
+from quantize.export.compressed_tensors.model_free.plan import recipe_without_model
 from quantize.quantizers.rtn import RoundToNearest
 
 PLAIN = {"quantizer": {"name": "rtn"}}

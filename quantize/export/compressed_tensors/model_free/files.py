@@ -15,9 +15,9 @@ from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.safetensors_writer import RowWriter
 from quantize.checkpoint.tensor_files import require_finite
 from quantize.export.compressed_tensors.format import WORD, is_packed, stored
+from quantize.export.compressed_tensors.model_free.linears import StoredLinear
+from quantize.export.compressed_tensors.model_free.plan import ModelFreePlan
 from quantize.formats.qtensor import QTensor
-from quantize.model_free.linears import StoredLinear
-from quantize.model_free.plan import ModelFreePlan
 from quantize.quantizers.grid import on_grid
 
 PIECE = 1 << 18  # numbers of a weight that are rounded together, so that they stay in a core's cache

@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import UsageError
-from quantize.model_free.experts import FEWEST, LAYER, WEIGHT, Shapes, containers_of, parent, routers_of, stacks_of
-
-HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}  # a stack [experts, out, in] → the names of its halves elsewhere
+from quantize.export.compressed_tensors.model_free.experts import (
+    FEWEST,
+    LAYER,
+    WEIGHT,
+    Shapes,
+    containers_of,
+    parent,
+    routers_of,
+    stacks_of,
+)
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,15 @@ def find_linears(
 
 
 def split_stack(name: str, shape: tuple[int, ...], transposed: bool) -> Iterator[StoredLinear]:
-    """Yield the linears of a stack under the names that checkpoints have for them one by one."""
+    """Yield the linears of a stack under the names that checkpoints have for them one by one.
+
+    A name of three words, `A_B_C`, is that of two linears one after the other, `A_C` and `B_C`.
+    """
     container, leaf = parent(name.removesuffix(WEIGHT)), name.removesuffix(WEIGHT).rpartition(".")[2]
     rows, columns = (shape[2], shape[1]) if transposed else shape[1:]
-    parts = HALVES[leaf] if leaf in HALVES and not transposed and rows % 2 == 0 else (leaf,)
+    words = leaf.split("_")
+    halves = len(words) == 3 and not transposed and rows % 2 == 0
+    parts = [f"{word}_{words[2]}" for word in words[:2]] if halves else [leaf]
     size = rows // len(parts)
     for expert in range(shape[0]):
         for number, part in enumerate(parts):

@@ -17,9 +17,9 @@ from quantize.checkpoint.opening import open_files
 from quantize.export.compressed_tensors.experts import expert_targets
 from quantize.export.compressed_tensors.export import serve_command
 from quantize.export.compressed_tensors.format import NAME, quantization_config
-from quantize.model_free.experts import WEIGHT
-from quantize.model_free.files import write_file
-from quantize.model_free.plan import ModelFreePlan, plan_without_model, recipe_without_model
+from quantize.export.compressed_tensors.model_free.experts import WEIGHT
+from quantize.export.compressed_tensors.model_free.files import write_file
+from quantize.export.compressed_tensors.model_free.plan import ModelFreePlan, plan_without_model, recipe_without_model
 from quantize.pipeline.context import running
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import sources_hash, versions

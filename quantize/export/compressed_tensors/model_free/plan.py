@@ -15,9 +15,9 @@ from torch import Tensor
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.format import NAME, WORD, is_packed, stored
+from quantize.export.compressed_tensors.model_free.linears import StoredLinear, find_linears
 from quantize.export.compressed_tensors.obstacles import unplaced_schemes
 from quantize.formats import get_format
-from quantize.model_free.linears import StoredLinear, find_linears
 from quantize.pipeline.grids import FIRST, ROWS, Grid, decisive, grid_of, regrouped
 from quantize.pipeline.layer_schemes import describe_fallbacks, select
 from quantize.pipeline.plan import grid_fits

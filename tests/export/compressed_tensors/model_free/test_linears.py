@@ -3,7 +3,7 @@
 import pytest
 
 from quantize.errors import UsageError
-from quantize.model_free.linears import StoredLinear, find_linears
+from quantize.export.compressed_tensors.model_free.linears import StoredLinear, find_linears
 
 HEAD = {"model.embed_tokens.weight": (128, 64), "lm_head.weight": (128, 64), "model.norm.weight": (64,)}
 
