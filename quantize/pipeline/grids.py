@@ -55,7 +55,7 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
         UsageError: the group size that was asked for does not fit the grids; also what `make_plan` raises.
     """
     plan = make_plan(recipe, program)
-    if recipe.requantize or checkpoint.is_config_alone:
+    if recipe.requantize or not checkpoint.has_weights:
         return plan
     numbers = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
     grids = find_grids(plan, program, checkpoint)
@@ -115,11 +115,12 @@ def regrouped(recipe: Recipe, held: Mapping[str, int], schemes: Mapping[str, Sch
 def find_grids(plan: Plan, program: Program, checkpoint: Checkpoint) -> dict[str, Grid]:
     """Return the grid of each linear whose weight lies on one, by path, from some rows of each weight.
 
-    Of weights that can only be read as a whole, one for each place in a block is looked at.
+    Of weights that can only be read as a whole, or lie on the hub, one for each place in a block is looked at.
     """
     known = dict[str, Grid | None]()
+    costly = checkpoint.remote is not None
     places = {
-        x: re.sub(r"\d+", "#", x.path) if checkpoint.is_encoded(x.weight) or x.transposed else x.path
+        x: re.sub(r"\d+", "#", x.path) if costly or checkpoint.is_encoded(x.weight) or x.transposed else x.path
         for x in quantized(plan, program)
     }
     for linear, place in places.items():
