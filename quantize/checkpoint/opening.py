@@ -98,7 +98,7 @@ def open_files(model: str | Path | RemoteShards, weights: bool = True) -> Checkp
     """Find a model's files without its class: tensors have the names that they have, or would have as floats, in them.
 
     Args:
-        model: a directory, one file of weights beside its config, a hub id, or the hub's files of which few are on disk.
+        model: a directory, one file of weights beside its config, a hub id, or the hub's files of which few are here.
         weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
