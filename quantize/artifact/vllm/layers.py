@@ -29,8 +29,8 @@ def linears_of(layer: str, fused: Mapping[str, Sequence[str]], quantized: Mappin
     """Return the paths of the quantized linears whose rows a layer of vLLM holds, [] if it is not quantized.
 
     Args:
-        layer: the path of the layer, which ends in `qkv_proj` where vLLM has made one of three.
-        fused: the name of such a layer → the names of its linears.
+        layer: the path of the layer.
+        fused: the name of a layer that vLLM has made of several linears → their names.
         quantized: the quantized linears by path.
 
     Raises:
