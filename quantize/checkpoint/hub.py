@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.untrusted_files import SIDE_FILES
+from quantize.checkpoint.paths import SIDE_FILES
 from quantize.errors import QuantizeError, UsageError, reason
 
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
+@functools.cache
 def download(name: str, revision: str | None = None) -> Path:
     """Fetch a model's config, tokenizer and safetensors files, and nothing else; what was interrupted goes on.
 
     A token is found as the hub's library finds it: `HF_TOKEN`, or what `hf auth login` stored.
+
+    The command asks before anything slow is imported, and the run once more, which costs nothing.
 
     Args:
         name: the id.

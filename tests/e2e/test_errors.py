@@ -345,6 +345,7 @@ def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, tmp_path, err
         raise error
 
     monkeypatch.setattr("quantize.artifact.verify.verify_artifact", refuse)
+    (tmp_path / "manifest.json").write_text("{}")
     shown = cli("verify", tmp_path)
     assert (shown.code, shown.err.count("\n")) == (1, 1)
     assert shown.err.startswith(words)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quantize.checkpoint.safetensors_reader import read_into, stamp
+from quantize.checkpoint.files_seen import stamp
+from quantize.checkpoint.safetensors_reader import read_into
 from quantize.checkpoint.sources.encoded import Encoded, Parts
 from quantize.errors import ChangedError, QuantizeError, UsageError, reason
 
