@@ -54,6 +54,11 @@ bench-preflight: $(VENV)/installed
 bench-scale: $(VENV)/installed
 	$(PYTHON) -m benchmarks.scale.bench $(ARGS)
 
+# Rounding files without the model's code beside llm-compressor's model_free_ptq: benchmarks/results/model-free-KIND.json and .md
+# (arguments: ARGS="--peer PYTHON --size 1.1B --layers 16 --scales minmax --scratch DIR", a Python with llm-compressor)
+bench-model-free: $(VENV)/installed
+	$(PYTHON) -m benchmarks.model_free.bench $(ARGS)
+
 # Files for ONNX Runtime beside float32, torch, onnxruntime-genai and llama.cpp on this CPU: benchmarks/results/cpu-KIND.json and .md
 # (arguments: ARGS="--peer PYTHON", with what benchmarks/cpu/peer.py names)
 bench-cpu: $(VENV)/installed
@@ -129,4 +134,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu bench-gpu-run tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers
+.PHONY: bench-model-free bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu bench-gpu-run tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers

@@ -10,6 +10,7 @@ from quantize.artifact.registration import register_when_imported
 if TYPE_CHECKING:
     from quantize.artifact.load import load as load
     from quantize.eval.report import evaluate as evaluate
+    from quantize.export.compressed_tensors.model_free.quantize import quantize_model_free as quantize_model_free
     from quantize.export.directory import export_artifact as export_artifact
     from quantize.finetuning.finetune import finetune as finetune
     from quantize.graph.inspect import inspect as inspect
@@ -30,6 +31,7 @@ HOMES = {
     "load": "quantize.artifact.load",
     "prune_model": "quantize.pipeline.pruned_model",
     "quantize_model": "quantize.pipeline.quantize",
+    "quantize_model_free": "quantize.export.compressed_tensors.model_free.quantize",
 }
 __all__ = [
     "Artifact",
@@ -41,6 +43,7 @@ __all__ = [
     "load",
     "prune_model",
     "quantize_model",
+    "quantize_model_free",
 ]
 
 

@@ -53,6 +53,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         manifest, why = {}, f": {error}"
     if isinstance(target := manifest.get("format"), str) and "artifact" in manifest:
         raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
+    if isinstance(target, str) and "model_free" in manifest:
+        raise UsageError(
+            f"{directory} was made without the model, as {shown(target)}; load it with transformers or vLLM"
+        )
     if not manifest.keys() >= REQUIRED:
         raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
     validated(lambda: Manifest.model_validate_json(json.dumps(manifest), strict=True), str(path))

@@ -33,7 +33,7 @@ def name_architecture(config: Mapping[str, Any], files: Mapping[str, Path]) -> s
     if not candidates:
         raise UsageError(
             f"config.json names no architecture, and its model_type is {shown(kind)}, for which transformers has no "
-            "class; add the key architectures"
+            "class; add the key architectures, or round the weights without the model, with --model-free"
         )
     fits = [misfit({**config, "architectures": [name]}, files) for name in candidates]
     return candidates[fits.index(min(fits))]

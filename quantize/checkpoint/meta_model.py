@@ -96,7 +96,8 @@ def model_class(config: dict[str, Any], code: Path | None = None) -> type[nn.Mod
     )
     raise UsageError(
         f"transformers {transformers.__version__} has no {architecture[:LONGEST]}, and {code_of} --trust-remote-code; "
-        "or build the model yourself and give quantize_model the module"
+        "or build the model yourself and give quantize_model the module; or round its weights without the model, with "
+        "--model-free"
     )
 
 

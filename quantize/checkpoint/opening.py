@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import transformers
@@ -13,7 +14,7 @@ from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.computed_tensors import computed_tensors
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.hub import download
-from quantize.checkpoint.key_mapping import finder, map_keys, plain_names
+from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plain_names
 from quantize.checkpoint.meta_model import build_on_meta, native_class, ties_of
 from quantize.checkpoint.model_config import config_of, read_config
 from quantize.checkpoint.parametrized import with_plain_weights
@@ -57,25 +58,17 @@ def open_checkpoint(
             raise UsageError("an adapter is merged into a directory's weights; merge it into the module yourself")
         plain_module = model if isinstance(model, transformers.PreTrainedModel) else with_plain_weights(model)
         return Checkpoint(None, config_of(model), module=plain_module, ties=ties_of(plain_module))
-    place = find_model(model) or download(*str(model).split("@"))
-    directory = place if place.is_dir() else place.parent
-    require_config(directory)
-    links, files = links_followed(directory), files_of(place, weights)
-    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
-    seen = FilesSeen.of({*files.values(), *beside})
-    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
-    headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
-    entries = {name: entry for header in headers for name, entry in header.items()}
-    _, settings = split_settings(read_json(directory / "config.json"), directory)
-    encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
+    stored = open_files(model, weights)
+    directory, files, seen, encoded = stored.directory or Path(), stored.files, stored.seen, stored.encoded
+    gguf_file = next((path for path in files.values() if path.suffix == gguf.SUFFIX), None)
     floats = as_floats(files, encoded)
-    config, _ = split_settings(read_config(directory, None if is_gguf else floats), directory)
+    config, _ = split_settings(read_config(directory, None if gguf_file else floats), directory)
     code = directory if trust_remote_code and native_class(config) is None else None
     seen.stamps.update(FilesSeen.of(code_files(code)).stamps if code else {})
     built = build_on_meta(config, files, code)
-    if is_gguf:
-        encoded = gguf.find(place, built)
-        floats = dict.fromkeys(encoded, place)
+    if gguf_file is not None:
+        encoded = gguf.find(gguf_file, built)
+        floats = dict.fromkeys(encoded, gguf_file)
     names = plain_names(built, floats)
     sources = map_keys(built, names)
     plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
@@ -86,20 +79,49 @@ def open_checkpoint(
     ties, find = ties_of(built), finder(built)
     if still := [pair for pair in apart if pair[1] in ties.get(pair[0], ())]:
         raise UsageError(f"{directory} holds {' and '.join(still[0])}, which differ though the model ties them")
-    notes = [f"{len(links)} files are links and are followed: {links[0]}"] if links else []
+    return replace(
+        stored,
+        config=config,
+        ties=ties,
+        sources=sources,
+        adapter=None if adapter is None else open_adapter(Path(adapter), lambda name: find(name)[0], ties),
+        notes=(*stored.notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)),
+        code=code,
+        encoded=encoded,
+        computed=computed_tensors(built, sources),
+    )
+
+
+def open_files(model: str | Path, weights: bool = True) -> Checkpoint:
+    """Find a model's files without its class: tensors have the names that they have, or would have as floats, in them.
+
+    Args:
+        model: a directory, one file of weights beside its config, or a hub id.
+        weights: whether a directory must have weights; otherwise a config alone is enough.
+
+    Raises:
+        UsageError: there is no such model, or it is quantized by a method that cannot be read.
+        QuantizeError: the files are damaged.
+    """
+    place = find_model(model) or download(*str(model).split("@"))
+    directory = place if place.is_dir() else place.parent
+    require_config(directory)
+    links, files = links_followed(directory), files_of(place, weights)
+    beside = [directory / path for path in (Path("config.json"), *side_files(directory))]
+    is_gguf = place.suffix == gguf.SUFFIX and place.is_file()
+    headers = [] if is_gguf else [read_header(path).entries for path in sorted(set(files.values()))]
+    entries = {name: entry for header in headers for name, entry in header.items()}
+    config, settings = split_settings(read_json(directory / "config.json"), directory)
+    encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
     return Checkpoint(
         directory,
         config,
         files,
-        ties=ties,
-        sources=sources,
-        seen=seen,
-        adapter=None if adapter is None else open_adapter(Path(adapter), lambda name: find(name)[0], ties),
-        notes=(*notes, *dropped(names), *no_place(built, sources), *map(kept_apart, apart)),
-        code=code,
+        sources={name: StoredTensor((name,)) for name in as_floats(files, encoded)},
+        seen=FilesSeen.of({*files.values(), *beside}),
+        notes=(f"{len(links)} files are links and are followed: {links[0]}",) if links else (),
         encoded=encoded,
         dtype=float_dtype(config, entries),
-        computed=computed_tensors(built, sources),
     )
 
 

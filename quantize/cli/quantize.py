@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run, on_hub
+from quantize.cli.model_free import rounded_alone, run_model_free
 from quantize.errors import UsageError, own_words_shown
 from quantize.recipe.targets import TARGETS
 
@@ -65,6 +66,12 @@ from quantize.recipe.targets import TARGETS
     default=None,
     help="Round weights anew that lie on a grid of the scheme already; otherwise they are kept exactly.",
 )
+@click.option(
+    "--model-free",
+    is_flag=True,
+    help="Round the weights file by file without the model's code, whatever its architecture, and write a "
+    "compressed-tensors checkpoint.",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
 @click.option(
@@ -105,6 +112,7 @@ def quantize(
     adapter: Path | None,
     revision: str | None,
     trust_remote_code: bool,
+    model_free: bool,
     resume: bool,
     stats: Path | None,
     collect_stats: Path | None,
@@ -125,6 +133,12 @@ def quantize(
     check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
     if output_dir is None and not dry_run and collect_stats is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
+    if model_free:
+        options = dict(settings, calibration=calibration, text_column=text_column, adapter=adapter, stats=stats,
+                       collect_stats=collect_stats, trust_remote_code=trust_remote_code, device=device)  # fmt: skip
+        call = rounded_alone(options, scheme=scheme, target=target, recipe=recipe, resume=resume)
+        with own_words_shown(verbose):
+            return run_model_free(model, None if dry_run else output_dir, call, progress, quiet)
     from quantize.pipeline.distributed import is_rank_zero
     from quantize.pipeline.progress import JsonConsole
     from quantize.pipeline.quantize import collect_stats as collect

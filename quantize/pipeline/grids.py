@@ -20,7 +20,7 @@ from quantize.pipeline.plan import Plan, grid_fits, make_plan
 from quantize.quantizers.base import grouped
 from quantize.quantizers.grid import on_grid
 from quantize.recipe.recipe import Recipe
-from quantize.scheme.scheme import TABLE_SCHEME, WeightArgs
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 
 ROWS, EXPERTS = 64, 2  # of each weight that are looked at before the plan; a block looks at all of it
 FIRST = 4  # rows that tell most weights to lie on no grid
@@ -57,23 +57,30 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
     plan = make_plan(recipe, program)
     if recipe.requantize or checkpoint.is_config_alone:
         return plan
-    grids, linears = find_grids(plan, program, checkpoint), quantized(plan, program)
-    sizes = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
-    total, on = (sum(sizes[x.weight] for x in linears if x.path in found) for found in (plan.schemes, grids))
-    if not grids or on < ENOUGH * total:
-        return plan
-    found = f"{len(grids)} of {len(linears)} linears already lie on a grid of {described(grids)}"
+    numbers = {name: node.meta["val"].numel() for node, name in program.parameters.items()}
+    grids = find_grids(plan, program, checkpoint)
+    found = decisive(grids, {x.path: numbers[x.weight] for x in quantized(plan, program)})
     held = {path: grid.size for path, grid in grids.items() if grid.held}
     activations = recipe.activations
-    if not held:
-        return replace(plan, note=f"{found}, which needs zero points: rounded anew")
+    if not found or not held:
+        return replace(plan, note=f"{found}, which needs zero points: rounded anew" if found else "")
     if activations and activations.format == "int" and activations.num_bits < TRANSFORMED_BITS and plan.steps:
         why = f"rounded anew, since {activations.num_bits}-bit activations need the recipe's transforms"
         return replace(plan, note=f"{found}: {why}; a recipe with passes = [] keeps it")
-    unfit = [size for path, size in held.items() if not grid_fits(size, plan.schemes[path].weights)]
-    regroups = bool(unfit) and recipe.weights.format == "int" and recipe.weights.num_bits == 4
-    plan = make_plan(regrouped(recipe, min(unfit), found) if regroups else recipe, program, grids=held)
+    plan = make_plan(regrouped(recipe, held, plan.schemes, found), program, grids=held)
     return replace(plan, note=f"{found}: {'kept exactly' if plan.kept else 'rounded anew, as the groups do not fit'}")
+
+
+def decisive(grids: Mapping[str, Grid], sizes: Mapping[str, int]) -> str:
+    """Say on which grid weights lie, if it is those of at least half of them; '' otherwise.
+
+    Args:
+        grids: the grids of the linears whose weights lie on one, by path.
+        sizes: how many weights each linear to quantize has, by path.
+    """
+    if not grids or sum(sizes[path] for path in grids) < ENOUGH * sum(sizes.values()):
+        return ""
+    return f"{len(grids)} of {len(sizes)} linears already lie on a grid of {described(grids)}"
 
 
 def quantized(plan: Plan, program: Program) -> list[Linear]:
@@ -81,12 +88,22 @@ def quantized(plan: Plan, program: Program) -> list[Linear]:
     return [x for x in program.all_linears if plan.schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME]
 
 
-def regrouped(recipe: Recipe, size: int, found: str) -> Recipe:
-    """Return the recipe with the group size of grids, if the recipe's own is a default.
+def regrouped(recipe: Recipe, held: Mapping[str, int], schemes: Mapping[str, Scheme], found: str) -> Recipe:
+    """Return the recipe with the group size of grids, if its own does not fit these and is a default.
+
+    Args:
+        recipe: the recipe.
+        held: the group sizes of the grids that the recipe's format holds, by path.
+        schemes: the scheme of each linear, by path.
+        found: what was found, for the error.
 
     Raises:
-        UsageError: it was asked for.
+        UsageError: the group size was asked for.
     """
+    unfit = [size for path, size in held.items() if not grid_fits(size, schemes[path].weights)]
+    if not unfit or recipe.weights.format != "int" or recipe.weights.num_bits != 4:
+        return recipe
+    size = min(unfit)
     if not recipe.fallback_group_sizes:
         raise UsageError(
             f"the group size {recipe.weights.group_size} does not fit: {found}; give --group-size {size} or none to "

@@ -6,7 +6,7 @@ import difflib
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Protocol
 
 import re2
 
@@ -18,6 +18,22 @@ from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 TOWER = "images or sound pass through it beside the language model; an entry of `layers` quantizes it"
+
+
+class HasScheme(Protocol):
+    """What the recipe's patterns ask of a linear: its path, its weight's name, and the number of its columns."""
+
+    @property
+    def path(self) -> str:
+        """The path of its module."""
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+
+    @property
+    def columns(self) -> int:
+        """The number of its input channels."""
 
 
 def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear], program: Program) -> Recipe:
@@ -43,7 +59,7 @@ def resolve_ignore(recipe: Recipe, head: Linear | None, linears: Sequence[Linear
 
 
 def select(
-    recipe: Recipe, linears: Sequence[Linear], tables: Sequence[str] = (), towers: Set[str] = frozenset()
+    recipe: Recipe, linears: Sequence[HasScheme], tables: Sequence[str] = (), towers: Set[str] = frozenset()
 ) -> tuple[dict[str, Scheme], dict[str, str]]:
     """Return the scheme of each linear to quantize, by path in order, and the reason for each weight left out.
 
@@ -113,7 +129,7 @@ def before_fallback(recipe: Recipe, entry: LayerArgs | None) -> tuple[Scheme, in
     return base, base.weights.group_size, fallbacks
 
 
-def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Iterable[Linear]) -> list[str]:
+def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Iterable[HasScheme]) -> list[str]:
     """Return a sentence for each number of columns that a default group size does not divide."""
     taken: Counter[tuple[int, int, int]] = Counter()
     for linear in (x for x in linears if schemes.get(x.path, TABLE_SCHEME) != TABLE_SCHEME):
@@ -163,7 +179,7 @@ def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear
     raise UsageError(f"{kind}: {shown(pattern)} matches no {what}; near are {', '.join(near) or 'none'}")
 
 
-def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[Linear]) -> None:
+def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[HasScheme]) -> None:
     """Check that the group size of each linear divides its columns."""
     sizes = {path: scheme.weights.group_size for path, scheme in schemes.items()}
     odd = [x for x in linears if (size := sizes.get(x.path)) and x.columns % size]

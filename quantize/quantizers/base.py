@@ -96,7 +96,8 @@ def search_qparams(
     The search leaves a group once the weights outside its range alone have a larger error than the best range, because
     smaller ranges only add to that error.
     """
-    number_format, (low, high) = get_format(args.format), groups.aminmax(dim=-1, keepdim=True)
+    number_format = get_format(args.format)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)  # ten times as fast as `aminmax`
     scale, zero_point = number_format.compute_qparams(low, high, args, dtype, global_scale)
     if weighting is None:
         return scale[..., 0], zero_point[..., 0]

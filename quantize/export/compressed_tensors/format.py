@@ -51,11 +51,12 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
             {} if weight.global_scale is None else {"weight_global_scale": weight.global_scale.reciprocal().reshape(1)}
         )
         return {"weight_packed": weight.data, **scale, **global_scale}
-    q = weight.unpack()
     if not packed:
-        return {"weight": q, **scale, **({} if zero_point is None else {"weight_zero_point": zero_point})}
+        return {"weight": weight.unpack(), **scale, **({} if zero_point is None else {"weight_zero_point": zero_point})}
     zeros = {} if zero_point is None else {"weight_zero_point": words(zero_point.T).T}
-    return {"weight_packed": words(q), **scale, "weight_shape": torch.tensor(q.shape), **zeros}
+    packed_q = (weight.data ^ SIGN_BITS).view(torch.int32) if weight.columns % WORD == 0 else words(weight.unpack())
+    shape = torch.tensor([len(weight.data), weight.columns])
+    return {"weight_packed": packed_q, **scale, "weight_shape": shape, **zeros}
 
 
 def words(q: Tensor) -> Tensor:

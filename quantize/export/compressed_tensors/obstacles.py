@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from quantize.export.compressed_tensors.experts import unplaced_experts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
+from quantize.scheme.scheme import Scheme
 
 ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
 ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
@@ -27,11 +28,7 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     """Yield what the format has no place for, each with what to quantize with instead."""
     settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
     yield from unplaced_experts(outline)
-    for name in sorted({scheme.weights.format for scheme in schemes.values()}):
-        if get_format(name).element == "level":
-            yield f"{name} weights", '`format = "int"` in [weights]'
-    if len(set(schemes.values())) > 1 and any(map(has_packed_zero_points, schemes.values())):
-        yield "4-bit weights with zero points beside linears of another scheme", "`symmetric = true` in [weights]"
+    yield from unplaced_schemes(schemes.values())
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     if settings.get("kv_cache"):
@@ -42,12 +39,22 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
         first, *more = (path for path in others if kinds[path] is kind)
         what = f"{first}{f' and {len(more)} more' if more else ''}, of the class {kind.__name__} and no plain nn.Linear"
         yield what, f"--ignore {','.join(sorted({path.rpartition('.')[2] for path in (first, *more)}))}"
-    for path, entry in ((path, settings["modules"][path]) for path in schemes):
+    for entry in (settings["modules"][path] for path in schemes):
         yield from (ONLINE[online["kind"]] for online in entry.get("online", ()))
-        args = schemes[path].activations
-        if args is not None and args.runtime_smooth is not None:
+
+
+def unplaced_schemes(schemes: Iterable[Scheme]) -> Iterator[tuple[str, str]]:
+    """Yield what the format has no place for in schemes, each with what to quantize with instead."""
+    found = list(dict.fromkeys(schemes))
+    for name in sorted({scheme.weights.format for scheme in found}):
+        if get_format(name).element == "level":
+            yield f"{name} weights", '`format = "int"` in [weights]'
+    if len(found) > 1 and any(map(has_packed_zero_points, found)):
+        yield "4-bit weights with zero points beside linears of another scheme", "`symmetric = true` in [weights]"
+    for args in (scheme.activations for scheme in found if scheme.activations is not None):
+        if args.runtime_smooth is not None:
             yield "runtime smooth", "no pass `runtime_smooth`"
-        if args is not None and args.clip_ratio != 1:
+        if args.clip_ratio != 1:
             yield "clipped activations", "`clip_ratio = 1.0` in [activations] and no pass `activation_clip`"
 
 
