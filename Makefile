@@ -109,11 +109,11 @@ fuzz: $(VENV)/installed
 
 # Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
 test: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 # The same with every test: at most twenty minutes on two cores
 test-all: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
