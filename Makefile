@@ -100,7 +100,7 @@ bench-whole: $(VENV)/installed
 bench-layers: $(VENV)/installed
 	$(PYTHON) -m benchmarks.layer_memory $(ARGS)
 
-# 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
+# 10,000 broken files of ten kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
 

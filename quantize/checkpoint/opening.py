@@ -136,7 +136,9 @@ def files_of(place: Path, weights: bool) -> dict[str, Path]:
     """Map tensor names to files, of a directory or of one file; without `weights` a directory may have none."""
     if place.is_dir():
         return index_tensors(place) if weights or not has_config_alone(place) else NoFiles()
-    return dict.fromkeys(gguf.places(place) if place.suffix == gguf.SUFFIX else read_header(place).entries, place)
+    return dict.fromkeys(
+        gguf.header_of(place).places if place.suffix == gguf.SUFFIX else read_header(place).entries, place
+    )
 
 
 def as_floats(files: Mapping[str, Path], encoded: Mapping[str, Encoded]) -> dict[str, Path]:

@@ -24,7 +24,7 @@ class Q4_1(Integer):  # noqa: N801
     -d · (zero point + 8). Source: `ggml-quants.c` of llama.cpp, `quantize_row_q4_1_ref`.
     """
 
-    element: ClassVar[Literal["level"]] = "level"  # no kernel for integers takes such zero points
+    element: ClassVar[Literal["int", "level"]] = "level"  # no kernel for integers takes such zero points
     activation_format: ClassVar[str | None] = None
     needs: ClassVar[Mapping[str, object]] = {"num_bits": 4, "symmetric": False}
     defaults: ClassVar[Mapping[str, object]] = {"group_size": 32}
