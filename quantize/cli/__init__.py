@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 from types import FrameType
@@ -95,5 +97,7 @@ def main() -> NoReturn:
             sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    click.echo("; ".join(["interrupted", *(kept or ["nothing was kept"])]), err=True)
-    sys.exit(1)
+    with contextlib.suppress(OSError):  # whoever read the output may be gone
+        click.echo("; ".join(["interrupted", *(kept or ["nothing was kept"])]), err=True)
+        sys.stdout.flush()
+    os._exit(1)  # all is cleaned up, and Python would take seconds to take torch and a model apart

@@ -76,6 +76,19 @@ class QuantizedLinear(QuantizedWeight):
             self._held = held = hold_weight(self.qtensor(), args, dtype)
         return held
 
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay out the weight for good, for inputs of this dtype on its device: a compiler or a CUDA graph cannot.
+
+        What GPU kernels read is held once: the integers as they are stored are freed, so that the module can neither
+        move nor be saved.
+        """
+        x, args = torch.empty(1, self.in_features, dtype=dtype, device=self.qweight.device), self.scheme.activations
+        if runs_fake_quant(x, args):
+            self.held(dtype)
+        elif has_gpu_kernel(x, self.qtensor(), args):
+            self.packed()
+            self.qweight = self.qweight.new_empty(0)
+
     def drop_laid_out(self) -> None:
         """Drop the weights that are laid out."""
         super().drop_laid_out()

@@ -1,11 +1,14 @@
 """Quantized linears with rotations, runtime smooth and FP4 on the GPU kernels, in Triton's interpreter."""
 
+import copy
+
 import pytest
 import torch
 from helpers.operands import rng
 
 from quantize.formats import get_format
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
+from quantize.nn import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
 from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
@@ -126,3 +129,15 @@ def test_compiles_without_a_break(scheme, kernels):
     kernels()
     expected = layer(x)
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("scheme", ROTATED)
+def test_what_is_laid_out_for_good_is_held_once_and_needs_no_first_call(scheme, kernels, monkeypatch):
+    layer, x = layer_of(*ROTATED[scheme][:2], [Hadamard(32)]), tokens()
+    expected = copy.deepcopy(layer)
+    calls = kernels()
+    monkeypatch.setattr(quantized_linear, "runs_fake_quant", lambda *_: False)  # as on a GPU
+    layer.lay_out(torch.float32)
+    assert not calls
+    assert not layer.qweight.numel()
+    assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected(x))

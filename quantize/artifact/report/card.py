@@ -81,7 +81,9 @@ def card(manifest: Mapping[str, Any], recipe: str, in_transformers: bool, genera
         losses=f"\n{table(tables.losses(found))}\nOn {plain(tables.judged_on(found.held_out))}.\n"
         if found.held_out
         else "",
-        runtimes=runtimes(found) if in_transformers else "| others | none: transformers does not know the module |",
+        runtimes=runtimes(found, generates)
+        if in_transformers
+        else "| others | none: transformers does not know the module |",
         recipe=recipe,
     )
 
@@ -96,9 +98,10 @@ def metadata(found: Findings, in_transformers: bool, generates: bool) -> str:
     return str(yaml.safe_dump(entries, sort_keys=True))
 
 
-def runtimes(found: Findings) -> str:
-    """Return a row for each runtime: the command that makes its files, or why there are none."""
+def runtimes(found: Findings, generates: bool) -> str:
+    """Return a row for each runtime: how it takes the artifact, the command that makes its files, or why not."""
     rows = ["| transformers, PyTorch | as above |"]
+    rows += ["| vLLM, where this package is installed | `vllm serve DIRECTORY` |"] if generates else []
     for name, target in sorted(TARGETS.items()):
         why = target.refused.get(found.scheme)
         command = f"`quantize-model export DIRECTORY --format {target.format} --output-dir OUT`"
