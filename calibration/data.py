@@ -21,6 +21,7 @@ Row = Mapping[str, Tensor]
 BUNDLED = Path(__file__).with_name("books.txt")  # public-domain prose
 BATCH_TOKENS = 2048  # the number of tokens that run together
 PIECE = 1 << 20  # bytes of a text that are tokenized together, which takes some 200 times as much memory
+SHORT, CHARACTERS = 1 << 14, 64  # of a row's text that are tokenized together at least, and for each id asked for
 HEAD, HEAD_OF_ALL = 1 << 22, 1 << 24  # bytes that are read of a text: more only if that many windows are asked for
 LONGEST_LINE = 1 << 24  # bytes of a line of .jsonl
 
@@ -233,12 +234,18 @@ def read_row(row: dict[str, object], path: Path, seqlen: int, tokenize: Tokenize
 
 def beginning(tokenize: Tokenize, text: str, count: int) -> list[int]:
     """Return the ids of a text with the special tokens around it; of a long one some, but more than `count`."""
-    ids = [x.id for x in tokenize.leading]
-    for start in range(0, len(text), PIECE):
-        ids += tokenize(text[start : start + PIECE])
+    ids = [*(x.id for x in tokenize.leading), *first_ids(tokenize, text, count)]
+    return ids if len(ids) > count else [*ids, *(x.id for x in tokenize.trailing)]
+
+
+def first_ids(tokenize: Tokenize, text: str, count: int) -> list[int]:
+    """Return the ids of a text without special tokens; of a long one some, but more than `count`."""
+    ids, piece = list[int](), min(PIECE, max(SHORT, CHARACTERS * count))
+    for start in range(0, len(text), piece):
+        ids += tokenize(text[start : start + piece])
         if len(ids) > count:
-            return ids
-    return [*ids, *(x.id for x in tokenize.trailing)]
+            break
+    return ids
 
 
 def require(tokenize: Tokenize | None, path: Path) -> Tokenize:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration.data import spread
+from quantize.calibration.data import PIECE, spread
 from quantize.calibration.table_files import read_records
 from quantize.checkpoint.paths import data_files, is_data_set
 from quantize.errors import UsageError, reason
@@ -26,7 +26,14 @@ def records_of(data: Path, limit: int) -> list[Any]:
         found: Iterator[Any] = itertools.chain.from_iterable(map(read_records, data_files(data)))
     else:
         found = read_hub(str(data)) if is_data_set(str(data)) else read_records(data)
-    return list(spread(list(itertools.islice(found, SPREAD_OVER * limit)), limit))
+    return list(spread(list(map(cut, itertools.islice(found, SPREAD_OVER * limit))), limit))
+
+
+def cut(record: Any) -> Any:
+    """Return a record with the beginning of its texts alone, as many are held at a time."""
+    if isinstance(record, str):
+        return record[:PIECE]
+    return {name: cut(x) if isinstance(x, str) else x for name, x in record.items()} if type(record) is dict else record
 
 
 def read_hub(name: str) -> Iterator[Any]:

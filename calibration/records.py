@@ -8,33 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.calibration.data import beginning, first_ids
 from quantize.checkpoint.tokenizer import Tokenize
-from quantize.errors import UsageError, shown
+from quantize.errors import UsageError, listed, shown
 
 TEXT, IDS, MASK, MESSAGES = "text", "input_ids", "attention_mask", "messages"
 
 
-def ids_of(record: Any, tokenize: Tokenize | None, source: str) -> list[int]:
-    """Return the token ids of a record, without those that its mask leaves out.
+def ids_of(record: Any, tokenize: Tokenize | None, source: str, count: int) -> list[int]:
+    """Return the token ids of a record, without those that its mask leaves out; of a long text more than `count`.
 
     Args:
         record: a text; ids; or a mapping with `input_ids` and perhaps `attention_mask`, with `messages`, or with one
             text, which is that of `text` if there are several.
         tokenize: the model's tokenizer; None will do for ids.
         source: where the record comes from, for messages.
+        count: the number of ids that are used.
 
     Raises:
         UsageError: the record is nothing of these, or needs a tokenizer that the model does not have.
     """
     if isinstance(record, str):
-        return needed(tokenize, source).whole(record)
+        return beginning(needed(tokenize, source), record, count)
     if isinstance(record, Mapping):
         if IDS in record:
             return unpadded(integers(record[IDS], source), record.get(MASK), source)
         if isinstance(messages := record.get(MESSAGES), Sequence) and not isinstance(messages, str):
-            return needed(tokenize, source).conversation(messages)
+            known = needed(tokenize, source)
+            return first_ids(known, known.conversation(messages), count)
         text = text_of(record, source)
-        return needed(tokenize, source).whole(text)
+        return beginning(needed(tokenize, source), text, count)
     return integers(record, source)
 
 
@@ -45,7 +48,7 @@ def of_column(record: Any, column: str, source: str) -> Any:
         UsageError: the record has no such column, or something else is in it.
     """
     if not isinstance(record, Mapping) or column not in record:
-        names = ", ".join(map(str, record)) if isinstance(record, Mapping) else "no columns"
+        names = listed(record) if isinstance(record, Mapping) else "no columns"
         raise UsageError(f"{source} has rows of {names}; give one of these as --text-column, not {shown(column)}")
     value = record[column]
     if isinstance(value, str):
@@ -63,9 +66,9 @@ def text_of(record: Mapping[str, Any], source: str) -> str:
     """
     texts = {name: value for name, value in record.items() if isinstance(value, str)}
     if TEXT not in texts and len(texts) != 1:
-        names = ", ".join(map(str, record)) or "nothing"
         raise UsageError(
-            f"{source} has rows of {names}; call one of them text, messages or input_ids, or give --text-column"
+            f"{source} has rows of {listed(record) or 'nothing'}; call one of them text, messages or input_ids, or "
+            "give --text-column"
         )
     return texts[TEXT] if TEXT in texts else next(iter(texts.values()))
 

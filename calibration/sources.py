@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantize.calibration.arguments import IN_MEMORY
 from quantize.calibration.data import Row, Samples, spread
 from quantize.calibration.data_sets import records_of
 from quantize.calibration.records import IDS, MASK, ids_of, of_column
-from quantize.calibration.table_files import READERS, holds_records
+from quantize.calibration.table_files import READERS, bounded_reading, holds_records
 from quantize.calibration.tensor_samples import (
     check_shapes,
     check_values,
@@ -63,13 +64,25 @@ def read_source(
         path = None if data is None else Path(data)
         if path is None or not is_table(path, text_column):
             return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
-        source = str(path)
         if path.suffix == ".safetensors":
             records = records_in(read_stamped(path)[0], inputs, limit)
-        else:
+            return samples_of(records, str(path), inputs, seqlen, tokenize, vocabulary, text_column)
+        with bounded_reading(path) if path.exists() else contextlib.nullcontext():
             records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]
-    else:
-        source, records = IN_MEMORY, records_in(data, inputs, limit)
+            return samples_of(records, str(path), inputs, seqlen, tokenize, vocabulary, text_column)
+    return samples_of(records_in(data, inputs, limit), IN_MEMORY, inputs, seqlen, tokenize, vocabulary, text_column)
+
+
+def samples_of(
+    records: list[Any],
+    source: str,
+    inputs: Mapping[str, Input],
+    seqlen: int,
+    tokenize: Tokenize | None,
+    vocabulary: int,
+    text_column: str | None,
+) -> Samples:
+    """Return the samples that some records are; see `read_source`. `source` says where they come from."""
     if text_column is not None:
         records = [of_column(record, text_column, source) for record in records]
     rows = [row_of(record, inputs, seqlen, tokenize, source) for record in records]
@@ -131,7 +144,7 @@ def row_of(record: Any, inputs: Mapping[str, Input], seqlen: int, tokenize: Toke
     if not more and not inputs[name].example.is_floating_point():
         if isinstance(record, Mapping) and name in record:
             record = {**record, IDS: record[name]}
-        return {name: torch.tensor(ids_of(record, tokenize, source)[:seqlen], dtype=torch.long)}
+        return {name: torch.tensor(ids_of(record, tokenize, source, seqlen)[:seqlen], dtype=torch.long)}
     if not isinstance(record, Mapping) or not all(isinstance(record.get(n), Tensor) for n in inputs):
         raise UsageError(f"the model takes {described(inputs)}; give a tensor of each")
     check_shapes(source, {n: record[n][None] for n in inputs}, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -11,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.calibration.data import LONGEST_LINE
 from quantize.calibration.records import MASK, MESSAGES
+from quantize.checkpoint.size_limits import limit_data, limit_time
 from quantize.checkpoint.untrusted_files import parse_json
 from quantize.errors import QuantizeError, UsageError, reason
 
 LARGEST = 1 << 28  # bytes of a .json or .pt file, which is read whole
 LONGEST_CELL = 1 << 24  # characters
+MEMORY, SECONDS = 1 << 30, 20.0  # bytes, and seconds of a core, that reading a file may take
+ROWS = 16  # of a table that are in memory at a time, beside those that are taken
 
 
 def holds_records(path: Path) -> bool:
@@ -24,7 +29,8 @@ def holds_records(path: Path) -> bool:
     if path.suffix != ".jsonl":
         return path.suffix in READERS
     with path.open("rb") as file:
-        first = next((line for line in itertools.islice(file, 100) if line.strip()), b"")
+        lines = itertools.islice(iter(lambda: file.readline(LONGEST_LINE), b""), 100)
+        first = next((line for line in lines if line.strip()), b"")
     return f'"{MESSAGES}"'.encode() in first or f'"{MASK}"'.encode() in first
 
 
@@ -37,11 +43,33 @@ def read_records(path: Path) -> Iterator[Any]:
     """
     if path.suffix in (".json", ".pt") and path.stat().st_size > LARGEST:
         raise UsageError(f"{path} has more than {LARGEST:,} bytes; give .parquet, .jsonl or .safetensors")
-    try:
+    with errors_of(path):
         yield from READERS[path.suffix](path)
+
+
+@contextlib.contextmanager
+def bounded_reading(path: Path) -> Iterator[None]:
+    """Bound what reading data that somebody else wrote may take, and turn whatever readers raise into one sentence.
+
+    Raises:
+        QuantizeError: a file is damaged, takes more memory or time, or holds something else.
+    """
+    with errors_of(path), limit_time(SECONDS, "calibration data"), limit_data(MEMORY):
+        yield
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Turn whatever the readers of other packages raise into one sentence that names the file."""
+    try:
+        yield
     except QuantizeError:
         raise
-    except Exception as error:  # the readers of other packages raise anything
+    except MemoryError:
+        raise QuantizeError(
+            f"{path} cannot be read: it takes more than {MEMORY:,} bytes of memory; it is damaged, or give smaller rows"
+        ) from None
+    except Exception as error:
         raise QuantizeError(f"{path} cannot be read ({reason(error)})") from None
 
 
@@ -52,7 +80,7 @@ def read_parquet(path: Path) -> Iterator[Any]:
     except ImportError:
         raise missing_package(path) from None
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
+        for batch in file.iter_batches(batch_size=ROWS):
             yield from batch.to_pylist()
 
 
@@ -71,7 +99,9 @@ def read_arrow(path: Path) -> Iterator[Any]:
         else:
             batches = iter(pyarrow.ipc.open_stream(file))
         for batch in batches:
-            yield from batch.to_pylist()
+            batch.validate(full=True)  # pyarrow believes offsets, and would read beyond the file's memory
+            for first in range(0, batch.num_rows, ROWS):
+                yield from batch.slice(first, ROWS).to_pylist()
 
 
 def missing_package(path: Path) -> UsageError:

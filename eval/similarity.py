@@ -17,6 +17,7 @@ from quantize.errors import UsageError
 
 BATCH = 64
 LARGEST = 1 << 24  # bytes of a file of scored pairs; the largest known has a tenth of it
+LONGEST = 1 << 14  # characters of a sentence, which is tokenized whole
 Pairs = Sequence[tuple[float, str, str]]
 
 
@@ -38,7 +39,7 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
     """Read rows of `score <tab> sentence <tab> sentence`; rows without a score are skipped (STS gold files).
 
     Raises:
-        UsageError: there is no such file, or it holds fewer than two scored pairs.
+        UsageError: there is no such file, or it holds fewer than two scored pairs, or a sentence is too long.
     """
     if not path.is_file():
         raise UsageError(f"no such text file: {path}")
@@ -51,6 +52,8 @@ def read_pairs(path: Path) -> list[tuple[float, str, str]]:
             raise ValueError
     except ValueError:
         raise UsageError(f"{path} holds a score that is no finite number, or is not UTF-8 text") from None
+    if any(len(sentence) > LONGEST for _, *both in pairs for sentence in both):
+        raise UsageError(f"{path} holds a sentence of more than {LONGEST} characters; give shorter ones")
     if len(pairs) < 2:
         raise UsageError(f"{path} holds fewer than two rows of score, sentence and sentence, separated by tabs")
     return pairs

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 120  # characters of a value that a sentence shows
@@ -65,6 +66,12 @@ def own_words_shown(show: bool = True) -> Iterator[None]:
     finally:
         LOG.removeHandler(handler)
         LOG.setLevel(before)
+
+
+def listed(names: Iterable[object]) -> str:
+    """Return names that came from outside, separated by commas, for use in a sentence; a long list is cut."""
+    text = ", ".join(str(name)[:LONGEST] for name in itertools.islice(names, LONGEST))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def shown(value: object) -> str:

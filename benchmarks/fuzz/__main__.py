@@ -23,6 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -69,6 +72,7 @@ def sound_files(folder: Path) -> Sound:
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     text = folder / "rows.jsonl"
     text.write_text("".join(ROWS.format(", ".join(str(1 + (i * j) % 97) for j in range(16))) for i in range(4)))
+    write_tables(folder / "tables")
     rtn = {"quantizer": {"name": "rtn"}, "passes": [{"name": "smoothquant"}]}
     small: dict[str, Any] = {"group_size": 0, "nsamples": 2, "seqlen": 16}
     for name in ("a", "b"):
@@ -79,7 +83,23 @@ def sound_files(folder: Path) -> Sound:
     quantize_model(model, output_dir=artifact, scheme="W8A8", recipe=rtn, calibration=text, **small)
     export_artifact(artifact, "onnx", folder / "onnx")
     found = {"statistics": folder / "a", "other statistics": folder / "b", "onnx": folder / "onnx"}
-    return found | {"model": model, "text": text, "artifact": artifact}
+    return found | {"model": model, "text": text, "artifact": artifact, "tables": folder / "tables"}
+
+
+def write_tables(folder: Path) -> None:
+    """Write a sound file of calibration data of each kind that is read record by record."""
+    texts = [{"text": f"Once upon a time there were {i} cats who lived in a house by the sea."} for i in range(4)]
+    folder.mkdir()
+    table = pyarrow.Table.from_pylist(texts)
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    with pyarrow.OSFile(str(folder / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    ids = [[1 + (i * j) % 97 for j in range(16)] for i in range(4)]
+    padded = [{"input_ids": row, "attention_mask": [0] + [1] * 15} for row in ids]
+    (folder / "a.json").write_text(json.dumps(padded))
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in padded))
+    (folder / "a.csv").write_text("text\n" + "".join(f"{row['text']}\n" for row in texts))
+    torch.save({name: torch.tensor([row[name] for row in padded]) for name in padded[0]}, folder / "a.pt")
 
 
 def fuzz(sound: Sound, kinds: Sequence[str], count: int, seed: int, folder: Path) -> dict[str, Tally]:

@@ -81,7 +81,9 @@ def tensor_like(x: Tensor, rng: Rng) -> Tensor | None:
         lambda: None,
         lambda: x.flatten()[:-1],
         lambda: x.to(rng.choice([torch.float16, torch.int64, torch.uint8, torch.float64])),
-        lambda: torch.full_like(x, wrong) if x.is_floating_point() and x.element_size() > 1 else x.flatten(),
+        lambda: (
+            torch.full(x.shape, wrong).to(x.dtype) if x.is_floating_point() and x.element_size() > 1 else x.flatten()
+        ),
         lambda: torch.zeros(0, dtype=x.dtype),
         lambda: x[None],
         lambda: x,
@@ -121,6 +123,10 @@ def broken(kind: str, sound: Sound, folder: Path, rng: Rng) -> list[str]:
         shutil.copy(sound["text"], path)
         change_bytes(path, rng)
         return [str(sound["model"]), *quantize, "--calibration", str(path)]
+    if kind == "table":
+        path = Path(shutil.copy(rng.choice(sorted(sound["tables"].iterdir())), folder))
+        (change_json if path.suffix == ".json" and rng.random() < 0.7 else change_bytes)(path, rng)
+        return [str(sound["model"]), *quantize, "--calibration", str(path)]
     if kind == "statistics":
         path = folder / "a.stats"
         shutil.copy(sound["statistics"], path)
@@ -134,7 +140,7 @@ def broken(kind: str, sound: Sound, folder: Path, rng: Rng) -> list[str]:
         return [str(copied), *quantize]
     if kind == "manifest":
         rng.choice([change_json, change_json, change_json, change_bytes])(copied / "manifest.json", rng)
-        return ["verify", str(copied)]
+        return rng.choice([["verify", str(copied)], ["report", str(copied), "--output", str(folder / "page.html")]])
     path = rng.choice(sorted(path for path in copied.iterdir() if path.is_file()))
     change_one(path, rng)
     if kind == "onnx":
@@ -147,7 +153,7 @@ MODEL_FILES = {
     "config": ["config.json"], "weights": ["model.safetensors"],
     "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
 }  # fmt: skip
-KINDS = ("recipe", "config", "weights", "tokenizer", "text", "statistics", "manifest", "artifact", "onnx")
+KINDS = ("recipe", "config", "weights", "tokenizer", "text", "table", "statistics", "manifest", "artifact", "onnx")
 
 
 def change_one(path: Path, rng: Rng) -> None:

@@ -130,8 +130,8 @@ def remove(directory: Path) -> None:
     """Remove a directory with all that is in it."""
     try:
         shutil.rmtree(directory, ignore_errors=True)
-    except KeyboardInterrupt:  # a second Ctrl-C must not keep this from being cleaned up
-        shutil.rmtree(directory, ignore_errors=True)
+    except KeyboardInterrupt:  # no further Ctrl-C keeps this from being cleaned up
+        remove(directory)
         raise
 
 

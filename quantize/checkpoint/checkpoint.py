@@ -16,6 +16,7 @@ from quantize.checkpoint.adapter import Adapter
 from quantize.checkpoint.files_seen import FilesSeen
 from quantize.checkpoint.key_mapping import StoredTensor
 from quantize.checkpoint.meta_model import assign_and_tie, build_skeleton, load_tensors
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.safetensors_reader import DTYPES, read_header, read_rows
 from quantize.checkpoint.size_limits import NoFiles
 from quantize.checkpoint.sources import gguf
@@ -46,6 +47,7 @@ class Checkpoint:
         encoded: the tensors that are made of parts in the files, by the names that they would have as floats.
         dtype: the dtype of the tensors that are made of parts.
         computed: parameters that no file holds, because the model computes them.
+        remote: the hub's files of which few are on disk; None for files that stay here.
         kept: tensors of which only a part is taken: name → the axis, and the places on it (`with_fewer_experts`).
     """
 
@@ -62,6 +64,7 @@ class Checkpoint:
     encoded: dict[str, Encoded] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     computed: dict[str, Tensor] = field(default_factory=dict)
+    remote: RemoteShards | None = None
     kept: Mapping[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     @property
@@ -74,12 +77,18 @@ class Checkpoint:
         """Whether there are no weights, so that a run can only be estimated."""
         return isinstance(self.files, NoFiles)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights may be read; a run without them can only be estimated."""
+        return not self.is_config_alone and (self.remote is None or self.remote.fetches)
+
     def skeleton(self) -> nn.Module:
         """Build the model in float32 with parameters on the meta device, tied parameters shared, and real buffers."""
         if self.module is None or self.kept:
             model = build_skeleton(self.config, self.bounds, self.code)
             stored = self.sources if self.module is None else self.module.state_dict()
-            buffers = [name for name in model.state_dict() if name not in self.ties and name in stored]
+            held = [name for name in model.state_dict() if name not in self.ties and name in stored]
+            buffers = held if self.module is not None or self.has_weights else []
             load_tensors(model, {name: self.tensor(name) for name in buffers})
             config: Any = model.config
             if getattr(config, "pad_token_id", 0) is None:
@@ -123,7 +132,7 @@ class Checkpoint:
 
     def read_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in the files."""
-        return tuple(header_tensor(self._file(part), part).shape)
+        return tuple(header_tensor(self.files[part], part).shape)
 
     def read_part(self, part: str, first: int = 0, count: int | None = None) -> Tensor:
         """Read a tensor by its name in the files, or some of its rows."""
@@ -155,6 +164,8 @@ class Checkpoint:
         if name in self.computed:
             return self.computed[name]
         found = self._put_together(name, read)
+        if self.remote is not None:  # other files are checked as a whole before a run
+            require_finite(name, found)
         if self.adapter is not None:
             found = self.adapter.merged(self.ties.get(name, (name,)), found).to(found.dtype)
         return self._kept_part(name, found)
@@ -197,7 +208,7 @@ class Checkpoint:
     def _part(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
         """Read a tensor by the name that it has in the files, or would have there as floats."""
         if name not in self.encoded:
-            return read(self._file(name), name)
+            return read(self.files[name] if read is header_tensor else self._file(name), name)
         return self.encoded[name].read(name, self._stored)
 
     def _stored(self, part: str) -> Tensor:
@@ -206,7 +217,9 @@ class Checkpoint:
         return gguf.read_floats(path, part) if path.suffix == gguf.SUFFIX else read_tensor(path, part)
 
     def _file(self, part: str) -> Path:
-        """Return the file that holds a tensor, if it is still what it was."""
+        """Return the file that holds a tensor, if it is still what it was; if it lies on the hub, fetch it."""
+        if self.remote is not None:
+            self.remote.require(self.files[part])
         self.seen.require_same(self.files[part])
         return self.files[part]
 

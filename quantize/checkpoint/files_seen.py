@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,12 @@ class FilesSeen:
     Attributes:
         stamps: each file's size, time and number on the disk.
         hashes: the SHA-256 of each file that was hashed.
+        remote: the SHA-256 of each file that comes from the hub whenever it is read, which is checked then.
     """
 
     stamps: dict[Path, tuple[int, int, int]] = field(default_factory=dict)
     hashes: dict[Path, str] = field(default_factory=dict)
+    remote: Mapping[Path, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> FilesSeen:
@@ -34,7 +36,7 @@ class FilesSeen:
             ChangedError: it is not.
         """
         try:
-            same = path not in self.stamps or stamp(path) == self.stamps[path]
+            same = path in self.remote or path not in self.stamps or stamp(path) == self.stamps[path]
         except OSError:
             same = False
         if not same:
@@ -46,6 +48,8 @@ class FilesSeen:
         Raises:
             ChangedError: the file has changed.
         """
+        if path in self.remote:
+            return self.remote[path]
         self.require_same(path)
         found = sha256(path)
         if self.hashes.setdefault(path, found) != found:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from quantize.checkpoint.files_seen import sha256
@@ -13,13 +14,10 @@ from quantize.errors import QuantizeError, UsageError, reason
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
-@functools.cache
 def download(name: str, revision: str | None = None) -> Path:
     """Fetch a model's config, tokenizer and safetensors files, and nothing else; what was interrupted goes on.
 
     A token is found as the hub's library finds it: `HF_TOKEN`, or what `hf auth login` stored.
-
-    The command asks before anything slow is imported, and the run once more, which costs nothing.
 
     Args:
         name: the id.
@@ -30,6 +28,39 @@ def download(name: str, revision: str | None = None) -> Path:
         QuantizeError: a file is not what the hub says it is.
     """
     from huggingface_hub import snapshot_download
+
+    with hub_errors(name, revision):
+        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    for path in sorted(found.glob("*.safetensors")):
+        require_hash(path)
+    return found
+
+
+def require_on_hub(name: str, revision: str | None = None) -> None:
+    """Check that the hub or its cache has a model, by its config alone.
+
+    Raises:
+        UsageError: as `download`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with hub_errors(name, revision):
+        try:
+            hf_hub_download(name, "config.json", revision=revision)
+        except EntryNotFoundError as error:  # the hub has the model, but no config of it
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the hub about a model into one sentence each.
+
+    Raises:
+        UsageError: the hub has no such model or revision, does not give it to this user, or cannot be reached.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -40,8 +71,7 @@ def download(name: str, revision: str | None = None) -> Path:
     )
 
     try:
-        patterns = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(SIDE_FILES))]
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        yield
     except GatedRepoError:
         raise UsageError(f"{name} is gated: accept its terms on the hub, and log in with `hf auth login`") from None
     except RevisionNotFoundError:
@@ -53,9 +83,6 @@ def download(name: str, revision: str | None = None) -> Path:
         ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UsageError(f"{name} is no directory here, and {why(error)}") from None
-    for path in sorted(found.glob("*.safetensors")):
-        require_hash(path)
-    return found
 
 
 def why(error: BaseException) -> str:

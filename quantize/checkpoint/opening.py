@@ -20,6 +20,7 @@ from quantize.checkpoint.model_config import config_of, read_config
 from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import SIDE_FILES, find_model, require_config
 from quantize.checkpoint.remote_code import code_files
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.size_limits import NoFiles
 from quantize.checkpoint.sources import find_encoded, gguf
@@ -35,7 +36,7 @@ NOT_COPIED = {"config.json", "manifest.json"} | SETTINGS_FILES
 
 
 def open_checkpoint(
-    model: str | Path | nn.Module,
+    model: str | Path | RemoteShards | nn.Module,
     adapter: str | Path | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
@@ -44,7 +45,7 @@ def open_checkpoint(
 
     Args:
         model: a directory, which never touches a network; one file of weights beside its config; a hub id, perhaps
-            with `@` and a revision behind it; or a module.
+            with `@` and a revision behind it; the hub's files of which few are on disk; or a module.
         adapter: the directory of a LoRA adapter of the model, which is merged into the weights while they are read.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         weights: whether a directory must have weights; otherwise a config alone is enough.
@@ -72,7 +73,8 @@ def open_checkpoint(
     names = plain_names(built, floats)
     sources = map_keys(built, names)
     plain = {name: source for name, source in sources.items() if not encoded.keys() & {*source.names}}
-    if apart := told_apart(ties_of(built), plain, files):
+    compared = plain if stored.has_weights else {}
+    if apart := told_apart(ties_of(built), compared, files, stored.remote.require if stored.remote else None):
         config = without_ties(config)
         built = build_on_meta(config, files, code)
         sources = map_keys(built, names)
@@ -92,18 +94,20 @@ def open_checkpoint(
     )
 
 
-def open_files(model: str | Path, weights: bool = True) -> Checkpoint:
+def open_files(model: str | Path | RemoteShards, weights: bool = True) -> Checkpoint:
     """Find a model's files without its class: tensors have the names that they have, or would have as floats, in them.
 
     Args:
-        model: a directory, one file of weights beside its config, or a hub id.
+        model: a directory, one file of weights beside its config, a hub id, or the hub's files of which few are here.
         weights: whether a directory must have weights; otherwise a config alone is enough.
 
     Raises:
         UsageError: there is no such model, or it is quantized by a method that cannot be read.
         QuantizeError: the files are damaged.
     """
-    place = find_model(model) or download(*str(model).split("@"))
+    remote = model if isinstance(model, RemoteShards) else None
+    given = model.directory if isinstance(model, RemoteShards) else model
+    place = find_model(given) or download(*str(given).split("@"))
     directory = place if place.is_dir() else place.parent
     require_config(directory)
     links, files = links_followed(directory), files_of(place, weights)
@@ -113,12 +117,15 @@ def open_files(model: str | Path, weights: bool = True) -> Checkpoint:
     entries = {name: entry for header in headers for name, entry in header.items()}
     config, settings = split_settings(read_json(directory / "config.json"), directory)
     encoded = {} if settings is None or is_gguf else find_encoded(settings, entries, str(directory))
+    seen = FilesSeen.of({*files.values(), *beside})
+    seen.remote = {} if remote is None else remote.hashes
     return Checkpoint(
         directory,
         config,
         files,
         sources={name: StoredTensor((name,)) for name in as_floats(files, encoded)},
-        seen=FilesSeen.of({*files.values(), *beside}),
+        seen=seen,
+        remote=remote,
         notes=(f"{len(links)} files are links and are followed: {links[0]}",) if links else (),
         encoded=encoded,
         dtype=float_dtype(config, entries),
@@ -129,7 +136,9 @@ def files_of(place: Path, weights: bool) -> dict[str, Path]:
     """Map tensor names to files, of a directory or of one file; without `weights` a directory may have none."""
     if place.is_dir():
         return index_tensors(place) if weights or not has_config_alone(place) else NoFiles()
-    return dict.fromkeys(gguf.places(place) if place.suffix == gguf.SUFFIX else read_header(place).entries, place)
+    return dict.fromkeys(
+        gguf.header_of(place).places if place.suffix == gguf.SUFFIX else read_header(place).entries, place
+    )
 
 
 def as_floats(files: Mapping[str, Path], encoded: Mapping[str, Encoded]) -> dict[str, Path]:

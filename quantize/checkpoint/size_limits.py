@@ -103,10 +103,24 @@ def limit_registrations(parts: int, elements: int, buffer_bytes: int, held: str)
 
 @contextlib.contextmanager
 def limit_memory(extra: int, held: str) -> Iterator[None]:
-    """Bound the memory that this process may have beside what it has now; other systems than Linux know no such bound.
+    """Bound the memory that a constructor may take, as `limit_data` does.
 
     Raises:
         ValueError: Python found no more memory; torch raises a RuntimeError of its own.
+    """
+    try:
+        with limit_data(extra):
+            yield
+    except MemoryError:
+        raise ValueError(f"it takes more than {extra} bytes beside its weights, far more than {held} need") from None
+
+
+@contextlib.contextmanager
+def limit_data(extra: int) -> Iterator[None]:
+    """Bound the memory that this process may have beside what it has now; other systems than Linux know no such bound.
+
+    Raises:
+        MemoryError: Python found no more memory; libraries raise errors of their own.
     """
     status = Path("/proc/self/statm")
     if not status.exists():
@@ -117,8 +131,6 @@ def limit_memory(extra: int, held: str) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
     try:
         yield
-    except MemoryError:
-        raise ValueError(f"it takes more than {extra} bytes beside its weights, far more than {held} need") from None
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ ROWS = 4096  # of a table that are compared at once
 
 
 def told_apart(
-    ties: Mapping[str, tuple[str, ...]], sources: Mapping[str, StoredTensor], files: Mapping[str, Path]
+    ties: Mapping[str, tuple[str, ...]],
+    sources: Mapping[str, StoredTensor],
+    files: Mapping[str, Path],
+    require: Callable[[Path], None] | None = None,
 ) -> list[tuple[str, str]]:
     """Return the pairs of tied parameters that the files hold with different values.
 
@@ -23,17 +26,20 @@ def told_apart(
         ties: parameter → all names of the same parameter.
         sources: parameter → where it lies.
         files: name in a file → the file.
+        require: fetches a file before it is read; None for files that are here.
     """
     found = []
     for names in sorted(set(ties.values())):
         first, *others = [name for name in names if name in sources and sources[name].converter is None] or [""]
-        found += [(first, other) for other in others if not equal(sources[first], sources[other], files)]
+        found += [(first, other) for other in others if not equal(sources[first], sources[other], files, require)]
     return found
 
 
-def equal(a: StoredTensor, b: StoredTensor, files: Mapping[str, Path]) -> bool:
+def equal(a: StoredTensor, b: StoredTensor, files: Mapping[str, Path], require: Callable[[Path], None] | None) -> bool:
     """Return whether two tensors in files are equal, some rows at a time."""
     one, two = a.names[0], b.names[0]
+    for name in (one, two) if require else ():
+        require(files[name])  # type: ignore[misc]
     x, y = read_header(files[one]).entries[one], read_header(files[two]).entries[two]
     if x.shape != y.shape:
         return False

@@ -38,7 +38,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
 def read_float(path: Path, name: str) -> Tensor:
     """Read one tensor in float32, a few rows at a time, so that it is not in memory twice."""
     entry = read_header(path).entries.get(name)
-    if entry is None or entry.dtype == "F32" or not entry.shape:
+    if entry is None or entry.dtype == "F32" or not entry.shape or not entry.shape[0]:
         return read_rows(path, name).float()
     wide = torch.empty(entry.shape)
     rows = max(1, CHUNK // max(1, wide[:1].numel()))

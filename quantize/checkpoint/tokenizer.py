@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
+from quantize.checkpoint.size_limits import TookTooLong, limit_time
 from quantize.errors import QuantizeError, UsageError, reason, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tekken.json")
+TEMPLATE_SECONDS = 5.0  # of a core, in which a chat template, which can loop, makes one text
 LETTER = "a"  # some text, around which a tokenizer puts its special tokens
 
 
@@ -31,13 +33,13 @@ class Tokenize:
         encode: text → ids without special tokens.
         leading: the special tokens that the tokenizer puts in front of each text, such as `<bos>` or `[CLS]`.
         trailing: those that it puts behind each text, such as `[SEP]`.
-        conversation: messages, each with a `role` and `content` → ids, by the tokenizer's chat template.
+        conversation: messages, each with a `role` and `content` → text, by the tokenizer's chat template.
     """
 
     encode: Callable[[str], list[int]]
     leading: tuple[SpecialToken, ...] = ()
     trailing: tuple[SpecialToken, ...] = ()
-    conversation: Callable[[Any], list[int]] = lambda _: []
+    conversation: Callable[[Any], str] = lambda _: ""
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens."""
@@ -63,7 +65,7 @@ def readable(directory: Path | str) -> Iterator[None]:
     """Turn whatever the tokenizer formats of transformers raise, panics of Rust among them, into one sentence."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, TookTooLong):
         raise
     except BaseException as error:
         raise QuantizeError(f"the tokenizer in {directory} cannot be used: {reason(error)}") from None
@@ -105,14 +107,16 @@ def tokenize_with(tokenizer: Any, source: Path | str = "memory") -> Tokenize:
     """
 
     def encode(text: str, special: bool = False) -> list[int]:
+        text = text.encode(errors="replace").decode()  # JSON can hold halves of characters, which no tokenizer takes
         with readable(source):
             return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]  # type: ignore[no-any-return]
 
-    def conversation(messages: Any) -> list[int]:
+    def conversation(messages: Any) -> str:
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError(f"the tokenizer in {source} has no chat template for rows of messages; give rows of text")
         try:
-            return tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]  # type: ignore[no-any-return]
+            with limit_time(TEMPLATE_SECONDS, "conversations"):
+                return tokenizer.apply_chat_template(messages, tokenize=False)  # type: ignore[no-any-return]
         except Exception as error:  # a template may raise anything
             raise UsageError(f"the chat template refuses {shown(messages)}: {reason(error)}") from None
 

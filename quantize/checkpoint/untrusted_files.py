@@ -124,10 +124,20 @@ def has_config_alone(directory: Path) -> bool:
 
 def indexed(index: Path) -> list[Path]:
     """Return the files that an index of shards names."""
+    return [shard(index, name) for name in unique(weight_map(index).values())]
+
+
+def indexed_names(index: Path) -> set[str]:
+    """Return the names in an index of shards that may be those of files."""
+    return {name for name in weight_map(index).values() if isinstance(name, str)}
+
+
+def weight_map(index: Path) -> dict[str, Any]:
+    """Return the map of an index of shards, from tensor names to what should be files."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict):
         raise QuantizeError(f"{index} holds no weight_map")
-    return [shard(index, name) for name in unique(shards.values())]
+    return shards
 
 
 def shard(index: Path, name: Any) -> Path:

@@ -21,11 +21,15 @@ def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
         QuantizeError: a parameter is not; the message names the first one.
     """
     for name, shape in shapes.items():
+        if checkpoint.remote is not None and checkpoint.is_encoded(name):
+            continue
         tensor = checkpoint.on_meta(name)
         if tensor.shape != shape:
             raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
         if not tensor.is_floating_point():
             raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
+        if checkpoint.remote is not None:
+            continue
         stored = checkpoint.stored(name)
         if stored is None or not all(map(is_finite, numbers_of(checkpoint, stored))):
             require_finite(name, checkpoint.tensor(name))

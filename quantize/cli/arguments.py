@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.hub import download
+from quantize.checkpoint.hub import require_on_hub
 from quantize.checkpoint.paths import find_model, require_data, require_new
 from quantize.errors import UsageError
 from quantize.recipe.shipped import require_recipe
@@ -44,13 +44,13 @@ def on_hub(model: str, revision: str) -> str:
 
 
 def require_model(model: str) -> None:
-    """Check that there is a model, and fetch it if it is not here but on the hub.
+    """Check that there is a model, here or on the hub.
 
     Raises:
         UsageError: there is none.
     """
     if find_model(model) is None:
-        download(*model.split("@"))
+        require_on_hub(*model.split("@"))
 
 
 def check_run(

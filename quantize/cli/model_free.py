@@ -42,6 +42,7 @@ def run_model_free(model: str, output_dir: Path | None, call: dict[str, Any], pr
         call: the other arguments of `quantize_model_free`.
     """
     from quantize.checkpoint.opening import open_files
+    from quantize.checkpoint.remote_shards import headers_alone
     from quantize.export.compressed_tensors.model_free.plan import plan_without_model, recipe_without_model
     from quantize.export.compressed_tensors.model_free.quantize import quantize_model_free
     from quantize.pipeline.progress import JsonConsole
@@ -50,7 +51,8 @@ def run_model_free(model: str, output_dir: Path | None, call: dict[str, Any], pr
     say = click.echo if program is None else program.print
     if output_dir is None:
         recipe = recipe_without_model(call["scheme"], call["recipe"], **{name: call[name] for name in OWN})
-        return say(plan_without_model(open_files(model), recipe).describe())
+        with headers_alone(model, call["low_disk"]) as source:
+            return say(plan_without_model(open_files(source), recipe).describe())
     console = None if quiet else program or Console(stderr=True)
     found = quantize_model_free(model, output_dir=output_dir, console=console, **call)
     if program is not None:

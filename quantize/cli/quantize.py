@@ -44,6 +44,11 @@ from quantize.recipe.targets import TARGETS
     "--adapter", type=PATH, help="The directory of a LoRA adapter of MODEL, which is merged into its weights."
 )
 @click.option("--revision", help="The branch, tag or commit of a MODEL on the hub.  [default: main]")
+@click.option(
+    "--low-disk",
+    is_flag=True,
+    help="Fetch a MODEL on the hub file by file, and keep no more than three of its files with weights at a time.",
+)
 @TRUST
 @click.option("--nsamples", type=click.IntRange(1), help="The number of calibration windows.  [default: 32]")
 @click.option("--seqlen", type=click.IntRange(2), help="The number of tokens in a window.  [default: 512]")
@@ -113,6 +118,7 @@ def quantize(
     revision: str | None,
     trust_remote_code: bool,
     model_free: bool,
+    low_disk: bool,
     resume: bool,
     stats: Path | None,
     collect_stats: Path | None,
@@ -136,7 +142,7 @@ def quantize(
     if model_free:
         options = dict(settings, calibration=calibration, text_column=text_column, adapter=adapter, stats=stats,
                        collect_stats=collect_stats, trust_remote_code=trust_remote_code, device=device)  # fmt: skip
-        call = rounded_alone(options, scheme=scheme, target=target, recipe=recipe, resume=resume)
+        call = rounded_alone(options, scheme=scheme, target=target, recipe=recipe, low_disk=low_disk, resume=resume)
         with own_words_shown(verbose):
             return run_model_free(model, None if dry_run else output_dir, call, progress, quiet)
     from quantize.pipeline.distributed import is_rank_zero
@@ -149,15 +155,16 @@ def quantize(
     say = click.echo if program is None else program.print
     console = None if quiet else program or Console(stderr=True)
     if dry_run:
+        from quantize.checkpoint.remote_shards import headers_alone
         from quantize.export.targets import exports
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
         from quantize.pipeline.prune import as_pruned
 
         chosen = load_recipe(scheme, recipe, target=target, **settings)
-        with own_words_shown(verbose):
+        with own_words_shown(verbose), headers_alone(model, low_disk) as source:
             given = prepare(
-                model,
+                source,
                 chosen,
                 calibration,
                 read=False,
@@ -165,10 +172,10 @@ def quantize(
                 adapter=adapter,
                 trust_remote_code=trust_remote_code,
             )
-        prepared = as_pruned(given, chosen)
-        found = preflight(prepared)
-        told = estimates(found, prepared.seconds, console)
-        lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
+            prepared = as_pruned(given, chosen)
+            found = preflight(prepared)
+            told = estimates(found, prepared.seconds, console)
+            lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
         return say("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
@@ -193,6 +200,7 @@ def quantize(
         trust_remote_code=trust_remote_code,
         recipe=recipe,
         target=target,
+        low_disk=low_disk,
         resume=resume,
         stats=stats,
         device=device,

@@ -20,6 +20,7 @@ from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.opening import open_checkpoint
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.tokenizer import load_tokenize, tokenize_with
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import UsageError
@@ -60,7 +61,7 @@ class Prepared:
 
 
 def prepare(
-    model: str | Path | nn.Module,
+    model: str | Path | RemoteShards | nn.Module,
     recipe: Recipe,
     calibration: Calibration | None,
     *,

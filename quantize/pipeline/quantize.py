@@ -19,6 +19,7 @@ from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
 from quantize.checkpoint.files_seen import sha256
+from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
 from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running
@@ -33,7 +34,7 @@ from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
-from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal
+from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal, remote_shards
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.statistics_files import StatisticsFile, collect, load_matching, write_collected
 from quantize.pipeline.steps.prefix_search import resolve_prefix
@@ -114,6 +115,7 @@ def quantize_model(
     seed: int | None = None,
     trust_remote_code: bool = False,
     requantize: bool = False,
+    low_disk: bool = False,
     resume: bool = False,
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
@@ -147,6 +149,7 @@ def quantize_model(
         seed: the seed of every random choice.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         requantize: round weights anew that lie on a grid of the format already, which are kept as they are otherwise.
+        low_disk: fetch a model of the hub file by file, and keep no more than three of its files with weights.
         resume: go on with a run that was killed or failed, if there is one.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
@@ -163,6 +166,7 @@ def quantize_model(
     single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "requantize": requantize or None}
     resolved = load_recipe(scheme, changes, ignore=tuple(ignore), group_size=group_size, target=target, **single)
     check_prune(resolved, statistics=stats is not None)
+    check_low_disk(model, low_disk)
     output, console = Path(output_dir), Console(stderr=True) if progress and console is None else console
     named = getattr(transformers, type(model).__name__, None)
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
@@ -170,9 +174,10 @@ def quantize_model(
         own_words_shown(verbose and console is not None),
         init_distributed() as ranks,
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
+        remote_shards(str(model), output, ranks) if low_disk else contextlib.nullcontext(model) as source,
     ):
         prepared = prepare(
-            model,
+            source,
             resolved,
             calibration,
             judge=stats is None,
@@ -200,7 +205,10 @@ def quantize_model(
         context = RunContext(resolved.seed, here, ranks, scratch=scratch, console=shown, journal=journal)
         if resolved.prune is not None:
             prepared = prune_experts(prepared, resolved, context)
-        return Artifact(output, ranks.gather(run_pipeline(prepared, writer, context, collected))[0], skeleton)
+        manifest = ranks.gather(run_pipeline(prepared, writer, context, collected))[0]
+        if console is not None and isinstance(source, RemoteShards):
+            console.print(source.summary(), soft_wrap=True, markup=False)
+        return Artifact(output, manifest, skeleton)
 
 
 def collect_stats(

@@ -14,6 +14,8 @@ from quantize.scheme.scheme import WeightArgs
 
 LEVELS = 16  # the most levels of a grid of integers that is looked for
 ROUNDINGS = 2.5  # of a weight and of the largest one, from which the step is read, and of the step itself, in part
+LEAST_SQUARES = 1.25  # their largest error is larger than the least possible one
+FLOAT16 = 2.0**-11  # the relative difference that steps and zero points in float16 make
 FLOAT32 = 2.0**-20  # the relative difference of numbers that were computed in float32 by different ways
 
 
@@ -35,10 +37,12 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
     number_format, tolerance = get_format(args.format), ROUNDINGS * torch.finfo(dtype).eps / 2
     global_scale = number_format.global_scale(W)
     parts = []
-    for part in W.split(cached_rows(W.shape[1])):
+    for part in W.split(cached_rows(W)):
         groups = grouped(part, args).flatten(0, 1)
         if number_format.element == "int":
             found = on_integers(groups, args, tolerance)
+        elif number_format.zero_point_dtype.is_floating_point:
+            found = on_levels(groups, args, dtype)
         else:
             found = on_format(groups, args, dtype, global_scale, max(tolerance, FLOAT32))
         if found is None:
@@ -82,6 +86,26 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     if len(live) or float(q.min()) < lowest or float(q.max()) > highest:
         return None
     return q, scale, zero_point
+
+
+def on_levels(x: Tensor, args: WeightArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what `on_integers` returns, for 16 equally spaced levels from the least to the largest weight of a group.
+
+    What computed a weight in few bits rounded it relative to the largest one of its group, so that this one tells what
+    may be wrong. The step and the zero point are those of least error.
+    """
+    number_format, tolerance = get_format(args.format), max(LEAST_SQUARES * torch.finfo(dtype).eps / 2, FLOAT16)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale, zero_point = number_format.compute_qparams(low, high, args, dtype, None)
+    q = number_format.round(x / ((high - low) / (LEVELS - 1)).where(high > low, scale) + zero_point, args)
+    spread, middle = q - q.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+    least = (spread * x).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True)
+    scale = torch.where(least > 0, least, scale).half().float()  # NaN where all are equal
+    zero_point = torch.where(least > 0, q.mean(-1, keepdim=True) - middle / scale, zero_point).half().float()
+    allowed = tolerance * torch.maximum(low.abs(), high.abs())
+    if not bool((((q - zero_point) * scale - x).abs() <= allowed).all()) or not bool((scale > 0).all()):
+        return None
+    return q, scale[:, 0], zero_point[:, 0]
 
 
 def in_float16(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -17,7 +17,7 @@ from quantize.errors import QuantizeError
 
 @pytest.mark.slow
 def test_broken_files_of_every_kind_end_cleanly():
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fuzz", "108", "3"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.fuzz", "110", "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr + done.stdout
     rows = re.findall(r"(?m)^│ ([a-z]+) +│ (\d+) +│ (\d+)", done.stdout)

@@ -13,7 +13,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def small_llama(directory: Path, dtype: torch.dtype = torch.float32, family: str | None = None) -> Path:
+def small_llama(
+    directory: Path, dtype: torch.dtype = torch.float32, family: str | None = None, **changes: object
+) -> Path:
     """Write a tiny random Llama, or a tiny mixture of experts of a family."""
     torch.manual_seed(0)
     if family:
@@ -21,7 +23,7 @@ def small_llama(directory: Path, dtype: torch.dtype = torch.float32, family: str
 
         build_family(family).to(dtype).save_pretrained(directory)
         return directory
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**CONFIG, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import quantized_sources
 from helpers.quantized_sources import is_linear, tensors_of
-from helpers.weights import rounded_to_levels, rounded_to_q4_0
+from helpers.weights import rounded_to_levels, rounded_to_q4_0, rounded_to_q4_1
 from safetensors.torch import load_file, save_file
 
 from quantize.checkpoint.opening import open_checkpoint
@@ -75,6 +75,24 @@ def test_what_is_not_kept_is_said(tmp_path, planned):
     assert planned(tmp_path, "W4A4", {"passes": []}).kept
     plan = planned(tmp_path, "W4A16", {"weights": {"symmetric": True}})
     assert plan.note.endswith("in groups of 32, which needs zero points: rounded anew")
+
+
+def test_levels_without_zero_are_kept_if_activations_stay_in_floating_point(tmp_path, planned, small_run):
+    """As SmolLM2's, stored in bfloat16."""
+    directory = on_grids(tmp_path / "model", lambda W: rounded_to_q4_1(W + 0.02).bfloat16())
+    found = "14 of 14 linears already lie on a grid of 16 levels without zero in groups of 32"
+    assert planned(directory, "W4A16").note == f"{found}: kept exactly"
+    with pytest.raises(UsageError, match=r"group size 0 does not fit: 14 of .* give --group-size 32 or none"):
+        planned(directory, "W4A16", group_size=0)
+    for plan in (planned(directory, "W4A8"), planned(directory, "W4A16", {"weights": {"symmetric": True}})):
+        assert plan.note == f"{found}, which needs zero points and activations in floating point: rounded anew"
+    ids = torch.randint(2, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    artifact = small_run(directory, "W4A16", calibration=ids, group_size=32)
+    assert len(artifact.manifest["kept_grids"]) == 14
+    before, modules = tensors_of(directory), dict(artifact.load().named_modules())
+    for path in artifact.manifest["kept_grids"]:
+        W = before[f"{path}.weight"].float()
+        assert (modules[path].qtensor().dequantize() - W).abs().max() < 2**-8 * W.abs().max()
 
 
 def test_grids_of_few_weights_decide_nothing(tmp_path, planned):

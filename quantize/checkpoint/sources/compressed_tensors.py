@@ -54,7 +54,8 @@ def find(settings: Mapping[str, Any], entries: Entries) -> dict[str, Encoded]:
 def block_structure(settings: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the blocks that share a scale, which the shapes of tensors do not tell; None if there are none."""
     groups = settings.get("config_groups")
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    known = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    weights = [group.get("weights") for group in known]
     blocks = [w["block_structure"] for w in weights if isinstance(w, dict) and w.get("block_structure")]
     if not blocks:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantize.checkpoint.safetensors_reader import Entry
 from quantize.checkpoint.tensor_files import require_finite
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, listed
 from quantize.kernels.fp4 import unpack_fp4
 
 Entries = Mapping[str, Entry]  # the dtype and shape of each stored tensor, by name
@@ -36,10 +36,19 @@ class Encoded:
             QuantizeError: the parts do not fit together, or a scale is no finite number.
         """
         found = {role: read(part) for role, part in self.parts.items()}
-        for role, part in self.parts.items():
-            if "scale" in role:
-                require_finite(part, as_float(found[role]))
-        return self.decode(name, found)
+        try:
+            for role, part in self.parts.items():
+                if "scale" in role:
+                    require_finite(part, as_float(found[role]))
+            return self.decode(name, found)
+        except (
+            ValueError,
+            IndexError,
+            TypeError,
+            RuntimeError,
+        ):  # whatever torch raises of parts of any kind
+            parts = listed(f"{role} {list(x.shape)} of {x.dtype}" for role, x in found.items())
+            raise QuantizeError(f"{name} is stored in parts that do not fit together: {parts}") from None
 
 
 def find_parts(name: str, entries: Entries, needed: Mapping[str, str], optional: Mapping[str, str]) -> dict[str, str]:
@@ -100,8 +109,9 @@ def apply_scales(
 
 def spread(x: Tensor, rows: int, columns: int, block: tuple[int, int], g_idx: Tensor | None) -> Tensor:
     """Repeat numbers [..., R, C] of blocks for each row and column: [..., N, K]."""
-    x = x.repeat_interleave(block[0], -2)[..., :rows, :] if x.shape[-2] != rows else x
-    return x[..., g_idx.long()] if g_idx is not None else x.repeat_interleave(block[1], -1)[..., :columns]
+    each = [min(size, n) for size, n in zip(block, (rows, columns), strict=True)]
+    x = x.repeat_interleave(each[0], -2)[..., :rows, :] if x.shape[-2] != rows else x
+    return x[..., g_idx.long()] if g_idx is not None else x.repeat_interleave(each[1], -1)[..., :columns]
 
 
 def unpack_bits(packed: Tensor, bits: int, axis: int) -> Tensor:

@@ -6,58 +6,45 @@ Blocks are dequantized by the package gguf. Tensors are read, and not mapped, at
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantize.checkpoint.files_seen import stamp
 from quantize.checkpoint.safetensors_reader import read_into
+from quantize.checkpoint.size_limits import limit_time
 from quantize.checkpoint.sources.encoded import Encoded, Parts
+from quantize.checkpoint.sources.gguf_header import Header, parse_header
 from quantize.errors import ChangedError, QuantizeError, UsageError, reason
 
-SUFFIX = ".gguf"
+SUFFIX, SECONDS = ".gguf", 10.0  # of a core, for a header
 
 
-class Place(NamedTuple):
-    """Where a tensor lies: its type in gguf, its shape in torch's order, and its bytes."""
-
-    kind: Any
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-def places(path: Path) -> Mapping[str, Place]:
-    """Return where the tensors of a file lie, by gguf's names; it is kept as long as the file stays the same.
+def header_of(path: Path) -> Header:
+    """Return the header of a file; it is kept as long as the file stays the same.
 
     Raises:
         UsageError: the package gguf is not there.
-        QuantizeError: the file's header is not sound.
+        QuantizeError: the file's header is not sound, or takes too long.
     """
-    return cached_places(path, stamp(path))
+    return cached_header(path, stamp(path))
 
 
 @functools.lru_cache(4)
-def cached_places(path: Path, seen: tuple[int, ...]) -> dict[str, Place]:
+def cached_header(path: Path, seen: tuple[int, ...]) -> Header:
     """Read a header; `seen` tells states of the file apart."""
     try:
-        from gguf import GGUFReader
+        with limit_time(SECONDS, "headers"):
+            found = parse_header(path)
     except ImportError:
         raise UsageError(f"{path} is read by the package gguf: pip install 'gguf>=0.19,<0.20'") from None
-    try:
-        found = GGUFReader(path).tensors
-    except Exception as error:  # whatever numpy and the package raise of damaged files
+    except (ValueError, OSError) as error:
         raise QuantizeError(f"{path} is truncated or no GGUF file ({reason(error)})") from None
-    places = {
-        x.name: Place(x.tensor_type, tuple(int(n) for n in reversed(x.shape)), int(x.data_offset), int(x.n_bytes))
-        for x in found
-    }
-    if any(place.offset + place.size > seen[0] for place in places.values()):
+    if any(place.offset + place.size > seen[0] for place in found.places.values()):
         raise QuantizeError(f"{path} is truncated: its header names more bytes than the file's {seen[0]}")
-    return places
+    return found
 
 
 def read_floats(path: Path, name: str) -> Tensor:
@@ -69,7 +56,7 @@ def read_floats(path: Path, name: str) -> Tensor:
     """
     from gguf.quants import dequantize
 
-    place = places(path)[name]
+    place = header_of(path).places[name]
     raw = torch.empty(place.size, dtype=torch.uint8)
     with path.open("rb", buffering=0) as file:
         whole = read_into(file, place.offset, raw.numpy().data)
@@ -93,27 +80,19 @@ def find(path: Path, model: nn.Module) -> dict[str, Encoded]:
     from transformers import modeling_gguf_pytorch_utils as known
 
     config: Any = model.config
-    kind = architecture(path)
+    kind, places = header_of(path).architecture, header_of(path).places
     processor = known.TENSOR_PROCESSORS.get(kind, known.TensorProcessor)(config=config.to_dict())
     try:
         names = known.get_gguf_hf_weights_map(model, processor)
     except NotImplementedError as error:
         raise UsageError(f"{path} holds a model that transformers does not read from GGUF: {reason(error)}") from None
-    if experts := [name for name in places(path) if "_exps." in name]:
+    if experts := [name for name in places if "_exps." in name]:
         raise UsageError(f"{path} holds a mixture of experts ({experts[0]}), which is not read from GGUF yet")
     return {
         names[name]: Encoded({"values": name}, functools.partial(decode, processor, name))
-        for name in places(path)
+        for name in places
         if name in names
     }
-
-
-def architecture(path: Path) -> str:
-    """Return what a file calls the kind of its model."""
-    from gguf import GGUFReader
-
-    field = GGUFReader(path).fields.get("general.architecture")
-    return "" if field is None else str(field.contents())
 
 
 def decode(processor: Any, stored: str, name: str, parts: Parts) -> Tensor:

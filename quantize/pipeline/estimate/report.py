@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from quantize.checkpoint.remote_shards import SHARDS
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.time import measure_time
@@ -43,8 +44,10 @@ def estimates(found: MemoryEstimate, opened: float, console: Console | None = No
     yield f"model: {found.parameter_count():,} parameters in {human(found.float_bytes())}"
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
-    alone = found.checkpoint.is_config_alone
-    yield f"time: {'not measured without weights' if alone else measure_time(found, opened, console)}"
+    if (remote := found.checkpoint.remote) is not None:
+        yield f"disk: {human(remote.most_bytes)} more at most for files of the model, {SHARDS} at a time"
+    measured = measure_time(found, opened, console) if found.checkpoint.has_weights else "not measured without weights"
+    yield f"time: {measured}"
 
 
 def human(size: float) -> str:

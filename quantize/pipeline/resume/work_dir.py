@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from quantize.artifact.writer import ArtifactWriter, first_existing_parent, remove, translate_disk_errors
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import ChangedError, UsageError
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import Fingerprint
@@ -96,6 +97,17 @@ class ResumableWriter(ArtifactWriter):
             raise UsageError(
                 f"another run works in {self.partial}; wait for it, or give another --output-dir"
             ) from None
+
+
+def remote_shards(name: str, output: Path, ranks: SingleProcess) -> RemoteShards:
+    """Return the hub's files of a model, of which few are on disk at a time, within the directory of a run.
+
+    Raises:
+        UsageError: several ranks would fetch them; also what `RemoteShards` raises.
+    """
+    if ranks.count > 1:
+        raise UsageError("--low-disk runs in one process; start without torchrun, or leave it out")
+    return RemoteShards(name, partial_directory(output) / "hub")
 
 
 def join_journal(output: Path, ranks: SingleProcess) -> Journal:

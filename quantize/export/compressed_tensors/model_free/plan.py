@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantize.checkpoint.checkpoint import Checkpoint
+from quantize.checkpoint.remote_shards import SHARDS
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.format import NAME, WORD, is_packed, stored
 from quantize.export.compressed_tensors.model_free.linears import StoredLinear, find_linears
@@ -84,13 +85,14 @@ class ModelFreePlan:
         """Return what a run would do, in lines."""
         counts = Counter(scheme.label for scheme in self.schemes.values())
         size = sum(x.nbytes for name in self.shapes for x in self.tensors(name).values())
-        why = Counter(self.reasons.values())
+        why, remote = Counter(self.reasons.values()), self.checkpoint.remote
         return "\n".join([
             f"{', '.join(f'{count} linears to {label}' for label, count in counts.items())}, in {len(self.shards())} "
             f"files, rounded by {self.quantizer.name} without the model, as {NAME}",
             *self.notes,
             *(f"{count} weights stay in floating point: {reason}" for reason, count in why.items()),
             f"artifact: {size:,} bytes, where the model has {self.checkpoint.stored_bytes():,}",
+            *([f"{remote.most_bytes:,} more at most for files of the model, {SHARDS} at a time"] if remote else []),
         ])  # fmt: skip
 
 
@@ -136,9 +138,10 @@ def plan_without_model(checkpoint: Checkpoint, recipe: Recipe) -> ModelFreePlan:
     quantizer = validated(
         lambda: RoundToNearest(**{k: v for k, v in chosen.quantizer.items() if k != "name"}), "recipe"
     )
-    grids = {} if recipe.requantize else dict(find_grids(checkpoint, left, schemes))
+    looks = checkpoint.has_weights and not recipe.requantize
+    grids = {} if not looks else dict(find_grids(checkpoint, left, schemes))
     found = decisive(grids, {linear.path: linear.rows * linear.columns for linear in left})
-    held = {path: grid.size for path, grid in grids.items() if grid.held} if found else {}
+    held = {path: grid.size for path, grid in grids.items() if grid.held and not grid.format} if found else {}
     if held:
         chosen = regrouped(chosen, held, schemes, found)
         schemes, _ = select(chosen, linears, others)
@@ -146,8 +149,10 @@ def plan_without_model(checkpoint: Checkpoint, recipe: Recipe) -> ModelFreePlan:
     if unplaced := dict(unplaced_schemes(schemes.values())):
         raise UsageError(f"{NAME} has no place for {' or '.join(unplaced)}; give {' and '.join(unplaced.values())}")
     needs = "" if held or not found else ", which needs zero points"
+    if any(grid.format for grid in grids.values()) and needs:
+        needs = f", for which {NAME} has no place"
     what = "kept exactly" if kept else f"rounded anew{', as the groups do not fit' if held else ''}"
-    if needs:
+    if needs.endswith("points"):
         what += "; a recipe with symmetric = false in [weights] keeps it"
     notes = [*checkpoint.notes, *([f"{found}{needs}: {what}"] if found else [])]
     notes += describe_fallbacks(chosen, schemes, left)
@@ -165,6 +170,10 @@ def shapes_of(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
         if not checkpoint.is_encoded(name):
             yield name, checkpoint.read_shape(name)
             continue
+        if not checkpoint.has_weights:
+            raise UsageError(
+                "a dry run cannot tell the shapes of weights in 8 or 4 bits from afar; leave --low-disk out"
+            )
         parts = checkpoint.encoded[name].parts
         told = tuple(checkpoint.read_part(part).flatten().tolist() for role, part in parts.items() if role == "shape")
         key = (str(told), *((role, checkpoint.read_shape(part)) for role, part in parts.items()))
@@ -178,12 +187,12 @@ def find_grids(
 ) -> Iterator[tuple[str, Grid]]:
     """Yield the linears whose weights lie on a grid, by some rows of each; a stack's first matrix tells of the others.
 
-    Of weights that are quantized already one of each shape is looked at.
+    Of weights that are quantized already, or lie on the hub, one of each shape is looked at.
     """
-    known = dict[object, Grid | None]()
+    known, far = dict[object, Grid | None](), checkpoint.remote is not None
     for linear in linears:
         encoded = checkpoint.is_encoded(linear.weight)
-        key = (linear.rows, linear.columns, linear.transposed) if encoded else linear.weight
+        key = (linear.rows, linear.columns, linear.transposed) if encoded or far else linear.weight
         if key not in known:
             args, dtype = schemes[linear.path].weights, checkpoint.dtype_of(linear.weight)
             known[key] = grid_of(some_rows(checkpoint, linear, encoded), args, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from quantize.artifact.writer import as_json
 from quantize.checkpoint.opening import open_files
+from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
 from quantize.export.compressed_tensors.experts import expert_targets
 from quantize.export.compressed_tensors.export import serve_command
 from quantize.export.compressed_tensors.format import NAME, quantization_config
@@ -24,7 +26,7 @@ from quantize.pipeline.context import running
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import sources_hash, versions
 from quantize.pipeline.progress import track
-from quantize.pipeline.resume.work_dir import ResumableWriter
+from quantize.pipeline.resume.work_dir import ResumableWriter, remote_shards
 from quantize.scheme.scheme import Scheme
 
 
@@ -58,6 +60,7 @@ def quantize_model_free(
     group_size: int | None = None,
     ignore: tuple[str, ...] = (),
     requantize: bool = False,
+    low_disk: bool = False,
     resume: bool = False,
     console: Console | None = None,
 ) -> ModelFreeResult:
@@ -69,8 +72,8 @@ def quantize_model_free(
     Args:
         model: a directory, one file of weights beside its config, or a hub id.
         output_dir: the directory of the result, which must not exist.
-        scheme, recipe, group_size, ignore, requantize: as in `quantize_model`; weights are rounded to nearest, with a
-            search for scales.
+        scheme, recipe, group_size, ignore, requantize, low_disk: as in `quantize_model`; weights are rounded to
+            nearest, with a search for scales.
         resume: whether to go on with a run that was killed.
         console: the console that shows progress; None shows nothing.
 
@@ -82,8 +85,13 @@ def quantize_model_free(
     chosen = recipe_without_model(
         scheme, changes, group_size=group_size, ignore=tuple(ignore), requantize=requantize or None
     )
-    with ResumableWriter(Path(output_dir), resume) as writer:
-        plan = plan_without_model(open_files(model), chosen)
+    check_low_disk(model, low_disk)
+    output = Path(output_dir)
+    with (
+        ResumableWriter(output, resume) as writer,
+        remote_shards(str(model), output, SingleProcess()) if low_disk else contextlib.nullcontext(model) as source,
+    ):
+        plan = plan_without_model(open_files(source), chosen)
         journal = writer.begin(fingerprint(plan), SingleProcess())
         for note in plan.notes if console is not None else ():
             console.print(note, soft_wrap=True, markup=False)  # type: ignore[union-attr]
@@ -96,16 +104,18 @@ def quantize_model_free(
             writer.hashes[file] = done["sha256"]
             kept += done["kept"]
         manifest = finish(plan, writer, kept)
+        if console is not None and isinstance(source, RemoteShards):
+            console.print(source.summary(), soft_wrap=True, markup=False)
     if console is not None:
         console.print(f"to serve it: {serve_command(writer.output, plan.schemes)}", soft_wrap=True, markup=False)
-    return ModelFreeResult(Path(output_dir), manifest)
+    return ModelFreeResult(output, manifest)
 
 
 def fingerprint(plan: ModelFreePlan) -> dict[str, dict[str, str]]:
     """Return what the result depends on; of the model's files size and time, as reading them takes as long as a run."""
     seen = plan.checkpoint.seen
     return {
-        "model": {path.name: str(stamp) for path, stamp in sorted(seen.stamps.items())},
+        "model": {path.name: seen.remote.get(path, str(stamp)) for path, stamp in sorted(seen.stamps.items())},
         "recipe": {name: str(value) for name, value in plan.recipe.model_dump(mode="json").items()},
         "code": {**versions(), "sources": sources_hash()},
     }

@@ -1,0 +1,81 @@
+"""Ctrl-C at any moment of any command: a sentence within two seconds, and nothing half-written."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+
+import quantize.eval.report  # noqa: F401  what is interrupted within an import cannot be imported again
+from quantize.export.directory import export_artifact
+from quantize.pipeline.quantize import collect_stats
+from quantize.recipe.recipe import load_recipe
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # one that a callback swallowed
+]
+SMALL = ["--scheme", "W8A8", "--group-size", "0", "--nsamples", "2", "--seqlen", "16"]
+FIRST = 0.004  # seconds
+COMMANDS = {
+    "quantize": "{model} {small} -o out",
+    "dry run": "{model} {small} --dry-run",
+    "statistics": "{model} {small} --recipe {recipe} --collect-stats out",
+    "merge-stats": "merge-stats {stats} --output out",
+    "prune": "prune {mixture}/model --calibration {mixture}/ids.jsonl --ratio 0.5 --nsamples 2 --seqlen 16 -o out",
+    "inspect": "inspect {model}",
+    "eval": "eval {artifact} --against {model} --text {rows} --nsamples 8 --seqlen 64",
+    "verify": "verify {artifact}",
+    "report": "report {artifact} -o out",
+    "run": "run {onnx} --prompt Once --max-new-tokens 200",
+    "onnx": "export {artifact} --format onnx -o out",
+    "safetensors-float": "export {artifact} --format safetensors-float -o out",
+    "compressed-tensors": "export {artifact} --format compressed-tensors -o out",
+}
+
+
+@pytest.fixture(scope="module")
+def files(one_layer, artifact_rtn, artifact_mixture, stories_calibration, tmp_path_factory):
+    """Name → what the commands read."""
+    folder = tmp_path_factory.mktemp("read")
+    export_artifact(artifact_rtn.directory, "onnx", folder / "onnx")
+    (folder / "recipe.toml").write_text('passes = [{ name = "smoothquant" }]\nquantizer = { name = "rtn" }\n')
+    recipe = load_recipe("W8A8", folder / "recipe.toml", group_size=0, nsamples=2, seqlen=16)
+    collect_stats(one_layer, output=folder / "stats", recipe=recipe, calibration=stories_calibration)
+    found = {"model": one_layer, "artifact": artifact_rtn.directory, "rows": stories_calibration}
+    found |= {"mixture": artifact_mixture.directory.parent, "small": " ".join(SMALL)}
+    return found | {name: folder / name for name in ("onnx", "stats")} | {"recipe": folder / "recipe.toml"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_at_any_moment(name, files, cli, tmp_path, monkeypatch):
+    """The moments lie four times as far apart each time, in seconds of a core, until the command ends by itself."""
+    arguments, moment, sent = COMMANDS[name].format(**files).split(), FIRST, []
+
+    def interrupt(*_):
+        sent.append(time.process_time())
+        signal.raise_signal(signal.SIGINT)
+
+    before, code = signal.signal(signal.SIGPROF, interrupt), 1
+    try:
+        while code:
+            place = tmp_path / f"{moment:g}"
+            place.mkdir()
+            monkeypatch.chdir(place)
+            sent.clear()
+            signal.setitimer(signal.ITIMER_PROF, moment)
+            shown = cli(*arguments)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            code, ended = shown.code, time.process_time()
+            if code:
+                told = shown.err.strip().splitlines()[-1]
+                assert (code, told.partition(";")[0]) == (1, "interrupted"), (moment, shown)
+                assert ended - sent[0] < 2, moment
+                left = {path.name for path in place.iterdir()}
+                assert left == (set() if "nothing was kept" in told else {".out.partial"}), moment
+            moment *= 4
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert moment > FIRST, "it ended before the first moment"
