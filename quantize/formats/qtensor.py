@@ -16,11 +16,12 @@ from quantize.kernels.ops import dequantize
 from quantize.scheme.scheme import WeightArgs
 
 L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that intermediate results stay in a core's cache
+LAUNCH_ELEMENTS = 1 << 24  # the same on a GPU, where each operation on a few weights would wait for its launch
 
 
-def cached_rows(columns: int) -> int:
-    """Return the number of rows of a weight that are worked on together."""
-    return max(1, L2_ELEMENTS // columns)
+def cached_rows(W: Tensor) -> int:
+    """Return the number of rows of a weight, or of rows as wide as its, that are worked on together."""
+    return max(1, (LAUNCH_ELEMENTS if W.is_cuda else L2_ELEMENTS) // W.shape[1])
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,8 @@ class CachedQTensor(QTensor):
     @functools.cached_property
     def _weight(self) -> Tensor:
         """The dequantized weight, made a few rows at a time, so that intermediate results stay in a core's cache."""
-        values, rows = (
-            torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device),
-            cached_rows(self.columns),
-        )
+        values = torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device)
+        rows = cached_rows(values)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
             part.copy_(self.slice_rows(slice(start, start + rows)).dequantize())
         return values

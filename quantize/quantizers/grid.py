@@ -39,7 +39,7 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
     number_format, tolerance = get_format(args.format), ROUNDINGS * torch.finfo(dtype).eps / 2
     global_scale = number_format.global_scale(W)
     parts = []
-    for part in W.split(cached_rows(W.shape[1])):
+    for part in W.split(cached_rows(W)):
         groups = grouped(part, args).flatten(0, 1)
         if number_format.element == "int":
             found = on_integers(groups, args, tolerance)
