@@ -50,8 +50,8 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
     """Make the plan, in which linears whose weights lie on grids that their formats hold are kept as they are.
 
     A default group size gives way to that of the grids, and transforms stay away from kept weights. Nothing is kept if
-    the grids are those of less than half of the weights, or if activations are integers of fewer than 8 bits and the
-    recipe has transforms for them.
+    the grids are those of less than half of the weights. If activations are integers and the recipe has transforms for
+    them, rounding anew behind these is an alternative, or comes first if they have fewer than 8 bits.
 
     Raises:
         UsageError: the group size that was asked for does not fit the grids; also what `make_plan` raises.
@@ -66,11 +66,24 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
     activations = recipe.activations
     if not found or not held:
         return replace(plan, note=f"{found}, which {needs(grids)}: rounded anew" if found else "")
-    if activations and activations.format == "int" and activations.num_bits < TRANSFORMED_BITS and plan.steps:
-        why = f"rounded anew, since {activations.num_bits}-bit activations need the recipe's transforms"
-        return replace(plan, note=f"{found}: {why}; a recipe with passes = [] keeps it")
-    plan = make_plan(regrouped(recipe, held, plan.schemes, found), program, grids=held)
-    return replace(plan, note=f"{found}: {'kept exactly' if plan.kept else 'rounded anew, as the groups do not fit'}")
+    bits = activations.num_bits if activations and activations.format == "int" else 0
+    active = [step for step in plan.steps if bits and (step.sites or step.online)]
+    transforms, measured = bool(active), any(step.handler.needs is None for step in active)
+    try:
+        kept = make_plan(regrouped(recipe, held, plan.schemes, found), program, grids=held)
+    except UsageError:
+        if not transforms or bits >= TRANSFORMED_BITS:
+            raise
+        kept = plan
+    what = "kept exactly" if kept.kept else "rounded anew, as the groups do not fit"
+    kept = replace(kept, note=f"{found}: {what}")
+    if not transforms:
+        return kept
+    if bits >= TRANSFORMED_BITS:
+        why = "rounded anew behind the recipe's transforms, which lose less"
+        return replace(kept, alternative=replace(plan, note=f"{found}: {why}") if kept.kept and measured else None)
+    why = f"rounded anew, since {bits}-bit activations need the recipe's transforms; a recipe with passes = [] keeps it"
+    return replace(plan, note=f"{found}: {why}", alternative=kept if kept.kept and measured else None)
 
 
 def decisive(grids: Mapping[str, Grid], sizes: Mapping[str, int]) -> str:
@@ -175,6 +188,8 @@ def grid_of(W: Tensor, args: WeightArgs, dtype: torch.dtype, activations: Activa
     """
     number_format, columns = get_format(args.format), W.shape[1]
     free = args.model_copy(update={"symmetric": number_format.element != "int"})
+    if number_format.element == "int" and args.num_bits > 4 and (found := on_grid(W, args, dtype)) is not None:
+        return Grid(args.group_size, levels(found), held=True)  # few weights of a group need not tell its step
     sizes = {args.group_size or columns} | (set() if number_format.group_size else {columns, *SIZES})
     rising = sorted(size for size in sizes if columns % size == 0)
     if not rising or on_grid(W[:: max(1, len(W) // FIRST)], sized(free, rising[0], columns), dtype) is None:
@@ -207,7 +222,7 @@ def levels(found: QTensor) -> str:
     """Return what levels a weight has, in words."""
     if get_format(found.args.format).element != "int":
         return f"{found.args.format} values"
-    q = grouped(found.unpack(), found.args)
+    q = grouped(found.unpack(), found.args).int()
     return f"{int((q.amax(-1) - q.amin(-1)).max()) + 1} levels"
 
 

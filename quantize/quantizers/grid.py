@@ -12,7 +12,8 @@ from quantize.kernels.reference import integer_range
 from quantize.quantizers.base import grouped
 from quantize.scheme.scheme import WeightArgs
 
-LEVELS = 16  # the most levels of a grid of integers that is looked for
+LEVELS = 16  # the most levels of a grid of integers that is looked for in weights of any dtype
+LEAST = 8  # the most steps that the least weight of a group of more levels may have
 ROUNDINGS = 2.5  # of a weight and of the largest one, from which the step is read, and of the step itself, in part
 LEAST_SQUARES = 1.25  # their largest error is larger than the least possible one
 FLOAT16 = 2.0**-11  # the relative difference that steps and zero points in float16 make
@@ -22,8 +23,9 @@ FLOAT32 = 2.0**-20  # the relative difference of numbers that were computed in f
 def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
     """Return W [N, K] as it is on a grid of the format, or None if any group of it lies on none.
 
-    Integers of any number of bits are looked for on grids of at most 16 levels, d · (q - z) with integers q and z,
-    since finer ones can hardly be told from any weights. A weight of zeros alone lies on no grid.
+    Integers are looked for on grids of at most 16 levels, d · (q - z) with integers q and z, since finer ones can
+    hardly be told from weights in 16 bits. Integers of more bits are also looked for on as many levels as they have,
+    for which weights must be float32, as those of a source in 8 bits are. A weight of zeros alone lies on no grid.
 
     Args:
         W: float32.
@@ -68,6 +70,14 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     k, scale = torch.zeros_like(x), torch.ones_like(low)
     live = (high > low).nonzero()[:, 0]
+    least = x.abs().where(x != 0, torch.inf).amin(-1, keepdim=True)
+    for steps in range(1, LEAST + 1) if highest - lowest >= LEVELS else ():
+        t, d = x[live], least[live] / steps
+        q = (t / d).round()
+        hits = ((t - q * d).abs() <= FLOAT32 * t.abs()).all(-1)
+        hits &= q.amax(-1).clamp(min=0) - q.amin(-1).clamp(max=0) <= highest - lowest
+        k[live[hits]], scale[live[hits]] = q[hits], fitted(t[hits], q[hits], d[hits])
+        live = live[~hits]
     for steps in range(1, LEVELS):
         if not len(live):
             break

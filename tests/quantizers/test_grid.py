@@ -107,3 +107,13 @@ def test_groups_of_one_weight():
     W = rounded_to_q4_1(random())
     W[2, :32], W[3, :32] = -0.25, 0
     assert torch.equal(on_grid(W, Q4_1, torch.float32).dequantize()[2:4, :32], W[2:4, :32])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_in_each_row(symmetric):
+    args = WeightArgs(num_bits=8, symmetric=symmetric)
+    W = RoundToNearest().quantize(random() + 0.1 * (not symmetric), args, None, torch.float16).dequantize()
+    found = on_grid(W, args, torch.float16)
+    assert torch.equal(found.dequantize(), W)
+    assert on_grid(random(), args, torch.float32) is None
+    assert on_grid(W.bfloat16().float(), args, torch.bfloat16) is None

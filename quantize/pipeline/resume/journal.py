@@ -30,7 +30,7 @@ from quantize.pipeline.serialization import contiguous, load_state, save_state
 T = TypeVar("T")
 SHORT = 2.0  # seconds that may always be spent on storing the state
 PART_OF_TIME = 0.1  # of a run's time that is spent on storing it, if that takes longer
-ROTATIONS = "rotations"  # found in little time, so that they alone are no result
+ROTATIONS, GRIDS = "rotations", "grids"  # found in little time, so that they alone are no result
 DAMAGE = (QuantizeError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
 
 
@@ -86,7 +86,7 @@ class Journal:
     def has_results(self) -> bool:
         """Whether a block is finished, or statistics of the whole model are."""
         files = (path for path in self.directory.iterdir() if path.suffix != ".part")
-        return any(path.stem not in ("identity", ROTATIONS) for path in files)
+        return any(path.stem not in ("identity", ROTATIONS, GRIDS) for path in files)
 
     def cached(self, name: str, make: Callable[[], T], device: torch.device, /) -> T:
         """Return what `make` returned, now or before the run was killed; `save_state` must know its type."""
