@@ -29,6 +29,10 @@ bench-diffusion: $(VENV)/installed
 bench-lengths: $(VENV)/installed
 	$(PYTHON) -m benchmarks.sequence_length
 
+# How long runs on this machine's GPU take: benchmarks/results/gpu-run-NAME.json and the table in docs/gpu.md
+bench-gpu-run: $(VENV)/installed
+	$(PYTHON) -m benchmarks.gpu.quantizing
+
 # Kernels on this machine's GPU beside cuBLAS and others: benchmarks/results/gpu-NAME.json and the table in docs/gpu.md
 bench-gpu: $(VENV)/installed
 	$(PYTHON) -m benchmarks.gpu.bench
@@ -106,11 +110,11 @@ fuzz: $(VENV)/installed
 
 # Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
 test: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
 # The same with every test: at most twenty minutes on two cores
 test-all: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -131,4 +135,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-model-free bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers
+.PHONY: bench-model-free bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu bench-gpu-run tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers

@@ -43,8 +43,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: i
     """
     first = rows.start if left is right else 0
     part, left, right = total[rows, first:], left[:, rows].T, right[:, first:]
-    if right.dtype == torch.float32 or right.is_cuda:
-        part.addmm_(left.float(), right.float())
+    if right.dtype == torch.float32:
+        part.addmm_(left, right)
+        return
+    if right.is_cuda:  # products of bfloat16 are exact there, and summed in float32
+        part.add_(torch.mm(left, right, out_dtype=torch.float32))
         return
     start = min(max(0, FIRST - seen), len(right))
     part.addmm_(left[:, :start].float(), right[:start].float())

@@ -15,12 +15,12 @@ def bfloat16_unit() -> str:
     return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "none"
 
 
-def calibration_dtype(stored: Iterable[torch.dtype]) -> torch.dtype:
-    """Return what operands are rounded to: bfloat16 if all parameters are stored in it and the processor has a unit.
+def calibration_dtype(stored: Iterable[torch.dtype], device: torch.device) -> torch.dtype:
+    """Return what operands are rounded to: bfloat16 if all parameters are stored in it and the device has a unit.
 
     A model stored in bfloat16 is meant to run in it. All other models are calibrated in float32.
     """
-    suits = set(stored) == {torch.bfloat16} and bfloat16_unit() != "none"
+    suits = set(stored) == {torch.bfloat16} and (device.type == "cuda" or bfloat16_unit() != "none")
     return torch.bfloat16 if suits else torch.float32
 
 

@@ -16,6 +16,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
 
 IN_MEMORY = 1 << 28  # bytes of one runner's values that stay in memory
+PART_OF_GPU = 0.25  # the same of a GPU's memory
 SMALL = 1 << 12  # tensors of fewer bytes always stay in memory
 
 
@@ -47,7 +48,7 @@ class ActivationCache(Sequence[Values]):
 
     def __setitem__(self, index: int, values: Values) -> None:
         self.held[index] = {}
-        fits = self.directory is None or self.in_memory() + sum(map(size, values.values())) <= IN_MEMORY
+        fits = self.directory is None or self.in_memory() + sum(map(size, values.values())) <= room(values)
         self.held[index] = dict(values) if fits else self._spilled(values, new=index == 0)
 
     def in_memory(self) -> int:
@@ -91,6 +92,14 @@ class SpilledTensor:
         """Return the tensor, memory-mapped or moved to where it was; changes to it do not reach the file."""
         mapped = np.memmap(self.file.opened, np.uint8, "c", self.offset, self.nbytes)
         return torch.from_numpy(mapped).view(self.dtype).view(self.shape).to(self.device)
+
+
+def room(values: Values) -> int:
+    """Return how many bytes of one runner's values stay where they are: on a GPU a quarter of its memory."""
+    on_gpu = next((x.device for x in values.values() if isinstance(x, Tensor) and x.is_cuda), None)
+    if on_gpu is None:
+        return IN_MEMORY
+    return int(torch.cuda.get_device_properties(on_gpu).total_memory * PART_OF_GPU)
 
 
 def size(value: Any) -> int:

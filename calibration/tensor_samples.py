@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Row, Samples, check_ids, read_samples, spread
-from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.safetensors_reader import stamp
+from quantize.checkpoint.files_seen import sha256, stamp
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import ChangedError, QuantizeError, UsageError

@@ -16,6 +16,7 @@ import torch
 
 TABLE = Path(__file__).with_name("configs.json")
 TOKEN_TILES = 4  # the most of a product that is split
+LARGEST_STEP, SMALLEST_STEP = 128, 16  # columns of a dot product in floating point
 LARGEST_K = 1 << 15  # int32 holds 255 · 255 · K, and 16 · 15 · 255 · K: integers of 8, or 4 and 8 bits, as `shift` sums
 ON_CPU, ON_AMD = "interpreter", "gfx942"
 
@@ -27,7 +28,7 @@ class Config:
     Attributes:
         block_m: the tokens of a tile.
         block_n: the output channels of a tile.
-        block_k: the columns of an iteration, a multiple of 128; products in groups have their own.
+        block_k: the columns of an iteration, a multiple of 128; products in groups take as many groups as they are.
         split_k: the number of parts of the columns, each of which is one program's.
         num_warps: the warps of a program.
         num_stages: the stages of the pipeline of loads.
@@ -78,13 +79,22 @@ def choose_config(M: int, N: int, K: int, scheme: str, arch: str) -> Config:
         M: the number of tokens.
         N: the number of output channels.
         K: the number of columns as stored, in whole blocks of 128.
-        scheme: `w8a8`, `w4a8` or `w4a4`; `w8a8g` and `w4a8g` for weights in groups.
+        scheme: `w8a8`, `w4a8` or `w4a4`; `w8a8g` and `w4a8g` for weights in groups; `w4a16`.
         arch: what `architecture` returns; one that is not in the table takes the rows of the next older one.
     """
     rows = read_table()[nearest_architecture(arch)][scheme]
     row = dict(min(rows, key=lambda row: shape_distance(row["shape"], (M, N, K))))
     del row["shape"]
     return fitted(Config(**row), M, K, in_groups=scheme.endswith("g"))
+
+
+def step_of(columns: int, groups: int) -> int:
+    """Return the columns of a dot product in floating point by weights in so many groups.
+
+    Below `SMALLEST_STEP` there is no kernel, because a matrix instruction takes at least as many.
+    """
+    size = columns // groups if groups > 1 else LARGEST_STEP
+    return min(LARGEST_STEP, size & -size)
 
 
 def shape_distance(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:

@@ -6,8 +6,6 @@ expert, so with few tokens most of a tile is empty, and what counts is that each
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -40,26 +38,20 @@ def experts_kernel(
     m, n = first + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     shift = expert.to(tl.int64) * N
     w_scale, w_sum = w_scale + shift, w_sum + shift
-    zero_w, bias = shifted(zero_w, shift), shifted(bias, shift)
+    if zero_w is not None:
+        zero_w += shift
+    if bias is not None:
+        bias += shift
     w, a = rows_of(w + shift * w_stride, a, n, m, N, end, w_stride, a_stride)
     if GROUP:
         total = sum_groups(
             w, a, 0, steps, n, m, N, end, G, channels, group_scale + shift, zero_w, w_sum, a_sum, zero_a,
-            VARIANT, ASM, BLOCK_M, BLOCK_N, SPAN, GROUP,
+            VARIANT, ASM, BLOCK_M, BLOCK_N, SPAN, GROUP, 1,
         )  # fmt: skip
     else:
         acc = correction(n, m, end, N, zero_w, w_sum, high_sum + shift, zero_a, a_sum, low_sum, VARIANT)
         total = accumulate(acc, w, a, 0, steps, SPAN, VARIANT, ASM)
     store_scaled(total, y, m, n, end, N, w_scale, a_scale, bias)
-
-
-@triton.jit
-def shifted(pointer: tl.tensor, shift: tl.tensor) -> Any:
-    """Return a pointer to the first channel of an expert; None stays None."""
-    if pointer is None:
-        return pointer
-    else:
-        return pointer + shift
 
 
 def tiles_of(ends: Tensor, M: int, block_m: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import engine
-from quantize.kernels.config import ON_CPU, Config, architecture
+from quantize.kernels.config import Config, architecture
 from quantize.kernels.fp4 import decode_scale, unpack_fp4
 from quantize.kernels.prologue import Prologue
 from quantize.kernels.reference import quantized_linear
@@ -58,11 +58,11 @@ def _(x: Tensor, data: Tensor, *_: Any) -> Tensor:
 def choose_fp4_config(M: int, arch: str) -> tuple[Config, bool]:
     """Return the tile of a product of M tokens, and whether NVFP4 does without `tl.dot_scaled`.
 
-    A GPU without FP4 multiplies in half precision. Its operands take more registers, so its tiles are smaller.
+    A GPU without FP4 multiplies in half precision. Its operands take more registers, so its tiles are smaller. There
+    `tl.dot_scaled` does not know scales in E4M3 (Triton 3.6 on sm_90).
     """
-    pure = arch == ON_CPU or (arch.startswith("sm_8") and arch != "sm_89")  # E4M3 is unknown there
     if arch.startswith(("sm_10", "sm_12", "gfx95")):
         large = Config(128, 128, 256, num_warps=8, num_stages=3)
-        return Config(16, 128, 256, num_warps=4, num_stages=4) if M <= 16 else large, pure
+        return Config(16, 128, 256, num_warps=4, num_stages=4) if M <= 16 else large, False
     large = Config(64, 64, 128, num_warps=4, num_stages=3)
-    return Config(16, 64, 128, num_warps=4, num_stages=4) if M <= 16 else large, pure
+    return Config(16, 64, 128, num_warps=4, num_stages=4) if M <= 16 else large, True

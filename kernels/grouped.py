@@ -7,6 +7,7 @@ of a block.
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -49,24 +50,26 @@ def sum_groups(
     N: tl.tensor, M: tl.tensor, G: tl.tensor, stride: tl.tensor,
     group_scale: tl.tensor, zero_w: tl.tensor, w_sum: tl.tensor, a_sum: tl.tensor, zero_a: tl.tensor,
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, UNROLL: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Return Σ scale · (q_w - zero_w)(q_a - zero_a) over the steps start to stop, float32 [BLOCK_N, BLOCK_M].
 
-    A step is a group of 128 or more, or a span of bytes. The other arguments are those of `add_group`.
+    A step is UNROLL groups of 128 or more, so that what it reads of a row is long enough for the memory, or a span of
+    bytes. The other arguments are those of `add_group`.
     """
     total, weighted = tl.zeros((BLOCK_N, BLOCK_M), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     none = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(start, stop):
         if GROUP >= 128:
-            acc = none
-            for block in tl.static_range(GROUP // 128):
-                w_low, a_low, w_high, a_high = operands(w, a, step * (GROUP // 128) + block, SPAN, VARIANT, ASM)
-                acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
-                acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
-            total, weighted = add_group(
-                total, weighted, acc, step, n, m, N, M, G, stride, group_scale, zero_w, w_sum, a_sum, VARIANT
-            )
+            for part in tl.static_range(UNROLL):
+                acc, group = none, step * UNROLL + part
+                for block in tl.static_range(GROUP // 128):
+                    w_low, a_low, w_high, a_high = operands(w, a, group * (GROUP // 128) + block, SPAN, VARIANT, ASM)
+                    acc = tl.dot(w_low, a_low, acc, out_dtype=tl.int32)
+                    acc = tl.dot(w_high, a_high, acc, out_dtype=tl.int32)
+                total, weighted = add_group(
+                    total, weighted, acc, group, n, m, N, M, G, stride, group_scale, zero_w, w_sum, a_sum, VARIANT
+                )
         else:
             w_low, a_low, w_high, a_high = operands(w, a, step, SPAN, VARIANT, ASM)
             group = step * SPAN // 64 * (128 // GROUP) + step * SPAN % 64 // GROUP
@@ -90,7 +93,7 @@ def grouped_kernel(
     a_scale: tl.tensor, zero_a: tl.tensor, a_sum: tl.tensor, bias: tl.tensor,
     M: tl.tensor, N: tl.tensor, G: tl.tensor, steps: tl.tensor, w_stride: tl.tensor, a_stride: tl.tensor,
     VARIANT: tl.constexpr, ASM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr,
-    GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
+    GROUP: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """A program computes a part of K of one tile of Y [M, N]."""
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
@@ -98,7 +101,7 @@ def grouped_kernel(
     start, stop = part_of(steps, SPLIT_K)
     total = sum_groups(
         w, a, start, stop, n, m, N, M, G, N, group_scale, zero_w, w_sum, a_sum, zero_a,
-        VARIANT, ASM, BLOCK_M, BLOCK_N, SPAN, GROUP,
+        VARIANT, ASM, BLOCK_M, BLOCK_N, SPAN, GROUP, UNROLL,
     )  # fmt: skip
     if SPLIT_K > 1:
         own = own_part(parts, BLOCK_N, BLOCK_M, SPLIT_K)
@@ -133,11 +136,12 @@ def launch(
         parts = workspace(tiles, config, torch.float32, pw)
         span = min(pw.group_size, HALF)
         steps = qa.q.shape[1] // max(pw.group_size, 2 * span)
+        unroll = gcd(max(1, config.block_k // pw.group_size), steps) if pw.group_size >= 128 else 1
         weight = (pw.data, qa.q, pw.scale, pw.group_scale, pw.zero_point, pw.weight_sum)
         grouped_kernel[(tiles, config.split_k)](
             y, parts, pw.counters, *weight, qa.scale, qa.zero_point, qa.sum, bias,
-            M, N, pw.group_scale.shape[0], steps, *strides,
+            M, N, pw.group_scale.shape[0], steps // unroll, *strides,
             VARIANT=config.variant, ASM=config.asm, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPAN=span,
-            GROUP=pw.group_size, SPLIT_K=config.split_k, **config.options(),
+            GROUP=pw.group_size, UNROLL=unroll, SPLIT_K=config.split_k, **config.options(),
         )  # fmt: skip
     return y

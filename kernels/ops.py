@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import engine
+from quantize.kernels.config import SMALLEST_STEP, step_of
 from quantize.kernels.custom_ops import expert_gemm as expert_operator
 from quantize.kernels.custom_ops import gemm as gemm_operator
 from quantize.kernels.custom_ops import quantize_tokens
@@ -27,9 +28,10 @@ from quantize.kernels.reference import (
 )
 from quantize.kernels.runtime_smooth import runtime_smooth_linear, smooth_scales
 from quantize.kernels.smooth_linear import smooth_linear, smooth_prepack, tile_columns
-from quantize.kernels.weight_only_linear import SMALLEST_STEP, step_of, weight_only_linear
+from quantize.kernels.weight_only_linear import weight_only_linear
 
 __all__ = [
+    "LARGEST_PANEL",
     "PackedWeight",
     "Prologue",
     "QuantizedActivations",
@@ -58,6 +60,8 @@ __all__ = [
     "quantize_dynamically",
     "quantize_per_token",
     "quantized_linear",
+    "round_columns",
+    "rounds_columns",
     "runtime_smooth_linear",
     "smooth_linear",
     "smooth_prepack",
@@ -67,6 +71,7 @@ __all__ = [
     "weight_only_linear",
 ]
 
+LARGEST_PANEL = 128  # columns that `round_columns` takes at once
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -151,6 +156,20 @@ def has_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
 def has_weight_only_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
     """Return whether a kernel multiplies activations x [..., K], as they are, by weights of `num_bits` in groups."""
     return on_kernels(x) and num_bits in (4, 8) and step_of(x.shape[-1], groups) >= SMALLEST_STEP
+
+
+def rounds_columns(x: Tensor) -> bool:
+    """Return whether a kernel rounds the columns of float32 weights that lie where x does."""
+    return engine.runs_on_triton(x)
+
+
+def round_columns(
+    target: Tensor, reference: Tensor, feedback: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int
+) -> None:
+    """Round up to `LARGEST_PANEL` columns in turn, in place, as `column_rounding.launch` says."""
+    from quantize.kernels import column_rounding
+
+    column_rounding.launch(target, reference, feedback, scale, zero_point, num_bits)
 
 
 def packed_linear(

@@ -11,11 +11,12 @@ from quantize.kernels.hadamard import hadamard_transform
 
 ROWS = 16  # the least that a product on tensor cores takes
 LARGEST_TILE = 4096  # columns
+LARGEST_ORDER = 128  # of a matrix that fits shared memory in float32, too; 256 does not fit that of any GPU
 
 
 def fuses(order: int) -> bool:
     """Return whether a Hadamard transform of neighbours, of this order, runs inside the quantizer."""
-    return 16 <= order <= 256 and order & (order - 1) == 0
+    return 16 <= order <= LARGEST_ORDER and order & (order - 1) == 0
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ float16 and bfloat16, and each group's sum is taken in float32 before its scale 
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantize.kernels.config import Config
+from quantize.kernels.config import Config, step_of
 from quantize.kernels.epilogue import store_output
 from quantize.kernels.split_k import part_of
 from quantize.kernels.tiles import tile_of
+
+DEQUANTIZED_ROWS = 64  # of the tile that a program writes
 
 
 @triton.jit
@@ -31,8 +34,9 @@ def stored_integers(
     packed = tl.load(w + n.to(tl.int64)[:, None] * w_stride + byte[None, :], mask=inside, other=0)
     if BITS == 8:
         return packed
-    low, high = (packed << 4).to(tl.int8, bitcast=True) >> 4, packed.to(tl.int8, bitcast=True) >> 4
-    return tl.interleave(low, high)
+    else:
+        low, high = (packed << 4).to(tl.int8, bitcast=True) >> 4, packed.to(tl.int8, bitcast=True) >> 4
+        return tl.interleave(low, high)
 
 
 @triton.jit
@@ -64,34 +68,81 @@ def floats_of_words(
 
 
 @triton.jit
+def centred_weights(
+    w: tl.tensor, zero_point: tl.tensor, of_group: tl.tensor, n: tl.tensor, step: tl.tensor, N: tl.tensor,
+    w_stride: tl.tensor, BITS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Load [BLOCK_N, BLOCK_K] of q - z, the weights of channels n in the columns of a step without their scale."""
+    if WORDS:
+        W = floats_of_words(w, n, step, N, w_stride, BLOCK_N, BLOCK_K, DTYPE)
+        zero = tl.zeros((BLOCK_N,), tl.int32) + (136 if tl.bfloat16 == DTYPE else 1032)
+    else:
+        W = stored_integers(w, n, step, N, w_stride, BITS, BLOCK_K).to(DTYPE)
+        zero = tl.zeros((BLOCK_N,), tl.int32)
+    if zero_point is not None:
+        zero += tl.load(zero_point + of_group, mask=n < N, other=0)
+    return W - zero.to(DTYPE)[:, None]
+
+
+@triton.jit
 def weight_only_kernel(
     y: tl.tensor, x: tl.tensor, w: tl.tensor, scale: tl.tensor, zero_point: tl.tensor, bias: tl.tensor,
-    M: tl.tensor, N: tl.tensor, K: tl.tensor, G: tl.tensor, w_stride: tl.tensor,
+    M: tl.tensor, N: tl.tensor, K: tl.tensor, w_stride: tl.tensor,
     BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr, SPLIT_K: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A program computes one part of K of one tile of Y [M, N]; y holds the parts one behind the other."""
+    """A program computes one part of K of one tile of Y [M, N]; y holds the parts one behind the other.
+
+    An iteration takes UNROLL steps, so that what it reads of a row of weights is long enough for the memory.
+    """
     m, n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    start, stop = part_of(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    start, stop = part_of(tl.cdiv(K, BLOCK_K * UNROLL), SPLIT_K)
     DTYPE: tl.constexpr = x.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(start, stop):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        of_group = n.to(tl.int64) * G + (step * BLOCK_K // GROUP if GROUP else 0)
-        if WORDS:
-            W = floats_of_words(w, n, step, N, w_stride, BLOCK_N, BLOCK_K, DTYPE)
-            zero = tl.zeros((BLOCK_N,), tl.int32) + (136 if tl.bfloat16 == DTYPE else 1032)
-        else:
-            W = stored_integers(w, n, step, N, w_stride, BITS, BLOCK_K).to(DTYPE)
-            zero = tl.zeros((BLOCK_N,), tl.int32)
-        if zero_point is not None:
-            zero += tl.load(zero_point + of_group, mask=n < N, other=0)
-        W -= zero.to(DTYPE)[:, None]
-        inside = (m < M)[None, :] & (k < K)[:, None]
-        X = tl.load(x + m.to(tl.int64)[None, :] * K + k[:, None], mask=inside, other=0.0)
-        s = tl.load(scale + of_group, mask=n < N, other=0.0)
-        total += tl.dot(W, X, input_precision="ieee") * s[:, None]
+    for iteration in range(start, stop):
+        for part in tl.static_range(UNROLL):
+            step = iteration * UNROLL + part
+            k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            of_group = n + (step * BLOCK_K // GROUP * N if GROUP else 0)
+            W = centred_weights(w, zero_point, of_group, n, step, N, w_stride, BITS, WORDS, BLOCK_N, BLOCK_K, DTYPE)
+            inside = (m < M)[None, :] & (k < K)[:, None]
+            X = tl.load(x + m.to(tl.int64)[None, :] * K + k[:, None], mask=inside, other=0.0)
+            s = tl.load(scale + of_group, mask=n < N, other=0.0)
+            total += tl.dot(W, X, input_precision="ieee") * s[:, None]
     store_output(y + tl.program_id(1).to(tl.int64) * M * N, total, m, n, M, N, None, bias)
+
+
+@triton.jit
+def dequantizing_kernel(
+    out: tl.tensor, w: tl.tensor, scale: tl.tensor, zero_point: tl.tensor,
+    N: tl.tensor, K: tl.tensor, w_stride: tl.tensor,
+    BITS: tl.constexpr, WORDS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """A program writes one tile of the weight [N, K] in the dtype of `out`."""
+    n, step = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1)
+    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    of_group = n + (step * BLOCK_K // GROUP * N if GROUP else 0)
+    W = centred_weights(w, zero_point, of_group, n, step, N, w_stride, BITS, WORDS, BLOCK_N, BLOCK_K, DTYPE)
+    W = W.to(tl.float32) * tl.load(scale + of_group, mask=n < N, other=0.0)[:, None]
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    tl.store(out + n.to(tl.int64)[:, None] * K + k[None, :], W.to(DTYPE), mask=inside)
+
+
+def dequantize(
+    data: Tensor, scale: Tensor, zero_point: Tensor | None, num_bits: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Return W = (q - z) · s, [N, columns] in `dtype`, for operands as `launch` takes them."""
+    block_k = step_of(columns, len(scale))
+    (G, N), words = scale.shape, num_bits == 4 and columns % 8 == 0 and dtype != torch.float32
+    data = data.view(torch.int32) if words else data
+    W = torch.empty((N, columns), dtype=dtype, device=data.device)
+    dequantizing_kernel[(triton.cdiv(N, DEQUANTIZED_ROWS), triton.cdiv(columns, block_k))](
+        W, data, scale, zero_point, N, columns, data.shape[1], BITS=num_bits, WORDS=words,
+        GROUP=columns // G if G > 1 else 0, BLOCK_N=DEQUANTIZED_ROWS, BLOCK_K=block_k, enable_fp_fusion=False,
+    )  # fmt: skip
+    return W
 
 
 def launch(
@@ -108,28 +159,24 @@ def launch(
     Args:
         x: [M, K], float16, bfloat16 or float32, contiguous.
         data: uint8 [N, ⌈K / 2⌉] of `pack_int4`, or int8 [N, K].
-        scale: float32 [N, G] for G equal groups of columns.
-        zero_point: integers [N, G] or None.
+        scale: float32 [G, N] for G equal groups of columns.
+        zero_point: integers [G, N] or None.
         bias: [N] or None.
         num_bits: 4 or 8, the bits of q.
-        config: the tile; `block_k` divides the columns of a group, if G > 1.
-
-    Raises:
-        ValueError: the configuration does not fit the groups.
+        config: the tile; an iteration takes `block_k` columns, as many steps of one group as they are.
     """
-    (M, K), (N, G) = x.shape, scale.shape
-    group = K // G if G > 1 else 0
-    if group % config.block_k:
-        raise ValueError(f"steps of {config.block_k} columns do not fit groups of {group}")
+    (M, K), (G, N) = x.shape, scale.shape
+    group, step = K // G if G > 1 else 0, step_of(K, G)
+    unroll = gcd(max(1, config.block_k // step), triton.cdiv(K, step))
     split, words = config.split_k > 1, num_bits == 4 and K % 8 == 0 and x.dtype != torch.float32
     data = data.view(torch.int32) if words else data
     y = torch.empty((config.split_k, M, N), dtype=torch.float32 if split else x.dtype, device=x.device)
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
     if tiles:
         weight_only_kernel[(tiles, config.split_k)](
-            y, x, data, scale, zero_point, None if split else bias, M, N, K, G, data.shape[1],
+            y, x, data, scale, zero_point, None if split else bias, M, N, K, data.shape[1],
             BITS=num_bits, WORDS=words, GROUP=group, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k, SPLIT_K=config.split_k, **config.options(),
+            BLOCK_K=step, UNROLL=unroll, SPLIT_K=config.split_k, **config.options(),
         )  # fmt: skip
     if not split:
         return y[0]

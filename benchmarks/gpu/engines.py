@@ -89,28 +89,54 @@ class Ours:
             lambda: exact_gemm(qa, pw, None, torch.float64),
         )
 
-    def case_of(self, config: Config, M: int, N: int, K: int, rng: torch.Generator) -> Case:
-        """Return the same product by a given configuration, without the quantizer."""
-        pw, qa = self.weight(N, K, rng), self.quantize(floats(M, K, rng=rng))
-        return Case(
-            lambda: launch_gemm(qa, pw, None, torch.bfloat16, config),
-            lambda: exact_gemm(qa, pw, None, torch.float64),
-        )
+    def operands(self, M: int, N: int, K: int, rng: torch.Generator) -> tuple[QuantizedActivations, PackedWeight]:
+        """Draw what a kernel multiplies, activations and weights."""
+        pw = self.weight(N, K, rng)
+        return self.quantize(floats(M, K, rng=rng)), pw
+
+    def run(self, config: Config, operands: tuple[QuantizedActivations, PackedWeight]) -> Tensor:
+        """Multiply by a given configuration."""
+        return launch_gemm(*operands, None, torch.bfloat16, config)
+
+    def expected(self, operands: tuple[QuantizedActivations, PackedWeight]) -> Tensor:
+        """Multiply exactly."""
+        return exact_gemm(*operands, None, torch.float64)
 
     def product(self, M: int, N: int, K: int) -> Product:
         """Return the product with the bits it moves; with the quantizer, activations are read in 16 bits."""
         return Product(M, N, K, self.weight_bits, 16 if self.quantizes else 8, 8, self.group_size)
 
 
-def weight_only_case(M: int, N: int, K: int, rng: torch.Generator) -> Case:
-    """Multiply bf16 activations by integers of 4 bits with zero points in groups, as they are stored."""
-    q, x = integers(N, K, bits=4, rng=rng), floats(M, K, rng=rng)
-    scale = torch.rand(N, K // GROUP, generator=rng, device=rng.device) + 0.5
-    zero_point, data = integers(N, K // GROUP, bits=4, rng=rng), ops.pack_int4(q)
-    return Case(
-        lambda: ops.weight_only_linear(x, data, scale, zero_point, None, 4),
-        lambda: x.double() @ ops.dequantize(q, scale, zero_point).double().T,
-    )
+@dataclass(frozen=True)
+class WeightOnly:
+    """Products of bf16 activations and integers of 4 bits with zero points in groups, as they are stored."""
+
+    def operands(self, M: int, N: int, K: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw activations, packed integers, scales and zero points."""
+        q, x = integers(N, K, bits=4, rng=rng), floats(M, K, rng=rng)
+        scale = torch.rand(K // GROUP, N, generator=rng, device=rng.device) + 0.5
+        return x, ops.pack_int4(q), scale, integers(K // GROUP, N, bits=4, rng=rng)
+
+    def run(self, config: Config, operands: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Multiply by a given configuration."""
+        from quantize.kernels import weight_only_gemm
+
+        return weight_only_gemm.launch(*operands, None, 4, config)
+
+    def expected(self, operands: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Multiply in float64."""
+        x, data, scale, zero_point = operands
+        W = ops.dequantize(ops.unpack_int4(data, x.shape[1]), scale.T, zero_point.T)
+        return x.double() @ W.double().T
+
+    def case(self, M: int, N: int, K: int, rng: torch.Generator) -> Case:
+        """Return the product as it is served."""
+        operands = self.operands(M, N, K, rng)
+        return Case(lambda: ops.weight_only_linear(*operands, None, 4), lambda: self.expected(operands))
+
+    def product(self, M: int, N: int, K: int) -> Product:
+        """Return the product with the bits it moves."""
+        return Product(M, N, K, 4, 16, 16, GROUP, scale_bytes=5)
 
 
 NATIVE = Config(128, 128, 256, num_warps=8, num_stages=3, variant="native", asm=True)
@@ -152,7 +178,7 @@ def contenders(device: torch.device) -> Iterator[Contender]:
     yield Contender("int8", lambda M, N, K: Product(max(M, SMALLEST_INT_MM), N, K, 8, 8, 8), int8_case, 0.0)
     for name, ours in OURS.items():
         yield Contender(name, ours.product, ours.case)
-    yield Contender("W4A16 g128", lambda M, N, K: Product(M, N, K, 4, 16, 16, GROUP, scale_bytes=5), weight_only_case)
+    yield Contender("W4A16 g128", WeightOnly().product, WeightOnly().case)
     for name, experts in EXPERTS.items():
         yield Contender(name, experts.product, experts.case)
     if architecture(device) in INT4_ARCHITECTURES:

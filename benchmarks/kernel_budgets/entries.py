@@ -57,7 +57,7 @@ def products() -> Iterator[Entry]:
     """Yield integer products in the configurations of the table, and native int4 products."""
     for arch in ARCHITECTURES:
         for scheme in read_table()[arch]:
-            for config in configurations(arch, scheme):
+            for config in configurations(arch, scheme) if scheme != "w4a16" else ():
                 yield product(scheme, arch, config)
         yield product("w4a8g", arch, configurations(arch, "w4a8g")[-1], zero_points=True)
     for arch in ("sm_80", "sm_89"):

@@ -13,6 +13,7 @@ from benchmarks.kernel_budgets.compile_ahead import ARCHITECTURES
 from benchmarks.kernel_budgets.entries import INT8, LAYOUTS, LOGIC, Entry, K, M, N, configurations
 from benchmarks.kernel_budgets.meta_operands import meta, meta_activations, meta_weight
 from quantize.kernels import (
+    column_rounding,
     experts,
     fp4_gemm,
     fp4_linear,
@@ -22,10 +23,9 @@ from quantize.kernels import (
     token_quantizer,
     weight_only_gemm,
 )
-from quantize.kernels.config import Config
+from quantize.kernels.config import Config, choose_config
 from quantize.kernels.fp4_quantizer import Fp4Activations
 from quantize.kernels.prologue import Prologue
-from quantize.kernels.weight_only_linear import choose_config
 
 EXPERTS = 8
 NO_MMA = r""
@@ -60,6 +60,10 @@ def quantizers(arch: str) -> Iterator[Entry]:
     yield entry("quantizer 4 bits", arch, lambda: token_quantizer.launch(x, 4, False, 1.0, "pair"))
     rotated = ("quantizer 4 bits, norm, Hadamard", arch)
     yield entry(*rotated, lambda: token_quantizer.launch(x, 4, False, 1.0, "pair", prologue=norm), HALF_MMA)
+    panel, zero_point = meta(128, N, dtype=torch.float32), meta(128, N, dtype=torch.float32)
+    square = meta(128, 128, dtype=torch.float32)
+    rounding = (panel, panel, square, panel, zero_point, 4)
+    yield entry("column rounding", arch, lambda: column_rounding.launch(*rounding))
     yield entry("quantizer MXFP4", arch, lambda: fp4_quantizer.launch(x, "mxfp4", 32))
 
 
@@ -81,13 +85,13 @@ def smooth(arch: str) -> Iterator[Entry]:
 
 def weight_only(tokens: int, arch: str) -> Entry:
     """Return the product of activations in bfloat16 and 4-bit weights in groups of 128 with zero points."""
-    config = choose_config(tokens, K, N, K // 128)
+    config = choose_config(tokens, N, K, "w4a16", arch)
     x, data = meta(tokens, K, dtype=torch.bfloat16), meta(N, K // 2, dtype=torch.uint8)
-    scale, zero_point = meta(N, K // 128, dtype=torch.float32), meta(N, K // 128, dtype=torch.int8)
+    scale, zero_point = meta(K // 128, N, dtype=torch.float32), meta(K // 128, N, dtype=torch.int8)
     return Entry(
         f"w4a16 {config.block_m}x{config.block_n}", arch,
         lambda: weight_only_gemm.launch(x, data, scale, zero_point, None, 4, config),
-        config.block_n * config.block_k, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
+        config.block_n * 128, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from quantize.quantizers.column_rounding import QParams, round_columns
 from quantize.scheme.scheme import WeightArgs
 
 REPEATS = 3
-DTYPE = calibration_dtype([torch.bfloat16])  # of operands, for a model stored in bfloat16
+DTYPE = calibration_dtype([torch.bfloat16], torch.device("cpu"))  # of operands, for a model stored in bfloat16
 GROUP = 128  # columns that share a scale
 Row = dict[str, Any]
 

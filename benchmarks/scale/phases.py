@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, fx
 
 from benchmarks.machine import best_of
+from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration import gram_sums
 from quantize.calibration.runner import SequentialRunner
 from quantize.graph import interpreter
 from quantize.graph.interpreter import Values
+from quantize.graph.program import Segment
 from quantize.graph.shapes import multiply_adds
+from quantize.pipeline import quantize as pipeline
+from quantize.pipeline.block import Block
+from quantize.pipeline.sequential import SequentialPipeline
 from quantize.quantizers import column_rounding, gptq, rtn
 
 PEAK = 2048  # order of the matrices whose product is the measure
@@ -34,11 +39,26 @@ class Phase:
 
 @dataclass
 class Phases:
-    """Times functions by the name of their phase; a phase within another one is counted only for itself."""
+    """Times functions by the name of their phase; a phase within another one is counted only for itself.
+
+    Attributes:
+        phases: what was timed, by name.
+        running: the phases that are running, each within the one before it.
+        last: seconds on the clock and of the CPU at the last switch.
+        blocks: the name of each block of a run, and when it began.
+    """
 
     phases: dict[str, Phase] = field(default_factory=dict)
     running: list[str] = field(default_factory=list)
     last: tuple[float, float] = (0.0, 0.0)
+    blocks: list[tuple[str, float]] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Forget what was timed."""
+        self.phases.clear()
+        self.blocks.clear()
+        self.last = (0.0, 0.0)
+        self._switch()
 
     def timed(self, name: str, run: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
         """Return `run` with its time and its operations counted."""
@@ -79,7 +99,9 @@ class Phases:
         return self.phases.setdefault(name, Phase())
 
     def _switch(self) -> None:
-        """Add the time since the last switch to the running phase."""
+        """Add the time since the last switch to the running phase, on a GPU until it is done."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         now = (time.perf_counter(), time.process_time())
         phase = self._running()
         phase.seconds += now[0] - self.last[0] if self.last[0] else 0.0
@@ -87,16 +109,31 @@ class Phases:
         self.last = now
 
 
+def nothing(*_: Any, **__: Any) -> float:
+    """Return no operations."""
+    return 0.0
+
+
 def watch() -> Phases:
     """Time the phases of this process's runs from now on."""
     phases = Phases()
-    phases._switch()
+    phases.start()
+
+    def begin(_: SequentialPipeline, segment: Segment, *__: Any) -> float:
+        phases.blocks.append((segment.name, time.perf_counter()))
+        return 0.0
+
     for owner, attribute, name, flops in (
-        (SequentialRunner, "run", "forward", lambda *_: 0.0),
+        (pipeline, "prepare", "prepare", nothing),
+        (Block, "read", "read", nothing),
+        (SequentialPipeline, "process", "other steps", begin),
+        (ArtifactWriter, "add", "write", nothing),
+        (pipeline, "finish", "finish", nothing),
+        (SequentialRunner, "run", "forward", nothing),
         (gram_sums, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
-        (gptq, "compute_qparams", "scales", lambda *_: 0.0),
-        (rtn, "compute_qparams", "scales", lambda *_: 0.0),
+        (gptq, "compute_qparams", "scales", nothing),
+        (rtn, "compute_qparams", "scales", nothing),
         (gptq, "gptq_round", "error feedback", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
         (gptq, "sweep", "sweeps", lambda *a: 2.0 * a[1].shape[1] * len(a[1]) ** 2),
         (column_rounding, "round_columns", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),

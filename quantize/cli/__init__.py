@@ -46,6 +46,8 @@ commands: click.Group = DefaultGroup(
 )
 click.version_option(package_name="quantize-model")(commands)
 
+PATIENCE = 2  # the Ctrl-C that no longer waits until torch's C++ has returned
+
 
 def system_error(error: OSError | MemoryError) -> str:
     """Say what the system refused, such as a file in a place that cannot be written."""
@@ -55,14 +57,26 @@ def system_error(error: OSError | MemoryError) -> str:
     return f"{where}{error.strerror or reason(error)}; give a place that can be read and written and has room"
 
 
+def called_by_torch(frame: FrameType | None) -> bool:
+    """Return whether C++ of torch has called this code, as it does while it exports; an exception may abort there."""
+    while frame is not None:
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def main() -> NoReturn:
     """Run the command. The exit code is 0 when it is done, 1 when it failed, and 2 for wrong use."""
     signals: list[int] = []
 
-    def interrupt(number: int, _: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         signals.append(number)
-        signal.setitimer(signal.ITIMER_REAL, 0.5)  # a library may swallow the exception: again, until the run has ended
-        raise KeyboardInterrupt
+        asked = sum(each != signal.SIGALRM for each in signals)
+        waits = asked < PATIENCE and called_by_torch(frame)
+        signal.setitimer(signal.ITIMER_REAL, 0.05 if waits else 0.5)  # again until the run has ended, as a library may
+        if not waits:  # swallow the exception
+            raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, interrupt)

@@ -30,6 +30,7 @@ class NumberFormat(ABC):
         defaults: settings of `WeightArgs` for a recipe that names the format and does not set them.
         has_global_scale: whether there is another scale, for the whole matrix.
         scale_dtypes: the dtypes in which scales can be stored.
+        zero_point_dtype: the dtype in which zero points are stored.
         scale_search: factors of a group's range that a search for the best scale tries besides 1, in this order.
         value_dtype: a dtype that holds every value exactly.
         step: the least distance between two values.
@@ -45,6 +46,7 @@ class NumberFormat(ABC):
     defaults: ClassVar[Mapping[str, object]] = {}
     has_global_scale: ClassVar[bool] = False
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = FLOATS
+    zero_point_dtype: ClassVar[torch.dtype] = torch.int8
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(99, 19, -1))
     value_dtype: ClassVar[torch.dtype] = torch.int8
     step: ClassVar[float] = 1.0

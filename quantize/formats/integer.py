@@ -21,7 +21,7 @@ SMALLEST_FLOAT16, LARGEST_FLOAT16 = 2.0**-24, 2.0**12  # 15 of the latter are a 
 class Integer(NumberFormat):
     """Integers of 4, 6 or 8 bits, with or without a zero point."""
 
-    element: ClassVar[Literal["int"]] = "int"
+    element: ClassVar[Literal["int", "level"]] = "int"
     activation_format: ClassVar[str | None] = "int"
     needs: ClassVar[Mapping[str, object]] = {}
 

@@ -16,11 +16,12 @@ from quantize.kernels.ops import dequantize
 from quantize.scheme.scheme import WeightArgs
 
 L2_ELEMENTS = 1 << 17  # weights that are worked on together, so that intermediate results stay in a core's cache
+LAUNCH_ELEMENTS = 1 << 24  # the same on a GPU, where each operation on a few weights would wait for its launch
 
 
-def cached_rows(columns: int) -> int:
-    """Return the number of rows of a weight that are worked on together."""
-    return max(1, L2_ELEMENTS // columns)
+def cached_rows(W: Tensor) -> int:
+    """Return the number of rows of a weight, or of rows as wide as its, that are worked on together."""
+    return max(1, (LAUNCH_ELEMENTS if W.is_cuda else L2_ELEMENTS) // W.shape[1])
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class QTensor:
         W ≈ (unpack() - zero_point) · unpack_scale(), where each group of columns has its own column of both
         data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K/2⌉] for 4 bits, as the format packs it
         scale: [N, G], > 0 when decoded, in one of the format's `scale_dtypes`
-        zero_point: int8 [N, G], None if symmetric;  global_scale: float32 [] of NVFP4, None for others
+        zero_point: [N, G] in the format's `zero_point_dtype`, None if symmetric
+        global_scale: float32 [] of NVFP4, None for others
     """
 
     data: Tensor
@@ -53,7 +55,7 @@ class QTensor:
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, Set[torch.dtype]]] = {
             "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
             "scale": (self.scale, scales, number_format.scale_dtypes),
-            "zero point": (self.zero_point, None if args.symmetric else scales, {torch.int8}),
+            "zero point": (self.zero_point, None if args.symmetric else scales, {number_format.zero_point_dtype}),
             "global scale": (self.global_scale, () if number_format.has_global_scale else None, {torch.float32}),
         }
         for part, (tensor, shape, dtypes) in wanted.items():
@@ -77,8 +79,9 @@ class QTensor:
         global_scale: Tensor | None = None,
     ) -> QTensor:
         """Pack values of the format, [N, K] in any dtype that holds them, with scales as they are stored."""
-        zero_point = None if zero_point is None else zero_point.to(torch.int8)
-        data = get_format(args.format).pack(values, args)
+        number_format = get_format(args.format)
+        zero_point = None if zero_point is None else zero_point.to(number_format.zero_point_dtype)
+        data = number_format.pack(values, args)
         return cls(data, scale, zero_point, values.shape[1], args, global_scale)
 
     def unpack(self) -> Tensor:
@@ -144,10 +147,8 @@ class CachedQTensor(QTensor):
     @functools.cached_property
     def _weight(self) -> Tensor:
         """The dequantized weight, made a few rows at a time, so that intermediate results stay in a core's cache."""
-        values, rows = (
-            torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device),
-            cached_rows(self.columns),
-        )
+        values = torch.empty(len(self.data), self.columns, dtype=self.dtype, device=self.data.device)
+        rows = cached_rows(values)
         for part, start in zip(values.split(rows), range(0, len(values), rows), strict=True):
             part.copy_(self.slice_rows(slice(start, start + rows)).dequantize())
         return values

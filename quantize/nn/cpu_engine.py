@@ -53,7 +53,8 @@ def hold_weight(weight: QTensor, args: ActivationArgs | None, dtype: torch.dtype
     """
     if args is None or get_format(args.format).element != "int" or dtype != torch.float32:
         return FloatWeight(CachedQTensor.of(weight, dtype).dequantize(), None, args)
-    integers, rows, scale = torch.empty(weight.columns, len(weight.data)), cached_rows(weight.columns), weight.scale.T
+    integers, scale = torch.empty(weight.columns, len(weight.data)), weight.scale.T
+    rows = cached_rows(integers.T)
     for part, start in zip(integers.split(rows, 1), range(0, len(weight.data), rows), strict=True):
         some = weight.slice_rows(slice(start, start + rows))
         part.copy_(centred(some.unpack(), some.zero_point).T)

@@ -53,7 +53,8 @@ def has_expert_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -
 def prepack_weight(weight: QTensor, args: ActivationArgs | None) -> Operands:
     """Lay out the weight as the kernel for `args` reads it; where activations stay as they are, as it is stored."""
     if args is None:
-        return [weight.data, weight.unpack_scale().float(), weight.zero_point]
+        by_group = (None if x is None else x.T.contiguous() for x in (weight.unpack_scale().float(), weight.zero_point))
+        return [weight.data, *by_group]
     number_format = get_format(weight.args.format)
     if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
         (stored,) = number_format.scale_dtypes

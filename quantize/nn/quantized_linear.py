@@ -114,6 +114,8 @@ class QuantizedLinear(QuantizedWeight):
     def _forward_reference(self, x: Tensor) -> Tensor:
         """Multiply with activations that are transformed, and quantized as the scheme says."""
         weight, args = self.qtensor(), self.scheme.activations
+        if args is None and self._unpacked:
+            return self._forward_float_activations(self.transform(x))
         if has_gpu_kernel(x, weight, args):
             return self._forward_gpu(x, args)
         if args is None:

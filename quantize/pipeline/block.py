@@ -43,6 +43,7 @@ class Block:
         operators: functions that run in place of other nodes.
         tables: the integers and scales of tables of words, by the name of the parameter, once they are rounded.
         kept: the linears whose weights lay on a grid and were kept, once they are rounded.
+        device: where the weights are.
     """
 
     segment: Segment
@@ -55,6 +56,7 @@ class Block:
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     tables: Mapping[str, QTensor] = field(default_factory=dict)
     kept: frozenset[Linear] = frozenset()
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
     @classmethod
     def read(
@@ -84,7 +86,7 @@ class Block:
             linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
             for linear in linears
         }
-        return cls(segment, linears, weights, dtypes, chosen, plain, filed)
+        return cls(segment, linears, weights, dtypes, chosen, plain, filed, device=device)
 
     @property
     def replaced(self) -> set[str]:
@@ -94,7 +96,7 @@ class Block:
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype to which the operands of large products are rounded while the block is calibrated and rounded."""
-        return calibration_dtype(self.dtypes.values())
+        return calibration_dtype(self.dtypes.values(), self.device)
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the weight of a linear, float32 [N, K], or of all experts, [experts · N, K]."""

@@ -58,6 +58,7 @@ def finish(
         "held_out": held_out_record(blocks.held_out, prepared.samples, bool(plan.reader_schemes.keys() - kept)),
         "expert_tokens": blocks.rounder.expert_tokens,
         "rounded_without_data": blocks.held_out.rounded_without_data,
+        "grids": plan.note,
         "kept_grids": blocks.rounder.kept,
     }
     manifest = {

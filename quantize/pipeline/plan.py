@@ -87,6 +87,7 @@ class Plan:
         left_out: the rotations that are left out.
         kept: the path of each linear whose weight lies on a grid and is kept → the group size of the grid, 0 for rows.
         note: what was found of such grids, and what becomes of them; '' if none was found.
+        alternative: another plan for weights on grids, which may lose less (`grid_choice.py`); None if there is none.
     """
 
     given: Recipe
@@ -101,6 +102,7 @@ class Plan:
     left_out: LeftOut = LeftOut()
     kept: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    alternative: Plan | None = None
 
     @functools.cached_property
     def default_scheme(self) -> Scheme:

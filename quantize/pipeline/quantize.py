@@ -29,6 +29,7 @@ from quantize.pipeline.estimate.report import shard_names
 from quantize.pipeline.finalize import calibration_record, finish
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
 from quantize.pipeline.fold_check import check_folds, resolve_rotations
+from quantize.pipeline.grid_choice import choose_grids
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
@@ -271,6 +272,8 @@ def run_pipeline(
         QuantizeError: the run failed.
     """
     console, journal, program = context.console, context.journal, prepared.program
+    with running("the model"):
+        prepared = replace(prepared, plan=choose_grids(prepared, context))
     plan, prefix = resolve_prefix(prepared, context)
     check_length(prepared.checkpoint.config, plan.recipe)
     prepared, context = replace(prepared, plan=plan), replace(context, prefix=PrefixTokens(plan.recipe.prefix_tokens))

@@ -79,7 +79,7 @@ def compute_qparams(
     Σ importance · error², where importance [K] ≥ 0 is all ones if it is None.
     """
     weighting = grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args)
-    global_scale, rows = get_format(args.format).global_scale(W), cached_rows(W.shape[1])
+    global_scale, rows = get_format(args.format).global_scale(W), cached_rows(W)
     found = [
         search_qparams(grouped(part, args), args, scale_dtype, global_scale, weighting if mse else None)
         for part in W.split(rows)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantize.calibration.precision import plus_product
 from quantize.formats import get_format
+from quantize.kernels import ops
 from quantize.quantizers.hessian import panels
 from quantize.scheme.scheme import WeightArgs
 
@@ -111,13 +112,20 @@ class RecursiveUpdate:
 
     def run(self, part: slice) -> None:
         """Round one half of some columns, then the other half, which is moved by the errors of the first."""
-        if part.stop - part.start <= LEAF_COLUMNS:
-            return self.round_leaf(part)
+        on_kernel = ops.rounds_columns(self.target) and get_format(self.grid.args.format).element == "int"
+        if part.stop - part.start <= (ops.LARGEST_PANEL if on_kernel else LEAF_COLUMNS):
+            return self.round_panel(part) if on_kernel else self.round_leaf(part)
         middle = (part.start + part.stop) // 2
         first, second = slice(part.start, middle), slice(middle, part.stop)
         self.run(first)
         self.target[second].addmm_(self.feedback[first, second].T, self.reference[first])
         return self.run(second)
+
+    def round_panel(self, part: slice) -> None:
+        """Round a few columns by one kernel."""
+        grid = (self.grid.scale[part], None if self.grid.zero_point is None else self.grid.zero_point[part])
+        panel = (self.target[part], self.reference[part], self.feedback[part, part])
+        ops.round_columns(*panel, *grid, self.grid.args.num_bits)
 
     def round_leaf(self, part: slice) -> None:
         """Round a few columns, each of which is moved by the errors of all before it."""

@@ -70,7 +70,7 @@ class GPTQ(Quantizer):
         columns = OrderedColumns(scale, None if args.symmetric else zero, group, args)
         R = torch.empty(len(H), scale.shape[1], device=H.device)
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
-            for rows in panels(len(W), cached_rows(len(H))):
+            for rows in panels(len(W), cached_rows(W)):
                 part[:, rows] = W[rows].T[order]
         R[dead[order]] = 0
         Q = self.round_and_sweep(R, H, columns, product_dtype)

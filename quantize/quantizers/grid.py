@@ -12,16 +12,20 @@ from quantize.kernels.reference import integer_range
 from quantize.quantizers.base import grouped
 from quantize.scheme.scheme import WeightArgs
 
-LEVELS = 16  # the most levels of a grid of integers that is looked for
+LEVELS = 16  # the most levels of a grid of integers that is looked for in weights of any dtype
+LEAST = 8  # the most steps that the least weight of a group of more levels may have
 ROUNDINGS = 2.5  # of a weight and of the largest one, from which the step is read, and of the step itself, in part
+LEAST_SQUARES = 1.25  # their largest error is larger than the least possible one
+FLOAT16 = 2.0**-11  # the relative difference that steps and zero points in float16 make
 FLOAT32 = 2.0**-20  # the relative difference of numbers that were computed in float32 by different ways
 
 
 def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
     """Return W [N, K] as it is on a grid of the format, or None if any group of it lies on none.
 
-    Integers of any number of bits are looked for on grids of at most 16 levels, d · (q - z) with integers q and z,
-    since finer ones can hardly be told from any weights. A weight of zeros alone lies on no grid.
+    Integers are looked for on grids of at most 16 levels, d · (q - z) with integers q and z, since finer ones can
+    hardly be told from weights in 16 bits. Integers of more bits are also looked for on as many levels as they have,
+    for which weights must be float32, as those of a source in 8 bits are. A weight of zeros alone lies on no grid.
 
     Args:
         W: float32.
@@ -35,10 +39,12 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
     number_format, tolerance = get_format(args.format), ROUNDINGS * torch.finfo(dtype).eps / 2
     global_scale = number_format.global_scale(W)
     parts = []
-    for part in W.split(cached_rows(W.shape[1])):
+    for part in W.split(cached_rows(W)):
         groups = grouped(part, args).flatten(0, 1)
         if number_format.element == "int":
             found = on_integers(groups, args, tolerance)
+        elif number_format.zero_point_dtype.is_floating_point:
+            found = on_levels(groups, args, dtype)
         else:
             found = on_format(groups, args, dtype, global_scale, max(tolerance, FLOAT32))
         if found is None:
@@ -64,6 +70,14 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     peak = x.gather(-1, x.abs().argmax(-1, keepdim=True))
     k, scale = torch.zeros_like(x), torch.ones_like(low)
     live = (high > low).nonzero()[:, 0]
+    least = x.abs().where(x != 0, torch.inf).amin(-1, keepdim=True)
+    for steps in range(1, LEAST + 1) if highest - lowest >= LEVELS else ():
+        t, d = x[live], least[live] / steps
+        q = (t / d).round()
+        hits = ((t - q * d).abs() <= FLOAT32 * t.abs()).all(-1)
+        hits &= q.amax(-1).clamp(min=0) - q.amin(-1).clamp(max=0) <= highest - lowest
+        k[live[hits]], scale[live[hits]] = q[hits], fitted(t[hits], q[hits], d[hits])
+        live = live[~hits]
     for steps in range(1, LEVELS):
         if not len(live):
             break
@@ -82,6 +96,26 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     if len(live) or float(q.min()) < lowest or float(q.max()) > highest:
         return None
     return q, scale, zero_point
+
+
+def on_levels(x: Tensor, args: WeightArgs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return what `on_integers` returns, for 16 equally spaced levels from the least to the largest weight of a group.
+
+    What computed a weight in few bits rounded it relative to the largest one of its group, so that this one tells what
+    may be wrong. The step and the zero point are those of least error.
+    """
+    number_format, tolerance = get_format(args.format), max(LEAST_SQUARES * torch.finfo(dtype).eps / 2, FLOAT16)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale, zero_point = number_format.compute_qparams(low, high, args, dtype, None)
+    q = number_format.round(x / ((high - low) / (LEVELS - 1)).where(high > low, scale) + zero_point, args)
+    spread, middle = q - q.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+    least = (spread * x).sum(-1, keepdim=True) / spread.square().sum(-1, keepdim=True)
+    scale = torch.where(least > 0, least, scale).half().float()  # NaN where all are equal
+    zero_point = torch.where(least > 0, q.mean(-1, keepdim=True) - middle / scale, zero_point).half().float()
+    allowed = tolerance * torch.maximum(low.abs(), high.abs())
+    if not bool((((q - zero_point) * scale - x).abs() <= allowed).all()) or not bool((scale > 0).all()):
+        return None
+    return q, scale[:, 0], zero_point[:, 0]
 
 
 def in_float16(scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -34,7 +34,7 @@ class RoundToNearest(Quantizer):
         """Round a few rows at a time, so that intermediate results are small and stay in a core's cache."""
         scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
         q = torch.empty_like(W, dtype=get_format(args.format).value_dtype)
-        rows = len(W) if W.is_meta else cached_rows(W.shape[1])
+        rows = len(W) if W.is_meta else cached_rows(W)
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(W, q, scale, zero_point, args, scale_dtype)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from helpers.json_files import sign_again
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize import load
 from quantize.artifact.verify import verify_artifact
@@ -342,6 +344,31 @@ def test_an_interruption_that_a_library_swallows_still_stops_the_run(
     assert shown.code == 1
     assert "interrupted; nothing was kept" in shown.err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_waits_until_the_code_of_torch_that_called_back_has_returned(
+    cli, one_layer, stories_calibration, tmp_path, monkeypatch
+):
+    """An exception in a callback of its C++ may abort the process."""
+    reached = []
+
+    class Interrupted(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            del types
+            signal.raise_signal(signal.SIGINT)
+            reached.append(operator)
+            return operator(*args, **(kwargs or {}))
+
+    def export(*_, **__):
+        with Interrupted():
+            torch.ones(1)
+        time.sleep(60)
+
+    monkeypatch.setattr("quantize.graph.export.torch.export.export", export)
+    data = ["--calibration", stories_calibration, "--nsamples", 2, "--seqlen", 16]
+    shown = cli(one_layer, "--scheme", "W8A8", *data, "--output-dir", tmp_path / "out")
+    assert len(reached) == 1
+    assert "interrupted; nothing was kept" in shown.err
 
 
 def test_a_second_interruption_does_not_stop_the_cleaning(cli, one_layer, stories_calibration, tmp_path, monkeypatch):

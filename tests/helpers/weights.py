@@ -38,3 +38,12 @@ def rounded_to_levels(W: torch.Tensor, levels: int) -> torch.Tensor:
     """Round each row to so many equally spaced levels, symmetric around 0 if their number is odd."""
     d = W.abs().amax(1, keepdim=True) / (levels // 2)
     return (W / d).round().clamp(levels // 2 - levels + 1, levels // 2) * d
+
+
+def rounded_to_q4_1(W: torch.Tensor) -> torch.Tensor:
+    """Round as llama.cpp's Q4_1: groups of 32 on 16 levels from the least to the largest weight, d and m float16."""
+    groups = W.float().reshape(-1, 32)
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    d = (high - low) / 15
+    q = ((groups - low) / torch.where(d == 0, 1, d) + 0.5).floor().clamp(0, 15)
+    return (q * d.half().float() + low.half().float()).view_as(W)

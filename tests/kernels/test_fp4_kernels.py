@@ -113,6 +113,6 @@ def test_tiles_by_architecture():
     assert [choose_fp4_config(1, arch)[1] for arch in ("interpreter", "sm_80", "sm_89", "sm_120")] == [
         True,
         True,
-        False,
+        True,
         False,
     ]

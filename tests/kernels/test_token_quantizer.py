@@ -112,7 +112,7 @@ def test_the_last_sum_may_have_fewer_columns():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("rows", "columns", "order"), [(1, 384, 128), (17, 384, 128), (3, 256, 256), (20, 96, 32)])
+@pytest.mark.parametrize(("rows", "columns", "order"), [(1, 384, 128), (17, 384, 128), (3, 256, 128), (20, 96, 32)])
 def test_hadamard_is_exact_where_its_sums_are(rows, columns, order, dtype):
     x = torch.randint(-30, 31, (rows, columns), generator=rng(), dtype=torch.int8).to(dtype)
     H = torch.from_numpy(hadamard(order)).float()

@@ -9,10 +9,11 @@ import triton.language as tl
 from helpers.operands import rng
 
 from quantize.kernels import engine, weight_only_gemm
+from quantize.kernels import weight_only_linear as weight_only_linear_module
 from quantize.kernels.config import Config
 from quantize.kernels.packing import pack_int4
 from quantize.kernels.reference import dequantize
-from quantize.kernels.weight_only_linear import choose_config, step_of, weight_only_linear
+from quantize.kernels.weight_only_linear import weight_only_linear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 CLOSE = {torch.float32: 2e-6, torch.float16: 2e-3}  # the interpreter computes bfloat16 products wrongly
@@ -39,9 +40,10 @@ def expected(x, q, scale, zero, bias):
 def test_products(bits, symmetric, dtype, K, G, parts):
     x, q, scale, zero = operands(70, K, G, bits, symmetric, 19, dtype)
     bias = torch.randn(70, generator=rng(4)).to(dtype)
-    config = Config(16, 32, step_of(K, G), parts)
+    config = Config(16, 32, 256, parts)
     data = pack_int4(q) if bits == 4 else q
-    found = weight_only_gemm.launch(x, data, scale, zero, bias, bits, config)
+    by_group = (scale.T.contiguous(), None if zero is None else zero.T.contiguous())
+    found = weight_only_gemm.launch(x, data, *by_group, bias, bits, config)
     wanted = expected(x, q, scale, zero, bias)
     assert found.dtype == dtype
     assert float((found.double() - wanted).norm() / wanted.norm()) < CLOSE[dtype]
@@ -67,26 +69,32 @@ def test_a_product_by_hand():
     q = torch.tensor([[1] * 16 + [5] * 16], dtype=torch.int8)
     x = torch.tensor([[1.0] * 16 + [2.0] * 16])
     scale, zero = torch.tensor([[2.0, 0.5]]), torch.tensor([[3, -1]], dtype=torch.int8)
-    found = weight_only_gemm.launch(x, pack_int4(q), scale, zero, torch.tensor([0.25]), 4, Config(16, 16, 16))
+    by_group = (scale.T.contiguous(), zero.T.contiguous())
+    found = weight_only_gemm.launch(x, pack_int4(q), *by_group, torch.tensor([0.25]), 4, Config(16, 16, 16))
     assert found.item() == 16 * -4 + 16 * 2 * 3 + 0.25
 
 
-def test_no_tokens_and_steps_that_do_not_fit():
+def test_no_tokens():
     x, q, scale, zero = operands(8, 64, 2, 4, False, 0, torch.float32)
-    assert weight_only_gemm.launch(x, pack_int4(q), scale, zero, None, 4, Config(16, 16, 32)).shape == (0, 8)
-    with pytest.raises(ValueError, match="steps of 64 columns do not fit groups of 32"):
-        weight_only_gemm.launch(x, pack_int4(q), scale, zero, None, 4, Config(16, 16, 64))
+    assert weight_only_gemm.launch(x, pack_int4(q), scale.T, zero.T, None, 4, Config(16, 16, 32)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("K", "G"), [(256, 2), (203, 1), (192, 3)])
+def test_weights_are_dequantized_exactly(bits, dtype, K, G):
+    _, q, scale, zero = operands(70, K, G, bits, False, 1, dtype)
+    data = pack_int4(q) if bits == 4 else q
+    found = weight_only_gemm.dequantize(data, scale.T.contiguous(), zero.T.contiguous(), bits, K, dtype)
+    assert torch.equal(found, dequantize(q, scale, zero).to(dtype))
 
 
 def test_the_operator_is_the_same_on_both_engines(monkeypatch):
-    x, q, scale, zero = operands(40, 96, 3, 4, False, 5, torch.float32)
-    there = weight_only_linear(x, pack_int4(q), scale, zero, None, 4)
-    monkeypatch.setattr(engine, "runs_on_triton", lambda _: True)
-    torch.testing.assert_close(weight_only_linear(x, pack_int4(q), scale, zero, None, 4), there, rtol=1e-5, atol=1e-5)
-
-
-def test_shapes_choose_tiles_that_fit():
-    for M, K, N, G in [(1, 4096, 4096, 32), (4096, 4096, 14336, 32), (1, 576, 64, 9), (7, 96, 33, 1), (0, 64, 8, 1)]:
-        config = choose_config(M, K, N, G)
-        assert G == 1 or (K // G) % config.block_k == 0
-        assert config.split_k == 1 or M <= 32
+    monkeypatch.setattr(weight_only_linear_module, "MANY_TOKENS", 6)
+    for tokens in (5, 7):
+        x, q, scale, zero = operands(40, 96, 3, 4, False, tokens, torch.float32)
+        given = (x, pack_int4(q), scale.T.contiguous(), zero.T.contiguous(), None, 4)
+        monkeypatch.setattr(engine, "runs_on_triton", lambda _: False)
+        there = weight_only_linear(*given)
+        monkeypatch.setattr(engine, "runs_on_triton", lambda _: True)
+        torch.testing.assert_close(weight_only_linear(*given), there, rtol=1e-5, atol=1e-5)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import quantized_sources
 from helpers.quantized_sources import is_linear, tensors_of
-from helpers.weights import rounded_to_levels, rounded_to_q4_0
+from helpers.weights import rounded_to_levels, rounded_to_q4_0, rounded_to_q4_1
 from safetensors.torch import load_file, save_file
 
+import quantize
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
+from quantize.pipeline import grid_choice
+from quantize.pipeline.context import RunContext
 from quantize.pipeline.grids import plan_with_grids
+from quantize.quantizers.grid import on_grid
 from quantize.recipe.recipe import load_recipe
 
 
@@ -75,6 +82,78 @@ def test_what_is_not_kept_is_said(tmp_path, planned):
     assert planned(tmp_path, "W4A4", {"passes": []}).kept
     plan = planned(tmp_path, "W4A16", {"weights": {"symmetric": True}})
     assert plan.note.endswith("in groups of 32, which needs zero points: rounded anew")
+
+
+def test_levels_without_zero_are_kept_if_activations_stay_in_floating_point(tmp_path, planned, small_run):
+    """As SmolLM2's, stored in bfloat16."""
+    directory = on_grids(tmp_path / "model", lambda W: rounded_to_q4_1(W + 0.02).bfloat16())
+    found = "14 of 14 linears already lie on a grid of 16 levels without zero in groups of 32"
+    assert planned(directory, "W4A16").note == f"{found}: kept exactly"
+    with pytest.raises(UsageError, match=r"group size 0 does not fit: 14 of .* give --group-size 32 or none"):
+        planned(directory, "W4A16", group_size=0)
+    for plan in (planned(directory, "W4A8"), planned(directory, "W4A16", {"weights": {"symmetric": True}})):
+        assert plan.note == f"{found}, which needs zero points and activations in floating point: rounded anew"
+    ids = torch.randint(2, 64, (4, 32), generator=torch.Generator().manual_seed(0))
+    artifact = small_run(directory, "W4A16", calibration=ids, group_size=32)
+    assert len(artifact.manifest["kept_grids"]) == 14
+    before, modules = tensors_of(directory), dict(artifact.load().named_modules())
+    for path in artifact.manifest["kept_grids"]:
+        W = before[f"{path}.weight"].float()
+        assert (modules[path].qtensor().dequantize() - W).abs().max() < 2**-8 * W.abs().max()
+
+
+@pytest.fixture(scope="module")
+def books_on_grids(books, tmp_path_factory):
+    """Return books-llama with its linears rounded to Q4_0."""
+    directory = tmp_path_factory.mktemp("books") / "model"
+    shutil.copytree(books, directory)
+    tensors = {k: rounded_to_q4_0(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
+    return quantized_sources.rewrite(directory, tensors)
+
+
+def test_the_plan_that_loses_less_is_taken(tmp_path, planned, monkeypatch):
+    for scheme in ("W4A8", "W4A4"):
+        directory = tmp_path / scheme
+        plan = planned(on_grids(directory, rounded_to_q4_0), scheme)
+        assert bool(plan.kept) != bool(plan.alternative.kept)
+        rows = SimpleNamespace(rows=(1,), generates=True)
+        prepared = SimpleNamespace(plan=plan, held_out=rows, program=SimpleNamespace(export_error=""))
+        for losses in ((0.1, 0.2), (0.2, 0.1)):
+            monkeypatch.setattr(grid_choice, "measure", lambda *_, found=losses: found)
+            taken = grid_choice.choose_grids(prepared, RunContext())
+            assert (bool(taken.kept), taken.alternative) == (losses[0] < losses[1], None)
+            assert taken.note.endswith("(0.1000 and 0.2000 KL on rows held back)")
+        rows.rows = ()
+        assert grid_choice.choose_grids(prepared, RunContext()) is plan
+
+
+def test_integers_of_8_bits_are_kept_at_w8a8(tmp_path):
+    directory = quantized_sources.compressed(
+        tmp_path / "model", "int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True
+    )
+    checkpoint = open_checkpoint(directory)
+    program = make_program(checkpoint, checkpoint.skeleton(), 32)
+    plan = plan_with_grids(load_recipe("W8A8", None), program, checkpoint)
+    assert re.fullmatch(r"14 of 14 linears already lie on a grid of 25\d levels in each row: kept exactly", plan.note)
+    for linear in (x for x in program.all_linears if x.path in plan.kept):
+        W = checkpoint.float_tensor(linear.weight)
+        found = on_grid(W, plan.schemes[linear.path].weights, torch.bfloat16)
+        assert torch.equal(found.dequantize(), W)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "kept"), [("W4A8", 42), ("W4A4", 0)])
+def test_what_loses_less_on_rows_held_back_is_taken(tmp_path, books_on_grids, scheme, kept):
+    """A trained model: at 8-bit activations exact weights lose less, at 4 bits transforms do."""
+    artifact = quantize.quantize_model(
+        books_on_grids, scheme=scheme, output_dir=tmp_path / "out", nsamples=4, seqlen=64, group_size=32
+    )
+    manifest = artifact.manifest
+    assert len(manifest.get("kept_grids", ())) == kept
+    words = "which loses less than the recipe's transforms" if kept else "need the recipe's transforms"
+    assert re.search(rf"{words}.* \(\d\.\d{{4}} and \d\.\d{{4}} KL on rows held back\)", manifest["grids"])
+    first, second = map(float, re.search(r"\((\S+) and (\S+) KL", manifest["grids"]).groups())
+    assert first < second
 
 
 def test_grids_of_few_weights_decide_nothing(tmp_path, planned):

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from quantize.calibration.statistics import Absmax, Rows
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
+from quantize.pipeline.resume import journal
+from quantize.pipeline.resume.journal import Pace
 from quantize.pipeline.resume.work_dir import partial_directory
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.serialization import contiguous, load_state, save_state
@@ -335,3 +337,18 @@ def test_only_plain_data_is_stored(tmp_path):
     assert isinstance(found["rows"].absmax, Absmax)
     with pytest.raises(TypeError, match="a Linear cannot be stored"):
         save_state(tmp_path / "y.safetensors", [torch.nn.Linear(2, 2)])
+
+
+def test_a_large_state_takes_a_tenth_of_the_time(monkeypatch):
+    """Storing takes 5 seconds, so the next time is 50 seconds behind its end; what takes 1 is always stored."""
+    now = [100.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    pace, told = Pace(), []
+    for seconds in (5.0, 1.0):
+        assert pace.due()
+        with pace.timed():
+            now[0] += seconds
+        for later in (1.0, 48.0, 2.0):
+            now[0] += later
+            told.append(pace.due())
+    assert told == [False, False, True, True, True, True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.weights import rounded_to_levels, rounded_to_q4_0
+from helpers.weights import rounded_to_levels, rounded_to_q4_0, rounded_to_q4_1
 
 from quantize.formats import get_format
 from quantize.quantizers.grid import on_grid
@@ -79,3 +79,41 @@ def test_values_of_other_formats(name, size, mse):
     torch.testing.assert_close(found.dequantize(), quantized.dequantize(), rtol=1e-6, atol=0)
     assert on_grid(random(), args, torch.float32) is None
     assert get_format(name).element != "int"
+
+
+Q4_1 = WeightArgs(num_bits=4, format="q4_1", symmetric=False, group_size=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_levels_without_zero(dtype):
+    W = rounded_to_q4_1(random() + 0.1).to(dtype).float()
+    found = on_grid(W, Q4_1, dtype)
+    error = (found.dequantize() - W).abs().view(-1, 32).amax(-1)
+    assert (error <= max(torch.finfo(dtype).eps, 2**-11) * W.abs().view(-1, 32).amax(-1)).all()
+    assert (found.scale.dtype, found.zero_point.dtype) == (torch.float16, torch.float16)
+    assert on_grid(W, ASYMMETRIC, dtype) is None
+    found.check("w")
+
+
+def test_what_lies_on_no_levels():
+    W, V = random(), rounded_to_q4_1(random())
+    assert on_grid(W.bfloat16().float(), Q4_1, torch.bfloat16) is None
+    assert on_grid(V, Q4_1.model_copy(update={"group_size": 64}), torch.float32) is None
+    V[7, 5] += 0.3 * V[7, :32].abs().max() / 8
+    assert on_grid(V, Q4_1, torch.float32) is None
+
+
+def test_groups_of_one_weight():
+    W = rounded_to_q4_1(random())
+    W[2, :32], W[3, :32] = -0.25, 0
+    assert torch.equal(on_grid(W, Q4_1, torch.float32).dequantize()[2:4, :32], W[2:4, :32])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_eight_bits_in_each_row(symmetric):
+    args = WeightArgs(num_bits=8, symmetric=symmetric)
+    W = RoundToNearest().quantize(random() + 0.1 * (not symmetric), args, None, torch.float16).dequantize()
+    found = on_grid(W, args, torch.float16)
+    assert torch.equal(found.dequantize(), W)
+    assert on_grid(random(), args, torch.float32) is None
+    assert on_grid(W.bfloat16().float(), args, torch.bfloat16) is None

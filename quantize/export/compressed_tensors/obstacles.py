@@ -48,7 +48,8 @@ def unplaced_schemes(schemes: Iterable[Scheme]) -> Iterator[tuple[str, str]]:
     found = list(dict.fromkeys(schemes))
     for name in sorted({scheme.weights.format for scheme in found}):
         if get_format(name).element == "level":
-            yield f"{name} weights", '`format = "int"` in [weights]'
+            found_on_grid = get_format(name).zero_point_dtype.is_floating_point
+            yield f"{name} weights", "--requantize" if found_on_grid else '`format = "int"` in [weights]'
     if len(found) > 1 and any(map(has_packed_zero_points, found)):
         yield "4-bit weights with zero points beside linears of another scheme", "`symmetric = true` in [weights]"
     for args in (scheme.activations for scheme in found if scheme.activations is not None):

@@ -40,7 +40,7 @@ def type_of(args: WeightArgs) -> Type | None:
         if args.num_bits == 4:
             return Type.Q4_0 if args.symmetric else Type.Q4_1
         return Type.Q8_0 if args.symmetric else None
-    return {"mxfp4": Type.MXFP4, "nvfp4": Type.NVFP4}.get(args.format)
+    return {"mxfp4": Type.MXFP4, "nvfp4": Type.NVFP4, "q4_1": Type.Q4_1}.get(args.format)
 
 
 def block_of(args: WeightArgs) -> int:

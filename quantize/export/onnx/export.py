@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantize.artifact.writer import as_json
 from quantize.errors import QuantizeError, UsageError
@@ -27,6 +27,7 @@ from quantize.export.onnx.rewrites import rewrite
 from quantize.export.onnx.tracing import traced
 from quantize.graph.export import quiet
 from quantize.nn.attention import has_kv_cache
+from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import named_steps
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ def export_onnx(
         raise UsageError(str(QUANTIZED_CACHE))
     if hybrid and qdq:
         raise UsageError("a hybrid file needs operators that only ONNX Runtime has; give --qdq or --hybrid, not both")
+    if qdq and any(is_float_zero(module) for module in model.modules()):
+        raise UsageError(
+            "standard operators have no zero points in floating point, as q4_1 weights have; leave --qdq out"
+        )
     interface = interface_of(model, hybrid)
     real = [feed for sample in samples if (feed := interface.feed_of(sample)) is not None]
     tracing = {name: f"tracing {name}" for name in interface.files()}
@@ -116,6 +121,12 @@ def interface_of(model: PreTrainedModel, hybrid: bool = False) -> Interface:
         if is_seq2seq(model):
             return encoder_decoder(model)
         return Decoder(model) if is_causal_lm(model) else SinglePassModel(model)
+
+
+def is_float_zero(module: nn.Module) -> bool:
+    """Return whether a module is a quantized linear whose zero points are no integers."""
+    zero_point = module.zero_point if isinstance(module, QuantizedLinear) else None
+    return zero_point is not None and zero_point.is_floating_point()
 
 
 def lowered(interface: Interface, qdq: bool = False) -> tuple[onnx_ir.Model, dict[str, dict[str, Any]]]:

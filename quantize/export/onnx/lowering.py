@@ -43,7 +43,8 @@ def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
     """Return why ONNX Runtime has no kernel for a linear, or None if it has one."""
     weights, activations = scheme.weights, scheme.activations
     instead = f"quantize with one of {RUNNABLE}"
-    if get_format(weights.format).element != "int":
+    has_zero_points_of_floats = get_format(weights.format).zero_point_dtype.is_floating_point
+    if get_format(weights.format).element != "int" and not has_zero_points_of_floats:
         return Obstacle(f"ONNX Runtime's CPU kernels multiply no {weights.format} values", f"{instead} in integers")
     if activations is not None and activations.runtime_smooth is not None:
         return SMOOTH

@@ -12,6 +12,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 
 # ONNX Runtime also has blocks of 256. Two of 128 with one scale are the same weights with a finer activation grid.
 BLOCK_SIZES = (128, 64, 32, 16)
+OFFSET = 8  # of unsigned values
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8 and back
 
 
@@ -21,7 +22,8 @@ class BlockLinear(nn.Module):
     With 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid replaces the
     scheme's grid by token and is at least as fine; the scheme's zero point and clipping do not apply to it.
 
-    Shapes: packed uint8 [N, B, block / 2], scale float32 [N, B], zero_point uint8 [N, ⌈B/2⌉] or None, bias [N] or None.
+    Shapes: packed uint8 [N, B, block / 2], scale float32 [N, B], bias [N] or None, zero_point uint8 [N, ⌈B/2⌉], for
+    zero points that are no integers float32 [N, B], or None; those of the operator are of unsigned values q + 8.
     Source: onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
     """
 
@@ -39,7 +41,10 @@ class BlockLinear(nn.Module):
         q = nn.functional.pad(layer.weight_integers(), (0, blocks * self.block - self.columns))
         self.register_buffer("packed", (pack_int4(q) ^ SIGN_BITS).reshape(self.rows, blocks, self.block // 2))
         self.register_buffer("scale", per_block(layer.scale, blocks).float())
-        zero_point = None if layer.zero_point is None else pack_int4(per_block(layer.zero_point, blocks)) ^ SIGN_BITS
+        zero_point = None if layer.zero_point is None else per_block(layer.zero_point, blocks)
+        if zero_point is not None:
+            floats = zero_point.is_floating_point()
+            zero_point = zero_point.float() + OFFSET if floats else pack_int4(zero_point) ^ SIGN_BITS
         self.register_buffer("zero_point", zero_point)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.float())
 
@@ -67,7 +72,10 @@ class BlockLinear(nn.Module):
         """Return float32 [N, K], from the buffers of the operator."""
         blocks = self.packed.shape[1]
         q = unpack_int4(self.packed.flatten(1) ^ SIGN_BITS, blocks * self.block)
-        zero_point = None if self.zero_point is None else unpack_int4(self.zero_point ^ SIGN_BITS, blocks)
+        zero_point = self.zero_point
+        if zero_point is not None:
+            floats = zero_point.is_floating_point()
+            zero_point = zero_point - OFFSET if floats else unpack_int4(zero_point ^ SIGN_BITS, blocks)
         return dequantize(q, self.scale, zero_point)[:, : self.columns]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,30 @@ from quantize.pipeline.resume.block_state import Resumable, plain_values, restor
 from quantize.pipeline.serialization import contiguous, load_state, save_state
 
 T = TypeVar("T")
-ROTATIONS = "rotations"  # found in little time, so that they alone are no result
+SHORT = 2.0  # seconds that may always be spent on storing the state
+PART_OF_TIME = 0.1  # of a run's time that is spent on storing it, if that takes longer
+ROTATIONS, GRIDS = "rotations", "grids"  # found in little time, so that they alone are no result
 DAMAGE = (QuantizeError, OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError, AttributeError)
+
+
+@dataclass
+class Pace:
+    """When the state was stored last, and how many seconds it took: what takes long is not stored after each block."""
+
+    seconds: float = 0.0
+    ended: float = 0.0
+
+    def due(self) -> bool:
+        """Return whether storing the state anew takes a small part of the time that has gone by since."""
+        return self.seconds < SHORT or time.monotonic() - self.ended >= self.seconds / PART_OF_TIME
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Note how long the body takes."""
+        start = time.monotonic()
+        yield
+        self.ended = time.monotonic()
+        self.seconds = self.ended - start
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,7 @@ class Journal:
     directory: Path
     output: Path
     ranks: SingleProcess = field(default_factory=SingleProcess)
+    pace: Pace = field(default_factory=Pace)
 
     def begin(self, found: Fingerprint) -> None:
         """Record the run's fingerprint, or compare it with the one that the run was started with.
@@ -62,7 +86,7 @@ class Journal:
     def has_results(self) -> bool:
         """Whether a block is finished, or statistics of the whole model are."""
         files = (path for path in self.directory.iterdir() if path.suffix != ".part")
-        return any(path.stem not in ("identity", ROTATIONS) for path in files)
+        return any(path.stem not in ("identity", ROTATIONS, GRIDS) for path in files)
 
     def cached(self, name: str, make: Callable[[], T], device: torch.device, /) -> T:
         """Return what `make` returned, now or before the run was killed; `save_state` must know its type."""
@@ -76,10 +100,15 @@ class Journal:
             return load_state(path, device)  # type: ignore[no-any-return]
 
     def save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
-        """Store the state after block number `done`, then remove the border before it.
+        """Store the state after block number `done` if that is due, then remove the border before it.
 
         Only the rank with the writer stores the state that all ranks share.
         """
+        if self.ranks.gather(self.pace.due())[0]:
+            with self.pace.timed():
+                self._save_block(done, blocks, writer)
+
+    def _save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
         before, path = self._borders(), self.directory / f"border-{done:05}"
         with translate_disk_errors(self.output):
             if writer:

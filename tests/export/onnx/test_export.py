@@ -37,7 +37,8 @@ from quantize.formats.qtensor import QTensor
 from quantize.graph.export import quiet
 from quantize.kernels.reference import quantized_linear
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.dual_rotation import dual_rotation
 from quantize.transforms.online import Dual, Hadamard, Shift
 
@@ -158,6 +159,13 @@ def dual_and_shift():
     return Dual(found.first, found.permutation, found.second), Shift(torch.linspace(-1, 1, 48))
 
 
+def levels_without_zero(columns):
+    args = WeightArgs(num_bits=4, format="q4_1", symmetric=False, group_size=32)
+    weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(columns)) + 0.3
+    packed = RoundToNearest().quantize(weight, args, None, torch.float32)
+    return QuantizedLinear(packed, None, Scheme(weights=args))
+
+
 BLOCKS = {
     "one block": random_linear(32, scheme(4, SYMMETRIC_8)),
     "one block with zero point": random_linear(128, scheme(4, SYMMETRIC_8, symmetric=False)),
@@ -167,6 +175,7 @@ PADDED_BLOCKS = {
     "padding and zero points": random_linear(50, scheme(4, symmetric=False)),
     "odd number of blocks": random_linear(96, scheme(4, SYMMETRIC_8, 32, symmetric=False)),
     "groups of several blocks": random_linear(144, scheme(4, group_size=48, symmetric=False)),
+    "levels without zero": levels_without_zero(96),
     "groups of 256": random_linear(512, scheme(4, SYMMETRIC_8, 256)),
     "ORT's own activation grid": random_linear(64, scheme(4, ASYMMETRIC_8)),
 }

@@ -141,7 +141,7 @@ def plan_without_model(checkpoint: Checkpoint, recipe: Recipe) -> ModelFreePlan:
     looks = checkpoint.has_weights and not recipe.requantize
     grids = {} if not looks else dict(find_grids(checkpoint, left, schemes))
     found = decisive(grids, {linear.path: linear.rows * linear.columns for linear in left})
-    held = {path: grid.size for path, grid in grids.items() if grid.held} if found else {}
+    held = {path: grid.size for path, grid in grids.items() if grid.held and not grid.format} if found else {}
     if held:
         chosen = regrouped(chosen, held, schemes, found)
         schemes, _ = select(chosen, linears, others)
@@ -149,8 +149,10 @@ def plan_without_model(checkpoint: Checkpoint, recipe: Recipe) -> ModelFreePlan:
     if unplaced := dict(unplaced_schemes(schemes.values())):
         raise UsageError(f"{NAME} has no place for {' or '.join(unplaced)}; give {' and '.join(unplaced.values())}")
     needs = "" if held or not found else ", which needs zero points"
+    if any(grid.format for grid in grids.values()) and needs:
+        needs = f", for which {NAME} has no place"
     what = "kept exactly" if kept else f"rounded anew{', as the groups do not fit' if held else ''}"
-    if needs:
+    if needs.endswith("points"):
         what += "; a recipe with symmetric = false in [weights] keeps it"
     notes = [*checkpoint.notes, *([f"{found}{needs}: {what}"] if found else [])]
     notes += describe_fallbacks(chosen, schemes, left)
