@@ -13,6 +13,7 @@ from quantize.artifact.report.card import card
 from quantize.artifact.report.findings import BlockRecord, InputRecord, findings_of
 from quantize.artifact.report.page import page
 from quantize.artifact.verify import verify_artifact
+from quantize.errors import UsageError
 from quantize.pipeline.quantize import quantize_model
 
 HOSTILE = "<script>alert('x')</script>&\"`|$x$"
@@ -119,6 +120,13 @@ def test_names_of_a_stranger_are_shown_and_not_run(artifact):
     assert yaml.safe_load(written.split("---\n")[1])["base_model"] == HOSTILE
 
 
+@pytest.mark.parametrize("key", ["bytes", "float_bytes", "seed"])
+def test_numbers_that_no_run_writes_are_refused(artifact, key):
+    for number in (10**400, -1):
+        with pytest.raises(UsageError, match=rf"manifest.json: {key}: "):
+            page({**artifact.manifest, key: number}, "")
+
+
 def test_the_card_says_first_what_is_needed_and_what_each_runtime_takes(artifact):
     text = (artifact.directory / "README.md").read_text()
     _, metadata, body = text.split("---\n", 2)
@@ -171,6 +179,8 @@ def test_curves_take_what_is_not_finite_and_what_no_pass_changed():
     )
     blocks = {str(i): BlockRecord(**block | {"largest": value}) for i, value in enumerate((1e4, float("nan"), 0.0))}
     assert figures.massive_activations(blocks).startswith("<svg")
+    assert "largest, transformed" in figures.massive_activations(blocks)
+    assert "median, transformed" not in figures.massive_activations(blocks)  # it would hide that of the float model
     assert figures.massive_activations({}) == figures.block_errors({"one": blocks["0"]}) == ""
     inputs = [
         InputRecord(linears=["a"], stages=[{"stage": name, "kurtosis": k, "largest": 1.0} for name, k in stages])
