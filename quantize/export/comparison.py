@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from quantize.errors import QuantizeError
 from quantize.nn.quantized_embedding import QuantizedEmbedding
 from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -71,8 +72,18 @@ def round_tables(model: nn.Module, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def first_outputs(model: nn.Module, inputs: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return for each of the inputs the `logits` of a model that has them, otherwise its first output."""
-    return [first_output(model(**feed)) for feed in inputs]
+    """Return for each of the inputs the `logits` of a model that has them, otherwise its first output.
+
+    Raises:
+        QuantizeError: the model does not take the inputs, which come from a file of the artifact.
+    """
+    try:
+        return [first_output(model(**feed)) for feed in inputs]
+    except Exception as error:  # code of other authors may raise anything
+        what = ", ".join(f"{name} {list(x.shape)} of {x.dtype}" for feed in inputs[:1] for name, x in feed.items())
+        raise QuantizeError(
+            f"the model does not run on the artifact's probe, which is {what}; check it with quantize-model verify"
+        ) from error
 
 
 def first_output(outputs: Any) -> Tensor:

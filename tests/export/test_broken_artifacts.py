@@ -14,6 +14,7 @@ from helpers.mutations import taken
 from safetensors.torch import load_file, save_file
 
 from benchmarks.fuzz.mutations import change_one, seal
+from quantize.artifact.writer import PROBE
 from quantize.errors import QuantizeError
 from quantize.export.directory import export_artifact
 from quantize.pipeline.quantize import quantize_model
@@ -58,12 +59,22 @@ def with_a_token_beyond_the_table(directory):
     path.write_text(json.dumps(content))
 
 
+def with_a_probe_of_floats(directory):
+    probe = load_file(directory / PROBE)
+    save_file(probe | {"input_ids": probe["input_ids"].float()}, directory / PROBE)
+
+
 @pytest.mark.parametrize(
     ("damage", "targets", "words"),
     [
         (without_scale, ["gguf", "safetensors-float", "compressed-tensors"], "lm_head"),
         (with_a_flat_scale, ["gguf", "safetensors-float", "compressed-tensors"], "lm_head"),
         (with_a_scale_that_is_none, ["gguf", "safetensors-float"], "lm_head.scale holds nan"),
+        (
+            with_a_probe_of_floats,
+            ["gguf", "safetensors-float", "compressed-tensors"],
+            r"probe, which is input_ids \[1, \d+\] of torch.float32",
+        ),
         (with_a_token_beyond_the_table, ["gguf"], "the tokenizer in .* cannot be used"),
     ],
 )
