@@ -55,7 +55,7 @@ def main() -> None:
                     model, output_dir=output, scheme=scheme, recipe=recipe, group_size=0, nsamples=CALIBRATION,
                     seqlen=LENGTH,
                 )  # fmt: skip
-                scores = evaluate(output, str(model), TEXT, LENGTH, WINDOWS, mask_id=MASK)
+                scores = evaluate(output, TEXT, str(model), LENGTH, WINDOWS, mask_id=MASK)
                 table.add_row(
                     scheme, name, f"{scores['loss_increase']:+.4f}", f"{scores['kl']:.4f}", f"{scores['top1']:.3f}"
                 )

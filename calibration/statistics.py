@@ -136,6 +136,8 @@ class Rows:
         shape = (0, columns) if self.value is None else check_numbers("a row", self.value, 2).shape
         if shape[1] != columns or shape[0] > self.LIMIT:
             raise ValueError(f"there are rows {list(shape)} beside the magnitudes of {columns} channels")
+        if self.value is not None and self.value.dtype != torch.float32:
+            raise ValueError(f"the rows are of {self.value.dtype}, and digests are those of torch.float32")
         return columns
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Row, Samples, check_ids, read_samples, spread
-from quantize.checkpoint.safetensors_reader import read_header, read_rows, stamp
+from quantize.checkpoint.files_seen import stamp
+from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.checkpoint.tokenizer import Tokenize
 from quantize.errors import ChangedError, QuantizeError, UsageError
 from quantize.graph.inputs import Input

@@ -12,13 +12,13 @@ from torch import nn
 from quantize.artifact.load import load
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.opening import open_checkpoint
+from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS
 from quantize.checkpoint.untrusted_files import check_files, read_json, weight_files
 from quantize.errors import UsageError, reason
 from quantize.graph.export import quiet
 from quantize.scheme.scheme import Engine
 
 METHOD = "compressed-tensors"
-RUNS = ("safetensors-float", METHOD)  # exports that run in transformers
 
 
 def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
@@ -33,7 +33,7 @@ def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code
     """
     directory = Path(model)
     manifest = directory / "manifest.json"
-    if manifest.is_file() and read_json(manifest).get("format") not in RUNS:
+    if manifest.is_file() and read_json(manifest).get("format") not in RUN_IN_TRANSFORMERS:
         return load(directory, engine=engine, trust_remote_code=trust_remote_code)
     if (directory / "config.json").is_file():
         found = read_json(directory / "config.json").get("quantization_config")

@@ -31,8 +31,8 @@ ROWS = 16  # rows of a text on which kurtosis is measured
 
 def evaluate(
     directory: str | os.PathLike[str],
-    against: str | None,
-    text: str | Path,
+    text: str | os.PathLike[str],
+    against: str | None = None,
     seqlen: int = 256,
     nsamples: int | None = None,
     engine: Engine = "fake_quant",
@@ -43,8 +43,8 @@ def evaluate(
 
     Args:
         directory: an artifact, a float model, or a checkpoint of compressed-tensors.
-        against: the float model to compare with; None leaves the comparison out.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
+        against: the float model to compare with; None leaves the comparison out.
         seqlen: the number of tokens in a window.
         nsamples: the largest number of windows, which are spread evenly; None takes all.
         engine: how an artifact runs, as in `quantize.load`.

@@ -166,8 +166,8 @@ def launch(
         config: the tile; an iteration takes `block_k` columns, as many steps of one group as they are.
     """
     (M, K), (G, N) = x.shape, scale.shape
-    group, step = K // G if G > 1 else 0, step_of(K, G)
-    unroll = gcd(max(1, config.block_k // step), triton.cdiv(K, step))
+    group, step = K // G if G > 1 else 0, min(step_of(K, G), config.block_k)
+    unroll = gcd(config.block_k // step, triton.cdiv(K, step))
     split, words = config.split_k > 1, num_bits == 4 and K % 8 == 0 and x.dtype != torch.float32
     data = data.view(torch.int32) if words else data
     y = torch.empty((config.split_k, M, N), dtype=torch.float32 if split else x.dtype, device=x.device)

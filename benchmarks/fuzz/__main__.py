@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def record(seed: int, found: dict[str, Tally]) -> None:
     """Add a table to those of other seeds, and write the sum of all."""
     path = RESULTS / "fuzz.json"
     all_seeds = json.loads(path.read_text()) if path.exists() else {}
-    all_seeds[str(seed)] = {kind: asdict(tally) for kind, tally in found.items()}
+    all_seeds[str(seed)] = {kind: {**vars(tally), "codes": dict(tally.codes)} for kind, tally in found.items()}
     path.write_text(json.dumps(all_seeds, indent=1, sort_keys=True) + "\n")
     total = dict.fromkeys(KINDS, Tally())
     for tallies in all_seeds.values():

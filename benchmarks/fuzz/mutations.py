@@ -14,6 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantize.artifact.manifest import digest_of
+from quantize.checkpoint.files_seen import sha256
+
 SETTINGS = ["--scheme", "W8A8", "--group-size", "0", "--nsamples", "2", "--seqlen", "16"]
 ODD: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, 1e308, 10**7, 2**63, float("nan")),
@@ -140,13 +143,29 @@ def broken(kind: str, sound: Sound, folder: Path, rng: Rng) -> list[str]:
         return [str(copied), *quantize]
     if kind == "manifest":
         rng.choice([change_json, change_json, change_json, change_bytes])(copied / "manifest.json", rng)
+        seal(copied, rng)
         return rng.choice([["verify", str(copied)], ["report", str(copied), "--output", str(folder / "page.html")]])
     path = rng.choice(sorted(path for path in copied.iterdir() if path.is_file()))
     change_one(path, rng)
+    seal(copied, rng)
     if kind == "onnx":
         return ["run", str(copied), "--prompt", "a b c", "--max-new-tokens", "3"]
     export = ["export", str(copied), "--format", "safetensors-float", "--output-dir", str(folder / "out")]
     return rng.choice([["verify", str(copied)], ["inspect", str(copied)], export])
+
+
+def seal(directory: Path, rng: Rng) -> None:
+    """Most times let the manifest hold the hashes that files have now, and its digest, as a stranger would."""
+    path = directory / "manifest.json"
+    if rng.random() < 0.2:
+        return
+    try:
+        manifest = json.loads(path.read_text())
+        manifest["files"] = {name: sha256(directory / name) for name in manifest["files"]}
+        manifest["digest"] = digest_of(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):  # it is broken itself
+        return
+    path.write_text(json.dumps(manifest))
 
 
 MODEL_FILES = {

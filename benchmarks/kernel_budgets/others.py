@@ -91,7 +91,7 @@ def weight_only(tokens: int, arch: str) -> Entry:
     return Entry(
         f"w4a16 {config.block_m}x{config.block_n}", arch,
         lambda: weight_only_gemm.launch(x, data, scale, zero_point, None, 4, config),
-        config.block_n * 128, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
+        config.block_n * config.block_k, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
     )  # fmt: skip
 
 

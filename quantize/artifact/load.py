@@ -19,6 +19,7 @@ from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.parametrized import with_plain_weights
+from quantize.checkpoint.paths import no_artifact, require_artifact
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
@@ -46,19 +47,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is no manifest, it is not valid, or the directory links to files elsewhere.
     """
+    require_artifact(directory)
     path, why = directory / "manifest.json", ""
     try:
-        manifest = read_json(path) if path.is_file() else {}
+        manifest = read_json(path)
     except QuantizeError as error:
         manifest, why = {}, f": {error}"
-    if isinstance(target := manifest.get("format"), str) and "artifact" in manifest:
-        raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
-    if isinstance(target, str) and "model_free" in manifest:
-        raise UsageError(
-            f"{directory} was made without the model, as {shown(target)}; load it with transformers or vLLM"
-        )
     if not manifest.keys() >= REQUIRED:
-        raise UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
+        raise no_artifact(directory, why)
     validated(lambda: Manifest.model_validate_json(json.dumps(manifest), strict=True), str(path))
     check_files(directory)
     return manifest

@@ -12,6 +12,8 @@ from pydantic import BaseModel, Field, model_validator
 from quantize.formats import check_scheme
 from quantize.scheme.scheme import Data, KVCacheArgs, Scheme
 
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]  # of bytes, rows and the like
+
 
 class Entry(Data):
     """One quantized linear, or a stack of experts in the place of a parameter.
@@ -66,8 +68,8 @@ class Calibration(BaseModel):
     """The data: its hash, or those of its parts, and the numbers of rows and tokens."""
 
     sha256: str | list[str]
-    rows: int = Field(ge=0)
-    tokens: int = Field(ge=0)
+    rows: Count
+    tokens: Count
 
 
 class Manifest(BaseModel):

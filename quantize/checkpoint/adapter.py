@@ -16,6 +16,7 @@ from quantize.checkpoint.paths import ADAPTER
 from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
+from quantize.recipe.patterns import compiled
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 
@@ -47,27 +48,33 @@ class Adapter:
         """
         for name in names:
             if name in self.replaced:
-                W = self._fitting(name, W, self._read(self.replaced[name]).float())
+                found = self._read(self.replaced[name])
+                self._require_shape(name, W, list(found.shape))
+                W = found
             elif name in self.pairs:
                 stem, scale = self.pairs[name]
-                A, B = (self._read(f"{stem}lora_{part}.weight").float() for part in "AB")
+                A, B = (self._read(f"{stem}lora_{part}.weight") for part in "AB")
                 if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
                     raise QuantizeError(f"{self.weights}: the factors of {name} are {list(A.shape)}, {list(B.shape)}")
+                shape = [B.shape[0], A.shape[1]]
+                self._require_shape(name, W, shape[::-1] if self.transposed else shape)
                 change = B @ A * scale
-                W = W.float() + self._fitting(name, W, change.T if self.transposed else change)
+                W = W.float() + (change.T if self.transposed else change)
         return W
 
-    def _fitting(self, name: str, W: Tensor, found: Tensor) -> Tensor:
-        if found.shape != W.shape:
+    def _require_shape(self, name: str, W: Tensor, found: list[int]) -> None:
+        if found != list(W.shape):
             raise QuantizeError(
-                f"{self.weights} changes {name} by {list(found.shape)}, where the base has {list(W.shape)}; "
+                f"{self.weights} changes {name} by {found}, where the base has {list(W.shape)}; "
                 "give the base that the adapter was trained on"
             )
-        return found
 
     def _read(self, name: str) -> Tensor:
         self.seen.require_same(self.weights)
-        return read_rows(self.weights, name)
+        found = read_rows(self.weights, name)
+        if not found.is_floating_point():
+            raise QuantizeError(f"{self.weights} holds {name} of {found.dtype}; an adapter has floating point")
+        return found.float()
 
 
 def open_adapter(directory: Path, find: Callable[[str], str], known: Iterable[str]) -> Adapter:
@@ -88,7 +95,9 @@ def open_adapter(directory: Path, find: Callable[[str], str], known: Iterable[st
     check_files(directory)
     config, names, pairs, replaced = read_json(path), set(known), dict[str, tuple[str, float]](), dict[str, str]()
     require_plain(path, config)
-    entries = read_header(weights).entries
+    entries, patterns = read_header(weights).entries, config.get("alpha_pattern")
+    if isinstance(patterns, dict) and len(patterns) > len(entries):
+        raise QuantizeError(f"{path} has {len(patterns)} patterns for an adapter of {len(entries)} tensors")
     for name in sorted(entries):
         stem, cut, _ = name.partition("lora_A.weight")
         if name.endswith("lora_B.weight") and name.replace("lora_B", "lora_A") in entries:
@@ -98,7 +107,7 @@ def open_adapter(directory: Path, find: Callable[[str], str], known: Iterable[st
         if "lora_" in target or target not in names or (cut and f"{stem}lora_B.weight" not in entries):
             raise QuantizeError(f"{weights} holds {name}, which changes no weight of the base; merge the adapter first")
         if cut:
-            pairs[target] = (stem, scale_of(path, config, module, entries[name].shape[0]))
+            pairs[target] = (stem, scale_of(path, config, module, next(iter(entries[name].shape), 0)))
         else:
             replaced[target] = name
     return Adapter(weights, pairs, replaced, bool(config.get("fan_in_fan_out")), FilesSeen.of([path, weights]))
@@ -131,10 +140,10 @@ def scale_of(path: Path, config: Mapping[str, Any], module: str, rank: int) -> f
     """
     patterns = config.get("alpha_pattern") or {}
     try:
-        own = (a for pattern, a in patterns.items() if re2.fullmatch(rf"(.*\.)?({pattern})", module))
+        own = (a for pattern, a in patterns.items() if compiled(rf"(.*\.)?({pattern})").fullmatch(module))
         alpha = float(next(own, config["lora_alpha"]))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, re2.error):
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError, re2.error):
         raise QuantizeError(f"{path} gives no scale for {module}: lora_alpha or alpha_pattern is wrong") from None
     if not math.isfinite(scale):
         raise QuantizeError(f"{path} gives {module} the scale {scale}")

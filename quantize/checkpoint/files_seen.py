@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quantize.checkpoint.safetensors_reader import stamp
 from quantize.errors import ChangedError
 
 
@@ -79,6 +78,12 @@ class FilesSeen:
             self.require_same(path)
         for path in list(self.hashes):
             self.sha256(path)
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Return what changes with a file: its size, the time of its last change, and its number on the disk."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def sha256(path: Path) -> str:

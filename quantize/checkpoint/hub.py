@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.untrusted_files import SIDE_FILES
+from quantize.checkpoint.paths import SIDE_FILES
 from quantize.errors import QuantizeError, UsageError, reason
 
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -35,6 +35,23 @@ def download(name: str, revision: str | None = None) -> Path:
     for path in sorted(found.glob("*.safetensors")):
         require_hash(path)
     return found
+
+
+def require_on_hub(name: str, revision: str | None = None) -> None:
+    """Check that the hub or its cache has a model, by its config alone.
+
+    Raises:
+        UsageError: as `download`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with hub_errors(name, revision):
+        try:
+            hf_hub_download(name, "config.json", revision=revision)
+        except EntryNotFoundError as error:  # the hub has the model, but no config of it
+            if isinstance(error, LocalEntryNotFoundError):
+                raise
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plai
 from quantize.checkpoint.meta_model import build_on_meta, native_class, ties_of
 from quantize.checkpoint.model_config import config_of, read_config
 from quantize.checkpoint.parametrized import with_plain_weights
-from quantize.checkpoint.paths import find_model, require_config
+from quantize.checkpoint.paths import SIDE_FILES, find_model, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.safetensors_reader import read_header
@@ -28,7 +28,7 @@ from quantize.checkpoint.sources.encoded import Encoded
 from quantize.checkpoint.sources.settings import SETTINGS_FILES, float_dtype, split_settings
 from quantize.checkpoint.stored_ties import kept_apart, told_apart, without_ties
 from quantize.checkpoint.tensor_files import index_tensors
-from quantize.checkpoint.untrusted_files import SIDE_FILES, has_config_alone, is_hidden, links_followed, read_json
+from quantize.checkpoint.untrusted_files import has_config_alone, is_hidden, links_followed, read_json
 from quantize.checkpoint.wrappers import dropped
 from quantize.errors import UsageError
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from quantize.errors import UsageError, shown
 
 ADAPTER = "adapter_config.json"
 LARGEST_ADAPTER_CONFIG = 1 << 20  # bytes
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w.-][\w./-]*)?")
+SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # what a model has beside its weights
+RUN_IN_TRANSFORMERS = ("safetensors-float", "compressed-tensors")  # exports
+LARGEST_MANIFEST = 1 << 25  # bytes
 DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
 FILES_OF_DATA_SETS = (".arrow", ".parquet")
 FILES_OF_MODELS = {
@@ -58,12 +63,44 @@ def require_config(directory: Path) -> Path:
 
 def base_of(path: Path) -> str:
     """Return ` of NAME` for the base that an adapter's config names, or ''."""
+    found = glance(path, LARGEST_ADAPTER_CONFIG).get("base_model_name_or_path")
+    return f" of {shown(found)}" if isinstance(found, str) and found else ""
+
+
+def glance(path: Path, largest: int) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `largest` bytes, or nothing; what matters of it is checked later."""
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(LARGEST_ADAPTER_CONFIG))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return ""
-    return f" of {shown(found)}" if isinstance(found, str) and found else ""
+            found = json.loads(file.read(largest))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def require_artifact(directory: Path, exports: Collection[str] = ()) -> None:
+    """Check at a glance that a directory holds an artifact, or an export of one of some formats.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    require_directory(directory, "artifact")
+    manifest = glance(directory / "manifest.json", LARGEST_MANIFEST)
+    target = manifest.get("format")
+    if isinstance(target, str) and "artifact" in manifest and target not in exports:
+        raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
+    if isinstance(target, str) and "model_free" in manifest and target not in exports:
+        raise UsageError(
+            f"{directory} was made without the model, as {shown(target)}; load it with transformers or vLLM"
+        )
+    if not (directory / "manifest.json").is_file():
+        raise no_artifact(directory)
+
+
+def no_artifact(directory: Path, why: str = "") -> UsageError:
+    """Return the error for a directory that is no artifact, and perhaps a model."""
+    if not why and (directory / "config.json").is_file():
+        why = "; quantize it first"
+    return UsageError(f"{directory} holds no manifest.json of a model, so it is no artifact of quantize-model{why}")
 
 
 def require_directory(directory: Path, what: str) -> None:

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
+from quantize.checkpoint.files_seen import stamp
 from quantize.errors import ChangedError, QuantizeError, shown
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
@@ -94,12 +95,6 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
     return found
-
-
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Return what changes with a file: its size, the time of its last change, and its number on the disk."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def read_rows(path: Path, name: str, first: int = 0, count: int | None = None) -> Tensor:

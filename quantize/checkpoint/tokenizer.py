@@ -65,7 +65,7 @@ def readable(directory: Path | str) -> Iterator[None]:
     """Turn whatever the tokenizer formats of transformers raise, panics of Rust among them, into one sentence."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, TookTooLong):
+    except (KeyboardInterrupt, SystemExit, TookTooLong, QuantizeError):
         raise
     except BaseException as error:
         raise QuantizeError(f"the tokenizer in {directory} cannot be used: {reason(error)}") from None

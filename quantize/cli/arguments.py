@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from quantize.checkpoint.hub import require_on_hub
 from quantize.checkpoint.paths import find_model, require_data, require_new
 from quantize.errors import UsageError
 from quantize.recipe.shipped import require_recipe
@@ -42,6 +43,16 @@ def on_hub(model: str, revision: str) -> str:
     return f"{model}@{revision}"
 
 
+def require_model(model: str) -> None:
+    """Check that there is a model, here or on the hub.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if find_model(model) is None:
+        require_on_hub(*model.split("@"))
+
+
 def check_run(
     model: str,
     scheme: str | None,
@@ -64,3 +75,4 @@ def check_run(
         require_new(output)
     if scheme is not None:
         recipe_for(target, scheme)
+    require_model(model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import require_directory, require_new
+from quantize.checkpoint.paths import require_artifact, require_directory, require_new
 from quantize.cli.arguments import PATH, TRUST
 
 
@@ -62,7 +62,7 @@ def verify(directory: Path, digest: str | None, trust_remote_code: bool) -> None
 
     The hash of every file is checked, the artifact is loaded, and its output is compared with the recorded one.
     """
-    require_directory(directory, "artifact")
+    require_artifact(directory)
     from quantize.artifact.verify import verify_artifact
 
     found = verify_artifact(directory, digest, trust_remote_code)
@@ -80,7 +80,7 @@ def report(directory: Path, output: Path | None) -> None:
 
     A run writes it into the artifact already; this makes it again from the manifest.
     """
-    require_directory(directory, "artifact")
+    require_artifact(directory)
     if output is not None:
         require_new(output)
     from quantize.artifact.report.write import write_page

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import find_model, require_directory, require_file
-from quantize.cli.arguments import PATH, TRUST
+from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS, require_artifact, require_directory, require_file
+from quantize.cli.arguments import PATH, TRUST, require_model
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
 
@@ -25,7 +25,7 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 
     Where a transform is not legal, the reason is given.
     """
-    find_model(model)
+    require_model(model)
     from quantize.checkpoint.opening import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
@@ -108,6 +108,10 @@ def evaluate(
     if (text is None) is not bool(tasks) or (kurtosis and text is None):
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
     require_directory(directory, "artifact")
+    if (directory / "manifest.json").is_file():
+        require_artifact(directory, RUN_IN_TRANSFORMERS)
+    if against is not None:
+        require_model(against)
     if text is None:
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks
@@ -125,5 +129,5 @@ def evaluate(
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
 
-    scores = measure(directory, against, text, seqlen, nsamples, engine, trust_remote_code, mask_id)
+    scores = measure(directory, text, against, seqlen, nsamples, engine, trust_remote_code, mask_id)
     return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))

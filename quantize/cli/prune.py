@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import find_model, require_file, require_new
-from quantize.cli.arguments import PATH
+from quantize.checkpoint.paths import require_file, require_new
+from quantize.cli.arguments import PATH, require_model
 
 
 @click.command()
@@ -44,7 +44,7 @@ def prune(
     Those go that add the least to the output of their layer (REAP), as many in each layer. The table prune of a recipe
     does the same before a model is quantized.
     """
-    find_model(model)
+    require_model(model)
     require_new(output_dir)
     if calibration is not None:
         require_file(calibration)

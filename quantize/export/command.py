@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from quantize.checkpoint.paths import require_directory, require_new
+from quantize.checkpoint.paths import require_artifact, require_new
 from quantize.errors import own_words_shown
 from quantize.export import EXPORTERS
 
@@ -50,7 +50,7 @@ def export(
     ctx: click.Context, /, directory: Path, target: str, output_dir: Path, verbose: bool, **options: Any
 ) -> None:
     """Write an artifact for another runtime, and compare the two."""
-    require_directory(directory, "artifact")
+    require_artifact(directory)
     require_new(output_dir)
     from quantize.export.directory import export_artifact
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from quantize.artifact.load import check_hashes
+from quantize.artifact.load import check_hashes, load
 from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.opening import side_files
 from quantize.export import EXPORTERS
 from quantize.export.outline import Outline
+from quantize.pipeline.finalize import checked_on_meta
 
 
 def export_artifact(
@@ -46,6 +47,7 @@ def export_artifact(
     check_hashes(directory)
     with ArtifactWriter(output) as writer:
         exporter.check(Outline.read(directory))
+        load(directory, read=checked_on_meta)  # every tensor has its place, and its numbers are finite
         for path in side_files(directory):
             writer.write(path, (directory / path).read_bytes())
         said = exporter.export(directory, writer, console, **options)

@@ -22,7 +22,7 @@ from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
-from quantize.nn.quantized_embedding import dequantized_table
+from quantize.nn.quantized_embedding import dequantized_table, table_of
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.progress import track
@@ -59,6 +59,7 @@ def shards(
                 tensors |= replace(path, stored_linear(path, outline, files))
             elif path in tables and leaf == "qweight":
                 qweight, scale = read_table(path, files)
+                table_of(qweight, scale).check(path)
                 own = replace_table or (lambda q, scale: dequantized_table(q, scale, scale.dtype))
                 tensors[f"{path}.weight"] = own(qweight, scale)
             elif path not in (*modules, *tables) and path.rpartition(".transform.")[0] not in modules:

@@ -20,6 +20,7 @@ NO_LINEAR = "no weight of a linear"
 NOT_FOUND = "only plain linears are found in a model that cannot be exported"
 TURNS = {"t", "numpy_T", "permute", "unsqueeze", "squeeze", "to", "_to_copy"}  # of a parameter as a whole
 ENOUGH = 0.8  # the share of the body below which a run warns
+PRODUCTS = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm"}
 NAMED = 3  # parameters that are named where nothing is left to quantize
 SMALL = 0.01  # the share of the body below which what stays in floating point is not named
 
@@ -40,7 +41,9 @@ def reasons_in_float(program: Program) -> dict[str, str]:
         elif sum(size > 1 for size in node.meta["val"].shape) < 2:
             found[name] = NO_LINEAR
         else:
-            found[name] = f"`{name_of(reading[name][0])}` reads it, which is no linear"
+            operator = name_of(reading[name][0])
+            as_none = "in a way that no linear does" if operator in PRODUCTS else "which is no linear"
+            found[name] = f"`{operator}` reads it, {as_none}"
     return found
 
 

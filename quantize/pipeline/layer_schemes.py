@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Protocol
 
 import re2
 
@@ -14,6 +13,7 @@ from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
+from quantize.recipe.patterns import compiled
 from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
@@ -147,20 +147,8 @@ def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: I
 def matches(pattern: str, path: str) -> bool:
     """Return whether a pattern matches a path: the path, its end, or `re:` and an expression for all of it."""
     if pattern.startswith("re:"):
-        return expression(pattern[3:]).fullmatch(path) is not None
+        return compiled(pattern[3:]).fullmatch(path) is not None
     return path == pattern or path.endswith(f".{pattern}")
-
-
-@functools.lru_cache(4096)
-def expression(text: str) -> Any:
-    """Compile a regular expression of RE2, whose matching takes time linear in the path, whatever the expression.
-
-    Raises:
-        re2.error: it is none, or takes more than 1 MiB. UnicodeEncodeError: it holds half a surrogate pair.
-    """
-    options = re2.Options()
-    options.log_errors, options.never_capture, options.max_mem = False, True, 1 << 20
-    return re2.compile(text, options)
 
 
 def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear") -> None:

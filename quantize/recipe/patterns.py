@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+import re2
 
 EXPRESSION = "re:"
 GLOB = re.compile(r"[*?]")
+
+
+@functools.lru_cache(4096)
+def compiled(text: str) -> Any:
+    """Compile a regular expression of RE2, whose matching takes time linear in the path, whatever the expression.
+
+    Raises:
+        re2.error: it is none, or takes more than 1 MiB. UnicodeEncodeError: it holds half a surrogate pair.
+    """
+    options = re2.Options()
+    options.log_errors, options.never_capture, options.max_mem = False, True, 1 << 20
+    return re2.compile(text, options)
 
 
 def expand_patterns(values: Iterable[str]) -> Iterator[str]:

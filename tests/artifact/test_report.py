@@ -13,6 +13,7 @@ from quantize.artifact.report.card import card
 from quantize.artifact.report.findings import BlockRecord, InputRecord, findings_of
 from quantize.artifact.report.page import page
 from quantize.artifact.verify import verify_artifact
+from quantize.errors import UsageError
 from quantize.pipeline.quantize import quantize_model
 
 HOSTILE = "<script>alert('x')</script>&\"`|$x$"
@@ -117,6 +118,13 @@ def test_names_of_a_stranger_are_shown_and_not_run(artifact):
     written = card(bad, "", True, True)
     assert "<script" not in re.sub(r"\\[<>`|]", "", written).replace("\\", "")[written.index("# ") :]
     assert yaml.safe_load(written.split("---\n")[1])["base_model"] == HOSTILE
+
+
+@pytest.mark.parametrize("key", ["bytes", "float_bytes", "seed"])
+def test_numbers_that_no_run_writes_are_refused(artifact, key):
+    for number in (10**400, -1):
+        with pytest.raises(UsageError, match=rf"manifest.json: {key}: "):
+            page({**artifact.manifest, key: number}, "")
 
 
 def test_the_card_says_first_what_is_needed_and_what_each_runtime_takes(artifact):

@@ -7,10 +7,12 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from safetensors import SafetensorError
 
+from benchmarks.fuzz import __main__ as fuzz
 from benchmarks.fuzz.mutations import KINDS, broken, json_value
 from quantize.errors import QuantizeError
 
@@ -24,6 +26,15 @@ def test_broken_files_of_every_kind_end_cleanly():
     assert [kind for kind, *_ in rows] == list(KINDS)
     assert all(int(files) >= 9 for _, files, _ in rows)
     assert sum(int(sound) for *_, sound in rows) < 60  # the mutations do break most
+
+
+def test_tables_of_several_seeds_are_recorded_as_their_sum(monkeypatch, tmp_path):
+    monkeypatch.setattr(fuzz, "RESULTS", tmp_path)
+    fuzz.record(7, {"text": fuzz.Tally(Counter({0: 2, 1: 3}), [], 1.5, 20_000_000)})
+    fuzz.record(8, {"text": fuzz.Tally(Counter({1: 4}), ["text 0: no end"], 2.5, 10_000_000)})
+    written = (tmp_path / "fuzz.md").read_text()
+    assert "broke 9 files (seeds 7, 8), of which 1 were not answered cleanly" in written
+    assert "| text | 9 | 2 | 7 | 0 | 1 | 2.5 | 20 |" in written
 
 
 def test_a_mutation_is_told_by_its_seed_and_changes_one_value():

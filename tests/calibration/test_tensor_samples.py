@@ -280,7 +280,7 @@ def test_what_is_made_for_tokens_alone_says_so(given, tmp_path):
     with pytest.raises(
         UsageError, match=r"takes input_features and decoder_input_ids;.* take input_ids alone can be measured"
     ):
-        evaluate(artifact.directory, None, tmp_path / "text.txt")
+        evaluate(artifact.directory, tmp_path / "text.txt")
 
 
 def test_probes_are_a_sample_and_random_data_like_it():

@@ -92,6 +92,9 @@ def test_other_adapters_are_refused(config, message, adapter, one_layer):
         ({"lora_alpha": "x"}, "gives no scale for"),
         ({"lora_alpha": 1e400}, "the scale inf"),
         ({"alpha_pattern": 5}, "no scale"),
+        ({"alpha_pattern": {"(((": 5}}, "no scale"),
+        ({"lora_alpha": 10**400}, "no scale"),
+        ({"alpha_pattern": {f"x{i}": 1 for i in range(5)}}, "has 5 patterns for an adapter of 4 tensors"),
     ],
 )
 def test_wrong_scales(config, message, adapter, one_layer):
@@ -105,6 +108,25 @@ def test_an_adapter_of_another_model(adapter, one_layer):
         QuantizeError, match=r"changes model.layers.0.mlp.up_proj.weight by \[172, 60\], where the base"
     ):
         open_checkpoint(one_layer, adapter(wide)).tensor(UP)
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ((torch.tensor(1.0), torch.tensor(1.0)), "gives no scale for"),
+        ((torch.ones(0, 64), torch.ones(172, 0)), "gives no scale for"),
+        ((torch.ones(4), torch.ones(172)), r"the factors of .* are \[4\], \[172\]"),
+        ((torch.ones(1, 300_000), torch.ones(300_000, 1)), r"changes .* by \[300000, 300000\], where the base"),
+        ((torch.ones(4, 64), torch.ones(172, 4, dtype=torch.complex64)), "of torch.complex64; an adapter has floating"),
+        ((torch.ones(4, 64, dtype=torch.int64), torch.ones(172, 4)), "of torch.int64; an adapter has floating point"),
+    ],
+)
+def test_factors_that_are_none(factors, message, adapter, one_layer):
+    """The product of the two long ones would take 360 GB."""
+    with pytest.raises(QuantizeError, match=message):
+        open_checkpoint(
+            one_layer, adapter({f"{LAYER}.lora_{x}.weight": t for x, t in zip("AB", factors, strict=True)})
+        ).tensor(UP)
 
 
 def test_an_adapter_of_what_the_base_does_not_have(adapter, one_layer):

@@ -49,6 +49,10 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     """In a process of its own, as this one has imported torch."""
     for name in ("model.gguf", "model.safetensors"):
         (tmp_path / name).write_bytes(b"GGUF")
+    exported, text = tmp_path / "exported", tmp_path / "some.txt"
+    exported.mkdir()
+    (exported / "manifest.json").write_text('{"format": "onnx", "artifact": {}}')
+    text.write_text("some words")
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
         ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
@@ -63,6 +67,13 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         ([one_layer, "-o", "new", "--recipe", "w4a5"], "no such recipe: w4a5; give a .toml or .yaml file, or one of"),
         ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
         (["verify", "nowhere"], "no such artifact: nowhere"),
+        (["verify", one_layer], "holds no manifest.json of a model, so it is no artifact of quantize-model; quantize"),
+        (["report", exported], "is an export for 'onnx'; give the artifact that it was made of"),
+        (["eval", exported, "--text", text], "is an export for 'onnx'; give the artifact that it was made of"),
+        (["eval", one_layer, "--text", text, "--against", "no/such/model"], "no such model directory: no/such/model"),
+        (["export", exported, "-o", "new"], "is an export for 'onnx'; give the artifact that it was made of"),
+        (["mistyped"], "mistyped is no directory here, and the hub cannot be reached to fetch it; give a model's"),
+        (["inspect", "owner/mistyped"], "owner/mistyped is no directory here, and the hub cannot be reached"),
         (["eval", one_layer, "--text", "nowhere.txt"], "no such file: nowhere.txt"),
         (["export", "nowhere", "-o", "new"], "no such artifact: nowhere"),
     ]
@@ -77,7 +88,8 @@ for arguments in json.loads(sys.argv[1]):
 sys.exit("torch" in sys.modules)
 """
     given = json.dumps([[str(part) for part in arguments] for arguments, _ in calls])
-    run = subprocess.run([sys.executable, "-c", source, given], capture_output=True, text=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", source, given], capture_output=True, text=True, env=offline)
     assert run.returncode == 0, run.stderr
     for line, (_, expected) in zip(run.stdout.splitlines(), calls, strict=True):
         assert line.startswith("error: ")

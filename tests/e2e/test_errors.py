@@ -167,11 +167,13 @@ def test_options_and_data_that_do_not_fit(refused, one_layer, tmp_path, monkeypa
         (hub_errors.LocalEntryNotFoundError, "the hub cannot be reached to fetch it; give a model's directory"),
     ],
 )
-def test_the_hub_refuses_for_one_reason(refused, monkeypatch, error, words):
+@pytest.mark.parametrize("asked", ["hf_hub_download", "snapshot_download"])
+def test_the_hub_refuses_for_one_reason(refused, monkeypatch, error, words, asked):
     def fail(*_, **__):
         raise error.__new__(error)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "config.json")
+    monkeypatch.setattr(huggingface_hub, asked, fail)
     code, sentence = refused("org/model")
     assert code == 2
     assert words in sentence
@@ -345,6 +347,7 @@ def test_what_the_system_refuses_is_one_sentence(cli, monkeypatch, tmp_path, err
         raise error
 
     monkeypatch.setattr("quantize.artifact.verify.verify_artifact", refuse)
+    (tmp_path / "manifest.json").write_text("{}")
     shown = cli("verify", tmp_path)
     assert (shown.code, shown.err.count("\n")) == (1, 1)
     assert shown.err.startswith(words)

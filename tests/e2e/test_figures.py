@@ -27,7 +27,7 @@ def test_loss_increase_on_stories(recipe, stories, stories_calibration, stories_
     artifact = quantize.quantize_model(
         stories, recipe=recipe, output_dir=tmp_path / "out", calibration=stories_calibration, group_size=0, seqlen=256
     )
-    scores = evaluate(artifact.directory, str(stories), stories_dev)
+    scores = evaluate(artifact.directory, stories_dev, str(stories))
     assert scores["loss_against"] == pytest.approx(1.286, abs=1e-3)
     assert scores["loss_increase"] < GOALS[recipe]
     assert recipe != "w8a8" or scores["kl"] < 0.0012  # which the choice of rows hardly moves
@@ -69,4 +69,4 @@ def test_minilm_keeps_its_spearman(scheme, part, minilm, sts, tmp_path):
         minilm, scheme=scheme, output_dir=tmp_path / "out", group_size=0, nsamples=32, seqlen=128
     )
     for pairs in sts:
-        assert evaluate(artifact.directory, str(minilm), pairs)["retained"] >= part
+        assert evaluate(artifact.directory, pairs, str(minilm))["retained"] >= part

@@ -325,7 +325,8 @@ def test_a_model_that_changes_its_own_weights_keeps_them(small_run):
         (WithoutLinears, r"^the model cannot be exported as a graph: .+"),
         (
             TakesOne,
-            r"^the model does not run on inputs of shape \[2, 8\], test_unexported.py line \d+; if .*--seqlen, and",
+            r"^the model does not run on inputs of shape \[2, 8\], test_unexported.py line \d+; if ids is not token "
+            r"ids, give calibration data with a tensor ids; if .*--seqlen, and",
         ),
         (ReadsTheWeight, r"^the quantized model does not run, test_unexported.py line \d+; leave out with --ignore"),
     ],

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -107,3 +110,61 @@ def test_a_model_that_draws_random_numbers_is_refused(small_run):
         UsageError, match=r"draws random numbers as it runs \(`rand_like`\), .*; give the part of it that"
     ):
         small_run(Drawing())
+
+
+class PlainAndTransposed(torch.nn.Module):
+    """As in an autoencoder of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(64, 128, bias=False), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)) @ self.a.weight)
+
+
+class Slices(torch.nn.Module):
+    """Rows that overlap, and columns, of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = torch.nn.Parameter(torch.randn(128, 64) / 8), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        left = torch.nn.functional.linear(x, self.w[:64]) + torch.nn.functional.linear(x.tanh(), self.w[32:96])
+        return self.b(left + torch.nn.functional.linear(x[..., :32], self.w[64:, :32]))
+
+
+class Cell(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.GRUCell(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.b(self.a(x.flatten(0, -2)).view_as(x))
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (PlainAndTransposed, "blocks.0.a.weight and 1 more (its module computes more than this product)"),
+        (Slices, "blocks.0.w and 1 more (`linear` reads it, in a way that no linear does)"),
+        (Cell, "blocks.0.a.weight_hh"),
+    ],
+)
+def test_a_weight_that_is_used_in_more_ways_than_one_is_named(small_run, block, reason):
+    """The linear beside it is quantized, and copies of what is loaded compute the same."""
+
+    def build():
+        torch.manual_seed(0)
+        parts = [torch.nn.Embedding(128, 64), torch.nn.Sequential(block(), block()), torch.nn.Linear(64, 128)]
+        model = torch.nn.Sequential(OrderedDict(zip(("embed", "blocks", "head"), parts, strict=True)))
+        return model.eval()
+
+    console = Console(file=io.StringIO(), width=1000)
+    artifact = small_run(build(), "W8A8", recipe=PLAIN, calibration=list(IDS), console=console)
+    assert f"of the body stays in floating point: {reason}" in console.file.getvalue()
+    loaded = load(artifact.directory, skeleton=build())
+    assert 0 < distance(loaded, build()) < 0.02
+    for copied in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
+        assert distance(copied, loaded) == 0

@@ -46,6 +46,8 @@ WRONG = [
     (rows(torch.ones(3, 4), torch.ones(5)), r"rows \[3, 4\] beside the magnitudes of 5 channels"),
     (rows(torch.ones(3, 4), torch.ones(4, 1)), r"absmax is \[4, 1\] of torch.float32"),
     (rows(torch.ones(3, 4), torch.ones(4, dtype=torch.int8)), r"absmax is \[4\] of torch.int8"),
+    (rows(torch.ones(3, 4, dtype=torch.float64)), "the rows are of torch.float64, and digests are those of"),
+    (rows(torch.ones(3, 4, dtype=torch.float16)), "the rows are of torch.float16, and digests are those of"),
     (rows(torch.ones(600, 4)), r"rows \[600, 4\] beside"),
     (Rows(torch.ones(3, 4), 5), "absmax is 5, which is no statistic"),
     (Rows("x", Absmax(torch.ones(4))), "a row is 'x'"),

@@ -47,7 +47,7 @@ from transformers import {classes}
 
 model = {auto}.from_pretrained("DIRECTORY")
 ```
-or `model = quantize.load("DIRECTORY")`, which gives the same model.
+or `model = quantize.load("DIRECTORY")`, which gives the same model in float32.
 """
 MODULE = """\
 ```python

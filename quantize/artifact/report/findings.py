@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from quantize.artifact.manifest import Manifest
+from quantize.artifact.manifest import Count, Manifest
 from quantize.recipe.recipe import validated
 
 
@@ -46,7 +46,7 @@ class InputRecord(BaseModel):
 class BasisKind(BaseModel):
     """Bases alike in every layer, as `alike_bases` returns them."""
 
-    count: int
+    count: Count
     channels: str
     allowed: str
     written_by: list[str]
@@ -58,8 +58,8 @@ class PassRecord(BaseModel):
     """A pass with the number of bases that it transforms, and of linears in front of which it may put something."""
 
     name: str
-    bases: int
-    linears: int
+    bases: Count
+    linears: Count
 
 
 class RunRecord(BaseModel):
@@ -79,8 +79,8 @@ class HeldOut(BaseModel):
     plain_rounding: dict[str, float]
     quantized: dict[str, float]
     source: str
-    rows: int
-    tokens: int
+    rows: Count
+    tokens: Count
     warning: str = ""
     rounded_plainly: list[str] = Field(default_factory=list)
     not_tuned: list[str] = Field(default_factory=list)
@@ -90,16 +90,16 @@ class Left(BaseModel):
     """What stays in floating point for one reason."""
 
     reason: str
-    parameters: int
-    tensors: int
+    parameters: Count
+    tensors: Count
     largest: str
 
 
 class BodyRecord(BaseModel):
     """The share of the body that is quantized."""
 
-    parameters: int
-    quantized: int
+    parameters: Count
+    quantized: Count
     left: list[Left]
 
 
@@ -115,13 +115,13 @@ class Findings(Manifest):
 
     model: Model = Field(default_factory=Model)
     scheme: str = ""
-    schemes: dict[str, int] = Field(default_factory=dict)
-    seed: int | None = None
-    float_bytes: int = 0
-    bytes: int = 0
+    schemes: dict[str, Count] = Field(default_factory=dict)
+    seed: Count | None = None
+    float_bytes: Count = 0
+    bytes: Count = 0
     versions: dict[str, Any] = Field(default_factory=dict)
     held_out: HeldOut | None = None
-    expert_tokens: dict[str, list[int]] = Field(default_factory=dict)
+    expert_tokens: dict[str, list[Count]] = Field(default_factory=dict)
     rounded_without_data: list[str] = Field(default_factory=list)
     body: BodyRecord | None = None
     report: RunRecord = Field(default_factory=RunRecord)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.checkpoint.safetensors_reader import read_into, stamp
+from quantize.checkpoint.files_seen import stamp
+from quantize.checkpoint.safetensors_reader import read_into
 from quantize.checkpoint.size_limits import limit_time
 from quantize.checkpoint.sources.encoded import Encoded, Parts
 from quantize.checkpoint.sources.gguf_header import Header, parse_header

@@ -60,17 +60,21 @@ def write_gguf(
     """
     file = GGUFWriter(path, MODEL_ARCH_NAMES[ARCHITECTURES[config["model_type"]].arch], use_temp_file=True)
     types = Counter[str]()
-    for name, tensor in tensors:
-        types[tensor.type.name] += 1
-        file.add_tensor(name, tensor.data.numpy(), raw_dtype=tensor.type)
-    add_metadata(file, config)
-    file.add_quantization_version(VERSION)
-    file.add_file_type(file_type(types))
-    add_tokenizer(file, tokenizer, config["vocab_size"])
-    file.write_header_to_file()
-    file.write_kv_data_to_file()
-    file.write_tensors_to_file()
-    file.close()
+    try:
+        for name, tensor in tensors:
+            types[tensor.type.name] += 1
+            file.add_tensor(name, tensor.data.numpy(), raw_dtype=tensor.type)
+        add_metadata(file, config)
+        file.add_quantization_version(VERSION)
+        file.add_file_type(file_type(types))
+        add_tokenizer(file, tokenizer, config["vocab_size"])
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+    finally:
+        file.close()
+        if file.temp_file is not None:  # which the writer leaves open if tensors were not written
+            file.temp_file.close()
     return dict(sorted(types.items()))
 
 

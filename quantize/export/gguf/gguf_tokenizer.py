@@ -44,7 +44,9 @@ def tokenizer_obstacles(directory: Path | None) -> Iterator[Obstacle]:
     if directory is None or not (directory / FILE).is_file():
         yield Obstacle(f"a GGUF file holds the tokenizer, and the model has no {FILE}", "save the tokenizer beside it")
         return
-    if split_of(read_tokenizer(directory)) is None:
+    with readable(directory):
+        split = split_of(read_tokenizer(directory))
+    if split is None:
         known = ", ".join((*SPLITS.values(), "SentencePiece"))
         reason = f"llama.cpp has no name for how {FILE} splits text; known are the splits of {known}"
         yield Obstacle(reason, "run the artifact itself, or export it to another target")
@@ -103,23 +105,24 @@ def add_tokenizer(writer: GGUFWriter, directory: Path, count: int) -> None:
         directory: where `tokenizer.json`, the chat template and the settings of special tokens are.
         count: the number of rows of the table of words; ids without a token get one that is never used.
     """
-    tokenizer = read_tokenizer(directory)
-    split, tokens = split_of(tokenizer), tokens_of(tokenizer, count)
-    assert split is not None
-    has_scores = split == "default"
-    writer.add_tokenizer_model("llama" if has_scores else "gpt2")
-    writer.add_tokenizer_pre(split)
-    writer.add_token_list([token.text for token in tokens])
-    writer.add_token_types([token.kind for token in tokens])
-    if has_scores:
-        writer.add_token_scores([token.score for token in tokens])
-        writer.add_add_space_prefix(has_leading_space(tokenizer))
-    special, tokenize = SpecialVocab(directory, load_merges=not has_scores, n_vocab=count), load_tokenize(directory)
-    special.add_special_token = {
-        "bos": bool(tokenize and tokenize.leading),
-        "eos": bool(tokenize and tokenize.trailing),
-    }
-    special.add_to_gguf(writer, quiet=True)
+    with readable(directory):  # whatever is wrong with its parts
+        tokenizer = read_tokenizer(directory)
+        split, tokens = split_of(tokenizer), tokens_of(tokenizer, count)
+        assert split is not None
+        has_scores = split == "default"
+        writer.add_tokenizer_model("llama" if has_scores else "gpt2")
+        writer.add_tokenizer_pre(split)
+        writer.add_token_list([token.text for token in tokens])
+        writer.add_token_types([token.kind for token in tokens])
+        if has_scores:
+            writer.add_token_scores([token.score for token in tokens])
+            writer.add_add_space_prefix(has_leading_space(tokenizer))
+        special, tokenize = SpecialVocab(directory, load_merges=not has_scores, n_vocab=count), load_tokenize(directory)
+        special.add_special_token = {
+            "bos": bool(tokenize and tokenize.leading),
+            "eos": bool(tokenize and tokenize.trailing),
+        }
+        special.add_to_gguf(writer, quiet=True)
 
 
 def has_leading_space(tokenizer: Mapping[str, Any]) -> bool:

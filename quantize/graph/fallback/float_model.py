@@ -60,6 +60,9 @@ def refusal(given: Mapping[str, Tensor], error: Exception) -> str:
     shapes = " and ".join(str(list(tensor.shape)) for tensor in given.values())
     operands = isinstance(error, IndexError | RuntimeError)  # the error of an operator that refuses its operands
     hint = "if that is more than the model has positions, give a smaller --seqlen, and " if operands else ""
+    taken = [name for name, x in given.items() if name != "input_ids" and not x.is_floating_point()]
+    if len(given) == len(taken) == 1:
+        hint = f"if {taken[0]} is not token ids, give calibration data with a tensor {taken[0]}; {hint}"
     where = f", {place}" if (place := place_of(error)) else ""
     return f"the model does not run on inputs of shape {shapes}{where}; {hint}--verbose shows the error"
 
