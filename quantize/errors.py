@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST = 120  # characters of a value that a sentence shows
+LONGEST_REASON = 1000  # characters of another library's error, which may hold a whole config
 LOG = logging.getLogger("quantize")  # at the level DEBUG it has other libraries' errors in their own words
 
 
@@ -40,7 +41,8 @@ class ExportError(QuantizeError):
 def reason(error: BaseException) -> str:
     """Return the first line of another library's error, to use in a sentence; two lines if it ends in a colon."""
     first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join([first, *rest[:1]]) if first.endswith(":") else first
+    clause = " ".join([first, *rest[:1]]) if first.endswith(":") else first
+    return clause if len(clause) <= LONGEST_REASON else f"{clause[:LONGEST_REASON]}…"
 
 
 def log_own_words(error: BaseException) -> None:

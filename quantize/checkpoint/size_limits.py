@@ -128,8 +128,8 @@ def limit_data(extra: int) -> Iterator[None]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     limit = int(status.read_text().split()[5]) * resource.getpagesize() + extra
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
-    try:
+    try:  # before the limit is set, so that no interruption leaves it there
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if soft == resource.RLIM_INFINITY else min(limit, soft), hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
@@ -152,9 +152,10 @@ def limit_time(seconds: float, held: str) -> Iterator[None]:
                 if not over.is_set() and time.clock_gettime(clock) > end:
                     interrupt(thread, ctypes.py_object(TookTooLong))
 
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
     try:
         try:
+            watcher.start()
             yield
         finally:
             with lock:

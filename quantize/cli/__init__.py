@@ -25,6 +25,7 @@ HELP = """Quantize transformers to 4-bit weights and activations with little los
 `quantize-model MODEL --scheme W4A4 --output-dir OUT` quantizes a model; `quantize-model quantize --help` lists its
 options.
 """
+LONGEST_MESSAGE = 4000  # characters; names of tensors, which it may hold, have no bound
 commands: click.Group = DefaultGroup(
     default="quantize",
     help=HELP,
@@ -92,7 +93,8 @@ def main() -> NoReturn:
         if not signals and not isinstance(error, KeyboardInterrupt | click.Abort):
             if not isinstance(error, QuantizeError | OSError | MemoryError):
                 raise
-            told = error if isinstance(error, QuantizeError) else system_error(error)
+            told = str(error) if isinstance(error, QuantizeError) else system_error(error)
+            told = told if len(told) <= LONGEST_MESSAGE else f"{told[:LONGEST_MESSAGE]}…"
             click.echo("; ".join([f"error: {told}", *kept]), err=True)
             sys.exit(2 if isinstance(error, UsageError) else 1)
     finally:

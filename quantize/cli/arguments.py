@@ -9,7 +9,7 @@ import click
 from quantize.checkpoint.hub import require_on_hub
 from quantize.checkpoint.paths import find_model, require_data, require_new
 from quantize.errors import UsageError
-from quantize.recipe.shipped import require_recipe
+from quantize.recipe.files import read_recipe
 from quantize.recipe.targets import recipe_for
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
 
@@ -64,11 +64,12 @@ def check_run(
     """Check what can be checked of a run's arguments without importing torch.
 
     Raises:
-        UsageError: a path does not exist, the output does, or the target cannot execute the scheme.
+        UsageError: a path does not exist, the recipe cannot be read, the output exists, or the target cannot execute
+            the scheme.
     """
     find_model(model)
     if recipe is not None:
-        require_recipe(recipe)
+        read_recipe(recipe)
     if calibration is not None:
         require_data(calibration)
     if output is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Annotated, Any, Self, TypeVar
 import tomli_w
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from quantize.errors import LONGEST, UsageError, reason, shown
+from quantize.errors import LONGEST, UsageError, shown
 from quantize.formats import FORMATS, check_args, check_scheme, get_format
+from quantize.recipe.files import read_recipe
 from quantize.recipe.patterns import expand_patterns
-from quantize.recipe.shipped import require_recipe, shipped
+from quantize.recipe.shipped import shipped
 from quantize.recipe.suggestions import suggestion
 from quantize.recipe.targets import recipe_for
-from quantize.recipe.yaml_files import parse_yaml
 from quantize.scheme.names import scheme_name
 from quantize.scheme.scheme import (
     SCHEME_NAMES,
@@ -31,13 +30,6 @@ from quantize.scheme.scheme import (
 )  # fmt: skip
 
 T = TypeVar("T")
-LARGEST, DEEPEST = (
-    1 << 18,
-    16,
-)  # bytes of a recipe, and tables and lists in one another; a real one has a hundredth of it
-NOT_STRUCTURE = re.compile(
-    r'''"""(?:\\.|[^\\])*?"""|\'{3}.*?\'{3}|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|#[^\n]*''', re.DOTALL
-)  # strings and comments
 
 
 class PrefixArgs(Data):
@@ -229,51 +221,6 @@ def format_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     number_format = get_format(name)
     return {"weights": {**number_format.defaults, **number_format.fixed()}}
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read the settings of a recipe file, or of the shipped recipe of this name."""
-    require_recipe(path)
-    try:
-        text = read_text(path) if path.suffix or path.exists() else shipped(str(path))
-        if path.suffix in (".yaml", ".yml"):
-            return parse_yaml(text)
-        if (found := depth(text)) > DEEPEST:
-            raise ValueError(f"it is nested {found} deep; a recipe takes {DEEPEST} at most")
-        return tomllib.loads(text)
-    except OSError as error:
-        raise UsageError(f"recipe {path} cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError, no UTF-8, or a number with thousands of digits
-        kind = "YAML" if path.suffix in (".yaml", ".yml") else "TOML"
-        raise UsageError(f"recipe {path} is no {kind}: {reason(error)}") from None
-
-
-def read_text(path: Path) -> str:
-    """Read the text of a recipe file.
-
-    Raises:
-        OSError, ValueError: it is no regular file, too large, or not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    with path.open("rb") as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise ValueError(f"it has more than {LARGEST} bytes; a recipe takes {LARGEST} at most")
-    return content.decode()
-
-
-def depth(text: str) -> int:
-    """Return how many tables and lists of a TOML text lie in one another at most, or more, without parsing it.
-
-    The parser takes a time that is quadratic in the depth of a key, and calls itself for each list.
-    """
-    brackets = deepest = 0
-    for line in NOT_STRUCTURE.sub("0", text).splitlines():
-        for part in re.split(r"([\[\]{}=,])", line):
-            brackets = max(0, brackets + (part in ("[", "{")) - (part in ("]", "}")))
-            deepest = max(deepest, brackets + part.count("."))
-    return deepest
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,8 @@ def test_curves_take_what_is_not_finite_and_what_no_pass_changed():
     )
     blocks = {str(i): BlockRecord(**block | {"largest": value}) for i, value in enumerate((1e4, float("nan"), 0.0))}
     assert figures.massive_activations(blocks).startswith("<svg")
+    assert "largest, transformed" in figures.massive_activations(blocks)
+    assert "median, transformed" not in figures.massive_activations(blocks)  # it would hide that of the float model
     assert figures.massive_activations({}) == figures.block_errors({"one": blocks["0"]}) == ""
     inputs = [
         InputRecord(linears=["a"], stages=[{"stage": name, "kurtosis": k, "largest": 1.0} for name, k in stages])

@@ -64,6 +64,7 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
             [one_layer, "-o", "new", "--calibration", tmp_path],
             "holds no .arrow and no .parquet files; give a directory of `datasets`, or one file",
         ),
+        ([one_layer, "-o", "new", "--recipe", text], "some.txt is no TOML: "),
         ([one_layer, "-o", "new", "--recipe", "w4a5"], "no such recipe: w4a5; give a .toml or .yaml file, or one of"),
         ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
         (["verify", "nowhere"], "no such artifact: nowhere"),

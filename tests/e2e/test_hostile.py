@@ -337,3 +337,22 @@ def test_what_looks_deep_in_strings_and_comments_is_not(tmp_path):
 def test_a_recipe_that_never_ends_is_no_recipe():
     with pytest.raises(UsageError, match="no such recipe: /dev/zero"):
         load_recipe("W4A4", Path("/dev/zero"))
+
+
+def test_a_message_does_not_repeat_a_whole_config_or_a_name_without_end(variant, cli):
+    long = cli("inspect", variant("a", rope_parameters=[1] * 100_000))
+    assert long.code == 2
+    assert "the config does not build a LlamaForCausalLM: " in long.err
+    assert len(long.err) < 1500
+    model = variant("b")
+    (model / "config.json").write_text((model / "config.json").read_text().replace("LlamaForCausalLM", "y" * 10**6))
+    assert len(cli("inspect", model).err) < 5000
+
+
+def test_a_tensor_with_a_name_without_end(variant):
+    """A name of 5 MB took minutes to be compared with others."""
+    model, started = variant(), time.monotonic()
+    save_file(load_file(model / "model.safetensors") | {"x" * 10**6: torch.ones(2)}, model / "model.safetensors")
+    with pytest.raises(QuantizeError, match="a tensor has a name of 1000000 characters"):
+        open_checkpoint(model)
+    assert time.monotonic() - started < 5

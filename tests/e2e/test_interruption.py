@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
+import sys
 import time
 
 import pytest
+from helpers.apart import run_apart
 
 import quantize.eval.report  # noqa: F401  what is interrupted within an import cannot be imported again
+from quantize.cli import main
 from quantize.export.directory import export_artifact
 from quantize.pipeline.quantize import collect_stats
 from quantize.recipe.recipe import load_recipe
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # one that a callback swallowed
-]
+pytestmark = pytest.mark.slow
 SMALL = ["--scheme", "W8A8", "--group-size", "0", "--nsamples", "2", "--seqlen", "16"]
 FIRST = 0.004  # seconds
 COMMANDS = {
@@ -49,33 +51,39 @@ def files(one_layer, artifact_rtn, artifact_mixture, stories_calibration, tmp_pa
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_ctrl_c_at_any_moment(name, files, cli, tmp_path, monkeypatch):
+def test_ctrl_c_at_any_moment(name, files, tmp_path, monkeypatch):
     """The moments lie four times as far apart each time, in seconds of a core, until the command ends by itself."""
-    arguments, moment, sent = COMMANDS[name].format(**files).split(), FIRST, []
+    moment, code = FIRST, 1
+    monkeypatch.setattr(os, "_exit", sys.exit)  # an interrupted command leaves without taking Python apart
+    monkeypatch.setattr(sys, "argv", ["quantize-model", *COMMANDS[name].format(**files).split()])
+    while code:
+        place = tmp_path / f"{moment:g}"
+        place.mkdir()
+        monkeypatch.chdir(place)
+        shown = run_apart(functools.partial(interrupted, moment))
+        code = shown.code
+        if code:
+            *_, told, seconds = shown.err.strip().splitlines()
+            assert (code, told.partition(";")[0]) == (1, "interrupted"), (moment, shown)
+            assert float(seconds) < 2, moment
+            left = {path.name for path in place.iterdir()}
+            assert left == (set() if "nothing was kept" in told else {".out.partial"}), moment
+        moment *= 4
+    assert moment > 4 * FIRST, "it ended before the first moment"
+
+
+def interrupted(moment):
+    """Run the command, interrupt it, and print how long it went on, in seconds of a core."""
+    sent = []
 
     def interrupt(*_):
         sent.append(time.process_time())
         signal.raise_signal(signal.SIGINT)
 
-    before, code = signal.signal(signal.SIGPROF, interrupt), 1
+    signal.signal(signal.SIGPROF, interrupt)
+    signal.setitimer(signal.ITIMER_PROF, moment)
     try:
-        while code:
-            place = tmp_path / f"{moment:g}"
-            place.mkdir()
-            monkeypatch.chdir(place)
-            sent.clear()
-            signal.setitimer(signal.ITIMER_PROF, moment)
-            shown = cli(*arguments)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            code, ended = shown.code, time.process_time()
-            if code:
-                told = shown.err.strip().splitlines()[-1]
-                assert (code, told.partition(";")[0]) == (1, "interrupted"), (moment, shown)
-                assert ended - sent[0] < 2, moment
-                left = {path.name for path in place.iterdir()}
-                assert left == (set() if "nothing was kept" in told else {".out.partial"}), moment
-            moment *= 4
+        main()
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-    assert moment > FIRST, "it ended before the first moment"
+        print(time.process_time() - sent[0] if sent else 0.0, file=sys.stderr)

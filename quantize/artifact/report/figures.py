@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 INK = "#0f0e0d"  # stands for the colour of the page's text
 COLOURS = ("#8a8a8a", "#d9632a", "#2f7fd0", "#2e9a5b", "#b350a8", "#c79a1b", "#3aa6a6", "#cc4b5c")
-WIDTH = 4.6  # inches: as wide as a telephone shows at the size of its own text
+WIDTH = 4.0  # inches: as wide as a telephone shows at the size of its own text
 ERROR = "relative error"  # never in decades, since it is 0 in front of the first block
 SPAN = 20.0  # from the smallest to the largest number, beyond which an axis is in decades
 MOST_KINDS = 6  # of inputs that get a plot, and of linears that get a line
@@ -57,14 +57,23 @@ def block_errors(blocks: Mapping[str, BlockRecord]) -> str:
 
 
 def massive_activations(blocks: Mapping[str, BlockRecord]) -> str:
-    """Return a plot of the largest and the median magnitude behind each block; '' without blocks."""
+    """Return a plot of the largest and the median magnitude behind each block; '' without blocks.
+
+    Lines of the coordinates that the passes made are left out where they would hide those of the float model.
+    """
     lines = {
         "largest, float model": [x.largest for x in blocks.values()],
         "largest, transformed": [x.transformed_largest for x in blocks.values()],
         "median, float model": [x.median for x in blocks.values()],
         "median, transformed": [x.transformed_median for x in blocks.values()],
     }
-    return plot([("", lines)], "blocks", "magnitude") if blocks else ""
+    changed = {
+        name: not alike(line, lines[name.replace("transformed", "float model")]) or "float" in name
+        for name, line in lines.items()
+    }
+    return (
+        plot([("", {n: x for n, x in lines.items() if changed[n]})], "blocks", "magnitude", [*lines]) if blocks else ""
+    )
 
 
 def linear_errors(linears: Mapping[str, Errors]) -> str:
@@ -109,9 +118,14 @@ def by_stage(inputs: Sequence[InputRecord]) -> dict[str, list[float]]:
         before = list(lines.values())[-1] if lines else [0.0] * len(inputs)
         own = [{name_of(stage): stage.kurtosis for stage in found.stages}.get(name) for found in inputs]
         line = [old if new is None else new for old, new in zip(before, own, strict=True)]
-        if not all(math.isclose(x, y, rel_tol=0.01) for x, y in zip(line, before, strict=True)):
+        if not alike(line, before):
             lines[name] = line
     return lines
+
+
+def alike(line: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether no number of a line differs by a hundredth from the other's."""
+    return all(math.isclose(x, y, rel_tol=0.01) for x, y in zip(line, other, strict=True))
 
 
 def name_of(stage: Stage) -> str:
@@ -190,7 +204,7 @@ def draw(axes: Axes, title: str, lines: Lines, colours: Mapping[str, str], wide:
         axes.yaxis.set_major_locator(LogLocator(numticks=5))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * max(positive, default=1.0))
         axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     axes.set_title(title, loc="left")

@@ -23,7 +23,8 @@ from quantize.pipeline.grids import FIRST, ROWS, Grid, decisive, grid_of, regrou
 from quantize.pipeline.layer_schemes import describe_fallbacks, select
 from quantize.pipeline.plan import grid_fits
 from quantize.quantizers.rtn import RoundToNearest
-from quantize.recipe.recipe import Recipe, load_recipe, merge, read_recipe, validated
+from quantize.recipe.files import read_recipe
+from quantize.recipe.recipe import Recipe, load_recipe, merge, validated
 from quantize.scheme.scheme import Scheme
 
 TARGET = "vllm"  # whose recipes have no zero points and no clipping, which every reader of the files knows
