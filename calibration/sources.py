@@ -17,6 +17,7 @@ from quantize.calibration.data_sets import records_of
 from quantize.calibration.records import IDS, MASK, ids_of, of_column
 from quantize.calibration.table_files import READERS, bounded_reading, holds_records
 from quantize.calibration.tensor_samples import (
+    Stamped,
     check_shapes,
     check_values,
     described,
@@ -42,6 +43,7 @@ def read_source(
     tokenize: Tokenize | None,
     vocabulary: int,
     text_column: str | None = None,
+    stamped: Stamped | None = None,
 ) -> Samples:
     """Read the samples for a model; without data they are windows of the bundled prose.
 
@@ -54,6 +56,7 @@ def read_source(
         limit: the largest number of rows: spread evenly over a list or tensor, the first ones of other iterables.
         tokenize, vocabulary: as in `read_samples`.
         text_column: the name of what is used of each record, a text or a conversation; None finds it.
+        stamped: what `read_stamped` returned for a `.safetensors` file, if it has been read already.
 
     Raises:
         UsageError: there is no such column, or the model does not take such data, or needs a tokenizer that it does
@@ -63,9 +66,9 @@ def read_source(
     if data is None or isinstance(data, str | Path):
         path = None if data is None else Path(data)
         if path is None or not is_table(path, text_column):
-            return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary)
+            return read_calibration(path, inputs, seqlen, limit, tokenize, vocabulary, stamped)
         if path.suffix == ".safetensors":
-            records = records_in(read_stamped(path)[0], inputs, limit)
+            records = records_in((stamped or read_stamped(path))[0], inputs, limit)
             return samples_of(records, str(path), inputs, seqlen, tokenize, vocabulary, text_column)
         with bounded_reading(path) if path.exists() else contextlib.nullcontext():
             records = [sample for item in records_of(path, limit) for sample in samples_in(item, inputs)]

@@ -10,17 +10,24 @@ import torch
 from torch import Tensor
 
 from quantize.calibration.data import BUNDLED, Row, Samples, check_ids, read_samples, spread
-from quantize.checkpoint.files_seen import sha256, stamp
+from quantize.checkpoint.files_seen import stamp
+from quantize.checkpoint.safetensors_reader import read_header, read_rows
 from quantize.checkpoint.tokenizer import Tokenize
-from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import ChangedError, QuantizeError, UsageError
 from quantize.graph.inputs import Input
 
+Stamped = tuple[Mapping[str, Tensor], str]  # the tensors of a file, and its SHA-256
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def read_calibration(
-    path: Path | None, inputs: Mapping[str, Input], seqlen: int, limit: int, tokenize: Tokenize | None, vocabulary: int
+    path: Path | None,
+    inputs: Mapping[str, Input],
+    seqlen: int,
+    limit: int,
+    tokenize: Tokenize | None,
+    vocabulary: int,
+    stamped: Stamped | None = None,
 ) -> Samples:
     """Read the samples for a model; without a file they are windows of the bundled prose.
 
@@ -28,27 +35,35 @@ def read_calibration(
         path: a `.safetensors` file; for a model that takes token ids alone also a `.txt` or `.jsonl` file.
         inputs: the inputs that the model takes.
         seqlen, limit, tokenize, vocabulary: as in `read_samples`.
+        stamped: what `read_stamped` returned for a `.safetensors` file, if it has been read already.
 
     Raises:
         UsageError: there is no such file, or it does not hold what the model takes.
         QuantizeError: the file is damaged, or holds too little.
     """
     if path is not None and path.suffix == ".safetensors":
-        return read_tensors(path, inputs, seqlen, limit, vocabulary)
+        return read_tensors(path, inputs, seqlen, limit, vocabulary, stamped)
     name, *more = inputs
     if more or inputs[name].example.is_floating_point():
         raise UsageError(f"the model takes {described(inputs)}; give a --calibration FILE.safetensors that holds this")
     return read_samples(path or BUNDLED, seqlen, limit, tokenize, vocabulary, name)
 
 
-def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: int, vocabulary: int) -> Samples:
+def read_tensors(
+    path: Path,
+    inputs: Mapping[str, Input],
+    seqlen: int,
+    limit: int,
+    vocabulary: int,
+    stamped: Stamped | None = None,
+) -> Samples:
     """Read samples from a tensor of each input's name, whose first axis is the samples; ids are cut to `seqlen`.
 
     Raises:
         UsageError: there is no such file, or it does not hold what the model takes.
         QuantizeError: the file is damaged, or holds numbers that are not finite.
     """
-    tensors, digest = read_stamped(path)
+    tensors, digest = stamped or read_stamped(path)
     check_shapes(path, tensors, inputs)
     check_values(path, tensors, vocabulary)
     chosen = spread(range(len(tensors[next(iter(inputs))])), limit)
@@ -56,8 +71,8 @@ def read_tensors(path: Path, inputs: Mapping[str, Input], seqlen: int, limit: in
     return Samples(tuple(rows), digest)
 
 
-def read_stamped(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return all tensors of a file, and the file's SHA-256 in hex.
+def read_stamped(path: Path) -> Stamped:
+    """Return all tensors of a file, and the file's SHA-256 in hex; it is read once.
 
     Raises:
         UsageError: there is no such file.
@@ -66,11 +81,16 @@ def read_stamped(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     if not path.is_file():
         raise UsageError(f"no such calibration file: {path}")
-    before, tensors = stamp(path), read_all(path)
-    digest = sha256(path)
+    before, tensors, digest = stamp(path), dict[str, Tensor](), hashlib.sha256()
+    header = read_header(path)
+    with path.open("rb") as file:
+        digest.update(file.read(header.start))
+    for name in sorted(header.entries, key=lambda name: header.entries[name].data_offsets):  # which follow one another
+        tensors[name] = read_rows(path, name)
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     if stamp(path) != before:
         raise ChangedError(f"{path} has changed while it was read; start again with a file that stays as it is")
-    return tensors, digest
+    return {name: tensors[name] for name in header.entries}, digest.hexdigest()
 
 
 def sha256_of(rows: Iterable[Row]) -> str:

@@ -88,6 +88,10 @@ def require_artifact(directory: Path, exports: Collection[str] = ()) -> None:
     target = manifest.get("format")
     if isinstance(target, str) and "artifact" in manifest and target not in exports:
         raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
+    if isinstance(target, str) and "model_free" in manifest and target not in exports:
+        raise UsageError(
+            f"{directory} was made without the model, as {shown(target)}; load it with transformers or vLLM"
+        )
     if not (directory / "manifest.json").is_file():
         raise no_artifact(directory)
 

@@ -103,7 +103,8 @@ def prepare(
         data = given.data
         if checkpoint.is_config_alone and data is None and tokenize is None:
             data = torch.arange(recipe.nsamples * recipe.seqlen).remainder(vocabulary).view(-1, recipe.seqlen)
-        samples = read_source(data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column)
+        stamped = (given.first, given.sha256) if given.first is not None and given.sha256 else None
+        samples = read_source(data, inputs, recipe.seqlen, recipe.nsamples, tokenize, vocabulary, text_column, stamped)
     else:
         samples = whole_samples(rows, given, program.bounds)
     samples = masked(samples)

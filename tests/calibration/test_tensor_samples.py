@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from quantize import load
 from quantize.artifact.verify import at_last_token, verify_artifact
 from quantize.artifact.writer import PROBE
+from quantize.calibration import tensor_samples
+from quantize.calibration.arguments import look_into
 from quantize.calibration.data import Samples
 from quantize.calibration.probes import verification_inputs
+from quantize.calibration.sources import read_source
 from quantize.calibration.tensor_samples import read_calibration
+from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import QuantizeError, UsageError
 from quantize.eval.report import evaluate
@@ -299,3 +303,18 @@ def test_probes_are_a_sample_and_random_data_like_it():
     noise = verification_inputs(Samples((wide,), ""), 0, 0)[1]["x"]
     assert abs(float(noise.mean()) - 3) < 0.05
     assert abs(float(noise.std()) - 0.5) < 0.05
+
+
+def test_a_file_of_tensors_is_read_once(tmp_path, monkeypatch):
+    """The model's inputs are found in it first, and the samples are taken of what was read then."""
+    path, read = tmp_path / "ids.safetensors", []
+    save_file({"input_ids": torch.randint(3, 60, (4, 16)), "more": torch.zeros(3)}, path)
+    rows = tensor_samples.read_rows
+    monkeypatch.setattr(tensor_samples, "read_rows", lambda path, name: read.append(name) or rows(path, name))
+    given = look_into(path)
+    assert given.sha256 == sha256(path)
+    tensors = {"input_ids": given.first["input_ids"]}
+    inputs = {"input_ids": Input(torch.zeros(1, 8, dtype=torch.long, device="meta"), (0, 1))}
+    samples = read_source(path, inputs, 8, 4, None, 64, None, (tensors, given.sha256))
+    assert (len(samples.rows), samples.sha256) == (4, given.sha256)
+    assert sorted(read) == ["input_ids", "more"]

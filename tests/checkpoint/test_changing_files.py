@@ -108,11 +108,11 @@ def test_calibration_data_that_changes(tmp_path, monkeypatch):
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(5, 3)}, path)
 
-    def read(path):
-        found = read_all(path)
+    def read(path, name):
+        found = read_rows(path, name)
         save_file({"x": torch.ones(6, 3)}, path)
         return found
 
-    monkeypatch.setattr(tensor_samples, "read_all", read)
+    monkeypatch.setattr(tensor_samples, "read_rows", read)
     with pytest.raises(ChangedError, match=r"x.safetensors has changed while it was read"):
         tensor_samples.read_tensors(path, {"x": Input(torch.zeros(2, 3, device="meta"), (0,))}, 4, None, 512)

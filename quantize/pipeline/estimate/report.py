@@ -41,7 +41,8 @@ def estimates(found: MemoryEstimate, opened: float, console: Console | None = No
     `opened` is the time in s that opening and exporting the model took.
     """
     held, more = peak_memory(), found.memory_bytes()
-    yield f"model: {found.parameter_count():,} parameters in {human(found.float_bytes())}"
+    size = found.checkpoint.stored_bytes() if found.checkpoint.encoded else found.float_bytes()
+    yield f"model: {found.parameter_count():,} parameters in {human(size)}"
     yield f"memory: {human(held + more)} at its peak, {human(held)} of it held now by this process and its libraries"
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     if (remote := found.checkpoint.remote) is not None:
