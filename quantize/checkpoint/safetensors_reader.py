@@ -80,6 +80,8 @@ def cached_header(path: Path, seen: tuple[int, ...]) -> Header:
     entries, end = HEADER.validate_python(content), 0
     if (longest := max(map(len, entries), default=0)) > LONGEST_NAME:
         raise ValueError(f"a tensor has a name of {longest} characters")
+    if odd := next((name for name in entries if not name.isprintable()), None):
+        raise ValueError(f"a tensor is called {shown(odd)}, which a terminal would obey")
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
         size = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else stop - begin

@@ -56,6 +56,11 @@ def running(name: str) -> Iterator[None]:
             f"{name} does not fit into the device's memory; give a smaller --seqlen, or --device cpu"
         ) from error
     except (IndexError, RuntimeError) as error:
+        if "same dtype" in str(error):
+            raise QuantizeError(
+                f"{name} casts activations to a fixed type, and a run computes in float32; let forward cast them to "
+                "the type of the weight that they meet, as in x.to(self.linear.weight.dtype)"
+            ) from error
         raise QuantizeError(
             f"{name} does not run on the calibration data; if that has more tokens in a row than the model has "
             "positions, give a smaller --seqlen, and --verbose shows the error"

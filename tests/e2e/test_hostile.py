@@ -356,3 +356,10 @@ def test_a_tensor_with_a_name_without_end(variant):
     with pytest.raises(QuantizeError, match="a tensor has a name of 1000000 characters"):
         open_checkpoint(model)
     assert time.monotonic() - started < 5
+
+
+def test_a_tensor_whose_name_a_terminal_would_obey(variant):
+    model = variant()
+    save_file(load_file(model / "model.safetensors") | {"x\x1b[2J": torch.ones(2)}, model / "model.safetensors")
+    with pytest.raises(QuantizeError, match=r"a tensor is called 'x\\x1b\[2J', which a terminal would obey"):
+        open_checkpoint(model)

@@ -19,6 +19,9 @@ KINDS = {
     "W4A8": {"recipe": {"passes": [{"name": "rotate"}]} | RTN},
     "W4A4": {"recipe": {"kv_cache": {"num_bits": 8}} | RTN},
     "W4A16": {"recipe": RTN},
+    "MXFP4": {"group_size": None, "ignore": ["down_proj"], "recipe": RTN},
+    "W6A6": {"recipe": {"passes": []} | RTN},
+    "W8A8": {"recipe": {"passes": [{"name": "smoothquant"}]} | RTN},
 }
 
 

@@ -13,8 +13,9 @@ from rich.console import Console
 
 from benchmarks.families.modules import MODULES, stack
 from quantize import load
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError
 from quantize.export.directory import export_artifact
+from quantize.pipeline.quantize import quantize_model
 
 IDS = torch.arange(3, 103).reshape(4, 25)
 PLAIN = {"passes": [], "quantizer": {"name": "rtn"}}
@@ -168,3 +169,28 @@ def test_a_weight_that_is_used_in_more_ways_than_one_is_named(small_run, block, 
     assert 0 < distance(loaded, build()) < 0.02
     for copied in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
         assert distance(copied, loaded) == 0
+
+
+class TwoTypes(torch.nn.Module):
+    """A linear in bfloat16 within a model in float32; `fixed` tells how activations are cast."""
+
+    def __init__(self, fixed):
+        super().__init__()
+        self.table, self.inner = torch.nn.Embedding(64, 64), torch.nn.Linear(64, 64).bfloat16()
+        self.head, self.fixed = torch.nn.Linear(64, 64), fixed
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(self.inner(x.to(torch.bfloat16 if self.fixed else self.inner.weight.dtype)).float())
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_linears_of_two_types(fixed, tmp_path):
+    ids = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
+    settings = {"output_dir": tmp_path / "out", "scheme": "W4A16", "group_size": 32, "calibration": ids}
+    if not fixed:
+        made = quantize_model(TwoTypes(fixed), **settings)
+        assert made.manifest["body"]["quantized"] > 0
+        return
+    with pytest.raises(QuantizeError, match=r"casts activations to a fixed type, and a run computes in float32; let"):
+        quantize_model(TwoTypes(fixed), **settings)
