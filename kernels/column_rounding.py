@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quantize.kernels.activation_tile import round_half_even
+from quantize.kernels.config import LARGEST_PANEL
 from quantize.kernels.reference import integer_range
 
-LARGEST_PANEL = 128  # columns whose errors a program holds in registers
 ROWS, WARPS = 64, 4
 
 

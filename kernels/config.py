@@ -17,6 +17,7 @@ import torch
 TABLE = Path(__file__).with_name("configs.json")
 TOKEN_TILES = 4  # the most of a product that is split
 LARGEST_STEP, SMALLEST_STEP = 128, 16  # columns of a dot product in floating point
+LARGEST_PANEL = 128  # columns that one launch rounds in turn, whose errors a program holds in registers
 LARGEST_K = 1 << 15  # int32 holds 255 · 255 · K, and 16 · 15 · 255 · K: integers of 8, or 4 and 8 bits, as `shift` sums
 ON_CPU, ON_AMD = "interpreter", "gfx942"
 

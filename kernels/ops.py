@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.kernels import engine
-from quantize.kernels.config import SMALLEST_STEP, step_of
+from quantize.kernels.config import LARGEST_PANEL, SMALLEST_STEP, step_of
 from quantize.kernels.custom_ops import expert_gemm as expert_operator
 from quantize.kernels.custom_ops import gemm as gemm_operator
 from quantize.kernels.custom_ops import quantize_tokens
@@ -61,7 +61,6 @@ __all__ = [
     "quantize_per_token",
     "quantized_linear",
     "round_columns",
-    "rounds_columns",
     "runtime_smooth_linear",
     "smooth_linear",
     "smooth_prepack",
@@ -71,7 +70,6 @@ __all__ = [
     "weight_only_linear",
 ]
 
-LARGEST_PANEL = 128  # columns that `round_columns` takes at once
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -137,7 +135,7 @@ def expert_gemm(
 
 
 def on_kernels(x: Tensor) -> bool:
-    """Return whether activations x [..., K] run on Triton's kernels."""
+    """Return whether activations x [..., K], or columns of weights, run on Triton's kernels."""
     return engine.runs_on_triton(x) and x.dtype in DTYPES
 
 
@@ -156,11 +154,6 @@ def has_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
 def has_weight_only_kernel(x: Tensor, groups: int, num_bits: int) -> bool:
     """Return whether a kernel multiplies activations x [..., K], as they are, by weights of `num_bits` in groups."""
     return on_kernels(x) and num_bits in (4, 8) and step_of(x.shape[-1], groups) >= SMALLEST_STEP
-
-
-def rounds_columns(x: Tensor) -> bool:
-    """Return whether a kernel rounds the columns of float32 weights that lie where x does."""
-    return engine.runs_on_triton(x)
 
 
 def round_columns(

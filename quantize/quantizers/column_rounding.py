@@ -112,7 +112,7 @@ class RecursiveUpdate:
 
     def run(self, part: slice) -> None:
         """Round one half of some columns, then the other half, which is moved by the errors of the first."""
-        on_kernel = ops.rounds_columns(self.target) and get_format(self.grid.args.format).element == "int"
+        on_kernel = ops.on_kernels(self.target) and get_format(self.grid.args.format).element == "int"
         if part.stop - part.start <= (ops.LARGEST_PANEL if on_kernel else LEAF_COLUMNS):
             return self.round_panel(part) if on_kernel else self.round_leaf(part)
         middle = (part.start + part.stop) // 2
