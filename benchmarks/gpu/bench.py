@@ -116,8 +116,13 @@ def measured(root: Path) -> list[dict[str, Any]]:
 
 def with_table(page: str, results: Sequence[Mapping[str, Any]]) -> str:
     """Return the text of `docs/gpu.md` with the table between its marks."""
-    before, rest = page.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n{table(results).strip()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    return between(page, MARKS, table(results))
+
+
+def between(page: str, marks: tuple[str, str], text: str) -> str:
+    """Return a page with a text in the place of what stands between two marks."""
+    before, rest = page.split(marks[0])
+    return f"{before}{marks[0]}\n{text.strip()}\n{marks[1]}{rest.split(marks[1])[1]}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.bench import PAGE, ROOT, between
 from benchmarks.gpu.machine import describe, require_gpu
 from benchmarks.scale.model import write_model, write_tokens
 from benchmarks.scale.phases import Phases, watch
@@ -24,8 +25,7 @@ from benchmarks.scale.run import settings
 from quantize.errors import UsageError
 from quantize.pipeline.quantize import quantize_model
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE, MARKS = Path("docs") / "gpu.md", ("<!-- gpu-run -->", "<!-- /gpu-run -->")
+MARKS = ("<!-- gpu-run -->", "<!-- /gpu-run -->")
 NOT_YET = "Not yet measured: no GPU was at hand. `make bench-gpu-run` measures, and writes this table."
 SAMPLES, SEQLEN = 128, 2048
 RUNS = {"1.1B": (16, 16), "8B": (2, 32), "70B": (2, 80)}  # the blocks that are run, and those of a whole model
@@ -95,9 +95,8 @@ def write(root: Path, result: dict[str, Any]) -> None:
     name = "-".join(str(result["gpu"]).lower().split())
     folder, page = root / "benchmarks" / "results", root / PAGE
     (folder / f"gpu-run-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    before, rest = page.read_text().split(MARKS[0])
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu-run-*.json"))]
-    page.write_text(f"{before}{MARKS[0]}\n{table(results).strip()}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    page.write_text(between(page.read_text(), MARKS, table(results)))
 
 
 if __name__ == "__main__":
