@@ -335,6 +335,7 @@ def test_an_interruption_that_a_library_swallows_still_stops_the_run(
     def swallows(*arguments, **options):
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(number)
+        time.sleep(5)  # a fast machine would end the run before it is interrupted anew
         return export(*arguments, **options)
 
     monkeypatch.setattr("quantize.graph.export.torch.export.export", swallows)
