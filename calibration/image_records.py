@@ -110,7 +110,8 @@ class ImageProcessor:
             raise UsageError(f"{self.source} has no image in record {number}; give one to every record, or to none")
         column = record if text_column is None else of_column(record, text_column, self.source)
         messages = column.get(MESSAGES) if isinstance(column, Mapping) else None
-        given = [record[IMAGE]] if record.get(IMAGE) else [*(record.get(IMAGES) or ())]
+        held = record.get(IMAGE) or record.get(IMAGES) or []
+        given = list(held) if isinstance(held, list | tuple) else [held]
         given += [
             image for part in parts_of(messages) if is_image(part) and (image := part.get(IMAGE) or part.get("path"))
         ]
@@ -167,4 +168,9 @@ def without_image(message: Any) -> Any:
     content = message.get(CONTENT) if isinstance(message, Mapping) else None
     if not isinstance(content, list | tuple):
         return message
-    return {**message, CONTENT: [{TYPE: IMAGE} if is_image(part) else part for part in content]}
+    return {**message, CONTENT: [{TYPE: IMAGE} if is_image(part) else without_empty(part) for part in content]}
+
+
+def without_empty(part: Any) -> Any:
+    """Return a part of a message without what a table has in its place for parts of other types."""
+    return {name: x for name, x in part.items() if x is not None} if isinstance(part, Mapping) else part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,8 +16,9 @@ PLACES = {"llava": 16, "gemma3": 4, "paligemma": 16, "idefics3": 4, "smolvlm": 4
 
 def random_pairs(model: nn.Module, count: int, tokens: int, seed: int) -> dict[str, Tensor]:
     """Return `count` texts of `tokens` ids with an image in each, and what else a model's processor returns."""
-    generator, config = torch.Generator().manual_seed(seed), model.config
-    kind = config.model_type
+    generator = torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    kind: str = config.model_type
     ids = torch.randint(3, IMAGE - 4, (count, tokens), generator=generator)
     ids[:, FIRST : FIRST + PLACES[kind]] = IMAGE
     marks = (ids == IMAGE).long()

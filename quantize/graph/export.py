@@ -104,7 +104,8 @@ def without_vmap(exported: torch.export.ExportedProgram) -> torch.export.Exporte
     nodes = exported.graph.nodes
     if not any(getattr(node.target, "__module__", "") == torch._functorch.predispatch.__name__ for node in nodes):
         return exported
-    return exported.run_decompositions({})
+    plain: torch.export.ExportedProgram = exported.run_decompositions({})
+    return plain
 
 
 def unread(parameters: Mapping[fx.Node, str], ties: Mapping[str, Sequence[str]]) -> frozenset[str]:

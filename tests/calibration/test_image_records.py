@@ -33,7 +33,7 @@ VISION = SIZES | {"image_size": SIDE, "patch_size": PATCH}
 SMOOTH = {"passes": [{"name": "smoothquant"}], "quantizer": {"name": "rtn"}}
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% for c in m.content %}"
-    "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if 'image' in c or c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}"
 )
 TEXTS = ["Once upon a time there was a dog.", "The sun was warm.", "Tom and Sue went to the big park to play."]
 
@@ -92,7 +92,7 @@ def test_records_in_every_form_are_the_same_samples(llava, records, tmp_path):
     paths = [f"{number}.png" for number in range(3)]
     forms = [
         [{"text": text, "image": path} for text, path in zip(TEXTS, paths, strict=True)],
-        [{"text": f"user: <image>{text}\n", "images": [path]} for text, path in zip(TEXTS, paths, strict=True)],
+        [{"text": f"user: <image>{text}", "images": [path]} for text, path in zip(TEXTS, paths, strict=True)],
         [{"messages": talk(text, path=path)} for text, path in zip(TEXTS, paths, strict=True)],
         [{"messages": talk(text), "image": path} for text, path in zip(TEXTS, paths, strict=True)],
     ]
@@ -100,8 +100,12 @@ def test_records_in_every_form_are_the_same_samples(llava, records, tmp_path):
         {"text": text, "image": {"bytes": (tmp_path / p).read_bytes()}} for text, p in zip(TEXTS, paths, strict=True)
     ]
     pillow = [{"text": text, "image": Image.open(tmp_path / p)} for text, p in zip(TEXTS, paths, strict=True)]
-    data = [*map(records, forms), records(held, "rows.parquet"), pillow]
+    talks = [{"messages": talk(text, image=path)} for text, path in zip(TEXTS, paths, strict=True)]
+    files = [records(form, f"{n}.jsonl") for n, form in enumerate(forms)]
+    files += [records(held, "held.parquet"), records(talks, "talks.parquet")]
+    data = [*files, pillow]
     first, *others = (rows_of(given, llava) for given in data)
+    assert len(others) == 6
     assert [row["pixel_values"].shape for row in first] == [(3, SIDE, SIDE)] * 3
     for number, row in enumerate(first):
         assert int((row["input_ids"] == row["input_ids"].max()).sum()) == PLACES
@@ -173,6 +177,7 @@ def test_a_model_without_its_processor_is_told_so(stories, records):
         processed(object.__new__(module), records([{"text": "x", "image": "0.png"}]), stories, 8, None)
 
 
+@pytest.mark.slow
 def test_a_model_of_images_and_text_is_quantized_on_records(llava, records, small_run):
     rows = [{"text": text, "image": f"{number}.png"} for number, text in enumerate(TEXTS)]
     artifact = small_run(llava, "W4A8", recipe=SMOOTH, calibration=records(rows))
@@ -201,8 +206,9 @@ def test_an_image_in_memory_may_be_a_file_of_bytes(llava):
     assert row["pixel_values"].shape == (3, SIDE, SIDE)
 
 
-def test_patches_that_a_processor_gives_without_an_axis_for_samples_are_of_one_sample(small_run):
-    """Qwen-VL's processor: one image [patches, channels] with its grid beside the ids of one text."""
+@pytest.fixture
+def patched():
+    """A small Qwen-VL, and what its processor gives: [patches, channels] and a grid beside the ids of one text."""
     vision = {"embed_dim": 32, "hidden_size": 32, "depth": 1, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     text = SIZES | {"vocab_size": 64, "num_key_value_heads": 2, "rope_parameters": rope}
@@ -211,7 +217,7 @@ def test_patches_that_a_processor_gives_without_an_axis_for_samples_are_of_one_s
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids)).eval()
     images = Qwen2VLImageProcessorPil(min_pixels=256, max_pixels=256, patch_size=4)
     made = images(images=[Image.new("RGB", (16, 16), (9, 60, 90))], return_tensors="pt")
-    patches, grid = made["pixel_values"], made["image_grid_thw"]
+    patches = made["pixel_values"]
     assert patches.dim() == 2
     places = [60] * (len(patches) // 4)
     beside = {
@@ -219,11 +225,22 @@ def test_patches_that_a_processor_gives_without_an_axis_for_samples_are_of_one_s
         "mm_token_type_ids": torch.tensor([[0, *[1] * len(places), 0, 0, 0, 0]]),
     }
     rows = [{"input_ids": torch.tensor([[62, *places, 63, 5, n, 9]]), **made, **beside} for n in range(4)]
+    return model, rows
+
+
+def test_patches_that_a_processor_gives_without_an_axis_for_samples_are_of_one_sample(patched):
+    model, rows = patched
+    first, *others = match_inputs(model, look_into(rows), 4)[1]
+    assert len(others) == 3
+    assert torch.equal(first["pixel_values"][None], rows[0]["pixel_values"][None])
+    assert torch.equal(first["image_grid_thw"][None], rows[0]["image_grid_thw"])
+
+
+@pytest.mark.slow
+def test_rows_of_patches_and_a_tensor_of_all_of_them_are_the_same_samples(patched, small_run):
+    model, rows = patched
     found = match_inputs(model, look_into(rows), 4)[1]
     apart = {name: torch.stack([row[name] for row in found]) for name in found[0]}
-    assert apart["pixel_values"].shape == (4, *patches.shape)
-    assert apart["image_grid_thw"].shape == (4, 3)
-    assert torch.equal(apart["image_grid_thw"][:1], grid)
     files = [small_run(model, "W8A8", recipe=SMOOTH, calibration=x, output=str(n)) for n, x in enumerate((rows, apart))]
     assert files[0].manifest["files"] == files[1].manifest["files"]
     with pytest.raises(QuantizeError, match="; give every argument that its processor returns, and --verbose shows"):

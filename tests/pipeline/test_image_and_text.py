@@ -131,6 +131,7 @@ def test_gemma_3_takes_pairs_in_batches():
     assert len(program.towers) == 6 + 1
 
 
+@pytest.mark.slow
 def test_gemma_3_takes_the_mask_of_its_processor(small_run):
     """`token_type_ids` mark an image's places, which see each other; the mask of a sliding layer is made by `vmap`."""
     torch.manual_seed(0)
