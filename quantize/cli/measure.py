@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS, require_artifact, require_directory, require_file
+from quantize.checkpoint.paths import find_measured, require_file
 from quantize.cli.arguments import PATH, TRUST, require_model
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
@@ -103,20 +103,22 @@ def evaluate(
 ) -> None:
     """Measure a model or an artifact on a text, or on tasks.
 
-    DIRECTORY is an artifact, a float model, or a checkpoint of compressed-tensors.
+    DIRECTORY is an artifact, a model that transformers loads, a checkpoint of compressed-tensors, or a GGUF file beside
+    its config.
     """
     if (text is None) is not bool(tasks) or (kurtosis and text is None):
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
-    require_directory(directory, "artifact")
-    if (directory / "manifest.json").is_file():
-        require_artifact(directory, RUN_IN_TRANSFORMERS)
+    find_measured(directory)
     if against is not None:
         require_model(against)
+    names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            require_file(Path(name))
     if text is None:
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks
 
-        names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
         found = evaluate_tasks(directory, against, names, nsamples, engine)
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)

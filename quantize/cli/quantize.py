@@ -136,7 +136,7 @@ def quantize(
     """
     if revision is not None:
         model = on_hub(model, revision)
-    check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
+    check_run(model, scheme, target, recipe, calibration, None if dry_run else output_dir, resume)
     if output_dir is None and not dry_run and collect_stats is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
     if model_free:
