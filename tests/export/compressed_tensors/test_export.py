@@ -247,6 +247,9 @@ def test_transformers_runs_fp4(scheme, small_run, one_layer, stories_calibration
     found, rounding = apart(model, load(artifact.directory))
     assert found < BFLOAT16 + 2 * rounding < 0.7
     assert hasattr(model.model.layers[0].mlp.up_proj, "input_global_scale") == (scheme == "NVFP4")
+    if scheme == "NVFP4":  # vLLM holds them as one weight, with one scale for the whole
+        attention = model.model.layers[0].self_attn
+        assert len({float(x.weight_global_scale) for x in (attention.q_proj, attention.k_proj, attention.v_proj)}) == 1
 
 
 def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact_rtn, stories_calibration, tmp_path):
