@@ -162,7 +162,8 @@ def pack(
     """Pack values [N, K], which are on the grid that `compute_qparams` found."""
     number_format = get_format(args.format)
     stored = number_format.encode_scale(scale, global_scale, scale_dtype)
-    return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, global_scale)
+    own = None if global_scale is None else global_scale.clone()  # as files hold no tensor twice
+    return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, own)
 
 
 def fake_quantize_weight(W: Tensor, args: WeightArgs) -> Tensor:

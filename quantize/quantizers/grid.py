@@ -155,7 +155,7 @@ def whole_scale(weights: Sequence[Tensor], args: WeightArgs, dtype: torch.dtype,
     units *= (largest / (tops.min() * E4M3_LARGEST) / units).log2().ceil().exp2()
     for tried in (get_format(args.format).global_scale(weights), *units.flatten()):
         if on_format(groups, args, dtype, tried, max(tolerance, FLOAT32)) is not None:
-            return tried
+            return tried.clone()
     return None
 
 
