@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from quantize.checkpoint.outputs import require_new
-from quantize.checkpoint.paths import require_artifact, require_runnable
+from quantize.checkpoint.paths import require_artifact, require_file, require_runnable
 from quantize.cli.arguments import PATH, TRUST
 
 
@@ -19,6 +19,8 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
 
     Each file holds the statistics of a part of the calibration data.
     """
+    for file in files:
+        require_file(file)
     from quantize.pipeline.statistics_files import merge_stats
 
     merged = merge_stats(files, output)

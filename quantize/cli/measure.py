@@ -26,6 +26,8 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     Where a transform is not legal, the reason is given.
     """
     require_model(model)
+    if calibration is not None and not activations:
+        raise UsageError("--calibration is text for --activations; give both or neither")
     from quantize.checkpoint.opening import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
@@ -37,8 +39,6 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 
         found = measure(checkpoint, program, calibration)
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(activations_table(found))
-    if calibration is not None:
-        raise UsageError("--calibration is text for --activations; give both or neither")
     bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
@@ -123,10 +123,10 @@ def evaluate(
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)
     if kurtosis:
-        from quantize.eval.report import kurtosis_report
-
         if against is None:
             raise UsageError("--kurtosis compares with the float model; give --against")
+        from quantize.eval.report import kurtosis_report
+
         return Console().print(kurtosis_report(directory, against, text, seqlen))
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table
