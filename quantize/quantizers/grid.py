@@ -148,12 +148,12 @@ def whole_scale(weights: Sequence[Tensor], args: WeightArgs, dtype: torch.dtype,
     scale is e · G, where e has four bits, and its largest value is 6 or 4, or half as much by any power of two, so that
     G is one of 16 times a power of two, which is the least that keeps every e in E4M3.
     """
-    groups = [grouped(W, args).flatten(0, 1) for W in weights]
-    groups = torch.cat([some[some.any(-1)][:SOME] for some in groups])
+    own, parts = get_format(args.format).global_scale(weights), [grouped(W, args).flatten(0, 1) for W in weights]
+    groups = torch.cat([part[part.any(-1)][:SOME] for part in parts])
     largest, tops = torch.stack([W.abs().max() for W in weights]).max(), torch.tensor(TOPS, device=groups.device)
     units = groups[0].abs().max() / tops[:, None] / torch.arange(8, 16, device=groups.device)
     units *= (largest / (tops.min() * E4M3_LARGEST) / units).log2().ceil().exp2()
-    for tried in (get_format(args.format).global_scale(weights), *units.flatten()):
+    for tried in (*([] if own is None else [own]), *units.flatten().unbind()):
         if on_format(groups, args, dtype, tried, max(tolerance, FLOAT32)) is not None:
             return tried.clone()
     return None
