@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 import quantize
 from quantize.checkpoint.opening import open_checkpoint, open_files
 from quantize.errors import UsageError
-from quantize.export.compressed_tensors.model_free import files
-from quantize.export.compressed_tensors.model_free.plan import recipe_without_model
+from quantize.export.model_free import files
+from quantize.export.model_free.forms import FORMS
+from quantize.export.model_free.plan import recipe_without_model
 from quantize.quantizers.rtn import RoundToNearest
 
 PLAIN = {"quantizer": {"name": "rtn"}}
@@ -40,7 +41,7 @@ def run(model, output, **settings):
 
 
 def rounded(W, scale_dtype=None, size=32):
-    args = recipe_without_model("W4A16", PLAIN, group_size=size).weights
+    args = recipe_without_model(FORMS["compressed-tensors"], "W4A16", PLAIN, group_size=size).weights
     return RoundToNearest().quantize(W.float(), args, None, scale_dtype or W.dtype).dequantize()
 
 
