@@ -13,6 +13,7 @@ from quantize.checkpoint.meta_model import build_on_meta, native_class
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.opening import as_floats, open_checkpoint, open_files
 from quantize.checkpoint.remote_shards import RemoteShards
+from quantize.checkpoint.sources.gguf import SUFFIX
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.format import NAME as COMPRESSED_TENSORS
 from quantize.export.compressed_tensors.format import is_packed, stored
@@ -71,9 +72,15 @@ def open_for(form: Form, source: str | Path | RemoteShards) -> Opened:
     """
     files = open_files(source)
     assert files.directory is not None
+    opened = Opened(files)
     with contextlib.suppress(UsageError):  # what has no class, or a config that does not fit it, is read by its files
         config = read_config(files.directory, as_floats(files.files, files.encoded))
         if native_class(config) is not None:
             named = open_checkpoint(source) if form.is_artifact else files
-            return Opened(named, build_on_meta(named.config if form.is_artifact else config, files.files))
-    return Opened(files)
+            opened = Opened(named, build_on_meta(named.config if form.is_artifact else config, files.files))
+    if any(path.suffix == SUFFIX for path in files.files.values()) and (not form.is_artifact or opened.model is None):
+        raise UsageError(
+            f"{source} is a GGUF file, whose names only a class of transformers tells; give --format {ARTIFACT} or "
+            f"{GGUF} for a model that has one, or leave --model-free out"
+        )
+    return opened
