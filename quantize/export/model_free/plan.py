@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantize.checkpoint.checkpoint import Checkpoint
-from quantize.checkpoint.expert_reader import read_expert
 from quantize.checkpoint.remote_shards import SHARDS
-from quantize.checkpoint.tensor_files import header_tensor
-from quantize.checkpoint.weight_checks import check_shape
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.format import WORD
 from quantize.export.compressed_tensors.obstacles import unplaced_schemes
 from quantize.export.model_free.forms import ARTIFACT, Form, Opened
+from quantize.export.model_free.grids import find_grids, grid_note
 from quantize.export.model_free.linears import StoredLinear, find_linears
 from quantize.export.model_free.orientation import transposed_weights
+from quantize.export.model_free.shapes import file_of, shapes_in, shapes_of
 from quantize.formats import get_format
-from quantize.pipeline.grids import FIRST, ROWS, Grid, decisive, grid_of, needs, regrouped, with_format_of
+from quantize.pipeline.grids import decisive, regrouped, with_format_of
 from quantize.pipeline.layer_schemes import describe_fallbacks, select
 from quantize.pipeline.plan import grid_fits
 from quantize.quantizers.rtn import RoundToNearest
@@ -189,81 +188,6 @@ def plan_without_model(form: Form, opened: Opened, recipe: Recipe) -> ModelFreeP
     return ModelFreePlan(form, opened, chosen, quantizer, by_weight, schemes, shapes, reasons, kept, tuple(notes))
 
 
-def grid_note(form: Form, found: str, grids: Mapping[str, Grid], held: Mapping[str, int], is_kept: bool) -> str:
-    """Say on which grid weights lie, and whether they are kept."""
-    what = "kept exactly" if is_kept else f"rounded anew{', as the groups do not fit' if held else ''}"
-    if held:
-        return f"{found}: {what}"
-    if not form.is_artifact and any(grid.format for grid in grids.values()):
-        return f"{found}, for which {form.name} has no place: {what}; --format {ARTIFACT} keeps it"
-    needed = needs(grids)
-    keeps = "; a recipe with symmetric = false in [weights] keeps it" if needed.endswith("points") else ""
-    return f"{found}, which {needed}: {what}{keeps}"
-
-
-def shapes_in(checkpoint: Checkpoint, model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield each tensor that an artifact of a known class holds, with its shape; of tied ones only the first.
-
-    Raises:
-        QuantizeError: the files lack a parameter, or have it in another shape.
-    """
-    for name, parameter in model.named_parameters():
-        if name not in checkpoint.computed and not checkpoint.is_encoded(checkpoint.stored_name(name)):
-            check_shape(checkpoint, name, parameter.shape)
-    places = model.state_dict()
-    for name in checkpoint.sources:
-        if name in places and checkpoint.stored_name(name) == name:
-            yield name, tuple(places[name].shape)
-
-
-def shapes_of(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield each tensor with its shape as floats; of parts of the same shapes the first tells of the others."""
-    known = dict[object, tuple[int, ...]]()
-    for name in checkpoint.sources:
-        if not checkpoint.is_encoded(name):
-            yield name, checkpoint.read_shape(name)
-            continue
-        parts = checkpoint.encoded[name].parts
-        headers = {role: header_tensor(checkpoint.files[part], part) for role, part in parts.items()}
-        key: tuple[object, ...] = tuple((role, x.shape, x.dtype) for role, x in headers.items())
-        if "shape" in parts and checkpoint.has_weights:
-            key = (*key, str(checkpoint.read_part(parts["shape"]).tolist()))
-        if key not in known:
-            known[key] = checkpoint.float_shape(name)
-        yield name, known[key]
-
-
-def find_grids(
-    form: Form, checkpoint: Checkpoint, linears: list[StoredLinear], schemes: Mapping[str, Scheme]
-) -> Iterator[tuple[str, Grid]]:
-    """Yield the linears whose weights lie on a grid, by some rows of each; a stack's first matrix tells of the others.
-
-    Of weights that are quantized already, or lie on the hub, one of each shape is looked at.
-    """
-    known, far = dict[object, Grid | None](), checkpoint.remote is not None
-    for linear in linears:
-        encoded = checkpoint.is_encoded(linear.weight)
-        key = (linear.rows, linear.columns, linear.transposed) if encoded or far else linear.weight
-        if key not in known:
-            scheme, dtype = schemes[linear.path], checkpoint.dtype_of(linear.weight)
-            activations = scheme.activations if form.is_artifact else None
-            known[key] = grid_of(some_rows(checkpoint, linear, encoded), scheme.weights, dtype, activations)
-        if (grid := known[key]) is not None:
-            yield linear.path, grid
-
-
-def some_rows(checkpoint: Checkpoint, linear: StoredLinear, encoded: bool) -> Tensor:
-    """Return some rows of a linear's weight, evenly spread: few of a matrix in a file, as most lie on no grid."""
-    name = linear.weight
-    if linear.expert is None and linear.experts is None and not encoded and not linear.transposed:
-        first = checkpoint.float_rows(name, FIRST)
-        return first if linear.rows <= FIRST else checkpoint.float_rows(name, ROWS)
-    is_stack = linear.expert is not None or linear.experts is not None
-    W = read_expert(checkpoint, name, 0, linear.experts or 1) if is_stack else checkpoint.float_tensor(name)
-    W = W.T if linear.transposed else W
-    return W[:: max(1, len(W) // ROWS)].contiguous()
-
-
 @functools.lru_cache
 def sample(
     form: Form, scheme: Scheme, columns: int, dtype: torch.dtype
@@ -271,10 +195,3 @@ def sample(
     """Return the shapes and dtypes of the tensors that a weight of `WORD` rows becomes."""
     weight = RoundToNearest().quantize(torch.zeros(WORD, columns), scheme.weights, None, dtype)
     return {part: (tuple(x.shape), x.dtype) for part, x in form.parts(weight, scheme).items()}
-
-
-def file_of(checkpoint: Checkpoint, name: str) -> Path:
-    """Return the file that holds a tensor, or the first of its parts."""
-    first = checkpoint.sources[name].names[0]
-    part = next(iter(checkpoint.encoded[first].parts.values())) if first in checkpoint.encoded else first
-    return checkpoint.files[part]
