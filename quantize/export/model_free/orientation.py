@@ -26,6 +26,6 @@ def transposed_weights(model: nn.Module, checkpoint: Checkpoint, own_names: bool
             found |= {f"{path}.{name}": turned for name in stacks}
     if own_names or not found:
         return found
-    sources = map_keys(model, plain_names(model, checkpoint.sources))  # type: ignore[arg-type]
+    sources = map_keys(model, plain_names(model, checkpoint.sources))
     whole = {name: source.names[0] for name, source in sources.items() if source.converter is None}
     return {whole[name]: turned for name, turned in found.items() if name in whole}
