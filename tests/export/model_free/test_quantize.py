@@ -176,7 +176,10 @@ def test_a_run_goes_on_behind_the_last_file(tmp_path, monkeypatch):
     [
         ({"recipe": {"passes": [{"name": "fold_norms"}]}}, "recipe: passes cannot be followed without the model"),
         ({"recipe": {"quantizer": {"name": "gptq"}}}, "recipe: quantizer cannot be followed without the model"),
-        ({"scheme": "NVFP4", "group_size": None}, "NVFP4 as compressed-tensors needs ranges of activations, which only"),
+        (
+            {"scheme": "NVFP4", "group_size": None},
+            "NVFP4 as compressed-tensors needs ranges of activations, which only",
+        ),
         ({"ignore": ("q_prog",)}, "'q_prog' matches no linear; near are q_proj"),
         ({"ignore": ("*proj",)}, "holds no weight to round"),
     ],
