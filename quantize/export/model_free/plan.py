@@ -28,7 +28,9 @@ from quantize.pipeline.layer_schemes import describe_fallbacks, select
 from quantize.pipeline.plan import grid_fits
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.recipe.files import read_recipe
-from quantize.recipe.recipe import Recipe, load_recipe, merge, validated
+from quantize.recipe.merging import merge
+from quantize.recipe.recipe import Recipe, load_recipe
+from quantize.recipe.validation import validated
 from quantize.scheme.scheme import Scheme
 
 WHOLE = {"weight_shape", "global_scale"}  # parts that a weight has once, however many rows it has

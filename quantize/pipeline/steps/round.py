@@ -113,9 +113,12 @@ class WeightRounder:
 
     def _on_grids(self, linears: Sequence[Linear], block: Block) -> dict[Linear, QTensor]:
         """Return the weights of those linears that the plan keeps and that lie on a grid as a whole, as they are."""
-        found = dict[Linear, QTensor]()
-        for linear in (x for x in linears if x.path in self.plan.kept):
-            weight = on_grid(block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight])
+        found, kept = dict[Linear, QTensor](), [x for x in linears if x.path in self.plan.kept]
+        for linear in kept:
+            args, dtype = block.schemes[linear].weights, block.dtypes[linear.weight]
+            shares = get_format(args.format).has_global_scale and linear.experts is None
+            alike = [x for x in kept if shares and x.experts is None and block.schemes[x].weights == args]
+            weight = on_grid(block.weight(linear), args, dtype, [block.weight(x) for x in alike])
             found |= {linear: weight} if weight is not None else {}
         return found
 
@@ -188,7 +191,7 @@ class WeightRounder:
         trim_heap()
         if gram is not None and not gram.rows:
             self.held_out.rounded_without_data += [linear.path for linear in part]
-            return [RoundToNearest().quantize(block.weight(linear), args, None, dtype) for linear in part]
+            return RoundToNearest().quantize_weights([block.weight(linear) for linear in part], args, None, dtype)
         weights = [block.weight(linear) for linear in part]
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale
