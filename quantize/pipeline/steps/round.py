@@ -115,8 +115,12 @@ class WeightRounder:
         """Return the weights of those linears that the plan keeps and that lie on a grid as a whole, as they are."""
         found = dict[Linear, QTensor]()
         for linear in (x for x in linears if x.path in self.plan.kept):
-            weight = on_grid(block.weight(linear), block.schemes[linear].weights, block.dtypes[linear.weight])
-            found |= {linear: weight} if weight is not None else {}
+            args, W = block.schemes[linear].weights, block.weight(linear)
+            apart = linear.experts is not None and get_format(args.format).has_global_scale
+            parts = [on_grid(x, args, block.dtypes[linear.weight]) for x in W.chunk(linear.experts if apart else 1)]
+            grids = [x for x in parts if x is not None]
+            if len(grids) == len(parts):
+                found[linear] = grids[0].cat_rows([x.tensors() for x in grids]) if apart else grids[0]
         return found
 
     def _rounded_head(self, linear: Linear, block: Block) -> Product:
