@@ -31,7 +31,7 @@ class QTensor:
     Invariants, for a weight W of shape [N, K] in G = K / group_size groups (G = 1 if group_size is 0):
         W ≈ (unpack() - zero_point) · unpack_scale(), where each group of columns has its own column of both
         data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K/2⌉] for 4 bits, as the format packs it
-        scale: [N, G], > 0 when decoded, in one of the format's `scale_dtypes`
+        scale: [N, G], in one of the format's `scale_dtypes`; > 0 when decoded, or just not 0 for symmetric integers
         zero_point: [N, G] in the format's `zero_point_dtype`, None if symmetric
         global_scale: float32 [] of NVFP4, or [N, 1] for experts, whose rows have that of their expert; None for others
     """
@@ -67,8 +67,10 @@ class QTensor:
                     f"{args.num_bits}-bit weights of {self.columns} columns in groups of {group} do not have"
                 )
         scale = self.unpack_scale()
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise QuantizeError(f"the scale of {name} is not positive and finite everywhere")
+        signed = number_format.scale_signs(scale, scale, self.args) is not None
+        if not bool((((scale.abs() if signed else scale) > 0) & scale.isfinite()).all()):
+            wanted = "finite and not 0" if signed else "positive and finite"
+            raise QuantizeError(f"the scale of {name} is not {wanted} everywhere")
 
     @classmethod
     def pack(
