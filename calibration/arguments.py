@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from quantize.calibration.data import Row, Samples, spread
+from quantize.calibration.image_records import PATCHES, PIXELS, has_images, process_records
 from quantize.calibration.padding import without_padding
-from quantize.calibration.records import MASK
+from quantize.calibration.records import IDS, MASK
 from quantize.calibration.table_files import read_named_tensors
 from quantize.calibration.tensor_samples import check_finite, kind, read_stamped, sha256_of
 from quantize.checkpoint.paths import require_file
@@ -77,6 +78,23 @@ def look_into(data: Any) -> Given:
     items = iter(data)
     head = list(itertools.islice(items, 1))
     return Given(itertools.chain(head, items), tensors_of(head[0]) if head else None)
+
+
+def processed(model: nn.Module, data: Any, directory: Path | None, limit: int, text_column: str | None) -> Given | None:
+    """Return what a model's processor makes of records with images, without what `forward` does not name.
+
+    It is None for other data, and for a model that takes no images.
+
+    Raises:
+        UsageError: there is no processor, or it does not take a record.
+        QuantizeError: a file cannot be read.
+    """
+    if PIXELS not in arguments_of(model) or not has_images(data):
+        return None
+    source = str(data) if isinstance(data, str | Path) else IN_MEMORY
+    batches = process_records(data, source, directory, limit, text_column)
+    known = [{name: x for name, x in batch.items() if name in arguments_of(model)} for batch in batches]
+    return Given(known, tensors_of(known[0]), source)
 
 
 def longest(given: Given) -> int:
@@ -185,6 +203,7 @@ def samples_of(model: nn.Module, tensors: Mapping[str, Tensor], given: Given) ->
         UsageError: a tensor has no argument, an argument no tensor, or there are unequal numbers of samples.
     """
     arguments, required = arguments_of(model), required_arguments(model)
+    tensors = with_patches_of_one(tensors)
     names = [name for name in tensors if name not in without_default(model, NO_INPUTS)]
     unknown = [name for name in names if name not in arguments]
     missing = [name for name in required if name not in names]
@@ -202,6 +221,20 @@ def samples_of(model: nn.Module, tensors: Mapping[str, Tensor], given: Given) ->
             f"{given.source} holds {shown}; the first axis of each tensor is the samples: give as many of each"
         )
     yield from ({name: tensors[name][i] for name in names} for i in range(next(iter(counts.values()))))
+
+
+def with_patches_of_one(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch in which the patches of images are one sample's, if the ids are of one.
+
+    Processors give patches as [patches, channels], without an axis for samples (Qwen2-VL and what came after it).
+    """
+    ids = tensors.get(IDS)
+    if ids is None or ids.dim() != 2 or len(ids) != 1:
+        return tensors
+    return {
+        name: x[None] if name.startswith(PIXELS) and x.dim() == PATCHES and len(x) > 1 else x
+        for name, x in tensors.items()
+    }
 
 
 def value_of(tensor: Tensor) -> Tensor:

@@ -177,6 +177,8 @@ add(SEVERAL, "clip", "CLIPModel", text_config={**TEXT, "projection_dim": 64},
 add(SEVERAL, "siglip", "SiglipModel", text_config={**TEXT, "max_position_embeddings": 64}, vision_config=EYES)
 add(SEVERAL, "llava", "LlavaForConditionalGeneration", text_config={**TEXT, "model_type": "llama"},
     vision_config={**EYES, "model_type": "clip_vision_model"}, image_token_index=380)  # fmt: skip
+add(SEVERAL, "qwen2_vl", "Qwen2VLForConditionalGeneration", text_config={**TEXT, **MROPE}, **QWEN_IDS,
+    vision_config={**QWEN, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2})  # fmt: skip
 add(SEVERAL, "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", text_config={**TEXT, **MROPE},
     vision_config={**QWEN, "window_size": 32, "fullatt_block_indexes": [1]}, **QWEN_IDS)  # fmt: skip
 add(SEVERAL, "qwen3_vl", "Qwen3VLForConditionalGeneration", text_config={**TEXT, **MROPE, "head_dim": 16},
@@ -190,6 +192,11 @@ add(SEVERAL, "paligemma", "PaliGemmaForConditionalGeneration", projection_dim=64
     vision_config={**EYES, "model_type": "siglip_vision_model", "projection_dim": 64})  # fmt: skip
 add(SEVERAL, "idefics3", "Idefics3ForConditionalGeneration", text_config={**TEXT, "model_type": "llama"},
     vision_config=EYES, image_token_id=380, scale_factor=2)  # fmt: skip
+add(SEVERAL, "smolvlm", "SmolVLMForConditionalGeneration", text_config={**TEXT, "model_type": "llama"},
+    vision_config=EYES, image_token_id=380, scale_factor=2)  # fmt: skip
+add(SEVERAL, "mistral3", "Mistral3ForConditionalGeneration", image_token_index=380, spatial_merge_size=2,
+    text_config={**TEXT, "model_type": "mistral", "head_dim": 16},
+    vision_config={**EYES, "model_type": "pixtral", "head_dim": 16})  # fmt: skip
 add(SEVERAL, "internvl", "InternVLForConditionalGeneration", text_config={**TEXT, "model_type": "qwen2"},
     vision_config={**EYES, "image_size": [32, 32], "patch_size": [8, 8]}, image_token_id=380)  # fmt: skip
 

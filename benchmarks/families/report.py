@@ -16,7 +16,7 @@ HEAD = """# Families
 
 `make bench-families` wrote this file and `benchmarks/results/families.json`: {count} tiny random models, each of a
 class of its own, calibrated on {rows} rows of {tokens} random tokens, images or sounds, and judged on rows that the
-runs did not see.
+runs did not see. Models of images and text are calibrated and judged on pairs of an image and a text.
 
 - *quantized* is the share of the body's parameters, which are all but the tables of words and the linear that scores
   the vocabulary.

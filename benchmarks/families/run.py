@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.families.families import FAMILIES, MODULE
+from benchmarks.families.families import FAMILIES, MODULE, Family
+from benchmarks.families.pairs import PLACES, random_pairs
 from benchmarks.families.tiny import SPECIAL
 from benchmarks.models.cells import DEFAULT, PLAIN
 from quantize.artifact.verify import verify_artifact
@@ -68,15 +69,13 @@ def measure(name: str, scratch: Path, onnx: bool = True) -> Cells:
     """Return the cells of a family, plain data by the names that the table has as columns; without `onnx` but one."""
     start, family, cells = time.process_time(), FAMILIES[name], Cells()
     model = family.build()
-    inputs = example_inputs(model)
-    limit = smallest_table(model) - (SPECIAL if family.kind != MODULE else 0)
-    trial = Trial(scratch / "float", random_inputs(inputs, UNSEEN, limit, 1), torch.empty(0), scratch)
+    trial = Trial(scratch / "float", inputs_of(model, family, UNSEEN, 1), torch.empty(0), scratch)
     trial = replace(trial, expected=output_of(model, trial.unseen))
     if family.kind == MODULE:
         trial = replace(trial, model=model)
     else:
         model.save_pretrained(trial.model)  # type: ignore[operator]
-    data = random_inputs(inputs, ROWS, limit, 0)
+    data = inputs_of(model, family, ROWS, 0)
     artifacts: dict[tuple[str, str], Artifact] = {}
     recipe = load_recipe(SCHEMES[0], {}, nsamples=ROWS, seqlen=TOKENS)
     prepared = attempt(cells, "quantized", lambda: prepare(trial.model, recipe, data))
@@ -138,6 +137,14 @@ def distance(trial: Trial, artifact: Artifact) -> float:
     """Return ‖quantized − float‖ / ‖float‖ of a loaded artifact's output on inputs that its run did not see."""
     difference = (output_of(artifact.load(), trial.unseen) - trial.expected).norm()
     return float(difference / trial.expected.norm())
+
+
+def inputs_of(model: nn.Module, family: Family, count: int, seed: int) -> dict[str, Tensor]:
+    """Return random inputs of a model, [count, ...] each: those that it takes by itself, or pairs of image and text."""
+    if family.model_type in PLACES:
+        return random_pairs(model, count, TOKENS, seed)
+    limit = smallest_table(model) - (SPECIAL if family.kind != MODULE else 0)
+    return random_inputs(example_inputs(model), count, limit, seed)
 
 
 def smallest_table(model: nn.Module) -> int:

@@ -61,14 +61,14 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 @contextlib.contextmanager
-def readable(directory: Path | str) -> Iterator[None]:
+def readable(directory: Path | str, what: str = "tokenizer") -> Iterator[None]:
     """Turn whatever the tokenizer formats of transformers raise, panics of Rust among them, into one sentence."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, TookTooLong, QuantizeError):
         raise
     except BaseException as error:
-        raise QuantizeError(f"the tokenizer in {directory} cannot be used: {reason(error)}") from None
+        raise QuantizeError(f"the {what} in {directory} cannot be used: {reason(error)}") from None
 
 
 def has_tokenizer(directory: Path | None) -> bool:

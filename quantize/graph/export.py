@@ -88,15 +88,24 @@ def export_inputs(
     example |= switches
     dynamic = {name: dict.fromkeys(found.dynamic, torch.export.Dim.DYNAMIC) for name, found in inputs.items()}
     shapes = {**dynamic, **dict.fromkeys(switches)}
-    exported = torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False)
+    exported = without_vmap(torch.export.export(skeleton, (), example, dynamic_shapes=shapes, strict=False))
     lifted = exported.graph_signature.inputs_to_lifted_tensor_constants.values()
     if any(exported.constants[name].is_meta for name in lifted):
         # a tensor of numbers that `forward` makes keeps them on the CPU alone, where no page is ever touched
         skeleton.to_empty(device="cpu")
         on_cpu = {k: torch.zeros_like(x, device="cpu") if isinstance(x, Tensor) else x for k, x in example.items()}
-        exported = torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False)
+        exported = without_vmap(torch.export.export(skeleton, (), on_cpu, dynamic_shapes=shapes, strict=False))
         skeleton.to("meta")
     return exported
+
+
+def without_vmap(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Write `torch.vmap` in a graph as operators on whole tensors: its own nodes run together or not at all."""
+    nodes = exported.graph.nodes
+    if not any(getattr(node.target, "__module__", "") == torch._functorch.predispatch.__name__ for node in nodes):
+        return exported
+    plain: torch.export.ExportedProgram = exported.run_decompositions({})
+    return plain
 
 
 def unread(parameters: Mapping[fx.Node, str], ties: Mapping[str, Sequence[str]]) -> frozenset[str]:

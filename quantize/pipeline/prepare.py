@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.calibration.arguments import longest, look_into, match_inputs, whole_samples
+from quantize.calibration.arguments import longest, look_into, match_inputs, processed, whole_samples
 from quantize.calibration.data import Samples
 from quantize.calibration.masking import mask_samples
 from quantize.calibration.sources import Calibration, read_source
@@ -84,7 +84,10 @@ def prepare(
     if read:
         check_weights(checkpoint, {name: p.shape for name, p in skeleton.named_parameters()})
     check_length(checkpoint.config, recipe)
-    given = look_into(calibration)
+    if given := processed(skeleton, calibration, checkpoint.directory, recipe.nsamples, text_column):
+        text_column = None
+    else:
+        given = look_into(calibration)
     inputs, rows = match_inputs(skeleton, given, recipe.nsamples)
     program = make_program(checkpoint, skeleton, None if rows else min(recipe.seqlen, longest(given)), inputs)
     if drawn := drawing(program):

@@ -129,3 +129,15 @@ def test_gemma_3_takes_pairs_in_batches():
     program = program_of(Gemma3ForConditionalGeneration(config))
     assert program.batch is None
     assert len(program.towers) == 6 + 1
+
+
+@pytest.mark.slow
+def test_gemma_3_takes_the_mask_of_its_processor(small_run):
+    """`token_type_ids` mark an image's places, which see each other; the mask of a sliding layer is made by `vmap`."""
+    torch.manual_seed(0)
+    text = TEXT | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=TOKENS, image_token_index=IMAGE)
+    given = pairs(4)
+    given["token_type_ids"] = (given["input_ids"] == IMAGE).long()
+    artifact = small_run(Gemma3ForConditionalGeneration(config).eval(), "W8A8", recipe=RTN, calibration=given)
+    assert artifact.manifest["export"]["exported"]

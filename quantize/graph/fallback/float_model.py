@@ -63,6 +63,8 @@ def refusal(given: Mapping[str, Tensor], error: Exception) -> str:
     taken = [name for name, x in given.items() if name != "input_ids" and not x.is_floating_point()]
     if len(given) == len(taken) == 1:
         hint = f"if {taken[0]} is not token ids, give calibration data with a tensor {taken[0]}; {hint}"
+    if len(given) > 1:
+        hint = "give every argument that its processor returns, and "
     where = f", {place}" if (place := place_of(error)) else ""
     return f"the model does not run on inputs of shape {shapes}{where}; {hint}--verbose shows the error"
 

@@ -177,3 +177,24 @@ def test_heads_that_are_repeated_in_another_order_are_left_alone(axis, sizes, mo
     before = run(model, **feed)
     assert CacheInAttention()(model).modified == modified
     np.testing.assert_allclose(run(model, **feed)[0], before[0], rtol=1e-5, atol=1e-6)
+
+
+MASKED = """
+masked (float[N, 2, S, 8] q, float[N, 2, P, 8] past, float[N, 2, S, 8] new) => (float[N, 2, S, 8] y) {
+  keys = Concat <axis = -2> (past, new)
+  last = Constant <value_ints = [-1]> ()
+  sums = ReduceSum <keepdims = 0> (keys, last)
+  axis = Constant <value_ints = [2]> ()
+  mask = Unsqueeze (sums, axis)
+  y = Attention (q, keys, keys, mask)
+}"""
+
+
+def test_attention_whose_mask_is_made_of_its_keys_appends_them_first():
+    """Doge hides tokens by what their values are; an attention that appends them itself would wait for itself."""
+    model = graph(MASKED)
+    feed = {name: RNG.standard_normal((1, 2, tokens, 8), dtype=np.float32) for name, tokens in
+            [("q", 1), ("past", 3), ("new", 1)]}  # fmt: skip
+    before = run(model, **feed)
+    rewrite(model)
+    np.testing.assert_allclose(run(model, **feed)[0], before[0], rtol=1e-5, atol=1e-6)

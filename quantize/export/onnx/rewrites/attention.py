@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir
 from onnx_ir.passes import InPlacePass, PassResult
 
-from quantize.export.onnx.rewrites.matching import attribute, constant, made_by, replace, rewritten_any
+from quantize.export.onnx.rewrites.matching import attribute, constant, depends_on, made_by, replace, rewritten_any
 
 HEADS, TOKENS = 1, -2  # axes of keys and values [batch, heads, tokens, head_dim]
 
@@ -31,6 +31,8 @@ def take_cache(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     query, key, value, *mask = node.inputs
     keys, values = appended(key), appended(value)
     if keys is None or values is None or len(node.outputs) != 1 or len(mask) > 1:
+        return False
+    if depends_on([query, *mask], [keys, values]):  # it would read what it has not appended yet
         return False
     inputs = [query, keys.inputs[1], values.inputs[1], *(mask or [None]), keys.inputs[0], values.inputs[0]]
     attributes = {name: found.value for name, found in node.attributes.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import onnx_ir
@@ -22,6 +22,20 @@ def made_by(value: onnx_ir.Value | None, op_type: str) -> onnx_ir.Node | None:
     """Return the node of that kind that makes a value, or None if another node does."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
+
+
+def depends_on(values: Iterable[onnx_ir.Value | None], makers: Collection[onnx_ir.Node]) -> bool:
+    """Return whether one of some values is computed from what some nodes make."""
+    seen, left = set[onnx_ir.Node](), [value.producer() for value in values if value is not None]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node in makers:
+            return True
+        seen.add(node)
+        left += [value.producer() for value in node.inputs if value is not None]
+    return False
 
 
 def constant(value: onnx_ir.Value | None) -> NDArray[Any] | None:
