@@ -69,8 +69,8 @@ class QTensor:
         scale = self.unpack_scale()
         signed = number_format.scale_signs(scale, scale, self.args) is not None
         if not bool((((scale.abs() if signed else scale) > 0) & scale.isfinite()).all()):
-            wanted = "finite and not 0" if signed else "positive and finite"
-            raise QuantizeError(f"the scale of {name} is not {wanted} everywhere")
+            what = "finite and not 0" if signed else "positive and finite"
+            raise QuantizeError(f"the scale of {name} is not {what} everywhere")
 
     @classmethod
     def pack(

@@ -117,7 +117,8 @@ class WeightRounder:
         for linear in (x for x in linears if x.path in self.plan.kept):
             args, W = block.schemes[linear].weights, block.weight(linear)
             apart = linear.experts is not None and get_format(args.format).has_global_scale
-            parts = [on_grid(x, args, block.dtypes[linear.weight]) for x in W.chunk(linear.experts if apart else 1)]
+            count = (linear.experts or 1) if apart else 1
+            parts = [on_grid(x, args, block.dtypes[linear.weight]) for x in W.chunk(count)]
             grids = [x for x in parts if x is not None]
             if len(grids) == len(parts):
                 found[linear] = grids[0].cat_rows([x.tensors() for x in grids]) if apart else grids[0]
