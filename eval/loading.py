@@ -12,7 +12,7 @@ from torch import nn
 from quantize.artifact.load import load
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.opening import open_checkpoint
-from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS
+from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS, find_measured
 from quantize.checkpoint.untrusted_files import check_files, read_json, weight_files
 from quantize.errors import UsageError, reason
 from quantize.graph.export import quiet
@@ -24,14 +24,15 @@ METHOD = "compressed-tensors"
 def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code: bool = False) -> nn.Module:
     """Load an artifact with an engine, a checkpoint of compressed-tensors as it runs in transformers, or a float model.
 
-    A float model is loaded in float32. It may be one that another tool has quantized, whose weights become floats.
+    A float model is loaded in float32. It may be one that another tool has quantized, in safetensors or in one GGUF
+    file, whose weights become floats.
 
     With `trust_remote_code` code that an artifact or a float model brings may run.
 
     Raises:
         UsageError: there is none of these, or transformers cannot load it here.
     """
-    directory = Path(model)
+    directory = find_measured(Path(model)) if Path(model).exists() else Path(model)
     manifest = directory / "manifest.json"
     if manifest.is_file() and read_json(manifest).get("format") not in RUN_IN_TRANSFORMERS:
         return load(directory, engine=engine, trust_remote_code=trust_remote_code)
@@ -39,7 +40,7 @@ def load_any(model: str | Path, engine: Engine = "fake_quant", trust_remote_code
         found = read_json(directory / "config.json").get("quantization_config")
         if isinstance(found, dict) and found.get("quant_method") == METHOD:
             return load_quantized(directory, read_config(directory), found)
-    return open_checkpoint(model, trust_remote_code=trust_remote_code).load()
+    return open_checkpoint(directory if directory.exists() else model, trust_remote_code=trust_remote_code).load()
 
 
 def load_quantized(directory: Path, config: dict[str, Any], settings: dict[str, Any]) -> nn.Module:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from quantize.artifact.load import read_manifest
 from quantize.artifact.writer import PROBE
 from quantize.calibration.data import read_samples
+from quantize.checkpoint.paths import find_measured, folder_of
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 from quantize.errors import UsageError
 from quantize.eval.kurtosis import kurtosis_table
@@ -42,7 +43,7 @@ def evaluate(
     """Measure a model or artifact.
 
     Args:
-        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
+        directory: an artifact, a float model, a checkpoint of compressed-tensors, or a GGUF file beside its config.
         text: `.txt` or `.jsonl` for a causal language model; `.tsv` rows of score and two sentences for an encoder.
         against: the float model to compare with; None leaves the comparison out.
         seqlen: the number of tokens in a window.
@@ -69,7 +70,7 @@ def evaluate(
     else:
         mask_id = mask_id_of(directory) if mask_id is None else mask_id
         scores = evaluate_language(model, reference, directory, text, seqlen, nsamples, mask_id)
-    return scores | {"bytes": stored_bytes(directory)}
+    return scores | {"bytes": stored_bytes(find_measured(directory))}
 
 
 def kurtosis_report(directory: Path, against: str, text: Path, seqlen: int = 256) -> Table:
@@ -118,9 +119,10 @@ def kind_of(model: nn.Module) -> tuple[bool, int]:
     return model.get_output_embeddings() is not None, int(model.config.vocab_size)
 
 
-def stored_bytes(directory: Path) -> int:
-    """Return the bytes of all weights."""
-    return sum(path.stat().st_size for path in directory.glob("*.safetensors") if path.name != PROBE)
+def stored_bytes(place: Path) -> int:
+    """Return the bytes of all weights, in a directory or one file."""
+    files = place.glob("*.safetensors") if place.is_dir() else [place]
+    return sum(path.stat().st_size for path in files if path.name != PROBE)
 
 
 def mask_id_of(directory: Path) -> int | None:
@@ -144,7 +146,7 @@ def evaluate_language(
     vocabulary = kind_of(model)[1]
     if mask_id is not None and mask_id >= vocabulary:
         raise UsageError(f"--mask-id {mask_id} is no token of the model; give an id from 0 to {vocabulary - 1}")
-    samples = read_samples(text, seqlen, nsamples, load_tokenize(directory), vocabulary)
+    samples = read_samples(text, seqlen, nsamples, load_tokenize(folder_of(directory)), vocabulary)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH_TOKENS // seqlen or 1)]
     if mask_id is None:
         found = score_language(model, batches, reference)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from quantize.checkpoint.paths import folder_of
 from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.checkpoint.untrusted_files import LARGEST_JSON
 from quantize.errors import UsageError, reason, shown
@@ -24,7 +25,7 @@ def evaluate_tasks(
     """Measure a language model on tasks of lm-evaluation-harness.
 
     Args:
-        directory: an artifact, a float model, or a checkpoint of compressed-tensors.
+        directory: an artifact, a float model, a checkpoint of compressed-tensors, or a GGUF file beside its config.
         against: the float model to compare with; None leaves the comparison out.
         tasks: names of tasks, whose data the hub or its cache has, or YAML files of tasks, whose data may be files.
         limit: the largest number of documents of each task; None takes all.
@@ -80,7 +81,7 @@ def scores(directory: Path, model: nn.Module, names: Sequence[str], manager: Any
         raise UsageError(f"{directory} is no language model, and --tasks is for these")
     with quiet():
         try:
-            judged = HFLM(pretrained=model, tokenizer=load_tokenizer(directory), batch_size=BATCH)
+            judged = HFLM(pretrained=model, tokenizer=load_tokenizer(folder_of(directory)), batch_size=BATCH)
             results = simple_evaluate(model=judged, tasks=list(names), limit=limit, task_manager=manager)["results"]
         except Exception as error:  # data that cannot be fetched, a task that does not fit
             raise UsageError(f"{', '.join(names)} cannot be measured on {directory} ({reason(error)})") from error

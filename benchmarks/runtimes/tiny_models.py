@@ -15,7 +15,10 @@ COMMON = {
     "num_key_value_heads": 1, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 0,
     "pad_token_id": None, "tie_word_embeddings": True,
 }  # fmt: skip
-OWN = {"qwen2": {}, "qwen3": {"head_dim": 128}, "gemma3_text": {"head_dim": 256, "sliding_window": 16}}
+OWN = {
+    "qwen2": {}, "qwen3": {"head_dim": 128}, "gemma3_text": {"head_dim": 256, "sliding_window": 16},
+    "qwen3_moe": {"head_dim": 64, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
 
 
 def make_tiny(kind: str, directory: Path) -> Path:

@@ -22,6 +22,11 @@ os.environ |= {
 }  # fmt: skip
 
 from vllm import LLM, SamplingParams
+from vllm.model_executor.kernels import linear as kernels
+from vllm.platforms import PlatformEnum
+
+# vLLM's own emulation of NVFP4, in torch, runs anywhere, but stands in the lists of GPUs alone.
+kernels._POSSIBLE_NVFP4_KERNELS.setdefault(PlatformEnum.CPU, [kernels.EmulationNvFp4LinearKernel])
 
 
 def outputs(

@@ -63,7 +63,7 @@ class ArtifactQuantizer(HfQuantizer):  # type: ignore[misc]
         """
         from quantize.artifact.manifest import QuantizationSettings
         from quantize.errors import UsageError
-        from quantize.recipe.recipe import validated
+        from quantize.recipe.validation import validated
 
         validated(lambda: QuantizationSettings(**self.settings), "quantization_config")
         if isinstance(device_map, dict) and "disk" in device_map.values():

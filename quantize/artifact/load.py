@@ -34,7 +34,7 @@ from quantize.nn.quantized_embedding import quantize_embedding
 from quantize.nn.quantized_experts import QuantizedExperts, quantized_product, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.nn.quantized_weight import QuantizedWeight
-from quantize.recipe.recipe import validated
+from quantize.recipe.validation import validated
 from quantize.scheme.scheme import ENGINES, Engine
 from quantize.transforms.online import Online, restore
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quantize.artifact.manifest import digest_of
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.paths import require_new
+from quantize.checkpoint.outputs import first_existing_parent, require_new
 from quantize.checkpoint.untrusted_files import INDEX
 from quantize.errors import QuantizeError
 
@@ -106,11 +106,6 @@ class ArtifactWriter:
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self.directory.rename(self.output)
             flush(self.output.parent)
-
-
-def first_existing_parent(path: Path) -> Path:
-    """Return the nearest folder above a path that exists; a root lies in itself."""
-    return next((parent for parent in path.absolute().parents if parent.exists()), path.absolute())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from quantize.checkpoint.key_mapping import StoredTensor, finder, map_keys, plai
 from quantize.checkpoint.meta_model import build_on_meta, native_class, ties_of
 from quantize.checkpoint.model_config import config_of, read_config
 from quantize.checkpoint.parametrized import with_plain_weights
-from quantize.checkpoint.paths import SIDE_FILES, find_model, require_config
+from quantize.checkpoint.paths import SIDE_FILES, find_model, folder_of, require_config
 from quantize.checkpoint.remote_code import code_files
 from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.safetensors_reader import read_header
@@ -108,7 +108,7 @@ def open_files(model: str | Path | RemoteShards, weights: bool = True) -> Checkp
     remote = model if isinstance(model, RemoteShards) else None
     given = model.directory if isinstance(model, RemoteShards) else model
     place = find_model(given) or download(*str(given).split("@"))
-    directory = place if place.is_dir() else place.parent
+    directory = folder_of(place)
     require_config(directory)
     links, files = links_followed(directory), files_of(place, weights)
     beside = [directory / path for path in (Path("config.json"), *side_files(directory))]

@@ -45,6 +45,11 @@ def find_model(model: str | Path) -> Path | None:
     return None
 
 
+def folder_of(place: Path) -> Path:
+    """Return the directory that a model's one file lies in, or the directory itself."""
+    return place.parent if place.is_file() else place
+
+
 def require_config(directory: Path) -> Path:
     """Return the path of a model's config.
 
@@ -113,6 +118,35 @@ def require_directory(directory: Path, what: str) -> None:
         raise UsageError(f"no such {what}: {directory}")
 
 
+def find_measured(path: Path) -> Path:
+    """Return what is measured: an artifact or a model's directory, or one file of weights beside its config.
+
+    A directory whose only weights are one GGUF file stands for that file.
+
+    Raises:
+        UsageError: there is none of these, or an export that runs elsewhere.
+    """
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not any(path.glob("*.safetensors")) else []
+    if path.is_file() or len(files) == 1:
+        return find_model(*files or [path]) or path
+    if not path.is_dir():
+        raise UsageError(f"no such artifact or model: {path}")
+    if (path / "manifest.json").is_file():
+        require_artifact(path, RUN_IN_TRANSFORMERS)
+    return path
+
+
+def require_runnable(directory: Path) -> None:
+    """Check that a directory holds a model for ONNX Runtime.
+
+    Raises:
+        UsageError: it does not exist, or holds something else.
+    """
+    require_directory(directory, "exported model")
+    if not any(directory.glob("*.onnx")):
+        raise UsageError(f"{directory} holds no .onnx file; write one with `quantize-model export --format onnx`")
+
+
 def require_file(path: Path) -> None:
     """Check that a file of data exists.
 
@@ -161,13 +195,3 @@ def is_data_set(name: str) -> bool:
     """Return whether a name is that of a data set on the hub, and not of a file that is missing here."""
     path = Path(name)
     return bool(DATA_SET.fullmatch(name)) and not path.exists() and not path.parent.is_dir()
-
-
-def require_new(output: Path) -> None:
-    """Check that an output does not exist.
-
-    Raises:
-        UsageError: it does; nothing is ever overwritten.
-    """
-    if output.exists() or output.is_symlink():
-        raise UsageError(f"{output} exists already; give a new --output-dir")

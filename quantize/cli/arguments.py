@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from quantize.checkpoint.hub import require_on_hub
-from quantize.checkpoint.paths import find_model, require_data, require_new
+from quantize.checkpoint.outputs import require_new, require_resumable
+from quantize.checkpoint.paths import find_model, require_data
 from quantize.errors import UsageError
-from quantize.recipe.files import read_recipe
-from quantize.recipe.targets import recipe_for
+from quantize.recipe.merging import check_fields
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
 
 PATH = click.Path(path_type=Path)
@@ -60,20 +60,18 @@ def check_run(
     recipe: Path | None,
     calibration: Path | None,
     output: Path | None,
+    resume: bool,
 ) -> None:
     """Check what can be checked of a run's arguments without importing torch.
 
     Raises:
-        UsageError: a path does not exist, the recipe cannot be read, the output exists, or the target cannot execute
-            the scheme.
+        UsageError: a path does not exist, the recipe cannot be read or has a wrong key, the output exists, the run to
+            go on with is finished, or the target cannot execute the scheme.
     """
     find_model(model)
-    if recipe is not None:
-        read_recipe(recipe)
     if calibration is not None:
         require_data(calibration)
     if output is not None:
-        require_new(output)
-    if scheme is not None:
-        recipe_for(target, scheme)
+        (require_resumable if resume else require_new)(output)
     require_model(model)
+    check_fields(scheme, recipe, target)

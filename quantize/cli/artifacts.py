@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from quantize.checkpoint.paths import require_artifact, require_directory, require_new
+from quantize.checkpoint.outputs import require_new
+from quantize.checkpoint.paths import require_artifact, require_file, require_runnable
 from quantize.cli.arguments import PATH, TRUST
 
 
@@ -18,6 +19,8 @@ def merge_stats(files: tuple[Path, ...], output: Path) -> None:
 
     Each file holds the statistics of a part of the calibration data.
     """
+    for file in files:
+        require_file(file)
     from quantize.pipeline.statistics_files import merge_stats
 
     merged = merge_stats(files, output)
@@ -45,7 +48,7 @@ def run(directory: Path, prompt: str | None, data: Path | None, max_new_tokens: 
 
     The model runs in ONNX Runtime, and each token is the most likely one.
     """
-    require_directory(directory, "exported model")
+    require_runnable(directory)
     from quantize.export.onnx.runtime.generate_encoded import generate
 
     for piece in generate(directory, prompt, data, max_new_tokens):

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import RUN_IN_TRANSFORMERS, require_artifact, require_directory, require_file
+from quantize.checkpoint.paths import find_measured, require_file
 from quantize.cli.arguments import PATH, TRUST, require_model
 from quantize.errors import UsageError
 from quantize.scheme.names import ENGINES, Engine
@@ -26,6 +26,8 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     Where a transform is not legal, the reason is given.
     """
     require_model(model)
+    if calibration is not None and not activations:
+        raise UsageError("--calibration is text for --activations; give both or neither")
     from quantize.checkpoint.opening import open_checkpoint
     from quantize.graph.analysis import admissible_bases
     from quantize.graph.fallback.program import make_program
@@ -37,8 +39,6 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 
         found = measure(checkpoint, program, calibration)
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(activations_table(found))
-    if calibration is not None:
-        raise UsageError("--calibration is text for --activations; give both or neither")
     bases = [basis.as_dict() for basis in admissible_bases(program)]
     if as_json:
         return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
@@ -103,28 +103,30 @@ def evaluate(
 ) -> None:
     """Measure a model or an artifact on a text, or on tasks.
 
-    DIRECTORY is an artifact, a float model, or a checkpoint of compressed-tensors.
+    DIRECTORY is an artifact, a model that transformers loads, a checkpoint of compressed-tensors, or a GGUF file beside
+    its config.
     """
     if (text is None) is not bool(tasks) or (kurtosis and text is None):
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
-    require_directory(directory, "artifact")
-    if (directory / "manifest.json").is_file():
-        require_artifact(directory, RUN_IN_TRANSFORMERS)
+    find_measured(directory)
     if against is not None:
         require_model(against)
+    names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            require_file(Path(name))
     if text is None:
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks
 
-        names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
         found = evaluate_tasks(directory, against, names, nsamples, engine)
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)
     if kurtosis:
-        from quantize.eval.report import kurtosis_report
-
         if against is None:
             raise UsageError("--kurtosis compares with the float model; give --against")
+        from quantize.eval.report import kurtosis_report
+
         return Console().print(kurtosis_report(directory, against, text, seqlen))
     from quantize.eval.report import evaluate as measure
     from quantize.eval.report import scores_table

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import require_file, require_new
+from quantize.checkpoint.outputs import require_new
+from quantize.checkpoint.paths import require_file
 from quantize.cli.arguments import PATH, require_model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
+from quantize.checkpoint.paths import require_directory, require_file
 from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run, on_hub
 from quantize.cli.model_free import rounded_alone, run_model_free
 from quantize.errors import UsageError, own_words_shown
@@ -136,7 +137,11 @@ def quantize(
     """
     if revision is not None:
         model = on_hub(model, revision)
-    check_run(model, scheme, target, recipe, calibration, None if resume or dry_run else output_dir)
+    check_run(model, scheme, target, recipe, calibration, None if dry_run else output_dir, resume)
+    if adapter is not None:
+        require_directory(adapter, "adapter")
+    if stats is not None:
+        require_file(stats)
     if output_dir is None and not dry_run and collect_stats is None:
         raise UsageError("give --output-dir, a directory that does not exist yet")
     if model_free:

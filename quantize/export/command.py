@@ -9,7 +9,8 @@ import click
 from click.core import ParameterSource
 from rich.console import Console
 
-from quantize.checkpoint.paths import require_artifact, require_new
+from quantize.checkpoint.outputs import require_new
+from quantize.checkpoint.paths import require_artifact
 from quantize.errors import own_words_shown
 from quantize.export import EXPORTERS
 

@@ -21,7 +21,8 @@ from quantize.finetuning.training import Batches, FinetuneSettings, mean_kurtosi
 from quantize.graph.inputs import example_inputs
 from quantize.graph.linears import Linear
 from quantize.pipeline.prepare import Prepared, prepare
-from quantize.recipe.recipe import load_recipe, validated
+from quantize.recipe.recipe import load_recipe
+from quantize.recipe.validation import validated
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -73,9 +73,12 @@ class NumberFormat(ABC):
             settings = listed(f"{key} = {value}" for key, value in needed.items())
             raise ValueError(f"{self.name} {kind} need {settings}, not {listed(map(str, found.values()))}".lower())
 
-    def global_scale(self, W: Tensor) -> Tensor | None:
-        """Return the scale float32 [] of a whole matrix [N, K], by its largest magnitude; None for most formats."""
-        del W
+    def global_scale(self, weights: Sequence[Tensor]) -> Tensor | None:
+        """Return the scale float32 [] of whole matrices [N, K], by their largest magnitude; None for most formats.
+
+        Matrices that multiply the same input share it, as engines hold them as one.
+        """
+        del weights
         return None
 
     @abstractmethod

@@ -1,7 +1,8 @@
-"""NVFP4 has E2M1 values, 16 of which share an E4M3 scale, and one float32 scale for the whole matrix."""
+"""NVFP4 has E2M1 values, 16 of which share an E4M3 scale, and one float32 scale for matrices that share an input."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,6 @@ class NVFP4(FP4):
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(160, 39, -5))
     rotation_block: ClassVar[int | None] = None  # groups of 16 already follow outliers
 
-    def global_scale(self, W: Tensor) -> Tensor | None:
+    def global_scale(self, weights: Sequence[Tensor]) -> Tensor | None:
         """Return the scale with which the largest magnitude reaches the top of both E4M3 and E2M1."""
-        return nvfp4_global_scale(W.abs().max())
+        return nvfp4_global_scale(torch.stack([W.abs().max() for W in weights]).max())

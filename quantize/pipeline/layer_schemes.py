@@ -13,8 +13,9 @@ from quantize.errors import LONGEST, UsageError, reason, shown
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
+from quantize.recipe.fields import LayerArgs
 from quantize.recipe.patterns import compiled
-from quantize.recipe.recipe import LayerArgs, Recipe, default_scheme
+from quantize.recipe.recipe import Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 TOWER = "images or sound pass through it beside the language model; an entry of `layers` quantizes it"

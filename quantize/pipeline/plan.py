@@ -28,7 +28,8 @@ from quantize.pipeline.tables import (
     tables_of_words,
 )
 from quantize.quantizers import QUANTIZERS, Quantizer
-from quantize.recipe.recipe import Recipe, validated
+from quantize.recipe.recipe import Recipe
+from quantize.recipe.validation import validated
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
 
 

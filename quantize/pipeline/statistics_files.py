@@ -24,7 +24,7 @@ from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.serialization import load_state, save_state
 from quantize.pipeline.steps.global_statistics import statistics_before
-from quantize.recipe.recipe import validated
+from quantize.recipe.validation import validated
 
 
 class PartOfData(BaseModel):

@@ -71,15 +71,21 @@ def grouped(W: Tensor, args: WeightArgs) -> Tensor:
 
 
 def compute_qparams(
-    W: Tensor, args: WeightArgs, scale_dtype: torch.dtype, mse: bool = False, importance: Tensor | None = None
+    W: Tensor,
+    args: WeightArgs,
+    scale_dtype: torch.dtype,
+    mse: bool = False,
+    importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point [N, G] of each group of W [N, K].
 
     With `mse`, each range is multiplied by that factor of the format's `scale_search` that gives the least
-    Σ importance · error², where importance [K] ≥ 0 is all ones if it is None.
+    Σ importance · error², where importance [K] ≥ 0 is all ones if it is None. The format's `global_scale` is that of
+    all weights that are rounded together.
     """
     weighting = grouped(torch.ones_like(W[:1]) if importance is None else importance[None], args)
-    global_scale, rows = get_format(args.format).global_scale(W), cached_rows(W)
+    rows = cached_rows(W)
     found = [
         search_qparams(grouped(part, args), args, scale_dtype, global_scale, weighting if mse else None)
         for part in W.split(rows)
@@ -150,16 +156,22 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs) -> 
 
 
 def pack(
-    W: Tensor, values: Tensor, scale: Tensor, zero_point: Tensor, args: WeightArgs, scale_dtype: torch.dtype
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    args: WeightArgs,
+    scale_dtype: torch.dtype,
+    global_scale: Tensor | None,
 ) -> QTensor:
-    """Pack values [N, K] of W, which are on the grid that `compute_qparams` found for W."""
+    """Pack values [N, K], which are on the grid that `compute_qparams` found."""
     number_format = get_format(args.format)
-    global_scale = number_format.global_scale(W)
     stored = number_format.encode_scale(scale, global_scale, scale_dtype)
-    return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, global_scale)
+    own = None if global_scale is None else global_scale.clone()  # as files hold no tensor twice
+    return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, own)
 
 
 def fake_quantize_weight(W: Tensor, args: WeightArgs) -> Tensor:
     """Round W [N, K] to nearest and dequantize it, as searches do to compare scales."""
-    scale, zero_point = (grid[..., None] for grid in compute_qparams(W, args, W.dtype))
+    global_scale = get_format(args.format).global_scale([W])
+    scale, zero_point = (grid[..., None] for grid in compute_qparams(W, args, W.dtype, global_scale=global_scale))
     return ((quantize(grouped(W, args), scale, zero_point, args) - zero_point) * scale).flatten(1)

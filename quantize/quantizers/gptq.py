@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
+from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor, cached_rows
 from quantize.quantizers.base import QUANTIZERS, Quantizer, compute_qparams, pack
 from quantize.quantizers.column_rounding import OrderedColumns, gptq_round, sweep
@@ -64,7 +65,8 @@ class GPTQ(Quantizer):
         few = gram.rows < ENOUGH_ROWS * len(H)
         damp = max(self.damp, len(H) / gram.rows) if few else self.damp
         weights = self.target_weights(weights, gram, H, factor(H, damp), order)
-        grids = [compute_qparams(W, args, scale_dtype, self.mse, importance) for W in weights]
+        whole = get_format(args.format).global_scale(weights)
+        grids = [compute_qparams(W, args, scale_dtype, self.mse, importance, whole) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
         group = order // (args.group_size or len(H))
         columns = OrderedColumns(scale, None if args.symmetric else zero, group, args)
@@ -75,7 +77,7 @@ class GPTQ(Quantizer):
         R[dead[order]] = 0
         Q = self.round_and_sweep(R, H, columns, product_dtype)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
-        return [pack(W, q, *grid, args, scale_dtype) for W, q, grid in zip(weights, parts, grids, strict=True)]
+        return [pack(q, *grid, args, scale_dtype, whole) for q, grid in zip(parts, grids, strict=True)]
 
     def target_weights(
         self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,13 @@ LEVELS = 16  # the most levels of a grid of integers that is looked for in weigh
 LEAST = 8  # the most steps that the least weight of a group of more levels may have
 ROUNDINGS = 2.5  # of a weight and of the largest one, from which the step is read, and of the step itself, in part
 LEAST_SQUARES = 1.25  # their largest error is larger than the least possible one
+SOME = 64  # groups of each weight by which a scale for the whole is found
+TOPS, E4M3_LARGEST = (6.0, 4.0), 448.0  # E2M1 values; others differ from these by powers of two
 FLOAT16 = 2.0**-11  # the relative difference that steps and zero points in float16 make
 FLOAT32 = 2.0**-20  # the relative difference of numbers that were computed in float32 by different ways
 
 
-def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
+def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype, sharing: Sequence[Tensor] = ()) -> QTensor | None:
     """Return W [N, K] as it is on a grid of the format, or None if any group of it lies on none.
 
     Integers are looked for on grids of at most 16 levels, d · (q - z) with integers q and z, since finer ones can
@@ -32,12 +36,17 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype) -> QTensor | None:
         args: the format, and the groups that share a scale.
         dtype: the dtype in which W was stored, which moved each weight by half a unit in its last place at most. Scales
             are stored in it, too.
+        sharing: W and the others on grids that multiply the same input, which share a scale for whole weights.
     """
     size = args.group_size or W.shape[1]
     if W.shape[1] % size or not bool(W.any()):
         return None
     number_format, tolerance = get_format(args.format), ROUNDINGS * torch.finfo(dtype).eps / 2
-    global_scale = number_format.global_scale(W)
+    global_scale = None
+    if number_format.has_global_scale:
+        global_scale = whole_scale(sharing or [W], args, dtype, tolerance) or whole_scale([W], args, dtype, tolerance)
+        if global_scale is None:
+            return None
     parts = []
     for part in W.split(cached_rows(W)):
         groups = grouped(part, args).flatten(0, 1)
@@ -135,6 +144,24 @@ def fitted(x: Tensor, q: Tensor, d: Tensor) -> Tensor:
     wide = q.double()
     least = (x * wide).sum(-1) / wide.square().sum(-1)
     return torch.where((q * d == x).all(-1), d[:, 0], least.float())
+
+
+def whole_scale(weights: Sequence[Tensor], args: WeightArgs, dtype: torch.dtype, tolerance: float) -> Tensor | None:
+    """Return a scale G float32 [] for whole weights [N, K] with which some of their groups lie on the grid, or None.
+
+    The largest magnitude gives it, unless further weights had the same one, or the weights are parts of them. A group's
+    scale is e · G, where e has four bits, and its largest value is 6 or 4, or half as much by any power of two, so that
+    G is one of 16 times a power of two, which is the least that keeps every e in E4M3.
+    """
+    own, parts = get_format(args.format).global_scale(weights), [grouped(W, args).flatten(0, 1) for W in weights]
+    groups = torch.cat([part[part.any(-1)][:SOME] for part in parts])
+    largest, tops = torch.stack([W.abs().max() for W in weights]).max(), torch.tensor(TOPS, device=groups.device)
+    units = groups[0].abs().max() / tops[:, None] / torch.arange(8, 16, device=groups.device)
+    units *= (largest / (tops.min() * E4M3_LARGEST) / units).log2().ceil().exp2()
+    for tried in (*([] if own is None else [own]), *units.flatten().unbind()):
+        if on_format(groups, args, dtype, tried, max(tolerance, FLOAT32)) is not None:
+            return tried.clone()
+    return None
 
 
 def on_format(

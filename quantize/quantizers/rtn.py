@@ -28,13 +28,14 @@ class RoundToNearest(Quantizer):
     ) -> list[QTensor]:
         """Round each W [N, K]."""
         del gram, product_dtype
-        return [self._rounded(W, args, scale_dtype) for W in weights]
+        global_scale = get_format(args.format).global_scale(weights)
+        return [self.rounded(W, args, scale_dtype, global_scale) for W in weights]
 
-    def _rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype) -> QTensor:
+    def rounded(self, W: Tensor, args: WeightArgs, scale_dtype: torch.dtype, global_scale: Tensor | None) -> QTensor:
         """Round a few rows at a time, so that intermediate results are small and stay in a core's cache."""
-        scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse)
+        scale, zero_point = compute_qparams(W, args, scale_dtype, self.mse, global_scale=global_scale)
         q = torch.empty_like(W, dtype=get_format(args.format).value_dtype)
         rows = len(W) if W.is_meta else cached_rows(W)
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
-        return pack(W, q, scale, zero_point, args, scale_dtype)
+        return pack(q, scale, zero_point, args, scale_dtype, global_scale)

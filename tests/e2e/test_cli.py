@@ -49,24 +49,39 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     """In a process of its own, as this one has imported torch."""
     for name in ("model.gguf", "model.safetensors"):
         (tmp_path / name).write_bytes(b"GGUF")
-    exported, text = tmp_path / "exported", tmp_path / "some.txt"
+    exported, text, misplaced = tmp_path / "exported", tmp_path / "some.txt", tmp_path / "misplaced.toml"
     exported.mkdir()
     (exported / "manifest.json").write_text('{"format": "onnx", "artifact": {}}')
     text.write_text("some words")
+    misplaced.write_text('scheme = "W8A8"\ngroup_size = 64\n')
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
         ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
         ([tmp_path / "model.safetensors"], "is one file of a model, and no config.json lies beside it"),
         ([tmp_path], "holds no config.json, so it is no model directory"),
-        ([one_layer], "give --output-dir"),
+        ([one_layer], "give --scheme, one of W8A8, "),
+        ([one_layer, "--scheme", "w8a8"], "give --output-dir"),
         ([one_layer, "-o", tmp_path], f"{tmp_path} exists already; give a new --output-dir"),
         (
             [one_layer, "-o", "new", "--calibration", tmp_path],
             "holds no .arrow and no .parquet files; give a directory of `datasets`, or one file",
         ),
+        (
+            [one_layer, "-o", exported, "--scheme", "w8a8", "--resume"],
+            "exported is finished, so there is nothing to go",
+        ),
         ([one_layer, "-o", "new", "--recipe", text], "some.txt is no TOML: "),
+        (
+            [one_layer, "-o", "new", "--recipe", misplaced],
+            "group_size: there is no such key here; did you mean `[weights]",
+        ),
         ([one_layer, "-o", "new", "--recipe", "w4a5"], "no such recipe: w4a5; give a .toml or .yaml file, or one of"),
         ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
+        ([one_layer, "-o", "new", "--scheme", "w8a8", "--adapter", "nowhere"], "no such adapter: nowhere"),
+        ([one_layer, "-o", "new", "--scheme", "w8a8", "--stats", "nowhere"], "no such file: nowhere"),
+        (["merge-stats", "nowhere", "--output", "new"], "no such file: nowhere"),
+        (["inspect", one_layer, "--calibration", text], "--calibration is text for --activations; give both or"),
+        (["eval", one_layer, "--text", text, "--kurtosis"], "--kurtosis compares with the float model; give --against"),
         (["verify", "nowhere"], "no such artifact: nowhere"),
         (["verify", one_layer], "holds no manifest.json of a model, so it is no artifact of quantize-model; quantize"),
         (["report", exported], "is an export for 'onnx'; give the artifact that it was made of"),
@@ -76,7 +91,11 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         (["mistyped"], "mistyped is no directory here, and the hub cannot be reached to fetch it; give a model's"),
         (["inspect", "owner/mistyped"], "owner/mistyped is no directory here, and the hub cannot be reached"),
         (["eval", one_layer, "--text", "nowhere.txt"], "no such file: nowhere.txt"),
+        (["eval", "nowhere", "--text", text], "no such artifact or model: nowhere"),
+        (["eval", tmp_path / "model.gguf", "--text", text], "is a GGUF file, and no config.json lies beside it"),
+        (["eval", one_layer, "--tasks", "nowhere.yaml"], "no such file: nowhere.yaml"),
         (["export", "nowhere", "-o", "new"], "no such artifact: nowhere"),
+        (["run", exported, "--prompt", "a"], "exported holds no .onnx file; write one with `quantize-model export"),
     ]
     source = """
 import io, json, sys, contextlib

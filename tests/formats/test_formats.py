@@ -73,7 +73,7 @@ def test_any_byte_stands_for_values(args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scales_are_positive_and_stored_without_loss(args, dtype):
     number_format, W = get_format(args.format), torch.cat([normal(3, 64), torch.zeros(1, 64), normal(1, 64).abs()])
-    global_scale = number_format.global_scale(W)
+    global_scale = number_format.global_scale([W])
     assert (global_scale is not None) == number_format.has_global_scale
     scale, _ = number_format.compute_qparams(*grouped(W, args).aminmax(dim=-1), args, dtype, global_scale)
     stored = number_format.encode_scale(scale, global_scale, dtype)
@@ -106,7 +106,8 @@ def test_a_search_for_scales_makes_no_group_worse(args):
     W = normal(16, 64)
 
     def errors(mse):
-        scale, zero_point = (t[..., None] for t in compute_qparams(W, args, W.dtype, mse))
+        whole = get_format(args.format).global_scale([W])
+        scale, zero_point = (t[..., None] for t in compute_qparams(W, args, W.dtype, mse, global_scale=whole))
         return quantization_error(grouped(W, args), scale, zero_point, args, torch.ones(1))
 
     plain, searched = errors(False), errors(True)

@@ -14,7 +14,8 @@ from quantize.export.onnx.precision import CAST, INTEGERS
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.layer_schemes import scheme_for
 from quantize.pipeline.plan import make_plan
-from quantize.recipe.recipe import LayerArgs, load_recipe
+from quantize.recipe.fields import LayerArgs
+from quantize.recipe.recipe import load_recipe
 
 DOWN = "model.layers.0.mlp.down_proj"
 RTN = {"passes": [], "quantizer": {"name": "rtn"}}

@@ -85,6 +85,22 @@ def test_values_of_other_formats(name, size, mse):
     assert get_format(name).element != "int"
 
 
+@pytest.mark.parametrize("share", [1.0, 0.37, 0.004])
+def test_a_scale_for_the_whole_that_is_shared_with_others_or_of_which_a_part_is_seen(share):
+    args = WeightArgs(num_bits=4, format="nvfp4", group_size=16)
+    whole, part = random(), random().flip(0) * share
+    both = RoundToNearest(mse=True).quantize_weights([whole, part], args, None, torch.float32)
+    assert torch.equal(both[0].global_scale, both[1].global_scale)
+    weights = [x.dequantize() for x in both]
+    for W in weights:
+        for rows, sharing in ((W, weights), (W, ()), (W[::5], ())):
+            found = on_grid(rows.contiguous(), args, torch.float32, sharing)
+            torch.testing.assert_close(found.dequantize(), rows, rtol=1e-6, atol=0)
+    scales = {float(on_grid(W, args, torch.float32, weights).global_scale) for W in weights}
+    assert len(scales) == 1
+    assert on_grid(part, args, torch.float32, [part, whole]) is None
+
+
 Q4_1 = WeightArgs(num_bits=4, format="q4_1", symmetric=False, group_size=32)
 
 

@@ -1,5 +1,7 @@
 """Rounding, against hand-sized numbers and against round to nearest."""
 
+import copy
+
 import pytest
 import torch
 from helpers.weights import correlated, gram_of, output_error, weights
@@ -270,6 +272,18 @@ def test_layers_that_share_an_input_are_rounded_as_if_alone():
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a.scale, b.scale)
         assert (a.unpack() != b.unpack()).float().mean() < 0.01  # float32 sums in another order
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+def test_layers_that_share_an_input_share_the_scale_of_whole_weights(name):
+    """An engine that holds them as one weight has one scale for it."""
+    args = WeightArgs(num_bits=4, format="nvfp4", group_size=16)
+    quantizer, gram, (large, small) = QUANTIZERS[name](), gram_of(correlated()), weights(48).split([32, 16])
+    both = quantizer.quantize_weights([large, small / 100], args, copy.deepcopy(gram), torch.float32)
+    assert torch.equal(both[0].global_scale, both[1].global_scale)
+    alone = quantizer.quantize(small / 100, args, gram, torch.float32)
+    errors = [(found.dequantize() - small / 100).norm() for found in (both[1], alone)]
+    assert errors[0] < 1.05 * errors[1]  # a small one loses nothing by it
 
 
 @pytest.mark.parametrize("args", [PER_CHANNEL, GROUPED, WeightArgs(num_bits=8)], ids=["channel", "group", "8-bit"])

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from quantize.artifact.manifest import Count, Manifest
-from quantize.recipe.recipe import validated
+from quantize.recipe.validation import validated
 
 
 class Errors(BaseModel):

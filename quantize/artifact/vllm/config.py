@@ -22,7 +22,7 @@ from quantize.artifact.vllm.table import ArtifactTableMethod
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.tensor_files import header_tensor, index_tensors
 from quantize.errors import UsageError
-from quantize.recipe.recipe import validated
+from quantize.recipe.validation import validated
 
 LOG = init_logger(f"vllm.{__name__}")
 

@@ -14,6 +14,6 @@ EXPORTERS.register(
         options=(click.Option(["--calibration"], type=click.Path(path_type=Path), help=DATA),),
         obstacles=lazy(f"{__name__}.obstacles", "obstacles"),
         export=lazy(f"{__name__}.export", "export_compressed_tensors"),
-        not_executed=lazy(f"{__name__}.experts", "not_executed"),
+        not_executed=lazy(f"{__name__}.obstacles", "not_executed"),
     )
 )

@@ -46,7 +46,7 @@ def unplaced_experts(outline: Outline) -> Iterator[tuple[str, str]]:
             yield "experts with zero points", "`symmetric = true` in [weights]"
 
 
-def not_executed(runtime: str, outline: Outline) -> str:
+def experts_not_executed(runtime: str, outline: Outline) -> str:
     """Return why `transformers` or `vllm` does not execute the experts of an artifact without obstacles, or nothing."""
     schemes = outline.schemes()
     for scheme in {schemes[path] for path in outline.experts}:

@@ -75,16 +75,21 @@ def export_compressed_tensors(
     entry = quantization_config(with_experts(schemes, stacks), ignored(outline.skeleton, schemes, names))
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if console is not None:
-        console.print(f"to serve it: {serve_command(writer.output, schemes)}", soft_wrap=True, markup=False)
+        command = serve_command(writer.output, schemes, outline.settings.get("kv_cache"))
+        console.print(f"to serve it: {command}", soft_wrap=True, markup=False)
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
     return {"parity": compressed_tensors_parity(directory, writer.directory, outline, schemes)}
 
 
-def serve_command(output: Path, schemes: Mapping[str, Scheme]) -> str:
-    """Return the command with which vLLM serves a checkpoint; without its flag vLLM leaves activations in floats."""
+def serve_command(output: Path, schemes: Mapping[str, Scheme], kv_cache: Mapping[str, Any] | None = None) -> str:
+    """Return the command with which vLLM serves a checkpoint; without its flags vLLM leaves activations in floats.
+
+    vLLM rotates keys within each head itself, and takes a scale and a zero point for each token of each head.
+    """
     integer = any(scheme.activations is not None and storage(scheme) == "pack-quantized" for scheme in schemes.values())
-    return f"vllm serve {output}" + (" --linear-backend humming" if integer else "")
+    cache = f" --kv-cache-dtype int{kv_cache['num_bits']}_per_token_head" if kv_cache else ""
+    return f"vllm serve {output}" + (" --linear-backend humming" if integer else "") + cache
 
 
 def ignored(skeleton: nn.Module, quantized: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:

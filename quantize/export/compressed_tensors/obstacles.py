@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 
 from quantize.export.base import Obstacle
-from quantize.export.compressed_tensors.experts import unplaced_experts
+from quantize.export.compressed_tensors.experts import experts_not_executed, unplaced_experts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -24,6 +24,13 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
         yield Obstacle(f"{NAME} has no place for {' or '.join(found)}", f"quantize with {remedies}")
 
 
+def not_executed(runtime: str, outline: Outline) -> str:
+    """Return why `transformers` or `vllm` does not execute an artifact without obstacles, or nothing."""
+    if runtime == "transformers" and outline.settings.get("kv_cache"):
+        return "it holds keys and values in floating point; leave out the table kv_cache, or give --target vllm"
+    return experts_not_executed(runtime, outline)
+
+
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     """Yield what the format has no place for, each with what to quantize with instead."""
     settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
@@ -31,8 +38,6 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     yield from unplaced_schemes(schemes.values())
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
-    if settings.get("kv_cache"):
-        yield "keys and values with a scale for each token", "no table `kv_cache`"
     kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes if path not in stacks}
     others = [path for path, kind in kinds.items() if not has_plain_forward(kind)]
     for kind in dict.fromkeys(kinds[path] for path in others):

@@ -27,6 +27,7 @@ from quantize.export.compressed_tensors.format import group, has_packed_zero_poi
 from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
+from quantize.nn.attention import set_kv_cache
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
@@ -35,6 +36,8 @@ def compressed_tensors_parity(
     directory: Path, written: Path, outline: Outline, schemes: Mapping[str, Scheme]
 ) -> dict[str, float]:
     """Measure how far the checkpoint in transformers is from the artifact, on the artifact's two probes.
+
+    Keys and values stay in floating point, since a checkpoint says nothing of them.
 
     For symmetric activations the package uses steps of max/7.5 or max/127.5, not max/7 or max/127. So if activations
     are rounded, two right answers differ by about as much as rounding moves them.
@@ -63,6 +66,7 @@ def compressed_tensors_parity(
     """
     inputs, model, options, dtype = probe_inputs(directory), load(directory, engine="reference"), {}, outline.dtype
     round_tables(model, dtype)
+    set_kv_cache(model, None)  # which vLLM quantizes by an option of its own
     model = copy_with_replaced_linears(
         model,
         lambda x: as_float(x, dtype) if x.scheme == TABLE_SCHEME else x,

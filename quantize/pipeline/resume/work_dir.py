@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from quantize.artifact.writer import ArtifactWriter, first_existing_parent, remove, translate_disk_errors
+from quantize.artifact.writer import ArtifactWriter, remove, translate_disk_errors
+from quantize.checkpoint.outputs import partial_directory, require_resumable
 from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import ChangedError, UsageError
 from quantize.pipeline.distributed import SingleProcess
@@ -39,9 +40,9 @@ class ResumableWriter(ArtifactWriter):
         self.finished = resume and output.is_dir() and self._began() and not (self.partial / "artifact").exists()
         if self.finished:
             self.output = output
-        elif resume and (output / "manifest.json").is_file() and not self.partial.exists():
-            raise UsageError(f"{output} is finished, so there is nothing to go on with; leave --resume out")
         else:
+            if resume:
+                require_resumable(output)
             super().__init__(output)
 
     def __enter__(self) -> Self:
@@ -121,9 +122,3 @@ def join_journal(output: Path, ranks: SingleProcess) -> Journal:
     if not partial.exists():
         raise UsageError(f"rank {ranks.rank} sees no {partial}; give an --output-dir that all ranks see")
     return Journal(partial / "journal", output, ranks)
-
-
-def partial_directory(output: Path) -> Path:
-    """Return the directory in which a run works, beside the output or its first parent that does not exist yet."""
-    path, beside = output.absolute(), first_existing_parent(output)
-    return beside / f".{'-'.join(path.relative_to(beside).parts)}.partial"

@@ -23,7 +23,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.progress import track
-from quantize.recipe.recipe import PrefixArgs
+from quantize.recipe.fields import PrefixArgs
 
 
 @dataclass(frozen=True)

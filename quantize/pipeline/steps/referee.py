@@ -77,7 +77,7 @@ class Referee:
         pairs: Sequence[tuple[Tensor, Tensor]],
     ) -> QTensor:
         args, dtype = block.schemes[linear].weights, block.dtypes[linear.weight]
-        plain = RoundToNearest().quantize(W, args, None, dtype)
+        plain = RoundToNearest().rounded(W, args, dtype, weight.global_scale)
         errors = [sum(error(x, y, weight.dequantize(), W) for x, y in pairs) for weight in (plain, weight)]
         if linear.experts is None:
             self._note(path, errors, sum(relative_size(y, W) for _, y in pairs))

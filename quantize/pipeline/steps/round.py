@@ -113,15 +113,17 @@ class WeightRounder:
 
     def _on_grids(self, linears: Sequence[Linear], block: Block) -> dict[Linear, QTensor]:
         """Return the weights of those linears that the plan keeps and that lie on a grid as a whole, as they are."""
-        found = dict[Linear, QTensor]()
-        for linear in (x for x in linears if x.path in self.plan.kept):
-            args, W = block.schemes[linear].weights, block.weight(linear)
-            apart = linear.experts is not None and get_format(args.format).has_global_scale
-            count = (linear.experts or 1) if apart else 1
-            parts = [on_grid(x, args, block.dtypes[linear.weight]) for x in W.chunk(count)]
-            grids = [x for x in parts if x is not None]
-            if len(grids) == len(parts):
-                found[linear] = grids[0].cat_rows([x.tensors() for x in grids]) if apart else grids[0]
+        found, kept = dict[Linear, QTensor](), [x for x in linears if x.path in self.plan.kept]
+        for linear in kept:
+            args, dtype, W = block.schemes[linear].weights, block.dtypes[linear.weight], block.weight(linear)
+            if get_format(args.format).has_global_scale and linear.experts is not None:
+                parts = [on_grid(x, args, dtype) for x in W.chunk(linear.experts)]
+                whole = [x for x in parts if x is not None]
+                weight = whole[0].cat_rows([x.tensors() for x in whole]) if len(whole) == linear.experts else None
+            else:
+                alike = [x for x in kept if x.experts is None and block.schemes[x].weights == args]
+                weight = on_grid(W, args, dtype, [block.weight(x) for x in alike])
+            found |= {linear: weight} if weight is not None else {}
         return found
 
     def _rounded_head(self, linear: Linear, block: Block) -> Product:
@@ -193,7 +195,7 @@ class WeightRounder:
         trim_heap()
         if gram is not None and not gram.rows:
             self.held_out.rounded_without_data += [linear.path for linear in part]
-            return [RoundToNearest().quantize(block.weight(linear), args, None, dtype) for linear in part]
+            return RoundToNearest().quantize_weights([block.weight(linear) for linear in part], args, None, dtype)
         weights = [block.weight(linear) for linear in part]
         # each rank rounds some rows, which do not depend on each other unless they share a global scale
         splits = 1 < ranks.count <= min(map(len, weights)) and not get_format(args.format).has_global_scale

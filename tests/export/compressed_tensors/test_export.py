@@ -247,6 +247,9 @@ def test_transformers_runs_fp4(scheme, small_run, one_layer, stories_calibration
     found, rounding = apart(model, load(artifact.directory))
     assert found < BFLOAT16 + 2 * rounding < 0.7
     assert hasattr(model.model.layers[0].mlp.up_proj, "input_global_scale") == (scheme == "NVFP4")
+    if scheme == "NVFP4":  # vLLM holds them as one weight, with one scale for the whole
+        attention = model.model.layers[0].self_attn
+        assert len({float(x.weight_global_scale) for x in (attention.q_proj, attention.k_proj, attention.v_proj)}) == 1
 
 
 def test_nvfp4_needs_ranges_and_nothing_else_does(small_run, one_layer, artifact_rtn, stories_calibration, tmp_path):
@@ -340,14 +343,20 @@ def test_what_a_linear_cannot_do_is_refused(name, artifact_rtn):
         EXPORTERS["compressed-tensors"].check(changed)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "words"),
-    [({"kv_cache": {"num_bits": 4}}, "no table `kv_cache`"), ({"prefix": {"tokens": [1]}}, "no `prefix`")],
-)
-def test_what_a_model_cannot_do_is_refused(recipe, words, small_run, one_layer, tmp_path):
-    artifact = small_run(one_layer, "W4A8", recipe=RTN | recipe)
-    with pytest.raises(UsageError, match=words):
+def test_what_a_model_cannot_do_is_refused(small_run, one_layer, tmp_path):
+    artifact = small_run(one_layer, "W4A8", recipe=RTN | {"prefix": {"tokens": [1]}})
+    with pytest.raises(UsageError, match="no `prefix`"):
         export_artifact(artifact.directory, "compressed-tensors", tmp_path / "no")
+
+
+def test_keys_and_values_are_left_to_vllm(small_run, one_layer, tmp_path, cli):
+    changes = RTN | {"kv_cache": {"num_bits": 4}}
+    artifact = small_run(one_layer, "W4A8", target="vllm", recipe=changes)
+    shown = cli("export", artifact.directory, "--format", "compressed-tensors", "--output-dir", tmp_path / "ct")
+    assert shown.code == 0
+    assert "--linear-backend humming --kv-cache-dtype int4_per_token_head\n" in shown.err
+    with pytest.raises(UsageError, match=r"transformers cannot execute .* it holds keys and values in floating point"):
+        small_run(one_layer, "W4A8", target="transformers", recipe=changes, output="other")
 
 
 def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from quantize.artifact.load import load
 from quantize.errors import QuantizeError
+from quantize.eval.report import evaluate
 from quantize.export.comparison import relative_error
 from quantize.export.directory import export_artifact
 from quantize.export.gguf import parity as parity_module
@@ -92,6 +93,9 @@ def test_transformers_computes_what_the_artifact_does(kind, dtype, recipe, model
         assert relative_error([found(ids).logits], [own(ids).logits]) < 2**-17
         greedy = [x.generate(ids[:1], max_new_tokens=12, do_sample=False) for x in (found, own)]
     assert torch.equal(*greedy)
+    few = {"text": books_heldout, "nsamples": 1, "seqlen": 16}
+    losses = [evaluate(place, **few)["loss"] for place in (directory, directory / "model.gguf", artifact.directory)]
+    assert losses == pytest.approx([losses[-1]] * 3, rel=1e-4)
 
 
 def test_biases_rotary_embeddings_of_llama3_and_what_is_noticed(model, small_run, tmp_path, monkeypatch, books_heldout):

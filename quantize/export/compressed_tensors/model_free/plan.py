@@ -24,7 +24,9 @@ from quantize.pipeline.layer_schemes import describe_fallbacks, select
 from quantize.pipeline.plan import grid_fits
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.recipe.files import read_recipe
-from quantize.recipe.recipe import Recipe, load_recipe, merge, validated
+from quantize.recipe.merging import merge
+from quantize.recipe.recipe import Recipe, load_recipe
+from quantize.recipe.validation import validated
 from quantize.scheme.scheme import Scheme
 
 TARGET = "vllm"  # whose recipes have no zero points and no clipping, which every reader of the files knows

@@ -14,7 +14,7 @@ from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import QuantizeError, UsageError, reason
 from quantize.export.onnx.parity import open_session
 from quantize.export.onnx.runtime.saturation import has_exact_int8_gemm
-from quantize.recipe.recipe import validated
+from quantize.recipe.validation import validated
 
 Entries = dict[Literal["session.x64quantprecision", "session.qdq_matmulnbits_accuracy_level"], str]
 Settings = TypeVar("Settings", bound=BaseModel)
