@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from quantize.calibration.data import Row, Samples, spread
 from quantize.calibration.image_records import PATCHES, PIXELS, has_images, process_records
 from quantize.calibration.padding import without_padding
 from quantize.calibration.records import IDS, MASK
-from quantize.calibration.table_files import read_named_tensors
+from quantize.calibration.table_files import Saved, load_tensors
 from quantize.calibration.tensor_samples import check_finite, kind, read_stamped, sha256_of
 from quantize.checkpoint.paths import require_file
 from quantize.errors import QuantizeError, UsageError
@@ -45,6 +45,7 @@ class Given:
         source: where they come from, for messages.
         sha256: the hash of a file that was read.
         batched: whether `first` is all there is, and its first axis the samples.
+        saved: what a file holds that torch saved, so that it is not read again.
     """
 
     data: Any
@@ -52,6 +53,7 @@ class Given:
     source: str = IN_MEMORY
     sha256: str = ""
     batched: bool = False
+    saved: Saved | None = field(default=None, repr=False)
 
 
 def look_into(data: Any) -> Given:
@@ -67,8 +69,9 @@ def look_into(data: Any) -> Given:
             require_file(path)
             tensors, digest = read_stamped(path)
             return Given(data, tensors, str(path), digest, batched=True)
-        tensors = read_named_tensors(path) if path.suffix == ".pt" and path.is_file() else {}
-        return Given(data, tensors or None, str(path), batched=True)
+        saved = load_tensors(path) if path.suffix == ".pt" and path.is_file() else None
+        named = tensors_of(saved.content) if saved is not None and isinstance(saved.content, Mapping) else None
+        return Given(data, named, str(path), batched=True, saved=saved)
     if isinstance(data, Mapping | Tensor):
         return Given(data, tensors_of(data), batched=True)
     if not isinstance(data, Iterable):

@@ -6,14 +6,17 @@ import contextlib
 import csv
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from quantize.calibration.data import LONGEST_LINE
 from quantize.calibration.records import MASK, MESSAGES
+from quantize.checkpoint.files_seen import stamp
 from quantize.checkpoint.size_limits import limit_data, limit_time
 from quantize.checkpoint.untrusted_files import parse_json
 from quantize.errors import QuantizeError, UsageError, reason
@@ -133,7 +136,7 @@ def read_jsonl_records(path: Path) -> Iterator[Any]:
 
 def read_tensors(path: Path) -> Iterator[Any]:
     """Yield the samples of a tensor, a list, or a dict of tensors that torch saved; no other object is read."""
-    found = load_tensors(path)
+    found = load_tensors(path).content
     if isinstance(found, Mapping):
         tensors = {name: x for name, x in found.items() if isinstance(x, Tensor)}
         rows = min((len(x) for x in tensors.values()), default=0)
@@ -146,7 +149,17 @@ def read_tensors(path: Path) -> Iterator[Any]:
         )
 
 
-def load_tensors(path: Path) -> Any:
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What torch saved in a file, which is read once as long as somebody holds it."""
+
+    content: Any
+
+
+HELD: WeakValueDictionary[tuple[object, ...], Saved] = WeakValueDictionary()
+
+
+def load_tensors(path: Path) -> Saved:
     """Return what torch saved in a file, of tensors and containers alone.
 
     Raises:
@@ -155,16 +168,15 @@ def load_tensors(path: Path) -> Any:
     """
     if path.stat().st_size > LARGEST:
         raise UsageError(f"{path} has more than {LARGEST:,} bytes; give .parquet, .jsonl or .safetensors")
+    key = (path, *stamp(path))
+    if (held := HELD.get(key)) is not None:
+        return held
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = Saved(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises anything
         raise QuantizeError(f"{path} cannot be read ({reason(error)})") from None
-
-
-def read_named_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors by name that torch saved; none if it saved something else."""
-    found = load_tensors(path)
-    return {str(k): x for k, x in found.items() if isinstance(x, Tensor)} if isinstance(found, Mapping) else {}
+    HELD[key] = found
+    return found
 
 
 READERS: dict[str, Callable[[Path], Iterator[Any]]] = {

@@ -10,8 +10,8 @@ from quantize.artifact.registration import register_when_imported
 if TYPE_CHECKING:
     from quantize.artifact.load import load as load
     from quantize.eval.report import evaluate as evaluate
-    from quantize.export.compressed_tensors.model_free.quantize import quantize_model_free as quantize_model_free
     from quantize.export.directory import export_artifact as export_artifact
+    from quantize.export.model_free.quantize import quantize_model_free as quantize_model_free
     from quantize.finetuning.finetune import finetune as finetune
     from quantize.graph.inspect import inspect as inspect
     from quantize.pipeline.pruned_model import prune_model as prune_model
@@ -31,7 +31,7 @@ HOMES = {
     "load": "quantize.artifact.load",
     "prune_model": "quantize.pipeline.pruned_model",
     "quantize_model": "quantize.pipeline.quantize",
-    "quantize_model_free": "quantize.export.compressed_tensors.model_free.quantize",
+    "quantize_model_free": "quantize.export.model_free.quantize",
 }
 __all__ = [
     "Artifact",

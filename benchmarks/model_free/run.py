@@ -6,7 +6,7 @@ import json
 import sys
 import time
 
-from quantize.export.compressed_tensors.model_free.quantize import quantize_model_free
+from quantize.export.model_free.quantize import quantize_model_free
 from quantize.pipeline.estimate.peak_memory import peak_memory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,12 +17,13 @@ from quantize.artifact.quantization_config import linear_scheme
 from quantize.artifact.saving import saved_again
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.meta_model import assign_and_tie, build_bounded
+from quantize.checkpoint.meta_model import assign_and_tie, build_bounded, native_class
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.parametrized import with_plain_weights
 from quantize.checkpoint.paths import no_artifact, require_artifact
 from quantize.checkpoint.remote_code import code_files
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor, require_finite
+from quantize.checkpoint.safetensors_reader import read_rows
+from quantize.checkpoint.tensor_files import CHUNK, header_tensor, index_tensors, read_tensor, require_finite
 from quantize.checkpoint.untrusted_files import check_files, read_json
 from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
@@ -125,6 +127,11 @@ def load(
             f"{directory} holds the weights of a module that transformers does not know; give a module of its class as "
             "skeleton, whose weights are replaced"
         )
+    if skeleton is None and manifest.get("model_free") and (why := without_class(directory)):
+        raise UsageError(
+            f"{directory} was rounded without the model, and {why}; update transformers, or give a module of that "
+            "class as skeleton"
+        )
     if skeleton is None:
         code = directory if trust_remote_code else None
         for path in code_files(directory) if code else ():
@@ -140,6 +147,16 @@ def load(
     if isinstance(model, PreTrainedModel):
         saved_again(model, directory)
     return model
+
+
+def without_class(directory: Path) -> str:
+    """Say, in half a sentence, that transformers has no class for an artifact's model; '' if it has one."""
+    config = read_json(directory / "config.json")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else config.get("model_type")
+    if isinstance(names, list) and names and native_class(config) is not None:
+        return ""
+    return f"transformers {transformers.__version__} has no class for {shown(name)}"
 
 
 def fill(
@@ -209,6 +226,19 @@ def read_checked(file: Path, name: str) -> Tensor:
         QuantizeError: it cannot be read, or one of its numbers is not finite.
     """
     return require_finite(name, read_tensor(file, name), file)
+
+
+def checked_on_meta(file: Path, name: str) -> Tensor:
+    """Check the numbers of a tensor, some rows at a time, and return it on the meta device.
+
+    Raises:
+        QuantizeError: it cannot be read, or one of its numbers is not finite.
+    """
+    found = header_tensor(file, name)
+    rows = max(1, CHUNK // max(1, found[:1].numel())) if found.dim() else None
+    for first in range(0, len(found), rows) if rows else [0]:
+        require_finite(name, read_rows(file, name, first, rows), file)
+    return found
 
 
 def read_linear(

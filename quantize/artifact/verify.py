@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.artifact.load import check_hashes, fill, load, read_manifest
+from quantize.artifact.load import check_hashes, checked_on_meta, fill, load, read_manifest, without_class
 from quantize.artifact.writer import PROBE
 from quantize.checkpoint.untrusted_files import read_all
 from quantize.errors import QuantizeError
@@ -24,15 +24,27 @@ def verify_artifact(directory: Path, digest: str | None = None, trust_remote_cod
     """Check the hash of every file, load the model, and compare its output on the probes with the recorded one.
 
     Args:
-        directory: an artifact.
+        directory: an artifact. One that was rounded without the model has no output to compare with, and only its
+            tensors are checked to have their places, if transformers has its class.
         digest: the digest that the run printed; None trusts the one in the manifest.
         trust_remote_code: as in `quantize.load`.
+
+    Returns:
+        files: how many there are.
+        difference: that of the outputs; None without any.
+        parity, digest: the manifest's.
+        why: why a model without recorded output was not loaded; '' if it was.
 
     Raises:
         UsageError: the directory is no artifact.
         QuantizeError: a file has changed, or the model computes something else.
     """
-    files = check_hashes(directory, digest)
+    files, manifest = check_hashes(directory, digest), read_manifest(directory)
+    if manifest.get("model_free"):
+        if not (why := without_class(directory)):
+            load(directory, read=checked_on_meta)
+        told = {"why": why, "parity": manifest["parity"], "digest": manifest["digest"]}
+        return {"files": files, "difference": None, **told}
     (inputs, recorded), model = (
         read_probe(directory),
         load(directory, engine="reference", trust_remote_code=trust_remote_code),
@@ -46,7 +58,6 @@ def verify_artifact(directory: Path, digest: str | None = None, trust_remote_cod
     found = equivalence.relative(output, recorded)
     if found > LOAD_TOLERANCE:
         raise QuantizeError(f"{directory} loads, but its output differs from the recorded one by {found:.1e}")
-    manifest = read_manifest(directory)
     return {"files": files, "difference": found, "parity": manifest["parity"], "digest": manifest["digest"]}
 
 

@@ -126,13 +126,45 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor | None:
         """Return where a parameter lies as it is in files; None if it lies elsewhere, or is made, merged or pruned."""
-        apart = self.module is not None or self.adapter is not None or self.is_encoded(name)
+        return None if self.module is None and self.is_encoded(name) else self.source_of(name)
+
+    def source_of(self, name: str) -> StoredTensor | None:
+        """Return what `stored` returns, also of a parameter that is quantized already."""
+        apart = self.module is not None or self.adapter is not None
         left_out = name in self.kept or name in self.computed
-        return None if apart or left_out else self.sources[self._stored_name(name)]
+        return None if apart or left_out else self.sources[self.stored_name(name)]
 
     def read_shape(self, part: str) -> tuple[int, ...]:
         """Return the shape of a tensor by its name in the files."""
         return tuple(header_tensor(self.files[part], part).shape)
+
+    def float_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that is made of parts, from the headers of the files.
+
+        Raises:
+            QuantizeError: the parts do not fit together.
+        """
+        found = self.encoded[name]
+        parts = {role: header_tensor(self.files[part], part) for role, part in found.parts.items() if role != "g_idx"}
+        if "shape" in parts:  # some numbers, which no header has
+            parts["shape"] = self._few_numbers(found.parts["shape"])
+        with torch.device("meta"):
+            return tuple(found.put_together(name, parts).shape)
+
+    def _few_numbers(self, part: str) -> Tensor:
+        """Read a small tensor; if weights may not be fetched, it alone is."""
+        path = self.files[part]
+        if self.remote is None or self.remote.fetches:
+            return self.read_part(part)
+        header = read_header(path)
+        entry = header.entries[part]
+        first, end = entry.data_offsets
+        raw = self.remote.read_bytes(path, header.start + first, end - first)
+        return torch.frombuffer(bytearray(raw), dtype=DTYPES[entry.dtype]).view(entry.shape)
+
+    def read_as_float(self, part: str) -> Tensor:
+        """Read a tensor by the name that it has in the files, or would have there as floats, in float32."""
+        return self._part(part, read_float).float()
 
     def read_part(self, part: str, first: int = 0, count: int | None = None) -> Tensor:
         """Read a tensor by its name in the files, or some of its rows."""
@@ -142,8 +174,12 @@ class Checkpoint:
         """Return the name of a parameter, or of one that is tied to it, under which the files hold it, if they do."""
         return next((alias for alias in self.ties.get(name, (name,)) if alias in self.sources), None)
 
-    def _stored_name(self, name: str) -> str:
-        """Return what `_alias` returns; a parameter that the files do not hold is an error."""
+    def stored_name(self, name: str) -> str:
+        """Return the name of a parameter, or of one tied to it, under which the files hold it.
+
+        Raises:
+            QuantizeError: they do not.
+        """
         stored = self._alias(name)
         if stored is None:
             unused = [other for target, x in self.sources.items() if target not in self.ties for other in x.names]
@@ -171,7 +207,7 @@ class Checkpoint:
         return self._kept_part(name, found)
 
     def _put_together(self, name: str, read: Callable[[Path, str], Tensor]) -> Tensor:
-        stored = self._stored_name(name)
+        stored = self.stored_name(name)
         try:
             return self.sources[stored].read(stored, lambda part: self._part(part, read))
         except RuntimeError as error:  # the parts do not fit together

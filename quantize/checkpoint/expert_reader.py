@@ -20,13 +20,13 @@ def read_expert(checkpoint: Checkpoint, name: str, number: int, count: int) -> T
     Raises:
         QuantizeError: the stack is missing or cannot be read.
     """
-    stored = checkpoint.stored(name)
-    if stored is None:
+    source = checkpoint.source_of(name)
+    if source is None:
         return checkpoint.tensor(name)[number].float()
-    if stored.converter is None:
-        return checkpoint.read_part(stored.names[0], number, 1)[0].float()
-    part = part_of(stored, number, count)
-    made = checkpoint.tensor(name) if part is None else part.read(name, checkpoint.read_part)
+    if source.converter is None and not checkpoint.is_encoded(name):
+        return checkpoint.read_part(source.names[0], number, 1)[0].float()
+    part = None if source.converter is None else part_of(source, number, count)
+    made = checkpoint.float_tensor(name) if part is None else part.read(name, checkpoint.read_as_float)
     return (made[0] if len(made) == 1 else made[number]).float()
 
 

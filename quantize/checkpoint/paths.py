@@ -95,7 +95,8 @@ def require_artifact(directory: Path, exports: Collection[str] = ()) -> None:
         raise UsageError(f"{directory} is an export for {shown(target)}; give the artifact that it was made of")
     if isinstance(target, str) and "model_free" in manifest and target not in exports:
         raise UsageError(
-            f"{directory} was made without the model, as {shown(target)}; load it with transformers or vLLM"
+            f"{directory} was made without the model, as {shown(target)}; load it with "
+            f"{'llama.cpp' if target == 'gguf' else 'transformers or vLLM'}"
         )
     if not (directory / "manifest.json").is_file():
         raise no_artifact(directory)

@@ -11,7 +11,7 @@ import os
 import struct
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -92,6 +92,17 @@ class RemoteShards:
             f"at most {self.peak:,} bytes of the model's {sum(self.sizes.values()):,} were on disk at a time, and "
             f"{self.fetched:,} were fetched"
         )
+
+    def read_bytes(self, path: Path, first: int, count: int) -> bytes:
+        """Fetch some bytes of a file with weights by a request of a range.
+
+        Raises:
+            UsageError: the hub does not give them.
+        """
+        from huggingface_hub import hf_hub_url
+
+        with hub_errors(self.name, self.commit):
+            return fetch_range(hf_hub_url(self.name, path.name, revision=self.commit), first, count)
 
     @property
     def most_bytes(self) -> int:
@@ -183,27 +194,28 @@ def fetch_header(url: str, file: str) -> bytes:
     Raises:
         QuantizeError: it has no sound length.
     """
-    start = fetch_beginning(url, FIRST)
+    start = fetch_range(url, 0, FIRST)
     length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
     if not 0 < length <= LARGEST_HEADER:
         raise QuantizeError(f"{file} on the hub is no safetensors file: its header has {length} bytes")
-    return start[: 8 + length] if 8 + length <= len(start) else fetch_beginning(url, 8 + length)
+    return start[: 8 + length] if 8 + length <= len(start) else fetch_range(url, 0, 8 + length)
 
 
-def fetch_beginning(url: str, count: int) -> bytes:
-    """Return the first bytes of a file on the hub, also from a server that knows no ranges."""
+def fetch_range(url: str, first: int, count: int) -> bytes:
+    """Return some bytes of a file on the hub, or fewer at its end, also from a server that knows no ranges."""
     from huggingface_hub import get_session, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     found = b""
-    headers: Mapping[str, str] = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
-    with get_session().stream("GET", url, headers=headers) as response:
+    own = {"Range": f"bytes={first}-{first + count - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers={**build_hf_headers(), **own}) as response:
         hf_raise_for_status(response)
+        skipped = 0 if response.status_code == 206 else first
         for piece in response.iter_bytes():
             found += piece
-            if len(found) >= count:
+            if len(found) >= skipped + count:
                 break
-    return found[:count]
+    return found[skipped : skipped + count]
 
 
 def write_hole(path: Path, header: bytes, size: int) -> None:

@@ -23,16 +23,25 @@ def check_weights(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size]) -> N
     for name, shape in shapes.items():
         if checkpoint.remote is not None and checkpoint.is_encoded(name):
             continue
-        tensor = checkpoint.on_meta(name)
-        if tensor.shape != shape:
-            raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
-        if not tensor.is_floating_point():
-            raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
+        check_shape(checkpoint, name, shape)
         if checkpoint.remote is not None:
             continue
         stored = checkpoint.stored(name)
         if stored is None or not all(map(is_finite, numbers_of(checkpoint, stored))):
             require_finite(name, checkpoint.tensor(name))
+
+
+def check_shape(checkpoint: Checkpoint, name: str, shape: torch.Size) -> None:
+    """Check that a parameter is there, has its shape, and is of floating point, by the headers as far as may be.
+
+    Raises:
+        QuantizeError: it is not.
+    """
+    tensor = checkpoint.on_meta(name)
+    if tensor.shape != shape:
+        raise QuantizeError(f"{name} has the shape {list(tensor.shape)}; the config asks for {list(shape)}")
+    if not tensor.is_floating_point():
+        raise QuantizeError(f"{name} is of {tensor.dtype}; only floating-point weights can be quantized")
 
 
 def numbers_of(checkpoint: Checkpoint, stored: StoredTensor) -> Iterator[Tensor]:

@@ -69,10 +69,13 @@ def verify(directory: Path, digest: str | None, trust_remote_code: bool) -> None
     from quantize.artifact.verify import verify_artifact
 
     found = verify_artifact(directory, digest, trust_remote_code)
-    click.echo(
-        f"{directory}: {found['files']} files as written, output as recorded (difference {found['difference']:.1e}), "
-        f"digest {found['digest']}"
-    )
+    if found["difference"] is not None:
+        what = f"output as recorded (difference {found['difference']:.1e})"
+    elif found["why"]:
+        what = f"not loaded, as {found['why']}"
+    else:
+        what = "every tensor in its place, no output recorded as it was rounded without the model"
+    click.echo(f"{directory}: {found['files']} files as written, {what}, digest {found['digest']}")
 
 
 @click.command()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from quantize.checkpoint.paths import require_directory, require_file
 from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run, on_hub
-from quantize.cli.model_free import rounded_alone, run_model_free
+from quantize.cli.model_free import FORMATS, rounded_alone, run_model_free
 from quantize.errors import UsageError, own_words_shown
 from quantize.recipe.targets import TARGETS
 
@@ -75,8 +75,13 @@ from quantize.recipe.targets import TARGETS
 @click.option(
     "--model-free",
     is_flag=True,
-    help="Round the weights file by file without the model's code, whatever its architecture, and write a "
-    "compressed-tensors checkpoint.",
+    help="Round the weights file by file without the model's code, whatever its architecture.",
+)
+@click.option(
+    "--format",
+    type=click.Choice(FORMATS),
+    help="With --model-free: what is written, a checkpoint of compressed-tensors, an artifact, or a GGUF file.  "
+    "[default: compressed-tensors]",
 )
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
@@ -119,6 +124,7 @@ def quantize(
     revision: str | None,
     trust_remote_code: bool,
     model_free: bool,
+    format: str | None,
     low_disk: bool,
     resume: bool,
     stats: Path | None,
@@ -147,9 +153,12 @@ def quantize(
     if model_free:
         options = dict(settings, calibration=calibration, text_column=text_column, adapter=adapter, stats=stats,
                        collect_stats=collect_stats, trust_remote_code=trust_remote_code, device=device)  # fmt: skip
-        call = rounded_alone(options, scheme=scheme, target=target, recipe=recipe, low_disk=low_disk, resume=resume)
+        known = dict(scheme=scheme, recipe=recipe, low_disk=low_disk, resume=resume)
+        call = rounded_alone(options, target, format, **known)
         with own_words_shown(verbose):
             return run_model_free(model, None if dry_run else output_dir, call, progress, quiet)
+    if format is not None:
+        raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
     from quantize.pipeline.distributed import is_rank_zero
     from quantize.pipeline.progress import JsonConsole
     from quantize.pipeline.quantize import collect_stats as collect

@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from quantize.artifact.load import check_hashes, load
+from quantize.artifact.load import check_hashes, checked_on_meta, load, read_manifest
 from quantize.artifact.writer import ArtifactWriter
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.opening import side_files
+from quantize.errors import UsageError
 from quantize.export import EXPORTERS
 from quantize.export.outline import Outline
-from quantize.pipeline.finalize import checked_on_meta
 
 
 def export_artifact(
@@ -45,6 +45,11 @@ def export_artifact(
     directory, output = Path(directory), Path(output)
     exporter = EXPORTERS.find(target, options)
     check_hashes(directory)
+    if read_manifest(directory).get("model_free"):
+        raise UsageError(
+            f"{directory} was rounded without the model, so it holds no outputs to compare an export with; round the "
+            "model again with --model-free and the --format that you want"
+        )
     with ArtifactWriter(output) as writer:
         exporter.check(Outline.read(directory))
         load(directory, read=checked_on_meta)  # every tensor has its place, and its numbers are finite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,23 @@ def shards(
 ) -> Iterator[tuple[str, dict[str, Tensor | T]]]:
     """Yield the files of an artifact with each quantized linear or stack converted, one file in memory at a time.
 
+    Arguments as in `converted`.
+    """
+    for file, parts in itertools.groupby(
+        converted(directory, outline, replace, console, replace_table), lambda item: item[0]
+    ):
+        yield file, {name: tensor for _, tensors in parts for name, tensor in tensors.items()}
+
+
+def converted(
+    directory: Path,
+    outline: Outline,
+    replace: Callable[[str, QuantizedLinear | QuantizedExperts], Mapping[str, T]],
+    console: Console | None = None,
+    replace_table: Callable[[Tensor, Tensor], Tensor | T] | None = None,
+) -> Iterator[tuple[str, Mapping[str, Tensor | T]]]:
+    """Yield what the files of an artifact hold, each with the file's name: tensors, or what a linear is made into.
+
     Args:
         directory: an artifact.
         outline: the artifact's outline.
@@ -52,19 +70,17 @@ def shards(
     files, modules = index_tensors(directory, PROBE), outline.settings["modules"]
     tables = outline.settings.get("tables", ())
     for file in track(sorted(set(files.values())), "writing", lambda file: file.name, console):
-        tensors: dict[str, Tensor | T] = {}
         for name in (name for name, path in files.items() if path == file):
             path, _, leaf = name.rpartition(".")
             if path in modules and leaf == "qweight":
-                tensors |= replace(path, stored_linear(path, outline, files))
+                yield file.name, replace(path, stored_linear(path, outline, files))
             elif path in tables and leaf == "qweight":
                 qweight, scale = read_table(path, files)
                 table_of(qweight, scale).check(path)
                 own = replace_table or (lambda q, scale: dequantized_table(q, scale, scale.dtype))
-                tensors[f"{path}.weight"] = own(qweight, scale)
+                yield file.name, {f"{path}.weight": own(qweight, scale)}
             elif path not in (*modules, *tables) and path.rpartition(".transform.")[0] not in modules:
-                tensors[name] = read_tensor(file, name)
-        yield file.name, tensors
+                yield file.name, {name: read_tensor(file, name)}
 
 
 def stored_linear(path: str, outline: Outline, files: dict[str, Path]) -> QuantizedLinear | QuantizedExperts:

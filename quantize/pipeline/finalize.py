@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from quantize.artifact.load import load
+from quantize.artifact.load import checked_on_meta, load
 from quantize.artifact.quantization_config import quantization_settings
 from quantize.artifact.report.card import card
 from quantize.artifact.report.page import PAGE, page
@@ -21,8 +21,7 @@ from quantize.artifact.verify import LOAD_TOLERANCE, at_last_token, read_probe, 
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.meta_model import build_skeleton, ties_of
-from quantize.checkpoint.safetensors_reader import read_rows
-from quantize.checkpoint.tensor_files import CHUNK, header_tensor, read_tensor, require_finite
+from quantize.checkpoint.tensor_files import read_tensor
 from quantize.errors import QuantizeError
 from quantize.graph.alike_bases import alike_bases
 from quantize.graph.analysis import admissible_bases
@@ -177,19 +176,6 @@ def check_computes(model: nn.Module, directory: Path) -> None:
             f"on {listed([*given])} the model computes something else than its exported graph (by {found:.1e}); give "
             "every argument that its processor returns"
         )
-
-
-def checked_on_meta(file: Path, name: str) -> Tensor:
-    """Check the numbers of a tensor, some rows at a time, and return it on the meta device.
-
-    Raises:
-        QuantizeError: it cannot be read, or one of its numbers is not finite.
-    """
-    found = header_tensor(file, name)
-    rows = max(1, CHUNK // max(1, found[:1].numel())) if found.dim() else None
-    for first in range(0, len(found), rows) if rows else [0]:
-        require_finite(name, read_rows(file, name, first, rows), file)
-    return found
 
 
 def write_side_files(

@@ -50,8 +50,8 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
     """Make the plan, in which linears whose weights lie on grids that their formats hold are kept as they are.
 
     A default group size gives way to that of the grids, and transforms stay away from kept weights. Nothing is kept if
-    the grids are those of less than half of the weights. If activations are integers and the recipe has transforms for
-    them, rounding anew behind these is an alternative, or comes first if they have fewer than 8 bits.
+    the grids are those of less than half of the weights. If activations are quantized and the recipe has transforms
+    for them, rounding anew behind these is an alternative, or comes first if they are integers of fewer than 8 bits.
 
     Raises:
         UsageError: the group size that was asked for does not fit the grids; also what `make_plan` raises.
@@ -66,8 +66,8 @@ def plan_with_grids(recipe: Recipe, program: Program, checkpoint: Checkpoint) ->
     activations = recipe.activations
     if not found or not held:
         return replace(plan, note=f"{found}, which {needs(grids)}: rounded anew" if found else "")
-    bits = activations.num_bits if activations and activations.format == "int" else 0
-    active = [step for step in plan.steps if bits and (step.sites or step.online)]
+    active = [step for step in plan.steps if activations is not None and (step.sites or step.online)]
+    bits = activations.num_bits if activations is not None and activations.format == "int" else TRANSFORMED_BITS
     transforms, measured = bool(active), any(step.handler.needs is None for step in active)
     try:
         kept = make_plan(regrouped(recipe, held, plan.schemes, found), program, grids=held)

@@ -112,7 +112,7 @@ def prepare(
         samples = whole_samples(rows, given, program.bounds)
     samples = masked(samples)
     held_out = HeldOutRows()
-    if judge and plan.calibrates and not program.export_error:
+    if judge and (plan.calibrates or plan.alternative is not None) and not program.export_error:
         generates = next(iter(program.inputs)) == "input_ids" and getattr(skeleton, "can_generate", lambda: False)()
         generates = generates and "decoder_input_ids" not in program.inputs and recipe.calibration is None
         prose = functools.partial(read_source, None, inputs, recipe.seqlen, sys.maxsize, tokenize, vocabulary)

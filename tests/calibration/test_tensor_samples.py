@@ -318,3 +318,18 @@ def test_a_file_of_tensors_is_read_once(tmp_path, monkeypatch):
     samples = read_source(path, inputs, 8, 4, None, 64, None, (tensors, given.sha256))
     assert (len(samples.rows), samples.sha256) == (4, given.sha256)
     assert sorted(read) == ["input_ids", "more"]
+
+
+def test_a_file_that_torch_saved_is_read_once(tmp_path, monkeypatch):
+    path, load, read = tmp_path / "ids.pt", torch.load, []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: read.append(1) or load(*args, **options))
+    inputs = {"input_ids": Input(torch.zeros(1, 8, dtype=torch.long, device="meta"), (0, 1))}
+    ids = torch.randint(3, 60, (4, 16))
+    for saved in ({"input_ids": ids}, list(ids)):
+        torch.save(saved, path)
+        given = look_into(path)
+        assert (given.first is None) == isinstance(saved, list)
+        assert len(read_source(given.data, inputs, 8, 4, None, 64).rows) == 4
+        assert len(read) == 1
+        del given
+        read.clear()

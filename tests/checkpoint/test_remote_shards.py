@@ -1,10 +1,12 @@
 """A model on the hub of which few files are on disk: what is fetched, when, and that the result is the same."""
 
 import json
+import re
 
 import huggingface_hub.constants
 import pytest
 import torch
+from helpers import quantized_sources
 from helpers.hub import running_hub
 from helpers.quantized_sources import small_llama, tensors_of
 from safetensors.torch import load_file, save_file
@@ -13,8 +15,8 @@ import quantize
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import QuantizeError, UsageError
-from quantize.export.compressed_tensors.model_free import quantize as model_free
-from quantize.export.compressed_tensors.model_free.files import write_file
+from quantize.export.model_free import quantize as model_free
+from quantize.export.model_free.files import write_file
 
 LAYERS, FILES = 4, [f"model-{number:05}-of-00006.safetensors" for number in range(1, 7)]
 IDS = torch.randint(2, 64, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -43,6 +45,10 @@ def hub(six, tmp_path, monkeypatch):
 
 def weights_of(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+def int_in(pattern, text):
+    return int(re.search(pattern, text)[1].replace(",", ""))
 
 
 def on_disk(directory):
@@ -74,7 +80,9 @@ def test_the_same_bytes_as_from_a_directory(hub, six, tmp_path, capsys, scheme, 
     quantize.quantize_model(six, output_dir=tmp_path / "here", **settings)
     quantize.quantize_model("org/model", output_dir=tmp_path / "far", low_disk=True, progress=True, **settings)
     assert weights_of(tmp_path / "far") == weights_of(tmp_path / "here")
-    assert "bytes of the model's" in capsys.readouterr().err.replace("\n", " ")
+    told = capsys.readouterr().err.replace("\n", " ")
+    fetched, total = int_in(r"and ([\d,]+) were fetched", told), sum(map(len, weights_of(six).values()))
+    assert fetched == total if scheme == "W4A16" else total < fetched <= 2 * total, told
     assert {path.name for path in tmp_path.iterdir()} == {"model", "here", "far"}
     assert set(hub.sent) == set(FILES)
 
@@ -127,9 +135,31 @@ def test_a_dry_run_fetches_headers_alone(hub, tmp_path, cli):
     assert not hub.sent
     assert "more at most for files of the model, 3 at a time" in shown.out, shown.err
     assert "time: not measured without weights" in shown.out
+    assert re.search(r"download: \S+ kB, each file once", shown.out)
+    data = ("--seqlen", "32", "--calibration", ids)
+    rotated = cli("org/model", *options[:2], "--scheme", "W4A8", *options[4:], *data)
+    words = r"download: 1.13 MB at most, each of 6 files up to 2 times, as the whole model is read for a check of folds"
+    assert re.search(words, rotated.out), rotated.out + rotated.err
     shown = cli("quantize", "--model-free", "org/model", *options)
     assert "bytes, where the model has" in shown.out, shown.err
     assert not hub.sent
+
+
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "symmetric": False, "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda d: quantized_sources.compressed(d, "pack-quantized", **PACKED), quantized_sources.gptq,
+     quantized_sources.fp8, quantized_sources.mxfp4_experts],
+)  # fmt: skip
+def test_a_dry_run_of_a_quantized_source_fetches_headers_and_shapes_alone(tmp_path, monkeypatch, cli, make):
+    directory, options = make(tmp_path / "model"), ("quantize", "--model-free", "--scheme", "W4A16", "--dry-run")
+    here = cli(*options, directory, "--requantize").out
+    with running_hub(directory, tmp_path / "cache", monkeypatch) as hub:
+        shown = cli(*options, "org/model", "--low-disk")
+    assert not hub.sent
+    assert [line for line in shown.out.splitlines() if line in here.splitlines()] == here.splitlines(), shown.err
 
 
 def test_a_model_that_is_here_needs_no_low_disk(six, tmp_path, cli):
@@ -144,11 +174,11 @@ def test_a_run_that_was_killed_goes_on(six, tmp_path, monkeypatch):
     settings = {"scheme": "W4A16", "group_size": 32, "recipe": {"quantizer": {"name": "rtn"}}, "low_disk": True}
     written, stop = [], [len(FILES) // 2]
 
-    def killed(plan, writer, file, names):
+    def killed(plan, directory, file, names):
         if len(written) == stop[0]:
             raise KeyboardInterrupt
         written.append(file)
-        return write_file(plan, writer, file, names)
+        return write_file(plan, directory, file, names)
 
     monkeypatch.setattr(model_free, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -22,6 +22,7 @@ from quantize.pipeline import grid_choice
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.grids import plan_with_grids
 from quantize.quantizers.grid import on_grid
+from quantize.quantizers.rtn import RoundToNearest
 from quantize.recipe.recipe import load_recipe
 
 
@@ -154,6 +155,24 @@ def test_what_loses_less_on_rows_held_back_is_taken(tmp_path, books_on_grids, sc
     assert re.search(rf"{words}.* \(\d\.\d{{4}} and \d\.\d{{4}} KL on rows held back\)", manifest["grids"])
     first, second = map(float, re.search(r"\((\S+) and (\S+) KL", manifest["grids"]).groups())
     assert first < second
+
+
+@pytest.mark.slow
+def test_a_grid_of_mxfp4_is_measured_without_calibration_data(tmp_path, books):
+    shutil.copytree(books, tmp_path / "model")
+    args = load_recipe("MXFP4", None).weights
+    tensors = {
+        k: RoundToNearest().quantize(x.float(), args, None, torch.float32).dequantize() if is_linear(k) else x
+        for k, x in tensors_of(tmp_path / "model").items()
+    }
+    artifact = quantize.quantize_model(
+        quantized_sources.rewrite(tmp_path / "model", tensors), scheme="MXFP4", recipe={"quantizer": {"name": "rtn"}},
+        output_dir=tmp_path / "out", nsamples=4, seqlen=32,
+    )  # fmt: skip
+    assert artifact.manifest["calibration"]["rows"] == 0
+    assert len(artifact.manifest["kept_grids"]) == 42
+    words = r"42 linears .* kept exactly, which loses less than the recipe's transforms \(0\.\d+ and 0\.\d+ KL on rows"
+    assert re.search(words, artifact.manifest["grids"])
 
 
 def test_grids_of_few_weights_decide_nothing(tmp_path, planned):

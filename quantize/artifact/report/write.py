@@ -23,6 +23,10 @@ def write_page(directory: Path, output: Path | None = None) -> Path:
         UsageError: the directory is no artifact, or its page would become another one than its manifest lists.
     """
     manifest, recipe = read_manifest(directory), directory / "recipe.toml"
+    if manifest.get("model_free"):
+        raise UsageError(
+            f"{directory} was rounded without the model, so that nothing was measured that a page could show"
+        )
     if not recipe.is_file():
         raise UsageError(f"{directory} holds no recipe.toml, which belongs to an artifact; fetch the artifact anew")
     content = page(manifest, load_recipe(None, recipe).to_toml()).encode()

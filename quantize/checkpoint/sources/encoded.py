@@ -36,10 +36,18 @@ class Encoded:
             QuantizeError: the parts do not fit together, or a scale is no finite number.
         """
         found = {role: read(part) for role, part in self.parts.items()}
+        for role, part in self.parts.items():
+            if "scale" in role:
+                require_finite(part, as_float(found[role]))
+        return self.put_together(name, found)
+
+    def put_together(self, name: str, found: Parts) -> Tensor:
+        """Return the tensor `name` in float32 of its parts, by their role.
+
+        Raises:
+            QuantizeError: the parts do not fit together.
+        """
         try:
-            for role, part in self.parts.items():
-                if "scale" in role:
-                    require_finite(part, as_float(found[role]))
             return self.decode(name, found)
         except (
             ValueError,

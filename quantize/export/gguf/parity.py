@@ -52,11 +52,7 @@ def gguf_parity(directory: Path, path: Path, outline: Outline) -> dict[str, Any]
     )
     stored = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     steps = max(take_weights(model, stored, outline.model_config()), default=0.0)
-    if not steps <= LARGEST_STEP:
-        raise QuantizeError(
-            f"the file's weights are {steps:.2g} steps from the artifact's, and at most {LARGEST_STEP:.2g} come of "
-            'scales in float16; quantize with `scale_dtype = "float16"` in [weights]'
-        )
+    check_steps(steps)
     if any(name.endswith(".scale") for name in stored):
         return {"steps": steps, "reference": "not compared", "activations": activations}
     settings = {name: x for name, x in outline.model_config().items() if name != "quantization_config"}
@@ -68,6 +64,19 @@ def gguf_parity(directory: Path, path: Path, outline: Outline) -> dict[str, Any]
     reference = relative_error(found, expected)
     check_difference(reference, torch.finfo(torch.float32).eps, 0.0, expected)
     return {"steps": steps, "reference": reference, "activations": activations}
+
+
+def check_steps(steps: float) -> None:
+    """Check how many steps a file's weights are from an artifact's.
+
+    Raises:
+        QuantizeError: scales in float16 do not explain it.
+    """
+    if not steps <= LARGEST_STEP:
+        raise QuantizeError(
+            f"the file's weights are {steps:.2g} steps from the artifact's, and at most {LARGEST_STEP:.2g} come of "
+            'scales in float16; quantize with `scale_dtype = "float16"` in [weights]'
+        )
 
 
 def take_weights(model: nn.Module, stored: Mapping[str, ReaderTensor], config: Mapping[str, Any]) -> list[float]:
@@ -105,6 +114,11 @@ def read(stored: Mapping[str, ReaderTensor], name: str, order: Tensor | None) ->
     scale = stored.get(f"{name.removesuffix('.weight')}.scale")
     if scale is not None:
         found = found * float(scale.data[0])
+    return in_model_order(found, order)
+
+
+def in_model_order(found: Tensor, order: Tensor | None) -> Tensor:
+    """Return a matrix of a file, whose rows are in an order (`row_order`), with them in the model's."""
     if order is None:
         return found
     back = torch.empty_like(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantize.export.gguf.architectures import ARCHITECTURES, head_dim, rope_factors
 from quantize.export.gguf.blocks import Blocks, blocks, plain
-from quantize.export.hf_checkpoint import shards
+from quantize.export.hf_checkpoint import converted
 from quantize.export.outline import Outline
 from quantize.formats.qtensor import QTensor
 from quantize.nn.quantized_embedding import table_of
@@ -25,14 +25,14 @@ WORDS, HEAD = "token_embd.weight", "output.weight"
 
 
 def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> Iterator[tuple[str, Blocks]]:
-    """Yield the tensors of an artifact by their names in a GGUF file, one file of the artifact in memory at a time.
+    """Yield the tensors of an artifact by their names in a GGUF file, one linear in memory at a time.
 
     The linear that scores the vocabulary is left out where it is the table of words, which then takes its place.
     """
     config = outline.model_config()
     names, held = name_map(config), dict[str, Blocks]()
 
-    def converted(path: str, linear: QuantizedLinear | QuantizedExperts) -> dict[str, Blocks]:
+    def as_blocks(path: str, linear: QuantizedLinear | QuantizedExperts) -> dict[str, Blocks]:
         order = row_order(path, len(linear.qweight), config)
         bias = {} if linear.bias is None else {f"{path}.bias": plain(rows(linear.bias, order))}
         return {f"{path}.weight": blocks(reordered(linear.qtensor(), order))} | bias
@@ -40,7 +40,7 @@ def gguf_tensors(directory: Path, outline: Outline, console: Console | None) -> 
     def table(qweight: Tensor, scale: Tensor) -> Blocks:
         return blocks(table_of(qweight, scale))
 
-    for _, tensors in shards(directory, outline, converted, console, table):
+    for _, tensors in converted(directory, outline, as_blocks, console, table):
         for name, tensor in tensors.items():
             if isinstance(tensor, Tensor):
                 tensor = in_floating_point(name, tensor, config)

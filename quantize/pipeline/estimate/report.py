@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from quantize.checkpoint.remote_shards import SHARDS
+from quantize.checkpoint.remote_shards import SHARDS, RemoteShards
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.time import measure_time
+from quantize.pipeline.fold_check import checks_folds
 from quantize.pipeline.prepare import Prepared
 
 
@@ -47,8 +48,33 @@ def estimates(found: MemoryEstimate, opened: float, console: Console | None = No
     yield f"disk: {human(found.artifact_bytes())} for the artifact, {human(found.journal_bytes())} beside it meanwhile"
     if (remote := found.checkpoint.remote) is not None:
         yield f"disk: {human(remote.most_bytes)} more at most for files of the model, {SHARDS} at a time"
+        yield f"download: {downloads(found, remote)}"
     measured = measure_time(found, opened, console) if found.checkpoint.has_weights else "not measured without weights"
     yield f"time: {measured}"
+
+
+def downloads(found: MemoryEstimate, remote: RemoteShards) -> str:
+    """Say how often the files of a model on the hub are fetched, and how many bytes that takes."""
+    reasons, total = readings(found), sum(remote.sizes.values())
+    if len(remote.sizes) <= SHARDS or len(reasons) == 1:
+        return f"{human(total)}, each file once"
+    return (
+        f"{human(len(reasons) * total)} at most, each of {len(remote.sizes)} files up to {len(reasons)} times, as the "
+        f"whole model is read for {', for '.join(reasons[:-1])} and for {reasons[-1]}; passes = [] reads it once"
+    )
+
+
+def readings(found: MemoryEstimate) -> list[str]:
+    """Return what the whole model is read for, one reading after the other; the last one is what is written."""
+    plan, recipe = found.plan, found.plan.recipe
+    reasons = {
+        "the choice of experts": recipe.prune is not None,
+        "the choice between grids and transforms": plan.alternative is not None and bool(found.held_out.rows),
+        "the search for a prefix": recipe.prefix is not None and recipe.prefix.search,
+        "a check of folds and rotations": checks_folds(plan),
+        "statistics of all blocks": any(step.surveyed for step in plan.steps),
+    }
+    return [*(reason for reason, holds in reasons.items() if holds), "the blocks"]
 
 
 def human(size: float) -> str:

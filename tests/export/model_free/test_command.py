@@ -32,7 +32,8 @@ def test_progress_for_programs(cli, tmp_path):
     [
         (["--nsamples", "4"], "--nsamples needs the model; leave it or --model-free out"),
         (["--device", "cuda"], "--device needs the model; leave it or --model-free out"),
-        (["--target", "llama.cpp"], "--model-free writes compressed-tensors, which llama.cpp does not read"),
+        (["--target", "llama.cpp", "--format", "artifact"], "writes artifact, which llama.cpp does not read; leave"),
+        (["--target", "onnxruntime"], "writes compressed-tensors, artifact and gguf, which onnxruntime does not read"),
     ],
 )
 def test_options_that_need_the_model(cli, tmp_path, options, words):

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 import quantize
 from quantize.checkpoint.opening import open_checkpoint, open_files
 from quantize.errors import UsageError
-from quantize.export.compressed_tensors.model_free import files
-from quantize.export.compressed_tensors.model_free.plan import recipe_without_model
+from quantize.export.model_free import files
+from quantize.export.model_free.forms import FORMS
+from quantize.export.model_free.plan import recipe_without_model
 from quantize.quantizers.rtn import RoundToNearest
 
 PLAIN = {"quantizer": {"name": "rtn"}}
@@ -40,7 +41,7 @@ def run(model, output, **settings):
 
 
 def rounded(W, scale_dtype=None, size=32):
-    args = recipe_without_model("W4A16", PLAIN, group_size=size).weights
+    args = recipe_without_model(FORMS["compressed-tensors"], "W4A16", PLAIN, group_size=size).weights
     return RoundToNearest().quantize(W.float(), args, None, scale_dtype or W.dtype).dequantize()
 
 
@@ -175,7 +176,10 @@ def test_a_run_goes_on_behind_the_last_file(tmp_path, monkeypatch):
     [
         ({"recipe": {"passes": [{"name": "fold_norms"}]}}, "recipe: passes cannot be followed without the model"),
         ({"recipe": {"quantizer": {"name": "gptq"}}}, "recipe: quantizer cannot be followed without the model"),
-        ({"scheme": "NVFP4", "group_size": None}, "NVFP4 needs ranges of activations, which only the model gives"),
+        (
+            {"scheme": "NVFP4", "group_size": None},
+            "NVFP4 as compressed-tensors needs ranges of activations, which only",
+        ),
         ({"ignore": ("q_prog",)}, "'q_prog' matches no linear; near are q_proj"),
         ({"ignore": ("*proj",)}, "holds no weight to round"),
     ],

@@ -1,10 +1,9 @@
-"""A checkpoint is rounded file by file, some rows at a time, and written as compressed-tensors."""
+"""A checkpoint is rounded file by file, some rows at a time, and written in one of three forms."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from quantize.artifact.writer import as_json
-from quantize.checkpoint.opening import open_files
+from quantize.artifact.load import without_class
+from quantize.artifact.writer import translate_disk_errors
 from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
-from quantize.export.compressed_tensors.experts import expert_targets
+from quantize.checkpoint.untrusted_files import read_json
+from quantize.errors import UsageError, shown
 from quantize.export.compressed_tensors.export import serve_command
-from quantize.export.compressed_tensors.format import NAME, quantization_config
-from quantize.export.compressed_tensors.model_free.experts import WEIGHT
-from quantize.export.compressed_tensors.model_free.files import write_file
-from quantize.export.compressed_tensors.model_free.plan import ModelFreePlan, plan_without_model, recipe_without_model
+from quantize.export.compressed_tensors.format import NAME
+from quantize.export.model_free.files import write_file
+from quantize.export.model_free.forms import ARTIFACT, FORMS, GGUF, Form, open_for
+from quantize.export.model_free.gguf import finish_gguf, outline_of
+from quantize.export.model_free.plan import ModelFreePlan, plan_without_model, recipe_without_model
+from quantize.export.model_free.results import finish_artifact, finish_checkpoint
 from quantize.pipeline.context import running
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.fingerprint import sources_hash, versions
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.work_dir import ResumableWriter, remote_shards
-from quantize.scheme.scheme import Scheme
+from quantize.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ModelFreeResult:
         schemes = ", ".join(f"{label} in {count} linears" for label, count in self.manifest["schemes"].items())
         return (
             f"{self.directory}: {schemes}, {self.manifest['bytes']:,} bytes where the model has "
-            f"{self.manifest['float_bytes']:,}, as {NAME}"
+            f"{self.manifest['float_bytes']:,}, as {self.manifest.get('format', ARTIFACT)}"
         )
 
 
@@ -59,12 +61,13 @@ def quantize_model_free(
     recipe: str | Path | Mapping[str, Any] | None = None,
     group_size: int | None = None,
     ignore: tuple[str, ...] = (),
+    format: str = NAME,
     requantize: bool = False,
     low_disk: bool = False,
     resume: bool = False,
     console: Console | None = None,
 ) -> ModelFreeResult:
-    """Round the weights of a checkpoint one by one, without the model's code, into a checkpoint of compressed-tensors.
+    """Round the weights of a checkpoint one by one, without the model's code.
 
     Norms, embeddings, heads and what chooses experts stay as they are. If the process is killed, the same call with
     `resume` goes on after the last finished file.
@@ -72,6 +75,7 @@ def quantize_model_free(
     Args:
         model: a directory, one file of weights beside its config, or a hub id.
         output_dir: the directory of the result, which must not exist.
+        format: what is written: `compressed-tensors`, `artifact` or `gguf`.
         scheme, recipe, group_size, ignore, requantize, low_disk: as in `quantize_model`; weights are rounded to
             nearest, with a search for scales.
         resume: whether to go on with a run that was killed.
@@ -81,9 +85,9 @@ def quantize_model_free(
         UsageError: the call, the recipe or a path is wrong, or the recipe needs the model.
         QuantizeError: the files are damaged, or the disk is full.
     """
-    changes = Path(recipe) if isinstance(recipe, str) else recipe
+    changes, form = Path(recipe) if isinstance(recipe, str) else recipe, form_of(format)
     chosen = recipe_without_model(
-        scheme, changes, group_size=group_size, ignore=tuple(ignore), requantize=requantize or None
+        form, scheme, changes, group_size=group_size, ignore=tuple(ignore), requantize=requantize or None
     )
     check_low_disk(model, low_disk)
     output = Path(output_dir)
@@ -91,24 +95,71 @@ def quantize_model_free(
         ResumableWriter(output, resume) as writer,
         remote_shards(str(model), output, SingleProcess()) if low_disk else contextlib.nullcontext(model) as source,
     ):
-        plan = plan_without_model(open_files(source), chosen)
+        if writer.finished:
+            return ModelFreeResult(output, read_json(output / "manifest.json"))
+        plan = plan_for(form, source, chosen)
         journal = writer.begin(fingerprint(plan), SingleProcess())
         for note in plan.notes if console is not None else ():
             console.print(note, soft_wrap=True, markup=False)  # type: ignore[union-attr]
-        kept = list[str]()
+        rounded, kept = writer.partial / "rounded" if form.name == GGUF else writer.directory, list[str]()
+        rounded.mkdir(exist_ok=True)
         for file, names in track(list(plan.shards().items()), "quantizing", lambda item: item[0], console):
-            with running(file):
-                write = functools.partial(write_file, plan, writer, file, names)
+            with running(file), translate_disk_errors(output):
+                write = functools.partial(write_file, plan, rounded, file, names)
                 done = journal.cached(file, write, torch.device("cpu"))
             writer.weight_map |= dict.fromkeys(done["tensors"], file)
-            writer.hashes[file] = done["sha256"]
+            writer.hashes |= {} if form.name == GGUF else {file: done["sha256"]}
             kept += done["kept"]
-        manifest = finish(plan, writer, kept)
+        with running("the result"):
+            manifest = finish(plan, writer, rounded, kept, console)
         if console is not None and isinstance(source, RemoteShards):
             console.print(source.summary(), soft_wrap=True, markup=False)
     if console is not None:
-        console.print(f"to serve it: {serve_command(writer.output, plan.schemes)}", soft_wrap=True, markup=False)
+        console.print(next_step(plan, output), soft_wrap=True, markup=False)
     return ModelFreeResult(output, manifest)
+
+
+def form_of(name: str) -> Form:
+    """Return a form by its name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in FORMS:
+        raise UsageError(f"without the model nothing is written as {shown(name)}; give {', '.join(FORMS)}")
+    return FORMS[name]
+
+
+def plan_for(form: Form, source: str | Path | RemoteShards, recipe: Recipe) -> ModelFreePlan:
+    """Open a model's files and plan what becomes of them.
+
+    Raises:
+        UsageError: there is no such model, the recipe does not fit it, or the form has no place for it.
+    """
+    plan = plan_without_model(form, open_for(form, source), recipe)
+    if form.name == GGUF:
+        outline_of(plan)
+    return plan
+
+
+def finish(
+    plan: ModelFreePlan, writer: ResumableWriter, rounded: Path, kept: list[str], console: Console | None
+) -> dict[str, Any]:
+    """Write what stands beside the rounded files, and commit; return the manifest."""
+    if plan.form.name == GGUF:
+        return finish_gguf(plan, writer, rounded, kept, console)
+    return (finish_artifact if plan.form.is_artifact else finish_checkpoint)(plan, writer, kept)
+
+
+def next_step(plan: ModelFreePlan, output: Path) -> str:
+    """Say what a person does with a result."""
+    if plan.form.name == GGUF:
+        return f"to run it: llama-cli -m {output / 'model.gguf'}"
+    if not plan.form.is_artifact:
+        return f"to serve it: {serve_command(output, plan.schemes)}"
+    if why := without_class(output):
+        return f"{why}, so quantize.load needs a module of that class as skeleton, with the names that the files have"
+    return f"to load it: quantize.load('{output}')"
 
 
 def fingerprint(plan: ModelFreePlan) -> dict[str, dict[str, str]]:
@@ -116,46 +167,9 @@ def fingerprint(plan: ModelFreePlan) -> dict[str, dict[str, str]]:
     seen = plan.checkpoint.seen
     return {
         "model": {path.name: seen.remote.get(path, str(stamp)) for path, stamp in sorted(seen.stamps.items())},
-        "recipe": {name: str(value) for name, value in plan.recipe.model_dump(mode="json").items()},
+        "recipe": {
+            "format": plan.form.name,
+            **{name: str(value) for name, value in plan.recipe.model_dump(mode="json").items()},
+        },
         "code": {**versions(), "sources": sources_hash()},
     }
-
-
-def finish(plan: ModelFreePlan, writer: ResumableWriter, kept: list[str]) -> dict[str, Any]:
-    """Write the config, the index and the other files, and commit; return the manifest."""
-    checkpoint, directory = plan.checkpoint, plan.checkpoint.directory
-    assert directory is not None
-    stacks = [x for linears in plan.linears.values() for x in linears if x.expert is not None]
-    settings = quantization_config(with_patterns(plan.schemes, {x.path for x in stacks}), modules_in_float(plan))
-    writer.write("config.json", as_json({**checkpoint.config, "quantization_config": settings}))
-    writer.write("recipe.toml", plan.recipe.to_toml())
-    writer.write_index()
-    for path in checkpoint.side_files:
-        writer.write(path.relative_to(directory), checkpoint.seen.read(path))
-    checkpoint.seen.require_all_same()
-    return writer.commit({
-        "format": NAME,
-        "model_free": True,
-        "scheme": plan.recipe.scheme,
-        "schemes": dict(Counter(scheme.label for scheme in plan.schemes.values())),
-        "versions": versions(),
-        "float_bytes": checkpoint.stored_bytes(),
-        "bytes": sum((writer.directory / file).stat().st_size for file in plan.shards()),
-        "kept_grids": kept,
-        "coverage": dict(sorted((dict(plan.reasons) | dict.fromkeys(plan.linears, "quantized")).items())),
-    })  # fmt: skip
-
-
-def with_patterns(schemes: Mapping[str, Scheme], experts: set[str]) -> dict[str, Scheme]:
-    """Return the schemes by path, with one pattern for all experts of a stack."""
-    return {
-        place: scheme
-        for path, scheme in schemes.items()
-        for place in (expert_targets([path]) if path in experts else [path])
-    }
-
-
-def modules_in_float(plan: ModelFreePlan) -> list[str]:
-    """Return the modules whose weights of two or more axes stay in floating point."""
-    names = (name for name, shape in plan.shapes.items() if len(shape) > 1 and name not in plan.linears)
-    return [name.removesuffix(WEIGHT) for name in names if name.endswith(WEIGHT)]

@@ -3,7 +3,7 @@
 import pytest
 
 from quantize.errors import UsageError
-from quantize.export.compressed_tensors.model_free.linears import StoredLinear, find_linears
+from quantize.export.model_free.linears import StoredLinear, find_linears
 
 HEAD = {"model.embed_tokens.weight": (128, 64), "lm_head.weight": (128, 64), "model.norm.weight": (64,)}
 
@@ -83,3 +83,38 @@ def test_weights_stored_the_other_way_are_refused():
     shapes = {"h.0.c_attn.weight": (64, 192), "h.0.c_attn.bias": (192,)}
     with pytest.raises(UsageError, match=r"h.0.c_attn.weight \[64, 192\] has a bias of 192 numbers, so it is stored"):
         find_linears(shapes, (), {})
+
+
+def test_the_class_tells_what_is_stored_the_other_way():
+    shapes = {"h.0.c_attn.weight": (64, 192), "h.0.c_attn.bias": (192,), "h.0.c_proj.weight": (64, 64)}
+    found, _ = find_linears(shapes, (), {}, dict.fromkeys(["h.0.c_attn.weight", "h.0.c_proj.weight"], True))
+    assert [(x.rows, x.columns, x.transposed) for x in found] == [(192, 64, True), (64, 64, True)]
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "turned"),
+    [
+        ((4, 64, 64), (4, 64, 64), None),  # square
+        ((4, 96, 64), (4, 64, 96), None),  # two of one size
+        ((4, 128, 96), (4, 96, 64), None),  # neither axis is the router's width
+        ((4, 128, 64), (4, 64, 64), False),
+        ((4, 64, 128), (4, 64, 64), True),
+    ],
+)
+def test_stacks_whose_shape_does_not_tell_stay_unless_the_class_tells(up, down, turned):
+    place = "layers.0.mlp"
+    shapes = {f"{place}.gate.weight": (4, 64), f"{place}.experts.up": up, f"{place}.experts.down": down}
+    found, reasons = find_linears(shapes, (), {}, splits=False)
+    assert {x.transposed for x in found} == (set() if turned is None else {turned})
+    unknown = "nothing tells whether the stack is [experts, out, in] or [experts, in, out]"
+    assert list(reasons.values()).count(unknown) == (2 if turned is None else 0)
+    told = dict.fromkeys([f"{place}.experts.up", f"{place}.experts.down"], True)
+    found, _ = find_linears(shapes, (), {}, told, splits=False)
+    assert [(x.rows, x.columns, x.experts) for x in found] == [(up[2], up[1], 4), (down[2], down[1], 4)]
+
+
+def test_of_three_stacks_of_one_size_two_read_what_the_router_reads():
+    place = "layers.0.mlp"
+    shapes = {f"{place}.gate.weight": (4, 64), f"{place}.experts.w1": (4, 96, 64),
+              f"{place}.experts.v1": (4, 96, 64), f"{place}.experts.w2": (4, 64, 96)}  # fmt: skip
+    assert {x.transposed for x in find_linears(shapes, (), {}, splits=False)[0]} == {False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -44,12 +44,12 @@ def routers_of(shapes: Shapes, containers: Mapping[str, int]) -> dict[str, str]:
     return found
 
 
-def stacks_of(shapes: Shapes, containers: Mapping[str, int], routers: Mapping[str, str]) -> dict[str, bool]:
+def stacks_of(shapes: Shapes, containers: Mapping[str, int], routers: Mapping[str, str]) -> dict[str, bool | None]:
     """Return the stacks of experts' matrices that a router chooses among, and whether each is [experts, in, out].
 
-    The router reads what the experts read and write. Of matrices of one container the largest one reads it, since it
-    makes the inputs of a gate and of what the gate is multiplied with; where all are of one size, or square, stacks are
-    taken as [experts, out, in].
+    The router reads what the experts read and write. Of matrices of one container the largest ones read it, since they
+    make the inputs of a gate and of what the gate is multiplied with; where all are of one size, those of the shape
+    that most have. Where that shape does not tell, as of square matrices or of two of one size, it is None.
     """
     width = {container: shapes[name][1] for name, container in routers.items() if shapes[name][0] > 1}
     grouped = defaultdict[str, dict[str, tuple[int, ...]]](dict)
@@ -57,12 +57,14 @@ def stacks_of(shapes: Shapes, containers: Mapping[str, int], routers: Mapping[st
         container = parent(name.removesuffix(WEIGHT))
         if len(shape) == 3 and container in width and shape[0] == containers[container]:
             grouped[container][name] = shape[1:]
-    found = dict[str, bool]()
+    found = dict[str, bool | None]()
     for container, stacks in grouped.items():
-        sizes = {name: rows * columns for name, (rows, columns) in stacks.items()}
-        largest = max(sizes, key=lambda name: sizes[name])
-        reads = len(set(sizes.values())) > 1
-        found |= dict.fromkeys(stacks, reads and stacks[largest][1] != width[container])
+        largest = max(rows * columns for rows, columns in stacks.values())
+        counts = Counter(shape for shape in stacks.values() if shape[0] * shape[1] == largest)
+        (shape, most), *others = counts.most_common()
+        reads = not others or most > others[0][1]
+        places = [axis for axis in (0, 1) if shape[axis] == width[container]]
+        found |= dict.fromkeys(stacks, places == [0] if reads and len(places) == 1 else None)
     return found
 
 
