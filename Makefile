@@ -21,7 +21,8 @@ bench-engine: $(VENV)/installed
 bench-vit: $(VENV)/installed
 	$(PYTHON) -m benchmarks.vit
 
-# A small masked-diffusion language model, trained first, calibrated on masked and on unmasked text
+# A small masked-diffusion language model, trained first, calibrated on masked and on unmasked text:
+# benchmarks/results/diffusion.json and .md (resumes)
 bench-diffusion: $(VENV)/installed
 	$(PYTHON) -m benchmarks.masked_diffusion
 

@@ -11,7 +11,6 @@ import itertools
 import json
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,19 +55,22 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    """Train the model, and write the loss on masked tokens of unseen text for each scheme and kind of calibration."""
+    """Train the model, and measure the loss on masked tokens of unseen text that the results lack, each once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of training")
-    steps, start, rows = parser.parse_args().steps, time.process_time(), list[Row]()
+    steps, path = parser.parse_args().steps, RESULTS / "diffusion.json"
+    found: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    rows = {(row["scheme"], row["recipe"]): row for row in found if row["steps"] == steps}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         train(model, steps)
         for scheme, (name, recipe) in itertools.product(SCHEMES, RECIPES.items()):
-            rows.append({"scheme": scheme, "recipe": name, **score(model, Path(folder) / "out", scheme, recipe)})
-            print(json.dumps(rows[-1]), flush=True)
-    (RESULTS / "diffusion.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (RESULTS / "diffusion.md").write_text(markdown(rows, steps))
-    print(f"{time.process_time() - start:.0f} s of a processor\n\n{markdown(rows, steps)}")
+            if (scheme, name) not in rows:
+                scores = score(model, Path(folder) / "out", scheme, recipe)
+                rows[scheme, name] = {"steps": steps, "scheme": scheme, "recipe": name, **scores}
+                path.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                (RESULTS / "diffusion.md").write_text(markdown(list(rows.values()), steps))
+    print(markdown(list(rows.values()), steps))
 
 
 def score(model: Path, output: Path, scheme: str, recipe: Mapping[str, Any]) -> dict[str, float]:
@@ -90,8 +92,12 @@ def markdown(rows: Sequence[Row], steps: int) -> str:
         figures = f"{row['loss_increase']:+.4f} | {row['kl']:.4f} | {row['top1']:.3f}"
         text += f"| {row['scheme']} | {row['recipe']} | {figures} |\n"
     found = {(row["scheme"], row["recipe"]): row["loss_increase"] for row in rows}
-    gains = [(found[scheme, UNMASKED] - found[scheme, MASKED], scheme) for scheme in SCHEMES]
-    return f"{text}\nMasked calibration gains {', '.join(f'{gain:+.4f} at {scheme}' for gain, scheme in gains)}.\n"
+    gains = [
+        f"{found[scheme, UNMASKED] - found[scheme, MASKED]:+.4f} at {scheme}"
+        for scheme in SCHEMES
+        if {(scheme, UNMASKED), (scheme, MASKED)} <= found.keys()
+    ]
+    return f"{text}\nMasked calibration gains {' and '.join(gains)}.\n" if gains else text
 
 
 def train(output: Path, steps: int) -> None:

@@ -45,6 +45,15 @@ class Picks(nn.Module):
         return x + x[:, :, [-2, 3]].sum(-1, keepdim=True) * torch.tensor([0.5, 2.0]).sum()
 
 
+class Mapped(nn.Module):
+    """A mask is made by `torch.vmap`, as those of transformers that nobody knows to be made of indices."""
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1], device=x.device)
+        seen = torch.vmap(torch.vmap(lambda i, j: j <= i, (None, 0)), (0, None))(places, places)
+        return x + seen.to(x.dtype) @ x
+
+
 class Chunks(nn.Module):
     """The number of chunks is a number of Python, which the exporter fixes."""
 
@@ -61,7 +70,7 @@ def output_of(program, model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("between", [nn.Identity, Picks])
+@pytest.mark.parametrize("between", [nn.Identity, Picks, Mapped])
 def test_a_product_with_a_transposed_weight_is_a_linear(between):
     program = export_program(Model(between()))
     found = {linear.path: (linear.bias, linear.transposed) for linear in program.all_linears}

@@ -11,11 +11,12 @@ from gguf import MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType
 from rich.console import Console
 
 from quantize.artifact.writer import ArtifactWriter, as_json, translate_disk_errors
+from quantize.checkpoint.sources.gguf import header_of
 from quantize.export.gguf.architectures import ARCHITECTURES, add_metadata
 from quantize.export.gguf.blocks import Blocks
 from quantize.export.gguf.gguf_tokenizer import add_tokenizer
 from quantize.export.gguf.parity import gguf_parity
-from quantize.export.gguf.tensors import gguf_tensors
+from quantize.export.gguf.tensors import HEAD, gguf_tensors
 from quantize.export.outline import Outline
 
 FILE = "model.gguf"
@@ -39,9 +40,10 @@ def export_gguf(directory: Path, writer: ArtifactWriter, console: Console | None
     outline = Outline.read(directory)
     config, path = outline.model_config(), writer.directory / FILE
     plain = {name: value for name, value in outline.config.items() if name != "quantization_config"}
-    writer.write("config.json", as_json(plain))
     with translate_disk_errors(writer.output):
         types = write_gguf(path, gguf_tensors(directory, outline, console), config, directory)
+    tied = HEAD not in header_of(path).places
+    writer.write("config.json", as_json({**plain, "tie_word_embeddings": tied}))
     if console is not None:
         console.print(f"to run it: llama-cli -m {writer.output / FILE}", soft_wrap=True, markup=False)
     return {"parity": gguf_parity(directory, path, outline), "types": types}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import onnx_ir
 import onnxscript.optimizer
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from quantize.errors import QuantizeError
 from quantize.export.onnx.interface import Axes, Interface
@@ -12,6 +17,26 @@ from quantize.graph.export import quiet
 from quantize.graph.refusal import refusal
 
 OPSET = 23  # the first opset with Attention; from 25 on ONNX Runtime has no kernel for it and runs dozens of nodes
+
+
+class SameHeads(TorchFunctionMode):
+    """Repeats one head of keys and values for all heads of queries (Falcon), as torch does and no ONNX operator."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch; attention, queries [..., H, T, D] and keys [..., 1, S, D], with H heads in all."""
+        if func is functional.scaled_dot_product_attention and len(args) > 2:
+            query, key, value, *more = args
+            heads = query.shape[-3]
+            if key.shape[-3] == value.shape[-3] == 1 < heads:
+                key, value = (x.expand(*x.shape[:-3], heads, *x.shape[-2:]) for x in (key, value))
+            args = (query, key, value, *more)
+        return func(*args, **kwargs or {})
 
 
 def traced(interface: Interface) -> onnx_ir.Model:
@@ -22,7 +47,7 @@ def traced(interface: Interface) -> onnx_ir.Model:
     """
     feed = list(interface.feeds(0).values())[-1]  # the largest batch, as a size of 1 would be a broadcast
     dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in interface.inputs.items()}
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), SameHeads():
         try:
             program = torch.onnx.export(
                 interface.eval(),

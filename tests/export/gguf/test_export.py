@@ -33,7 +33,7 @@ LLAMA3 = {
 }  # fmt: skip
 MODELS = {
     "llama": HEADS,
-    "qwen2": {},
+    "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 128, "num_attention_heads": 2, "num_key_value_heads": 1},
     "gemma3_text": {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 8, "num_hidden_layers": 6},
 }  # transformers knows no other width of heads of the last two

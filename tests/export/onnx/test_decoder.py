@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
+from transformers import FalconConfig, FalconForCausalLM
 
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.onnx.decoder import SHAPES, Decoder
@@ -46,6 +47,15 @@ def test_a_family_decodes_with_a_cache(family, tmp_path):
         np.testing.assert_allclose(found[0][tokens], expected[0][tokens], atol=1e-5)
         for x, y in zip(found[1:], expected[1:], strict=True):  # [batch, heads, tokens, head_dim]
             np.testing.assert_allclose(x.swapaxes(1, 2)[attended], y.swapaxes(1, 2)[attended], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_head_of_keys_serves_all_heads_of_queries(tmp_path):
+    """Falcon gives one head of keys to torch's attention, which repeats it; ONNX's operator does not."""
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, multi_query=True)
+    model = quantized(FalconForCausalLM(config).eval(), scheme(4, group_size=16))
+    assert max(export_onnx(model, tmp_path).values()) < 1e-5
 
 
 @pytest.mark.slow
