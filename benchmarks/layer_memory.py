@@ -21,6 +21,7 @@ from benchmarks.whole_models import MODELS, write_config
 from quantize.checkpoint.key_mapping import as_stored
 from quantize.checkpoint.meta_model import build_on_meta
 from quantize.checkpoint.safetensors_writer import RowWriter
+from quantize.checkpoint.size_limits import NoFiles
 from quantize.pipeline.estimate.report import human
 
 RECIPE = 'passes = []\nquantizer = { name = "rtn" }\n'
@@ -35,7 +36,7 @@ def write_model(directory: Path, name: str, experts: int | None) -> int:
     model_type, settings = MODELS[name]
     fewer = {} if experts is None else {EXPERTS[name]: experts}
     write_config(directory, model_type, {**settings, **SMALL, **fewer, "num_hidden_layers": LAYERS[name]})
-    model = build_on_meta(json.loads((directory / "config.json").read_text()), {})
+    model = build_on_meta(json.loads((directory / "config.json").read_text()), NoFiles())
     tensors = as_stored(model, {name: x.to(torch.bfloat16) for name, x in model.state_dict().items()})
     generator, left = torch.Generator().manual_seed(0), RANDOM_BYTES
     with RowWriter(directory / "model.safetensors", tensors) as writer:

@@ -66,7 +66,7 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor | None]:
     Every float32 is an integer times a power of two, so the channel's scale is the greatest common divisor.
 
     Args:
-        scale: float32 [N, G], > 0.
+        scale: float32 [N, G], not 0.
 
     Returns:
         The channel's scale [N], and the groups' [G, N]: uint8; float32 of all channels if one has none of 8 bits, whose
@@ -80,7 +80,7 @@ def two_levels(scale: Tensor) -> tuple[Tensor, Tensor | None]:
     near = bool((exponent - lowest <= 8).all())
     divisor = common_divisor(integers.long()) if near else torch.ones_like(lowest[:, 0])
     ratio = integers / divisor[:, None]
-    if not near or bool((ratio > 255).any()):
+    if not near or bool(((ratio > 255) | (ratio < 0)).any()):
         return torch.ones_like(scale[:, 0]), scale.T.contiguous()
     return torch.ldexp(divisor.double(), lowest[:, 0] - 24).float(), ratio.T.to(torch.uint8).contiguous()
 

@@ -36,7 +36,7 @@ class Case(NamedTuple):
     """A model as vLLM runs it.
 
     Attributes:
-        scheme: the scheme that it is quantized with, rounded to nearest.
+        scheme: the scheme that it is quantized with, rounded to nearest with scales that are searched for.
         export: whether vLLM loads the checkpoint exported as compressed-tensors, or the artifact through the plugin.
         folded: whether the recipe has no online rotations, which is what `--target vllm` takes.
         recipe: further settings.
@@ -111,7 +111,7 @@ def main(peer: str, model: Path, ranks: int, only: tuple[str, ...]) -> None:
 
 def make(model: Path, case: Case, folder: Path) -> None:
     """Write the artifact of a case, and its export where vLLM loads that."""
-    recipe: dict[str, Any] = {"quantizer": {"name": "rtn"}, **case.recipe}
+    recipe: dict[str, Any] = {"quantizer": {"name": "rtn", "mse": True}, **case.recipe}  # the search makes scales < 0
     model = make_tiny(case.tiny, folder / "float") if case.tiny else model
     artifact = quantize_model(
         model, output_dir=folder / "artifact", scheme=case.scheme, target="vllm" if case.folded else None,

@@ -94,6 +94,11 @@ class NumberFormat(ABC):
             global_scale: the result of `global_scale`.
         """
 
+    def scale_signs(self, low: Tensor, high: Tensor, args: WeightArgs) -> Tensor | None:
+        """Return the sign, 1 or -1 in the shape of `low`, that a search gives each scale; None if all are positive."""
+        del low, high, args
+        return None
+
     @abstractmethod
     def round(self, t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
         """Return the values nearest to t = w / scale + zero_point, in t's dtype and shape, in `out` if it is given."""

@@ -13,6 +13,7 @@ from quantize.kernels.ops import pack_int4, unpack_int4
 from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.scheme.scheme import WeightArgs
 
+SIGNED_BITS = 4  # the most bits of symmetric integers whose scales may be negative
 FLOAT16_BITS = 11  # significant bits of a float16
 SMALLEST_FLOAT16, LARGEST_FLOAT16 = 2.0**-24, 2.0**12  # 15 of the latter are a float16, too
 
@@ -34,6 +35,15 @@ class Integer(NumberFormat):
         if args.scale_dtype is not None:
             scale = float16_scale(scale, FLOAT16_BITS - (0 if args.symmetric else args.num_bits))
         return scale.to(scale_dtype).float(), zero_point
+
+    def scale_signs(self, low: Tensor, high: Tensor, args: WeightArgs) -> Tensor | None:
+        """Return the signs by which the longer side of each range gets the one value that it has more, -2^(b-1).
+
+        They are for few bits without a zero point, where that value is a good part of the range.
+        """
+        if not args.symmetric or args.num_bits > SIGNED_BITS:
+            return None
+        return torch.where(high > -low, -1.0, 1.0)
 
     def round(self, t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
         """Round halves to even; values outside the range saturate."""

@@ -31,9 +31,9 @@ class QTensor:
     Invariants, for a weight W of shape [N, K] in G = K / group_size groups (G = 1 if group_size is 0):
         W ≈ (unpack() - zero_point) · unpack_scale(), where each group of columns has its own column of both
         data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K/2⌉] for 4 bits, as the format packs it
-        scale: [N, G], > 0 when decoded, in one of the format's `scale_dtypes`
+        scale: [N, G], in one of the format's `scale_dtypes`; > 0 when decoded, or just not 0 for symmetric integers
         zero_point: [N, G] in the format's `zero_point_dtype`, None if symmetric
-        global_scale: float32 [] of NVFP4, None for others
+        global_scale: float32 [] of NVFP4, or [N, 1] for experts, whose rows have that of their expert; None for others
     """
 
     data: Tensor
@@ -52,11 +52,12 @@ class QTensor:
         group, args, number_format = self.args.group_size or self.columns, self.args, get_format(self.args.format)
         stored = -(-self.columns // 2) if args.num_bits == 4 else self.columns
         scales = (len(self.data), self.columns // group) if self.data.dim() == 2 and len(self.data) else ()
+        whole = () if self.global_scale is None or self.global_scale.dim() == 0 else (*scales[:1], 1)
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, Set[torch.dtype]]] = {
             "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
             "scale": (self.scale, scales, number_format.scale_dtypes),
             "zero point": (self.zero_point, None if args.symmetric else scales, {number_format.zero_point_dtype}),
-            "global scale": (self.global_scale, () if number_format.has_global_scale else None, {torch.float32}),
+            "global scale": (self.global_scale, whole if number_format.has_global_scale else None, {torch.float32}),
         }
         for part, (tensor, shape, dtypes) in wanted.items():
             found = None if tensor is None else tuple(tensor.shape)
@@ -66,8 +67,10 @@ class QTensor:
                     f"{args.num_bits}-bit weights of {self.columns} columns in groups of {group} do not have"
                 )
         scale = self.unpack_scale()
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise QuantizeError(f"the scale of {name} is not positive and finite everywhere")
+        signed = number_format.scale_signs(scale, scale, self.args) is not None
+        if not bool((((scale.abs() if signed else scale) > 0) & scale.isfinite()).all()):
+            what = "finite and not 0" if signed else "positive and finite"
+            raise QuantizeError(f"the scale of {name} is not {what} everywhere")
 
     @classmethod
     def pack(
@@ -98,13 +101,25 @@ class QTensor:
 
     def slice_rows(self, part: slice) -> QTensor:
         """Return some of the rows."""
-        zero_point = None if self.zero_point is None else self.zero_point[part]
-        return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, self.global_scale)
+        zero_point, global_scale = None if self.zero_point is None else self.zero_point[part], self.global_scale
+        global_scale = global_scale if global_scale is None or global_scale.dim() == 0 else global_scale[part]
+        return QTensor(self.data[part], self.scale[part], zero_point, self.columns, self.args, global_scale)
+
+    def expert(self, number: int, count: int) -> QTensor:
+        """Return the rows of one expert of some in one stack."""
+        size = len(self.data) // count
+        found = self.slice_rows(slice(number * size, (number + 1) * size))
+        one = found.global_scale is None or found.global_scale.dim() == 0
+        return found if one else replace(found, global_scale=found.global_scale[0, 0])  # type: ignore[index]
 
     def cat_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> QTensor:
-        """Join the `tensors` of parts of the rows to all rows, in the format of this one, without a global scale."""
-        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return replace(self, data=whole["qweight"], scale=whole["scale"], zero_point=whole.get("zero_point"))
+        """Join the `tensors` of parts of the rows to all rows, in the format of this one; parts keep global scales."""
+        by_row = [{name: x.expand(len(p["qweight"]), 1) if x.dim() == 0 else x for name, x in p.items()} for p in parts]
+        whole = {name: torch.cat([part[name] for part in by_row]) for name in by_row[0]}
+        zero_point, global_scale = whole.get("zero_point"), whole.get("global_scale")
+        return replace(
+            self, data=whole["qweight"], scale=whole["scale"], zero_point=zero_point, global_scale=global_scale
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save, by their suffixes."""

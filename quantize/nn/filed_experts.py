@@ -38,8 +38,8 @@ class FiledExperts(QuantizedExperts):
             None if self.zero_point is None else self._rows(number, "zero_point", self.zero_point),
             self.in_features,
             self.scheme.weights,
-            None if self.global_scale is None else self._read("global_scale", self.global_scale),
-        )
+            None if self.global_scale is None else self._rows(number, "global_scale", self.global_scale),
+        ).expert(0, 1)
         weight.check(f"{self.path}.{number}")
         bias = None if self.bias is None else self._rows(number, "bias", self.bias)
         made = QuantizedLinear(weight, bias, self.scheme, self.online).eval()

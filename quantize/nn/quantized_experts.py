@@ -68,7 +68,7 @@ class QuantizedExperts(QuantizedWeight, Stack):
         if number not in self._experts:
             rows = slice(number * self.out_features, (number + 1) * self.out_features)
             bias = None if self.bias is None else self.bias[rows]
-            made = QuantizedLinear(self.qtensor().slice_rows(rows), bias, self.scheme, self.online)
+            made = QuantizedLinear(self.qtensor().expert(number, self.count), bias, self.scheme, self.online)
             self._experts[number] = made.eval()
         found = self._experts[number]
         found.engine = self.engine

@@ -99,6 +99,8 @@ def search_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero point [n, G] of groups [n, G, K / G]; a weighting [1, G, K / G] asks for the least error.
 
+    Without a zero point the search also tries what the format's `scale_signs` say.
+
     The search leaves a group once the weights outside its range alone have a larger error than the best range, because
     smaller ranges only add to that error.
     """
@@ -115,9 +117,10 @@ def search_qparams(
         torch.arange(len(x), device=x.device),
         torch.stack([s, z]),
     )
-    ends = number_format.clipping_range(args)
+    ends, signs = number_format.clipping_range(args), number_format.scale_signs(low, high, args)
     for number, factor in enumerate(number_format.scale_search):
         tried = number_format.compute_qparams(low * factor, high * factor, args, dtype, global_scale)
+        tried = tried if signs is None else (tried[0] * signs, tried[1])
         error = quantization_error(x, *tried, args, weighting)
         better = error < best
         best, s, z = (torch.where(better, *pair) for pair in ((error, best), (tried[0], s), (tried[1], z)))
@@ -125,6 +128,7 @@ def search_qparams(
             open_ = (clipping_error_bound(x, *tried, ends, weighting) < best)[:, 0]
             found[:, live] = torch.stack([s, z])
             live, x, low, high, s, z, best, weighting = (t[open_] for t in (live, x, low, high, s, z, best, weighting))
+            signs = None if signs is None else signs[open_]
     found[:, live] = torch.stack([s, z])
     found_scale, found_zero = found.view(2, *scale.shape[:-1])
     return found_scale, found_zero

@@ -64,7 +64,7 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype, sharing: Sequence[T
     if args.scale_dtype is not None:
         scale = in_float16(scale.to(dtype).float(), zero_point, args.num_bits)
     stored = number_format.encode_scale(scale, global_scale, dtype)
-    if not bool((number_format.decode_scale(stored, global_scale) > 0).all()):
+    if not bool((number_format.decode_scale(stored, global_scale) != 0).all()):
         return None
     return QTensor.pack(values, stored, None if args.symmetric else zero_point, args, global_scale)
 
@@ -72,7 +72,8 @@ def on_grid(W: Tensor, args: WeightArgs, dtype: torch.dtype, sharing: Sequence[T
 def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return integers, scales [n] and zero points [n] of groups x [n, size]; None if one of them has none.
 
-    Zero is a level of every grid. The coarsest grid is taken, which has the fewest levels between the ends.
+    Zero is a level of every grid. Scales are positive, unless only a negative one fits. The coarsest grid is taken,
+    which has the fewest levels between the ends.
     """
     lowest, highest = integer_range(args.num_bits)
     low, high = x.amin(-1).clamp(max=0), x.amax(-1).clamp(min=0)
@@ -101,6 +102,10 @@ def on_integers(x: Tensor, args: WeightArgs, tolerance: float) -> tuple[Tensor, 
     zero_point = torch.zeros_like(low)
     if not args.symmetric:  # the one nearest to 0
         zero_point = torch.minimum(torch.maximum(zero_point, lowest - k.amin(-1)), highest - k.amax(-1))
+    signs = get_format(args.format).scale_signs(k.amin(-1), k.amax(-1), args)
+    if signs is not None:
+        signs = torch.where(k.amax(-1) > highest, signs, 1.0)
+        k, scale = k * signs[:, None], scale * signs
     q = k + zero_point[:, None]
     if len(live) or float(q.min()) < lowest or float(q.max()) > highest:
         return None

@@ -48,15 +48,16 @@ def test_bytes_and_weights_by_hand():
     assert found.dequantize().tolist()[0] == pytest.approx([4.0, -2.7847712, 0.0, 0.3183212, 2.2504680])
 
 
-@pytest.mark.parametrize("mse", [False, True])
-def test_gaussian_weights_lose_less_than_as_integers(mse):
+@pytest.mark.parametrize(("mse", "part"), [(False, 0.86), (True, 0.96)])
+def test_gaussian_weights_lose_less_than_as_integers(mse, part):
+    """Scales of integers are also searched among negative ones, which are better."""
     W, quantizer = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)), QUANTIZERS["rtn"](mse=mse)
 
     def error(**settings):
         args = WeightArgs(num_bits=4, group_size=64, **settings)
         return (quantizer.quantize(W, args, None, torch.float32).dequantize() - W).square().mean()
 
-    assert error(format="nf4") < 0.86 * error()
+    assert error(format="nf4") < part * error()
 
 
 def test_gptq_halves_the_held_out_error_of_rtn():

@@ -20,7 +20,7 @@ def rounding_bound(qa, pw):
     q, scale, zero = unpack_weight(pw)
     a = unpack_activations(qa)[:, : pw.columns].double().abs() + qa.zero_point.double().abs()[:, None]
     w = (q.double() - (0 if zero is None else zero.double().repeat_interleave(pw.group_size, 1))).abs()
-    w = w * scale.double().repeat_interleave(pw.group_size, 1)
+    w = w * scale.double().abs().repeat_interleave(pw.group_size, 1)
     return 2**-24 * (scale.shape[1] + 6) * (a @ w.T) * qa.scale.double()[:, None]
 
 
@@ -44,12 +44,14 @@ def test_groups(scheme, group_size, symmetric_a, symmetric_w):
     assert not pw.counters.any()
 
 
-@pytest.mark.parametrize("scale", ["8 bits", "float"])
+@pytest.mark.parametrize("scale", ["8 bits", "float", "of either sign"])
 def test_group_scales_of_8_bits_are_found_and_exact(scale):
     integers = torch.randint(1, 256, (9, 4), generator=rng(3)).float()
     integers[:, 0] = 253  # a prime, so that it is the channel's scale which comes back
     channel = (torch.rand(9, 1, generator=rng(4)) + 0.5).bfloat16().float()
-    given = integers * channel if scale == "8 bits" else (integers * channel).nextafter(torch.ones(()))
+    given = (integers * channel).nextafter(torch.ones(())) if scale == "float" else integers * channel
+    if scale == "of either sign":
+        given *= torch.tensor([1, -1, 1, -1])
     q = torch.randint(-8, 8, (9, 512), generator=rng(1), dtype=torch.int8)
     pw = prepack(q, given, None, 4)
     assert pw.group_scale.dtype == (torch.uint8 if scale == "8 bits" else torch.float32)

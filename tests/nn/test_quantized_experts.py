@@ -52,6 +52,22 @@ def test_each_expert_multiplies_its_own_rows(scheme, engine):
     assert torch.equal(stack(together)[2], stack(together[2], torch.tensor([0, 0, 2])))
 
 
+def test_each_expert_has_a_global_scale_of_its_own():
+    """NVFP4's scale of the whole weight is that of one expert."""
+    W = torch.randn(E, N, 32, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100, 1e4])[:, None, None]
+    args = WeightArgs(num_bits=4, group_size=16, format="nvfp4")
+    apart = [RoundToNearest().quantize(w, args, None, torch.float32) for w in W]
+    together = apart[0].cat_rows([weight.tensors() for weight in apart])
+    together.check("experts")
+    assert together.global_scale.shape == (E * N, 1) and apart[0].global_scale.shape == ()
+    stack = QuantizedExperts(together, None, Scheme(weights=args), (), E, False)
+    for e, weight in enumerate(apart):
+        own = stack.expert(e).qtensor()
+        assert torch.equal(own.global_scale, weight.global_scale) and own.global_scale.shape == ()
+        assert torch.equal(own.dequantize(), weight.dequantize())
+        assert torch.equal(together.dequantize()[e * N : (e + 1) * N], weight.dequantize())
+
+
 def loop_linear(x, W):
     return torch.stack([functional.linear(x, W[e]) for e in range(E)])
 

@@ -28,16 +28,20 @@ PLAIN = InputTransform()
 SETTINGS = {"nsamples": 24, "seqlen": 16, "group_size": 0}
 
 
-@pytest.fixture(scope="module")
-def mixture():
-    """A mixture whose last expert no token reaches, with its program and weights."""
+def make_mixture(inner=24):
+    """Return a mixture whose last expert no token reaches."""
     torch.manual_seed(0)
-    model = Mixture().eval()
+    model = Mixture(inner=inner).eval()
     with torch.no_grad():
         model.words.weight.abs_()
         model.mix.weight.mul_(0.1)
         model.chooser.weight[-1] = -10
     return model
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return make_mixture()
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,18 @@ def test_each_expert_is_judged_on_its_own_rows(run, mixture, monkeypatch):
     artifact = loaded(run, recipe=NO_PASSES, scheme="W4A16")
     assert "fall.0" in artifact.manifest["held_out"]["rounded_plainly"]
     assert 0 in plainly(mixture, artifact)
+
+
+def test_each_expert_of_nvfp4_is_rounded_on_its_own_rows_with_a_global_scale_of_its_own(calibration, tmp_path):
+    model, settings = make_mixture(inner=32), SETTINGS | {"group_size": None}
+    artifact = quantize_model(
+        model, output_dir=tmp_path / "out", scheme="NVFP4", recipe=NO_PASSES, calibration=calibration, **settings
+    )
+    stack = load(artifact.directory, skeleton=Mixture(inner=32)).fall
+    assert stack.global_scale.shape == (64, 1)
+    plain = [RoundToNearest().quantize(W, stack.scheme.weights, None, torch.float32) for W in model.fall.detach().mT]
+    assert [e for e in range(4) if torch.equal(stack.expert(e).qweight, plain[e].data)] == [3]
+    assert all(torch.equal(stack.expert(e).global_scale, plain[e].global_scale) for e in range(4))
 
 
 def test_what_chooses_experts_stays_unless_a_recipe_names_it(analysed):

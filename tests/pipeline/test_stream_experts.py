@@ -45,13 +45,15 @@ def tensors(directory):
 
 
 @pytest.mark.slow
-def test_experts_go_from_file_to_file_and_give_the_same_bytes(directory, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheme", ["W4A8", "NVFP4"])
+def test_experts_go_from_file_to_file_and_give_the_same_bytes(directory, tmp_path, monkeypatch, scheme):
     """Each expert is read alone: no stack is ever read whole."""
+    settings = SETTINGS | {"group_size": None if scheme == "NVFP4" else 0}
     monkeypatch.setattr(
         expert_reader.Checkpoint, "float_tensor", refused := no_stacks(expert_reader.Checkpoint.float_tensor)
     )
     artifact = quantize_model(
-        directory, output_dir=tmp_path / "out", scheme="W4A8", recipe=PLAIN, calibration=ROWS, **SETTINGS
+        directory, output_dir=tmp_path / "out", scheme=scheme, recipe=PLAIN, calibration=ROWS, **settings
     )
     assert refused.seen and not any("experts" in name for name in refused.seen)
     names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
@@ -61,7 +63,7 @@ def test_experts_go_from_file_to_file_and_give_the_same_bytes(directory, tmp_pat
     monkeypatch.undo()
     monkeypatch.setattr(sequential, "streamed", lambda *_: [])
     whole = quantize_model(
-        directory, output_dir=tmp_path / "whole", scheme="W4A8", recipe=PLAIN, calibration=ROWS, **SETTINGS
+        directory, output_dir=tmp_path / "whole", scheme=scheme, recipe=PLAIN, calibration=ROWS, **settings
     )
     first, second = tensors(artifact.directory), tensors(whole.directory)
     assert first.keys() == second.keys()
@@ -93,7 +95,7 @@ def test_what_data_or_a_pass_touches_is_not_streamed(prepared):
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}}) == paths
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "quantizer": {"name": "gptq"}}) == []
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "passes": [{"name": "rotate"}]}) == []
-    assert found("NVFP4", PLAIN) == []  # whose scale of the whole weight is that of all experts
+    assert found("NVFP4", PLAIN) == paths
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

@@ -60,7 +60,11 @@ def test_few_levels_in_each_row(levels, symmetric):
 
 def test_levels_that_a_format_without_zero_points_does_not_hold():
     W = rounded_to_q4_0(random())
-    assert on_grid(W, ASYMMETRIC.model_copy(update={"symmetric": True}), torch.float32) is None
+    symmetric = ASYMMETRIC.model_copy(update={"symmetric": True})
+    assert torch.equal(on_grid(W, symmetric, torch.float32).dequantize(), W)
+    W[0, :32] = torch.arange(32) % 16 * 0.5  # from 0 to 15 steps
+    assert on_grid(W, symmetric, torch.float32) is None
+    assert torch.equal(on_grid(W, ASYMMETRIC, torch.float32).dequantize(), W)
 
 
 def test_a_group_of_zeros_beside_others():
@@ -133,3 +137,15 @@ def test_eight_bits_in_each_row(symmetric):
     assert torch.equal(found.dequantize(), W)
     assert on_grid(random(), args, torch.float32) is None
     assert on_grid(W.bfloat16().float(), args, torch.bfloat16) is None
+
+
+def test_a_scale_is_negative_where_only_that_fits():
+    """Q4_0 of llama.cpp has scales of either sign."""
+    q = torch.randint(-8, 8, (6, 32), generator=torch.Generator().manual_seed(0))
+    q[:, :2] = torch.tensor([-8, 7])
+    W = q * torch.tensor([0.5, -0.5, 1.0, -1.0, 2.0, -2.0])[:, None]
+    found = on_grid(W, WeightArgs(num_bits=4, group_size=32), torch.bfloat16)
+    assert torch.equal(found.dequantize(), W)
+    assert found.scale[:, 0].tolist() == [0.5, -0.5, 1.0, -1.0, 2.0, -2.0]
+    found.check("W")
+    assert (on_grid(W, WeightArgs(num_bits=4, group_size=32, symmetric=False), torch.bfloat16).scale > 0).all()

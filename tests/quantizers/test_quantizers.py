@@ -103,12 +103,37 @@ def test_mse_shrinks_a_range_with_one_outlier():
     assert shrunk.item() < 0.9 * scale.item()
 
 
+def test_the_longer_side_gets_the_integer_that_has_no_partner():
+    """A scale of either sign gives 8 steps to one side and 7 to the other; a positive one has 8 below zero."""
+    W = torch.tensor([[8.0, -6.9, 3.0, 1.0], [-8.0, 6.9, -3.0, -1.0], [8.0, -6.9, 3.0, 1.0]]) * 0.99 * 8 / 7
+    scale, _ = compute_qparams(W, PER_CHANNEL, torch.float32, mse=True)
+    assert scale[0] < 0 < scale[1]
+    assert scale[0] == -scale[1]
+    torch.testing.assert_close(scale[1], torch.tensor([0.99 * 8 / 7]), atol=0.01, rtol=0)
+    q = QUANTIZERS["rtn"](mse=True).quantize(W, PER_CHANNEL, None, torch.float32)
+    assert q.unpack().tolist() == [[-8, 7, -3, -1], [-8, 7, -3, -1], [-8, 7, -3, -1]]
+    q.check("W")
+    eight_bits, _ = compute_qparams(W, WeightArgs(num_bits=8), torch.float32, mse=True)
+    assert (eight_bits > 0).all()
+
+
+def test_scales_of_either_sign_round_a_tenth_nearer():
+    """Rows are Gaussian, as rotated weights are; the best positive scale is looked for finely."""
+    args, W = WeightArgs(num_bits=4, group_size=128), torch.randn(400, 128, generator=torch.Generator().manual_seed(0))
+    found = QUANTIZERS["rtn"](mse=True).quantize(W, args, None, torch.float32)
+    error = (found.dequantize() - W).square().sum(1)
+    scales = (W.abs().amax(1, keepdim=True) / 7)[..., None] * torch.linspace(0.5, 1, 200)
+    tried = (W[:, :, None] / scales).round().clamp(-8, 7) * scales
+    least = (tried - W[:, :, None]).square().sum(1).amin(1)
+    assert 0.85 < float(error.sum() / least.sum()) < 0.97
+
+
 def test_importance_decides_what_is_clipped():
     W = torch.cat([torch.linspace(-1, 1, 63), torch.tensor([2.6])])[None]
     importance = torch.ones(64)
     importance[-1] = 1000
     kept, _ = compute_qparams(W, PER_CHANNEL, torch.float32, mse=True, importance=importance)
-    assert kept.item() * 7 == pytest.approx(2.6, rel=0.05)
+    assert kept.item() * -8 == pytest.approx(2.6, rel=0.05)
 
 
 def test_scales_are_rounded_before_they_are_used():

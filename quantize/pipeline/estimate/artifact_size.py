@@ -69,7 +69,7 @@ class ArtifactEstimate:
         for step in self.plan.steps:
             if linear.path in step.online:
                 input_transform = step.handler.input_transform(self._linear_context(step, linear, W, input_transform))
-        weight = quantize_on_meta(W.shape, W.dtype, planned.weights)
+        weight = quantize_on_meta(W.shape, W.dtype, planned.weights, linear.experts)
         scheme = Scheme(weights=planned.weights, activations=input_transform.activations)
         bias = self.parameters.get(linear.bias or "")
         return quantized_product(weight, bias, scheme, input_transform.online, linear.experts, linear.transposed)
@@ -176,9 +176,11 @@ class ArtifactEstimate:
 
 
 @functools.lru_cache
-def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs) -> QTensor:
-    """Quantize a weight on the meta device; blocks are alike, so each shape is quantized once."""
-    return RoundToNearest().quantize(torch.empty(shape, device="meta"), args, None, dtype)
+def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs, experts: int | None = None) -> QTensor:
+    """Quantize a weight, or each expert of a stack, on the meta device; blocks are alike, so each shape just once."""
+    rows = shape[0] // (experts or 1)
+    one = RoundToNearest().quantize(torch.empty(rows, *shape[1:], device="meta"), args, None, dtype)
+    return one if experts is None else one.cat_rows([one.tensors()] * experts)
 
 
 def stored_tables(tables: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

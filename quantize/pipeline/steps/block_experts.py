@@ -80,9 +80,6 @@ class BlockExperts:
     def _judged(self, linear: Linear, weight: QTensor) -> list[QTensor]:
         """Return a weight whose experts the referee has chosen."""
         experts = linear.experts or 1
-        size = len(weight.data) // experts
-        pieces = [weight.slice_rows(slice(e * size, (e + 1) * size)) for e in range(experts)]
-        if weight.global_scale is not None:
-            return [weight]
+        pieces = [weight.expert(e, experts) for e in range(experts)]
         kept = [self.referee.choose_expert([linear], self.block, e, [piece])[0] for e, piece in enumerate(pieces)]
         return [weight.cat_rows([piece.tensors() for piece in kept])]

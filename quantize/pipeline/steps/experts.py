@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from quantize.calibration.gram_sums import fill_lower, gram_factors
 from quantize.calibration.statistics import Gram
-from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.pipeline.block import Block
@@ -46,15 +45,13 @@ class ExpertRounder:
     def quantize(self, judge: Judge) -> list[QTensor]:
         """Return the rounded weight of each linear, [experts · N, K].
 
-        An expert without rows is rounded to nearest. So are experts whose format has a scale for the whole weight.
+        An expert without rows is rounded to nearest.
 
         Args:
             judge: maps an expert and its weights, rounded by data, to those that are kept.
         """
         first, dtype = self.part[0], self.block.dtypes[self.part[0].weight]
         args, weights = self.block.schemes[first].weights, [self.block.weight(linear) for linear in self.part]
-        if get_format(args.format).has_global_scale:
-            return RoundToNearest().quantize_weights(weights, args, None, dtype)
         experts, counts = first.experts or 1, self.counts
         pooled = self._pooled(counts) if self.quantizer.needs_gram else None
         found: list[list[QTensor]] = [[] for _ in self.part]

@@ -115,10 +115,14 @@ class WeightRounder:
         """Return the weights of those linears that the plan keeps and that lie on a grid as a whole, as they are."""
         found, kept = dict[Linear, QTensor](), [x for x in linears if x.path in self.plan.kept]
         for linear in kept:
-            args, dtype = block.schemes[linear].weights, block.dtypes[linear.weight]
-            shares = get_format(args.format).has_global_scale and linear.experts is None
-            alike = [x for x in kept if shares and x.experts is None and block.schemes[x].weights == args]
-            weight = on_grid(block.weight(linear), args, dtype, [block.weight(x) for x in alike])
+            args, dtype, W = block.schemes[linear].weights, block.dtypes[linear.weight], block.weight(linear)
+            if get_format(args.format).has_global_scale and linear.experts is not None:
+                parts = [on_grid(x, args, dtype) for x in W.chunk(linear.experts)]
+                whole = [x for x in parts if x is not None]
+                weight = whole[0].cat_rows([x.tensors() for x in whole]) if len(whole) == linear.experts else None
+            else:
+                alike = [x for x in kept if x.experts is None and block.schemes[x].weights == args]
+                weight = on_grid(W, args, dtype, [block.weight(x) for x in alike])
             found |= {linear: weight} if weight is not None else {}
         return found
 

@@ -11,7 +11,6 @@ import torch
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.expert_reader import read_expert
 from quantize.checkpoint.safetensors_writer import RowWriter
-from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
@@ -39,7 +38,6 @@ def streamed(checkpoint: Checkpoint, program: Program, segment: Segment, plan: P
         and linear.path in plan.schemes
         and linear.path not in plan.kept
         and (checkpoint.module is not None or checkpoint.is_config_alone or checkpoint.stored(linear.weight))
-        and not get_format(plan.schemes[linear.path].weights.format).has_global_scale
     ]
 
 
@@ -75,12 +73,14 @@ class ExpertStream:
 
     def _on_meta(self, linear: Linear) -> QuantizedExperts:
         stack, scheme = self.checkpoint.on_meta(linear.weight), self.plan.schemes[linear.path]
-        shape = linear.as_out_in(stack).shape
+        (rows, columns), count = linear.as_out_in(stack).shape, linear.experts or 1
         dtype = self.checkpoint.dtype_of(linear.weight)
-        weight = RoundToNearest().quantize(torch.empty(shape, device="meta"), scheme.weights, None, dtype)
-        return QuantizedExperts(weight, None, scheme, (), linear.experts or 1, linear.transposed)
+        like = torch.empty(rows // count, columns, device="meta")
+        one = RoundToNearest().quantize(like, scheme.weights, None, dtype)
+        return QuantizedExperts(one.cat_rows([one.tensors()] * count), None, scheme, (), count, linear.transposed)
 
     def _rounded(self, linear: Linear, expert: int) -> QTensor:
         W = read_expert(self.checkpoint, linear.weight, expert, linear.experts or 1).to(self.context.device)
         args, dtype = self.plan.schemes[linear.path].weights, self.checkpoint.dtype_of(linear.weight)
-        return self.plan.quantizer.quantize(W.T if linear.transposed else W, args, None, dtype)
+        made = self.plan.quantizer.quantize(W.T if linear.transposed else W, args, None, dtype)
+        return made.cat_rows([made.tensors()])

@@ -95,7 +95,7 @@ def test_transformers_computes_what_the_artifact_does(kind, dtype, recipe, model
     assert torch.equal(*greedy)
     few = {"text": books_heldout, "nsamples": 1, "seqlen": 16}
     losses = [evaluate(place, **few)["loss"] for place in (directory, directory / "model.gguf", artifact.directory)]
-    assert losses == pytest.approx([losses[-1]] * 3, rel=1e-4)
+    assert losses == pytest.approx([losses[-1]] * 3, rel=1e-3)  # the file is read in the dtype of the config
 
 
 def test_biases_rotary_embeddings_of_llama3_and_what_is_noticed(model, small_run, tmp_path, monkeypatch, books_heldout):
