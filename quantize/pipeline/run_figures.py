@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from quantize.calibration.massive import is_float
 from quantize.calibration.runner import SequentialRunner
@@ -69,10 +70,11 @@ def input_figures(
 def hidden_state(program: Program, segment: Segment) -> fx.Node | None:
     """Return the largest floating-point value that a block hands on, which is its hidden state; None if there is none.
 
-    A value of fewer than two axes or of one row is none.
+    A value of fewer than two axes or of one row is none, and so is one whose size only data decide.
     """
     inside = set(segment.nodes)
     later = [n for n in segment.nodes if n in program.last_use and program.last_use[n] not in inside and is_float(n)]
+    later = [n for n in later if not free_unbacked_symbols(n.meta["val"])]
     return max((n for n in later if n.meta["val"].dim() > 1), key=lambda n: n.meta["val"].numel(), default=None)
 
 

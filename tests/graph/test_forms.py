@@ -13,7 +13,9 @@ from quantize.graph.export import export_program
 from quantize.graph.fallback.program import LinearsOnlyProgram, make_program
 from quantize.graph.interpreter import Overrides, run_nodes, start
 from quantize.graph.linears import NOT_ALONE
+from quantize.graph.program import Segment
 from quantize.graph.weight_attributes import WeightAttributes
+from quantize.pipeline.run_figures import hidden_state
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -54,6 +56,17 @@ class Mapped(nn.Module):
         return x + seen.to(x.dtype) @ x
 
 
+class Chosen(nn.Module):
+    """Some tokens are taken out by their values, as Idefics3 does with images, and each writes into all."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x + self.second(self.first(x[x[..., 0] > 0])).mean() * 0.1
+
+
 class Chunks(nn.Module):
     """The number of chunks is a number of Python, which the exporter fixes."""
 
@@ -87,6 +100,13 @@ def test_such_linears_are_quantized(small_run):
     assert {"up", "down"} <= artifact.manifest["quantization"]["modules"].keys()
     expected, found = model(IDS), load(artifact.directory, skeleton=Model(Picks()))(IDS)
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_values_whose_size_data_decide_are_no_hidden_state():
+    program = export_program(Model(Chosen()))
+    chosen = next(n for n in program.module.graph.nodes if n.target is torch.ops.aten.index.Tensor)
+    last = next(n for n in program.module.graph.nodes if n.target is torch.ops.aten.linear.default)
+    assert hidden_state(program, Segment("chosen", (chosen, last), ())) is None
 
 
 @pytest.mark.parametrize(("length", "alone"), [(8, False), (20, True), (None, False)])
