@@ -18,12 +18,16 @@ LOG = logging.getLogger(__name__)
 def own_class_name(config: Mapping[str, Any]) -> str | None:
     """Return `MODULE.CLASS` of the class that a config says its directory defines; None if it names none.
 
+    It is that of the architecture, or the only model of `auto_map` where none has its name.
+
     Args:
         config: the content of a `config.json`, whose `auto_map` maps classes of transformers to such names.
     """
     table, name = config.get("auto_map"), str(config["architectures"][0])
-    values = [value for value in table.values() if isinstance(value, str)] if isinstance(table, dict) else []
-    return next((value for value in values if value.rpartition(".")[2] == name), None)
+    found = {key: value for key, value in table.items() if isinstance(value, str)} if isinstance(table, dict) else {}
+    models = sorted({value for key, value in found.items() if key.startswith("AutoModel")})
+    named = [value for value in found.values() if value.rpartition(".")[2] == name]
+    return next(iter(named or models), None) if named or len(models) == 1 else None
 
 
 def code_files(directory: Path) -> list[Path]:

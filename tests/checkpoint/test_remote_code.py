@@ -51,6 +51,19 @@ def test_code_does_not_run_unless_it_is_asked_for(own, marker):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, r"code of the model's own \('modeling_x.M'\) runs only"),
+        ({"AutoModel": "modeling_x.N"}, "its config names no code"),
+    ],
+)
+def test_the_only_model_of_a_config_is_its_code_whatever_the_architecture_is_called(more, message, variant):
+    own = {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M", **more}
+    with pytest.raises(UsageError, match=f"no XForCausalLM, and {message}"):
+        open_checkpoint(variant(model_type="x", architectures=["XForCausalLM"], auto_map=own))
+
+
 def test_an_architecture_that_nobody_has_and_no_code(variant):
     with pytest.raises(UsageError, match=r"has no XForCausalLM, and its config names no code for --trust-remote-code"):
         open_checkpoint(variant(architectures=["XForCausalLM"]), trust_remote_code=True)
