@@ -57,7 +57,7 @@ def toy(monkeypatch):
 
 
 def test_every_folder_is_a_target_and_has_its_tests():
-    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")}
+    folders = {path.parent.name for path in FOLDER.glob("*/__init__.py")} - {"model_free"}  # which writes several
     assert {name.replace("_", "-") for name in folders} == EXPORTERS.keys()
     assert {name for name in folders if (Path(__file__).parent / name).is_dir()} == folders
 

@@ -283,7 +283,7 @@ def test_hadamard_sizes_are_named(foreseen, one_layer):
         ("W4A4", {"passes": [{"name": "runtime_smooth", "group_size": 8}]}, "runtime smooth sorts", "runtime smooth"),
         ("NVFP4", {"targets": ["re:.*[qkvo]_proj"]}, "multiply no nvfp4", ""),
         ("W4A16", {"weights": {"format": "nf4"}}, "multiply no nf4", "no place for nf4 weights"),
-        ("W4A8", {"kv_cache": {"num_bits": 4}, "passes": []}, "keys and values", "keys and values"),
+        ("W4A8", {"kv_cache": {"num_bits": 4}, "passes": []}, "keys and values", ""),
         ("W4A16", {"prefix": {"tokens": [1]}}, "", "no place for a prefix"),
     ],
 )

@@ -37,6 +37,13 @@ def seven(W):
     return rounded_to_levels(W, 7)
 
 
+def above_zero(W):
+    """Round to 0 to 15 steps in groups of 32."""
+    groups = W.unflatten(1, (-1, 32)).abs()
+    d = groups.amax(-1, keepdim=True) / 15
+    return ((groups / d).round() * d).flatten(1)
+
+
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     """Return a function that plans for a model; its graph is made once."""
@@ -81,6 +88,8 @@ def test_what_is_not_kept_is_said(tmp_path, planned):
                               "passes = [] keeps it")  # fmt: skip
     assert not plan.kept
     assert planned(tmp_path, "W4A4", {"passes": []}).kept
+    assert planned(tmp_path, "W4A16", {"weights": {"symmetric": True}}).kept
+    on_grids(tmp_path, above_zero)
     plan = planned(tmp_path, "W4A16", {"weights": {"symmetric": True}})
     assert plan.note.endswith("in groups of 32, which needs zero points: rounded anew")
 

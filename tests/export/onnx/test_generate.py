@@ -119,7 +119,7 @@ def test_characters_come_whole(exported, monkeypatch):
     ("change", "code", "message"),
     [
         (lambda d: shutil.rmtree(d), 2, "no such exported model: "),
-        (lambda d: (d / "model.onnx").unlink(), 2, "holds no model.onnx; write one with `quantize-model export --"),
+        (lambda d: (d / "model.onnx").unlink(), 2, "holds no .onnx file; write one with `quantize-model export --"),
         (lambda d: (d / "tokenizer.json").unlink(), 2, "has no tokenizer; export an artifact whose model directory"),
         (lambda d: (d / "model.onnx").write_bytes(b"no model"), 1, "ONNX Runtime cannot load"),
         (lambda d: (d / "ort_config.json").write_text("{"), 1, "ort_config.json is no JSON"),
