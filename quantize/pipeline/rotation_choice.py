@@ -22,7 +22,9 @@ from quantize.pipeline.plan import LeftOut, Plan, reading
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
 
-CLEARLY = 0.67  # of the error behind a rotation; language models have 0.8 to 1.1 where they have no outliers
+# Of the error behind a rotation. Uniform weights have a half. The residual stream of Qwen2.5-Coder has 0.66 at W4A8,
+# and loses less rotated all the same, as GPTQ makes more of rotated weights than plain rounding does.
+CLEARLY = 0.6
 
 
 @dataclass
