@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -39,3 +40,11 @@ class RoundToNearest(Quantizer):
         for part, w, s, z in zip(*(t.split(rows) for t in (q, W, scale, zero_point)), strict=True):
             part.copy_(quantize(grouped(w, args), s[..., None], z[..., None], args).flatten(1))
         return pack(q, scale, zero_point, args, scale_dtype, global_scale)
+
+
+@functools.lru_cache
+def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs, experts: int | None = None) -> QTensor:
+    """Quantize a weight, or each expert of a stack, on the meta device; blocks are alike, so each shape just once."""
+    rows = shape[0] // (experts or 1)
+    one = RoundToNearest().quantize(torch.empty(rows, *shape[1:], device="meta"), args, None, dtype)
+    return one if experts is None else one.cat_rows([one.tensors()] * experts)

@@ -18,7 +18,6 @@ from quantize.calibration.data import Samples
 from quantize.calibration.probes import PROBE_TOKENS
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.opening import side_files
-from quantize.formats.qtensor import QTensor
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.graph.shapes import ShapeInfo
@@ -29,8 +28,8 @@ from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.plan import Plan, Step, changed_by
 from quantize.pipeline.rng import derived_generator
 from quantize.pipeline.tables import module_of
-from quantize.quantizers.rtn import RoundToNearest
-from quantize.scheme.scheme import TABLE_SCHEME, Scheme, WeightArgs
+from quantize.quantizers.rtn import quantize_on_meta
+from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 from quantize.transforms.online import InputTransform
 
 
@@ -173,14 +172,6 @@ class ArtifactEstimate:
         most = math.inf if self.samples.whole else PROBE_TOKENS
         inputs = sum(int(min(x.numel(), most)) for x in self.samples.rows[0].values())
         return 2 * (4 * output + 8 * inputs) + 300
-
-
-@functools.lru_cache
-def quantize_on_meta(shape: torch.Size, dtype: torch.dtype, args: WeightArgs, experts: int | None = None) -> QTensor:
-    """Quantize a weight, or each expert of a stack, on the meta device; blocks are alike, so each shape just once."""
-    rows = shape[0] // (experts or 1)
-    one = RoundToNearest().quantize(torch.empty(rows, *shape[1:], device="meta"), args, None, dtype)
-    return one if experts is None else one.cat_rows([one.tensors()] * experts)
 
 
 def stored_tables(tables: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

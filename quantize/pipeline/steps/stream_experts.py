@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.checkpoint.expert_reader import read_expert
 from quantize.checkpoint.safetensors_writer import RowWriter
@@ -19,7 +17,7 @@ from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan, changed_by
-from quantize.quantizers.rtn import RoundToNearest
+from quantize.quantizers.rtn import quantize_on_meta
 
 
 def streamed(checkpoint: Checkpoint, program: Program, segment: Segment, plan: Plan) -> list[Linear]:
@@ -73,11 +71,9 @@ class ExpertStream:
 
     def _on_meta(self, linear: Linear) -> QuantizedExperts:
         stack, scheme = self.checkpoint.on_meta(linear.weight), self.plan.schemes[linear.path]
-        (rows, columns), count = linear.as_out_in(stack).shape, linear.experts or 1
-        dtype = self.checkpoint.dtype_of(linear.weight)
-        like = torch.empty(rows // count, columns, device="meta")
-        one = RoundToNearest().quantize(like, scheme.weights, None, dtype)
-        return QuantizedExperts(one.cat_rows([one.tensors()] * count), None, scheme, (), count, linear.transposed)
+        dtype, count = self.checkpoint.dtype_of(linear.weight), linear.experts or 1
+        weight = quantize_on_meta(linear.as_out_in(stack).shape, dtype, scheme.weights, count)
+        return QuantizedExperts(weight, None, scheme, (), count, linear.transposed)
 
     def _rounded(self, linear: Linear, expert: int) -> QTensor:
         W = read_expert(self.checkpoint, linear.weight, expert, linear.experts or 1).to(self.context.device)
