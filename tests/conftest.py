@@ -35,7 +35,7 @@ SMALL = {"group_size": 0, "nsamples": 2, "seqlen": 16}
 
 @pytest.fixture(autouse=True)
 def limits_are_taken_back():
-    """Fail a test that leaves a limit of this process behind, under which all later ones would run."""
+    """Fail a test that leaves a limit of this process or a default device behind, for all later tests."""
     kinds = (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE)
     before = [resource.getrlimit(kind) for kind in kinds]
     yield
@@ -43,6 +43,7 @@ def limits_are_taken_back():
     for kind, limit in zip(kinds, before, strict=True):
         resource.setrlimit(kind, limit)
     assert after == before
+    assert torch.get_default_device().type == "cpu"
 
 
 @pytest.fixture(scope="session")
