@@ -86,9 +86,7 @@ def whole_tensor(checkpoint: Checkpoint, name: str) -> Tensor | None:
     return checkpoint.float_tensor(name) if checkpoint.is_encoded(name) and source.converter is None else None
 
 
-def matrices(
-    checkpoint: Checkpoint, linear: StoredLinear, whole: Tensor | None
-) -> Iterator[tuple[int, Tensor | None]]:
+def matrices(checkpoint: Checkpoint, linear: StoredLinear, whole: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
     """Yield the matrices [N, K] of a linear, each with its first row; None for a tensor that can be read in pieces.
 
     Args:
