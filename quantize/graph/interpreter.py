@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from quantize.errors import QuantizeError
+from quantize.graph.failure import why_node_fails
 from quantize.graph.program import Program
 
 Values = dict[fx.Node, Any]
@@ -59,7 +61,11 @@ def run_nodes(program: Program, nodes: Iterable[fx.Node], values: Values, state:
 
 
 def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
-    """Compute one node's value."""
+    """Compute one node's value.
+
+    Raises:
+        QuantizeError: its operator does not take its operands.
+    """
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
 
@@ -73,4 +79,10 @@ def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) 
     if replaced := state.linears.get(node):
         return replaced(*map(value_of, program.operands(node)))
     run: Any = state.operators.get(node, node.target)
-    return run(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
+    operands, named = map_arg(node.args, value_of), map_arg(node.kwargs, value_of)
+    try:
+        return run(*operands, **named)
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "same dtype" in str(error):
+            raise  # of a whole block, which knows what to do
+        raise QuantizeError(why_node_fails(program, node, operands, error)) from error
