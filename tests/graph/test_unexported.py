@@ -255,6 +255,32 @@ class TakesOne(Chooses):
         return super().forward(ids) if len(ids) == 1 else [][0]
 
 
+class CountsItself(nn.Embedding):
+    """A table of positions that is given token ids, or their shape, and looks up neither."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange((ids if isinstance(ids, torch.Size) else ids.shape)[-1]))
+
+
+class CountsPlaces(Chooses):
+    """Looks up positions in a table that is smaller than the one of words."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.places, self.sizes = CountsItself(64, 16), sizes
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.places(ids.shape if self.sizes else ids)
+        return self.head(self.blocks[1](self.blocks[0](x))) if int(ids.sum()) else x
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_token_ids_lie_below_the_tables_that_are_looked_up_by_them(small_run, sizes):
+    program = program_of(CountsPlaces(sizes))
+    assert (program.vocabulary, program.bounds) == (512, {"ids": 512})
+    assert small_run(CountsPlaces(sizes), "W8A8", recipe=RTN).manifest["body"]["quantized"] == 4 * 48 * 16
+
+
 class ReadsTheWeight(Chooses):
     """Its head is more than a linear, for all ids or for some."""
 

@@ -56,9 +56,11 @@ class FloatModel:
 
 
 def noted(note: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Return a forward pre-hook for a module with one input."""
+    """Return a forward pre-hook that notes a module's first input; a table of positions may be given a number."""
     del module
-    note(args[0] if args else kwargs["input"])
+    given = next(iter((*args, *kwargs.values())), None)
+    if isinstance(given, Tensor):
+        note(given)
 
 
 def linear_inputs(model: FloatModel, paths: tuple[str, ...], /, **given: Tensor) -> tuple[Tensor, ...]:
