@@ -49,6 +49,16 @@ def find_model(model: str | Path) -> Path | None:
     return None
 
 
+def check_low_disk(model: object, low_disk: bool) -> None:
+    """Check that a model lies on the hub, if few of its files shall be on disk at a time.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if low_disk and (not isinstance(model, str | Path) or find_model(model) is not None):
+        raise UsageError("--low-disk is for a model on the hub, and this one is here already; leave it out")
+
+
 def folder_of(place: Path) -> Path:
     """Return the directory that a model's one file lies in, or the directory itself."""
     return place.parent if place.is_file() else place

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import require_directory, require_file
+from quantize.checkpoint.paths import check_low_disk, require_directory, require_file
 from quantize.cli.arguments import PATH, TRUST, SchemeType, check_recipe, check_run, on_hub
 from quantize.cli.model_free import FORMATS, rounded_alone, run_model_free
 from quantize.errors import UsageError, own_words_shown
@@ -143,6 +143,7 @@ def quantize(
     """
     if revision is not None:
         model = on_hub(model, revision)
+    check_low_disk(model, low_disk)
     output = None if dry_run else output_dir
     check_run(model, calibration, output, resume)
     check_recipe(model, scheme, target, recipe, settings["seqlen"], settings["ignore"], model_free)

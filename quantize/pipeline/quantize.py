@@ -19,7 +19,8 @@ from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
+from quantize.checkpoint.paths import check_low_disk
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running

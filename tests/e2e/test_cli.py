@@ -112,6 +112,10 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
             [one_layer, "-o", "new", "--scheme", "w8a8", "--ignore", "re:*"],
             "ignore: 're:*' is no regular expression of",
         ),
+        (
+            [one_layer, "-o", "new", "--scheme", "w8a8", "--low-disk"],
+            "--low-disk is for a model on the hub, and this one",
+        ),
         (["prune", one_layer, "-o", "new", "--ratio", "0.5", "--seqlen", "513"], "--seqlen 513 is more than the 512"),
         (["merge-stats", "nowhere", "--output", "new"], "no such file: nowhere"),
         (["inspect", one_layer, "--calibration", text], "--calibration is text for --activations; give both or"),
