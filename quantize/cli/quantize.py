@@ -143,6 +143,8 @@ def quantize(
     """
     if revision is not None:
         model = on_hub(model, revision)
+    if format is not None and not model_free:
+        raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
     check_low_disk(model, low_disk)
     output = None if dry_run else output_dir
     check_run(model, calibration, output, resume)
@@ -160,8 +162,6 @@ def quantize(
         call = rounded_alone(options, target, format, **known)
         with own_words_shown(verbose):
             return run_model_free(model, output, call, progress, quiet)
-    if format is not None:
-        raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
     from quantize.pipeline.distributed import is_rank_zero
     from quantize.pipeline.progress import JsonConsole
     from quantize.pipeline.quantize import collect_stats as collect
