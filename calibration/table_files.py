@@ -57,7 +57,7 @@ def bounded_reading(path: Path) -> Iterator[None]:
     Raises:
         QuantizeError: a file is damaged, takes more memory or time, or holds something else.
     """
-    with errors_of(path), limit_time(SECONDS, "calibration data"), limit_data(MEMORY):
+    with errors_of(path), limit_data(MEMORY), limit_time(SECONDS, "calibration data"):
         yield
 
 

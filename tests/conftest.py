@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,19 @@ from quantize.pipeline.quantize import quantize_model
 
 HERE = Path(__file__).parent
 SMALL = {"group_size": 0, "nsamples": 2, "seqlen": 16}
+
+
+@pytest.fixture(autouse=True)
+def limits_are_taken_back():
+    """Fail a test that leaves a limit of this process or a default device behind, for all later tests."""
+    kinds = (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE)
+    before = [resource.getrlimit(kind) for kind in kinds]
+    yield
+    after = [resource.getrlimit(kind) for kind in kinds]
+    for kind, limit in zip(kinds, before, strict=True):
+        resource.setrlimit(kind, limit)
+    assert after == before
+    assert torch.get_default_device().type == "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def build_skeleton(
     """
     cls, bounds = model_class(config, code), contextlib.nullcontext() if files is None else bounded(files)
     try:
-        with bounds, init_empty_weights(include_buffers=False), offline(), LargeOnMeta():
+        with init_empty_weights(include_buffers=False), offline(), LargeOnMeta(), bounds:  # what these raise ends there
             model: transformers.PreTrainedModel = cls(cls.config_class.from_dict(with_floats(without_kernels(config))))  # type: ignore[attr-defined]
     except OfflineModeIsEnabled:
         raise UsageError(

@@ -22,7 +22,7 @@ ELEMENTS_PER_BYTE, PARTS_PER_TENSOR, SLACK = 4, 8, 1 << 20
 BUFFER_BYTES = 1 << 27  # of masks and tables of positions, beside as many as the files have
 MEMORY = 1 << 30  # bytes that a constructor may take for anything else, beside twice as many as the files have
 LARGEST_PARTS, LARGEST_ELEMENTS = 1 << 16, 1 << 43  # of a model that is known by its config alone
-SECONDS, SECONDS_PER_TENSOR = 5.0, 0.001  # of one core
+SECONDS, SECONDS_PER_TENSOR, AGAIN = 5.0, 0.001, 1.0  # of one core
 
 
 class TookTooLong(BaseException):
@@ -50,8 +50,8 @@ def bounded(files: Mapping[str, Path]) -> Iterator[None]:
         held = "the largest models"
         with (
             limit_registrations(LARGEST_PARTS, LARGEST_ELEMENTS, BUFFER_BYTES, held),
-            limit_time(SECONDS + SECONDS_PER_TENSOR * LARGEST_PARTS, held),
             limit_memory(MEMORY, held),
+            limit_time(SECONDS + SECONDS_PER_TENSOR * LARGEST_PARTS, held),
         ):
             yield
         return
@@ -60,8 +60,8 @@ def bounded(files: Mapping[str, Path]) -> Iterator[None]:
     parts = PARTS_PER_TENSOR * (len(files) + 8)
     with (
         limit_registrations(parts, ELEMENTS_PER_BYTE * size + SLACK, size + BUFFER_BYTES, held),
-        limit_time(SECONDS + SECONDS_PER_TENSOR * len(files), held),
         limit_memory(MEMORY + 2 * size, held),
+        limit_time(SECONDS + SECONDS_PER_TENSOR * len(files), held),
     ):
         yield
 
@@ -139,30 +139,39 @@ def limit_data(extra: int) -> Iterator[None]:
 def limit_time(seconds: float, held: str) -> Iterator[None]:
     """Bound the seconds of a core that this thread may take.
 
+    It stands within other limits, so that what it raises never stops them from being taken back.
+
     Raises:
         ValueError: it took more.
     """
-    thread, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    thread, running, sending = threading.get_ident(), threading.Lock(), threading.Lock()
     clock = time.pthread_getcpuclockid(thread)
     end = time.clock_gettime(clock) + seconds
 
     def watch() -> None:
-        while not over.wait(0.05):
-            with lock:
-                if not over.is_set() and time.clock_gettime(clock) > end:
-                    interrupt(thread, ctypes.py_object(TookTooLong))
+        due = end
+        while not running.acquire(timeout=0.05):
+            if time.clock_gettime(clock) > due and sending.acquire(blocking=False):
+                interrupt(thread, ctypes.py_object(TookTooLong))
+                sending.release()
+                due += max(seconds, AGAIN)  # what swallows it is told again, and what unwinds is left in peace
+
+    def stop() -> None:  # may be interrupted anywhere, and called again
+        sending.acquire(timeout=0.1)
+        interrupt(thread, None)  # one that is on its way
+        if running.locked():
+            running.release()
 
     watcher = threading.Thread(target=watch, daemon=True)
+    running.acquire()
     try:
         try:
             watcher.start()
             yield
         finally:
-            with lock:
-                over.set()
-            interrupt(thread, None)  # one that is on its way
+            stop()
     except TookTooLong:
-        over.set()
+        stop()
         raise ValueError(f"it takes more than {seconds:.0f} s, far more than {held} need") from None
 
 

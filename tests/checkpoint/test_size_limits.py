@@ -93,3 +93,22 @@ def test_a_constructor_that_never_ends_is_ended():
     while time.monotonic() - started < 0.3:  # nothing is raised afterwards
         with limit_time(10, "nothing"):
             pass
+
+
+def test_what_unwinds_is_not_interrupted_again():
+    """A second interruption would strike where other limits and modes are taken back, and leave them behind."""
+    unwound = []
+
+    def slow_to_unwind():
+        try:
+            while True:
+                pass
+        finally:
+            end = time.thread_time() + 0.3
+            while time.thread_time() < end:
+                pass
+            unwound.append(True)
+
+    with pytest.raises(ValueError, match="it takes more than 0 s"), limit_time(0.1, "nothing"):
+        slow_to_unwind()
+    assert unwound

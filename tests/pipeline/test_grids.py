@@ -167,6 +167,18 @@ def test_what_loses_less_on_rows_held_back_is_taken(tmp_path, books_on_grids, sc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("model", "change"), [("books", rounded_to_q4_0), ("stories", seven)])
+def test_outputs_are_exactly_those_of_the_float_model(request, books_heldout, tmp_path, model, change):
+    directory = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(model), directory)
+    tensors = {k: change(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
+    quantized_sources.rewrite(directory, tensors)
+    quantize.quantize_model(directory, scheme="W4A16", output_dir=tmp_path / "out", nsamples=4, seqlen=64)
+    found = quantize.evaluate(tmp_path / "out", against=directory, text=books_heldout, nsamples=4, seqlen=64)
+    assert (found["kl"], found["top1"]) == (0, 1)
+
+
+@pytest.mark.slow
 def test_a_grid_of_mxfp4_is_measured_without_calibration_data(tmp_path, books):
     shutil.copytree(books, tmp_path / "model")
     args = load_recipe("MXFP4", None).weights

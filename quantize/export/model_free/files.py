@@ -17,7 +17,7 @@ from quantize.checkpoint.safetensors_writer import RowWriter
 from quantize.checkpoint.tensor_files import require_finite
 from quantize.export.compressed_tensors.format import WORD
 from quantize.export.model_free.linears import StoredLinear
-from quantize.export.model_free.plan import WHOLE, ModelFreePlan
+from quantize.export.model_free.plan import GLOBAL_SCALE, ModelFreePlan
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.quantizers.grid import on_grid
@@ -53,8 +53,7 @@ def write_weight(plan: ModelFreePlan, out: RowWriter, name: str) -> list[str]:
     """Round the linears of a weight or of a stack, and write them; return those that were kept as they were."""
     kept, whole = list[str](), whole_tensor(plan.checkpoint, name)
     for linear in plan.linears[name]:
-        scheme = plan.schemes[linear.path]
-        found = matrices(plan.checkpoint, linear, whole, get_format(scheme.weights.format).has_global_scale)
+        found = matrices(plan.checkpoint, linear, whole)
         if all([write_matrix(plan, out, linear, first, W) for first, W in found]):
             kept.append(linear.path)
     return kept
@@ -87,23 +86,16 @@ def whole_tensor(checkpoint: Checkpoint, name: str) -> Tensor | None:
     return checkpoint.float_tensor(name) if checkpoint.is_encoded(name) and source.converter is None else None
 
 
-def matrices(
-    checkpoint: Checkpoint, linear: StoredLinear, whole: Tensor | None, together: bool
-) -> Iterator[tuple[int, Tensor | None]]:
+def matrices(checkpoint: Checkpoint, linear: StoredLinear, whole: Tensor | None) -> Iterator[tuple[int, Tensor | None]]:
     """Yield the matrices [N, K] of a linear, each with its first row; None for a tensor that can be read in pieces.
 
     Args:
         checkpoint: the files.
         linear: the linear.
         whole: the tensor that holds it, if it has been put together already.
-        together: whether the matrices of a stack are needed as one.
     """
-    numbers = range(linear.experts) if linear.experts is not None else [linear.expert]
-    found = ((at * linear.rows, matrix(checkpoint, linear, number, whole)) for at, number in enumerate(numbers))
-    if together and linear.experts is not None:
-        yield 0, torch.cat([W for _, W in found if W is not None])
-    else:
-        yield from found
+    for at, number in enumerate(range(linear.experts) if linear.experts is not None else [linear.expert]):
+        yield at * linear.rows, matrix(checkpoint, linear, number, whole)
 
 
 def matrix(checkpoint: Checkpoint, linear: StoredLinear, number: int | None, whole: Tensor | None) -> Tensor | None:
@@ -157,8 +149,9 @@ def put(plan: ModelFreePlan, out: RowWriter, linear: StoredLinear, first: int, w
         name = f"{linear.path}.{part}"
         if part == "weight_shape":
             out.put(name, 0, torch.tensor([linear.rows, linear.columns]))
-        elif part in WHOLE:
-            out.put(name, 0, x.reshape(1))
+        elif part == GLOBAL_SCALE:  # each expert of a stack has one of its own, in all of its rows
+            rows = len(weight.data) if linear.experts is not None else 1
+            out.put(name, first if linear.experts is not None else 0, x.reshape(1, 1).expand(rows, 1))
         else:
             in_words = part == "weight_zero_point" and x.dtype == torch.int32
             out.put(name, first // WORD if in_words else first, x)

@@ -33,7 +33,7 @@ from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.recipe.validation import validated
 from quantize.scheme.scheme import Scheme
 
-WHOLE = {"weight_shape", "global_scale"}  # parts that a weight has once, however many rows it has
+SHAPE, GLOBAL_SCALE = "weight_shape", "global_scale"  # parts that a matrix has once, however many rows it has
 PLAIN = {"passes": [], "tables": [], "quantizer": {"name": "rtn", "mse": True}}
 
 
@@ -85,8 +85,11 @@ class ModelFreePlan:
         for linear in self.linears[name]:
             parts = sample(self.form, self.schemes[linear.path], linear.columns, self.dtype(name))
             for part, (shape, dtype) in parts.items():
-                whole = part in WHOLE
-                own = shape if whole else (-(-linear.all_rows * shape[0] // WORD), *shape[1:])
+                own = shape
+                if part == GLOBAL_SCALE and linear.experts is not None:
+                    own = (linear.all_rows, 1)
+                elif part not in (SHAPE, GLOBAL_SCALE):
+                    own = (-(-linear.all_rows * shape[0] // WORD), *shape[1:])
                 made[f"{linear.path}.{part}"] = torch.empty(own, dtype=dtype, device="meta")
         return made
 

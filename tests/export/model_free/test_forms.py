@@ -56,8 +56,9 @@ def with_rounded_weights(found, directory):
         else:
             continue
         own = (W.mT if turned else W).contiguous()
-        weight = RoundToNearest().quantize(own.flatten(0, -2), module.scheme.weights, None, W.dtype)
-        rounded = weight.dequantize().view_as(own)
+        args, matrices = module.scheme.weights, own if own.dim() == 3 else own[None]
+        rounded = torch.stack([RoundToNearest().quantize(x, args, None, W.dtype).dequantize() for x in matrices])
+        rounded = rounded.view_as(own)
         W.copy_(rounded.mT if turned else rounded)
         count += 1
     return model, count
@@ -66,7 +67,7 @@ def with_rounded_weights(found, directory):
 @pytest.mark.parametrize(
     ("kind", "scheme", "count"),
     [("llama", "W4A16", 14), ("gpt2", "W4A16", 8), ("mixtral", "W4A16", 8), ("gpt_oss", "MXFP4", 4),
-     ("llama", "NVFP4", 14)],
+     ("llama", "NVFP4", 14), ("mixtral", "NVFP4", 8)],
 )  # fmt: skip
 @torch.no_grad()
 def test_an_artifact_of_a_known_class_is_loaded(tmp_path, kind, scheme, count):
