@@ -32,7 +32,7 @@ def inline_regions(module: fx.GraphModule) -> None:
 
 def inner_graph(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
     """Return the graph of a region and its operands; None for other nodes."""
-    first = {GRADIENTS: 1, AUTOCAST: 4}.get(node.target)  # type: ignore[call-overload]
+    first = {GRADIENTS: 1, AUTOCAST: 4}.get(node.target)
     if first is None:
         return None
     source, *operands = node.args[first:]
@@ -58,8 +58,8 @@ def inline(module: fx.GraphModule, region: fx.Node) -> None:
     results = map_arg(output.args[0], lambda n: copies[n])
     for user in list(region.users):
         if isinstance(results, list | tuple) and user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type,index]
+            user.replace_all_uses_with(results[user.args[1]])
             module.graph.erase_node(user)
     if region.users:
-        region.replace_all_uses_with(results)  # type: ignore[arg-type]
+        region.replace_all_uses_with(results)
     module.graph.erase_node(region)

@@ -40,7 +40,7 @@ class Lookups(TorchDispatchMode):
     """Notes in `found` the rows of the smallest table in which the tensors in `names` are looked up."""
 
     def __init__(self, names: Mapping[int, str], found: dict[str, int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.found = names, found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
