@@ -55,10 +55,11 @@ def inline(module: fx.GraphModule, region: fx.Node) -> None:
                 setattr(module, name, operator.attrgetter(str(node.target))(inner))
                 copies[node].target = name
     output = next(node for node in inner.graph.nodes if node.op == "output")
-    results = map_arg(output.args[0], lambda n: copies[n])
+    results: Any = map_arg(output.args[0], lambda n: copies[n])
     for user in list(region.users):
         if isinstance(results, list | tuple) and user.target is operator.getitem:
-            user.replace_all_uses_with(results[user.args[1]])
+            place: Any = user.args[1]
+            user.replace_all_uses_with(results[place])
             module.graph.erase_node(user)
     if region.users:
         region.replace_all_uses_with(results)
