@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from quantize.checkpoint.paths import folder_of
+from quantize.checkpoint.paths import LARGEST_JSON, folder_of
 from quantize.checkpoint.tokenizer import load_tokenizer
-from quantize.checkpoint.untrusted_files import LARGEST_JSON
 from quantize.errors import UsageError, reason, shown
 from quantize.eval.loading import load_any
 from quantize.graph.export import quiet

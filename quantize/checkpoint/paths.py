@@ -16,6 +16,10 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w.-][\w./-]*)?")
 SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}  # what a model has beside its weights
 RUN_IN_TRANSFORMERS = ("safetensors-float", "compressed-tensors")  # exports
 LARGEST_MANIFEST = 1 << 25  # bytes
+LARGEST_JSON = 1 << 25  # bytes of a config, index or manifest, which take fifty times as much memory when parsed
+LARGEST_HEADER = 100_000_000  # bytes of a safetensors file's header, as in the format's own library
+LONGEST_NAME = 1 << 12  # characters of a tensor's name, which is compared with patterns and with other names
+INDEX = "model.safetensors.index.json"
 DATA_SET = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")  # owner/name, a configuration and a split
 FILES_OF_DATA_SETS = (".arrow", ".parquet")
 FILES_OF_MODELS = {
@@ -45,6 +49,16 @@ def find_model(model: str | Path) -> Path | None:
     return None
 
 
+def check_low_disk(model: object, low_disk: bool) -> None:
+    """Check that a model lies on the hub, if few of its files shall be on disk at a time.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if low_disk and (not isinstance(model, str | Path) or find_model(model) is not None):
+        raise UsageError("--low-disk is for a model on the hub, and this one is here already; leave it out")
+
+
 def folder_of(place: Path) -> Path:
     """Return the directory that a model's one file lies in, or the directory itself."""
     return place.parent if place.is_file() else place
@@ -72,11 +86,15 @@ def base_of(path: Path) -> str:
     return f" of {shown(found)}" if isinstance(found, str) and found else ""
 
 
-def glance(path: Path, largest: int) -> dict[str, Any]:
-    """Return the JSON object in a file of at most `largest` bytes, or nothing; what matters of it is checked later."""
+def glance(path: Path, largest: int, counted: bool = False) -> dict[str, Any]:
+    """Return the JSON object in a file of at most `largest` bytes, or nothing; what matters of it is checked later.
+
+    Where it is `counted`, as in safetensors files, its length stands before it in 8 bytes.
+    """
     try:
         with path.open("rb") as file:
-            found = json.loads(file.read(largest))
+            length = int.from_bytes(file.read(8), "little") if counted else largest
+            found = json.loads(file.read(min(length, largest)))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -21,10 +21,10 @@ from transformers.core_model_loading import dot_natural_key
 
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.hub import SHA256, hub_errors
-from quantize.checkpoint.paths import SIDE_FILES, find_model
-from quantize.checkpoint.safetensors_reader import LARGEST_HEADER, read_header
+from quantize.checkpoint.paths import LARGEST_HEADER, SIDE_FILES, check_low_disk
+from quantize.checkpoint.safetensors_reader import read_header
 from quantize.checkpoint.untrusted_files import INDEX, indexed_names
-from quantize.errors import QuantizeError, UsageError
+from quantize.errors import QuantizeError
 
 SHARDS = 3  # that are on disk at a time: the one before, the one that is read, and the next one
 FIRST = 100_000  # bytes, which hold most headers
@@ -161,16 +161,6 @@ class RemoteShards:
         self.fetched += self.sizes[path]
         blob.replace(path)
         found.unlink()
-
-
-def check_low_disk(model: object, low_disk: bool) -> None:
-    """Check that a model lies on the hub, if few of its files shall be on disk at a time.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if low_disk and (not isinstance(model, str | Path) or find_model(model) is not None):
-        raise UsageError("--low-disk is for a model on the hub, and this one is here already; leave it out")
 
 
 @contextlib.contextmanager

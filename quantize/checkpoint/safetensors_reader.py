@@ -21,10 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, 
 from torch import Tensor
 
 from quantize.checkpoint.files_seen import stamp
+from quantize.checkpoint.paths import LARGEST_HEADER, LONGEST_NAME
 from quantize.errors import ChangedError, QuantizeError, shown
 
-LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
-LONGEST_NAME = 1 << 12  # characters of a tensor's name, which is compared with patterns and with other names
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,

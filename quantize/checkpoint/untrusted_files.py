@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from quantize.checkpoint.paths import SIDE_FILES
+from quantize.checkpoint.paths import INDEX as INDEX
+from quantize.checkpoint.paths import LARGEST_JSON, SIDE_FILES
 from quantize.checkpoint.safetensors_reader import read_header, read_rows, without_duplicates
 from quantize.errors import QuantizeError, UsageError, shown
 
-INDEX = "model.safetensors.index.json"
 CAN_RUN_CODE = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".keras"}
-LARGEST_JSON = 1 << 25  # bytes of a config, index or manifest, which take fifty times as much memory when parsed
 LARGEST_SIDE_FILE = 1 << 28  # bytes; the largest tokenizers take a tenth of it
 
 

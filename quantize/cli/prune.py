@@ -7,9 +7,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from quantize.checkpoint.outputs import require_new
-from quantize.checkpoint.paths import require_file
-from quantize.cli.arguments import PATH, require_model
+from quantize.cli.arguments import PATH, check_recipe, check_run
 
 
 @click.command()
@@ -45,10 +43,8 @@ def prune(
     Those go that add the least to the output of their layer (REAP), as many in each layer. The table prune of a recipe
     does the same before a model is quantized.
     """
-    require_model(model)
-    require_new(output_dir)
-    if calibration is not None:
-        require_file(calibration)
+    check_run(model, calibration, output_dir)
+    check_recipe(model, "W4A16", None, None, seqlen, ())
     from quantize.pipeline.pruned_model import prune_model
 
     found = prune_model(

@@ -9,8 +9,8 @@ from typing import Any
 import click
 from rich.console import Console
 
-from quantize.checkpoint.paths import require_directory, require_file
-from quantize.cli.arguments import PATH, TRUST, SchemeType, check_run, on_hub
+from quantize.checkpoint.paths import check_low_disk, require_directory, require_file
+from quantize.cli.arguments import PATH, TRUST, SchemeType, check_recipe, check_run, on_hub
 from quantize.cli.model_free import FORMATS, rounded_alone, run_model_free
 from quantize.errors import UsageError, own_words_shown
 from quantize.recipe.targets import TARGETS
@@ -143,7 +143,12 @@ def quantize(
     """
     if revision is not None:
         model = on_hub(model, revision)
-    check_run(model, scheme, target, recipe, calibration, None if dry_run else output_dir, resume)
+    if format is not None and not model_free:
+        raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
+    check_low_disk(model, low_disk)
+    output = None if dry_run else output_dir
+    check_run(model, calibration, output, resume)
+    check_recipe(model, scheme, target, recipe, settings["seqlen"], settings["ignore"], model_free)
     if adapter is not None:
         require_directory(adapter, "adapter")
     if stats is not None:
@@ -156,9 +161,7 @@ def quantize(
         known = dict(scheme=scheme, recipe=recipe, low_disk=low_disk, resume=resume)
         call = rounded_alone(options, target, format, **known)
         with own_words_shown(verbose):
-            return run_model_free(model, None if dry_run else output_dir, call, progress, quiet)
-    if format is not None:
-        raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
+            return run_model_free(model, output, call, progress, quiet)
     from quantize.pipeline.distributed import is_rank_zero
     from quantize.pipeline.progress import JsonConsole
     from quantize.pipeline.quantize import collect_stats as collect

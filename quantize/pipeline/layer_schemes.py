@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Protocol
 
-import re2
-
-from quantize.errors import LONGEST, UsageError, reason, shown
+from quantize.errors import UsageError
 from quantize.formats import check_scheme, get_format
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
 from quantize.recipe.fields import LayerArgs
-from quantize.recipe.patterns import compiled
+from quantize.recipe.patterns import matches, require_match
 from quantize.recipe.recipe import Recipe, default_scheme
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
@@ -143,29 +140,6 @@ def describe_fallbacks(recipe: Recipe, schemes: Mapping[str, Scheme], linears: I
         for (columns, wanted, size), count in sorted(taken.items())
         if count
     ]
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Return whether a pattern matches a path: the path, its end, or `re:` and an expression for all of it."""
-    if pattern.startswith("re:"):
-        return compiled(pattern[3:]).fullmatch(path) is not None
-    return path == pattern or path.endswith(f".{pattern}")
-
-
-def require_match(kind: str, pattern: str, paths: list[str], what: str = "linear") -> None:
-    """Check that a pattern matches one of some modules; the error says of what kind they are and lists the nearest."""
-    try:
-        if any(matches(pattern, path) for path in paths):
-            return
-    except (re2.error, UnicodeEncodeError) as error:
-        why = error.args[0].decode()[:LONGEST] if isinstance(error, re2.error) else reason(error)
-        raise UsageError(
-            f"{kind}: {shown(pattern)} is no regular expression of RE2, which has no look-around and no "
-            f"back-references: {why}"
-        ) from None
-    known = list(dict.fromkeys([*paths, *(path.rpartition(".")[2] for path in paths)]))
-    near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.4) or known[:3]
-    raise UsageError(f"{kind}: {shown(pattern)} matches no {what}; near are {', '.join(near) or 'none'}")
 
 
 def check_groups(recipe: Recipe, schemes: Mapping[str, Scheme], linears: Sequence[HasScheme]) -> None:

@@ -35,6 +35,7 @@ from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.prefix_check import check_prefix
 from quantize.pipeline.tables import module_of
+from quantize.recipe.fit import check_length
 from quantize.recipe.recipe import Recipe
 
 
@@ -126,15 +127,6 @@ def masked_as_asked(recipe: Recipe, vocabulary: int, samples: Samples) -> Sample
     if recipe.calibration is None:
         return samples
     return mask_samples(samples, recipe.calibration.mask_id, vocabulary, recipe.seed)
-
-
-def check_length(config: Mapping[str, Any], recipe: Recipe) -> None:
-    """Check that the windows fit the model's positions."""
-    longest = config.get("max_position_embeddings")
-    p = len(recipe.prefix_tokens)
-    if isinstance(longest, int) and recipe.seqlen + p > longest:
-        more = f" with the prefix of {p}" if p else ""
-        raise UsageError(f"--seqlen {recipe.seqlen}{more} is more than the {longest} positions of the model")
 
 
 def identity_of(prepared: Prepared) -> Fingerprint:

@@ -19,7 +19,8 @@ from quantize.artifact.writer import ArtifactWriter
 from quantize.calibration.data import BUNDLED
 from quantize.calibration.sources import Calibration
 from quantize.checkpoint.files_seen import sha256
-from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
+from quantize.checkpoint.paths import check_low_disk
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import UsageError, own_words_shown
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.context import RunContext, running
@@ -32,7 +33,7 @@ from quantize.pipeline.fold_check import check_folds, resolve_rotations
 from quantize.pipeline.grid_choice import choose_grids
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
-from quantize.pipeline.prepare import Prepared, check_length, describe_run, identity_of, prepare
+from quantize.pipeline.prepare import Prepared, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal, remote_shards
@@ -41,6 +42,7 @@ from quantize.pipeline.statistics_files import StatisticsFile, collect, load_mat
 from quantize.pipeline.steps.prefix_search import resolve_prefix
 from quantize.pipeline.target import check_target
 from quantize.pipeline.verdict import sentence, unseen_experts, warnings
+from quantize.recipe.fit import check_length
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.scheme.scheme import Engine
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.pipeline.layer_schemes import entry_for, matches, require_match
+from quantize.pipeline.layer_schemes import entry_for
+from quantize.recipe.patterns import TABLE, matches, require_match
 from quantize.recipe.recipe import Recipe
 
 
@@ -47,7 +48,7 @@ def set_apart(recipe: Recipe, head: Linear | None, tables: Iterable[str]) -> Rec
     """
     paths = [*tables, *([head.path] if head else [])]
     for pattern in recipe.tables or ():
-        require_match("tables", pattern, paths, "table of words or linear that scores the vocabulary")
+        require_match("tables", pattern, paths, TABLE)
     if head is None or not named(recipe.tables or (), head.path):
         return recipe
     return recipe.model_copy(update={"ignore_also": (*recipe.ignore_also, head.path)})

@@ -16,8 +16,8 @@ from quantize.recipe.validation import validated
 from quantize.scheme.names import SCHEME_NAMES, scheme_name
 
 
-def check_fields(scheme: str | None, file: Path | None, target: str | None) -> None:
-    """Check a run's scheme, the keys of its recipe, and that the target executes the scheme.
+def check_fields(scheme: str | None, file: Path | None, target: str | None) -> RecipeFields:
+    """Return a run's recipe, of which only the scheme, the keys, and that the target executes the scheme are checked.
 
     Raises:
         UsageError: one of them is wrong; arguments are those of `load_recipe`, which checks everything else.
@@ -25,7 +25,7 @@ def check_fields(scheme: str | None, file: Path | None, target: str | None) -> N
     given = {} if file is None else read_recipe(file)
     name = chosen_scheme(scheme, given)
     merged = merge(default_of(name, target), given) | {"scheme": name}
-    validated(lambda: RecipeFields(**merged), f"recipe {file}")
+    return validated(lambda: RecipeFields(**merged), f"recipe {file}")
 
 
 def chosen_scheme(scheme: str | None, given: Mapping[str, Any]) -> str:

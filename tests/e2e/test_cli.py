@@ -54,6 +54,12 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
     (exported / "manifest.json").write_text('{"format": "onnx", "artifact": {}}')
     text.write_text("some words")
     misplaced.write_text('scheme = "W8A8"\ngroup_size = 64\n')
+
+    def method(line):
+        path = tmp_path / f"{sum(map(ord, line))}.toml"
+        path.write_text(f'scheme = "W4A8"\n{line}\n')
+        return path
+
     calls = [
         (["no/such/model"], "no such model directory: no/such/model"),
         ([tmp_path / "model.gguf"], "is a GGUF file, and no config.json lies beside it; put the float model's there"),
@@ -79,6 +85,38 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         ([one_layer, "-o", "new", "--scheme", "w6a6", "--target", "vllm"], "vllm cannot execute W6A6: it has no"),
         ([one_layer, "-o", "new", "--scheme", "w8a8", "--adapter", "nowhere"], "no such adapter: nowhere"),
         ([one_layer, "-o", "new", "--scheme", "w8a8", "--stats", "nowhere"], "no such file: nowhere"),
+        *(
+            ([one_layer, "-o", "new", "--recipe", recipe], words)
+            for recipe, words in {
+                method(
+                    "passes = [{ name = 'rotat' }]"
+                ): "there is no pass 'rotat'; known are activation_clip, adaptive",
+                method("quantizer = { name = 'awq' }"): "there is no quantizer 'awq'; known are gptaq, gptq, rtn",
+                method("weights = { format = 'nf5' }"): "there is no number format 'nf5'; known are int, mxfp4, nf4",
+                method(
+                    "layers = [{ match = 'q_prj', ignore = true }]"
+                ): "layers: 'q_prj' matches no linear; near are q_",
+                method("tables = ['lm_hed']"): "tables: 'lm_hed' matches no table of words or linear that scores the",
+                method("seqlen = 513"): "--seqlen 513 is more than the 512 positions of the model",
+            }.items()
+        ),
+        (
+            [one_layer, "-o", "new", "--scheme", "w8a8", "--seqlen", "513"],
+            "--seqlen 513 is more than the 512 positions",
+        ),
+        (
+            [one_layer, "-o", "new", "--scheme", "w8a8", "--ignore", "lm_head,q_proj,*.mlp.down_prj"],
+            "ignore: '*.mlp.down_prj' matches no linear; near are down_proj",
+        ),
+        (
+            [one_layer, "-o", "new", "--scheme", "w8a8", "--ignore", "re:*"],
+            "ignore: 're:*' is no regular expression of",
+        ),
+        (
+            [one_layer, "-o", "new", "--scheme", "w8a8", "--low-disk"],
+            "--low-disk is for a model on the hub, and this one",
+        ),
+        (["prune", one_layer, "-o", "new", "--ratio", "0.5", "--seqlen", "513"], "--seqlen 513 is more than the 512"),
         (["merge-stats", "nowhere", "--output", "new"], "no such file: nowhere"),
         (["inspect", one_layer, "--calibration", text], "--calibration is text for --activations; give both or"),
         (["eval", one_layer, "--text", text, "--kurtosis"], "--kurtosis compares with the float model; give --against"),

@@ -28,7 +28,7 @@ from quantize.checkpoint.untrusted_files import INDEX, check_files, parse_json, 
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input
-from quantize.pipeline.layer_schemes import require_match
+from quantize.recipe.patterns import require_match
 from quantize.recipe.recipe import load_recipe
 
 RECIPE = """

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import UsageError
-from quantize.pipeline.layer_schemes import matches
 from quantize.pipeline.plan import make_plan
 from quantize.recipe.merging import merge
+from quantize.recipe.patterns import matches
 from quantize.recipe.recipe import Recipe, load_recipe
 from quantize.recipe.shipped import names, shipped
 from quantize.scheme.scheme import SCHEME_NAMES

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from quantize.artifact.load import without_class
 from quantize.artifact.writer import translate_disk_errors
-from quantize.checkpoint.remote_shards import RemoteShards, check_low_disk
+from quantize.checkpoint.paths import check_low_disk
+from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import UsageError, shown
 from quantize.export.compressed_tensors.export import serve_command
