@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from quantize.calibration.spill import ActivationCache
 from quantize.calibration.statistics import Statistic
-from quantize.graph.interpreter import Overrides, Values, run_nodes, start
+from quantize.graph.interpreter import Overrides, Values, run_nodes, start, value_of
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
 
@@ -114,13 +114,13 @@ class SequentialRunner:
         """
         stops = [self.position, *map(segment.nodes.index, linear.calls[1:])]
         for values in self.values:
-            yield values[linear.source]
+            yield value_of(self.program, linear.source, values, state)
             if len(stops) == 1:
                 continue
             ahead = SequentialRunner.of(self.program, [values])
             for (first, last), source in zip(itertools.pairwise(stops), linear.sources[1:], strict=True):
                 ahead.run(segment.nodes[first:last], state)
-                yield ahead.values[0][source]
+                yield value_of(self.program, source, ahead.values[0], state)
 
 
 @contextlib.contextmanager

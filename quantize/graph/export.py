@@ -24,6 +24,7 @@ from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.refusal import refusal
+from quantize.graph.regions import inline_regions
 from quantize.graph.usage_probe import looks_up, read_past_forward
 
 # outputs that are read by other parts of a model, or hold what others have read
@@ -187,6 +188,7 @@ def from_exported(
 ) -> Program:
     """Read a `Program` off an exported graph; nodes that the exporter placed on meta are moved to the CPU."""
     module, signature = exported.graph_module, exported.graph_signature
+    inline_regions(module)
     drop_assertions(module)
     name_device(module, torch.device("cpu"))
     count_in_floats(module)

@@ -15,6 +15,8 @@ from quantize.errors import UsageError
 
 BATCH, SEQUENCE = 2, 8  # so large that no size is taken for a broadcast
 IMAGE, SOUND = 224, 400  # pixels of a side, and frames behind strides, where neither config nor data say how many
+SEEING = ("vision_config", "backbone_config")  # parts of a config that tell of images
+IMAGE_SIZES = ("image_size", "input_size")  # what configs call the pixels of a side
 NO_INPUTS = ("labels", "return_loss")  # arguments that ask for a loss, if `forward` does without them
 
 
@@ -142,13 +144,15 @@ def token_ids(model: nn.Module) -> Input:
 
 
 def pixels(model: nn.Module) -> Input:
-    """Return an example image, float32 [batch, channels, height, width]."""
+    """Return an example image [batch, channels, height, width], or video [batch, frames, channels, ...], float32."""
     config: Any = model.config
-    config = getattr(config, "vision_config", config)
-    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    config = next((found for name in SEEING if (found := getattr(config, name, None)) is not None), config)
+    size = next((found for name in IMAGE_SIZES if (found := getattr(config, name, None))), None)
+    channels, frames = getattr(config, "num_channels", 3), getattr(config, "num_frames", None)
     height, width = size if isinstance(size, list | tuple) else (size, size) if size else (IMAGE, IMAGE)
-    free = {} if size else {2: "height", 3: "width"}
-    return Input(torch.zeros(BATCH, channels, height, width, device="meta"), (0,), free)
+    shape = (BATCH, *([frames] if frames else []), channels, height, width)
+    free = {} if size else {len(shape) - 2: "height", len(shape) - 1: "width"}
+    return Input(torch.zeros(shape, device="meta"), (0,), free)
 
 
 def waveform(model: nn.Module) -> Input:

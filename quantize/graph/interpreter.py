@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from quantize.errors import QuantizeError
+from quantize.graph.failure import why_node_fails
 from quantize.graph.program import Program
 
 Values = dict[fx.Node, Any]
@@ -59,18 +61,33 @@ def run_nodes(program: Program, nodes: Iterable[fx.Node], values: Values, state:
 
 
 def run_node(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
-    """Compute one node's value."""
+    """Compute one node's value.
+
+    Raises:
+        QuantizeError: its operator does not take its operands.
+    """
     if node.op == "get_attr":
         return program.module.get_submodule(str(node.target))
 
-    def value_of(n: fx.Node) -> Any:
-        if n in program.parameters:
-            return state.weights[program.parameters[n]]
-        if n in program.turned_stacks:
-            return run_node(program, n, values, state)
-        return program.buffers[n] if n in program.buffers else values[n]
+    def value(n: fx.Node) -> Any:
+        return value_of(program, n, values, state)
 
     if replaced := state.linears.get(node):
-        return replaced(*map(value_of, program.operands(node)))
+        return replaced(*map(value, program.operands(node)))
     run: Any = state.operators.get(node, node.target)
-    return run(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
+    operands, named = map_arg(node.args, value), map_arg(node.kwargs, value)
+    try:
+        return run(*operands, **named)
+    except (IndexError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "same dtype" in str(error):
+            raise  # of a whole block, which knows what to do
+        raise QuantizeError(why_node_fails(program, node, operands, error)) from error
+
+
+def value_of(program: Program, node: fx.Node, values: Values, state: Overrides) -> Any:
+    """Return the value of an operand: a weight, a buffer, or what was computed."""
+    if node in program.parameters:
+        return state.weights[program.parameters[node]]
+    if node in program.turned_stacks:
+        return run_node(program, node, values, state)
+    return program.buffers[node] if node in program.buffers else values[node]

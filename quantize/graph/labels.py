@@ -84,10 +84,15 @@ class ChannelTrace:
     def fresh(self, node: fx.Node, axis: int = -1) -> Tensor:
         """Make new channels along an axis of a node's value, write them to `labels`, and return their ids."""
         shape = shape_of(node)
-        ids = torch.arange(self.count, self.count + shape[axis])
-        self.sizes.append(shape[axis])
-        self.count += shape[axis]
+        ids = self.fresh_ids(shape[axis])
         self.labels[node] = along_axis(ids, axis % len(shape), len(shape)).expand(shape)
+        return ids
+
+    def fresh_ids(self, count: int) -> Tensor:
+        """Make new channels and return their ids, int64 [count]."""
+        ids = torch.arange(self.count, self.count + count)
+        self.sizes.append(count)
+        self.count += count
         return ids
 
     def restrict(
@@ -131,7 +136,7 @@ class ChannelTrace:
             gain: why the parameter can only scale the channels; empty if it can mix them.
         """
         region, along = view.region(), view.along(axis)
-        if along is None or region is None or len(ids) != view.size[axis]:
+        if along is None or region is None or len(ids) != view.size[axis] or region[along[0]] != along[1]:
             return self.restrict(
                 ids, AllowedTransforms.NONE, f"`{view.name}` is used in another shape than it is stored in"
             )

@@ -58,17 +58,26 @@ class View:
         return (axes[0], slice(start, stop, step)) if stop <= self.shape[axes[0]] else None
 
     def start(self, axis: int) -> int:
-        """Return where along an axis of the parameter the first element lies."""
+        """Return where along an axis of the parameter, which has elements, the first element lies."""
         return self.first // contiguous(self.shape)[axis] % self.shape[axis]
 
     def region(self) -> Region | None:
-        """Return the part of the parameter that is covered, axis by axis; None if that part is no block."""
+        """Return the part of the parameter that is covered, axis by axis; None if that part is no block, or empty."""
+        if 0 in self.size:
+            return None
         covered: dict[int, slice] = {a: slice(self.start(a), self.start(a) + 1) for a in range(len(self.shape))}
-        for axis in (d for d, size in enumerate(self.size) if size > 1 and self.stride[d]):
+        axes = (d for d, size in enumerate(self.size) if size > 1 and self.stride[d])
+        for axis in sorted(axes, key=lambda d: self.stride[d]):
             found = self.along(axis)
             if found is None:
                 return None
-            covered[found[0]] = found[1]
+            along, part = found
+            inner = range(self.shape[along])[covered[along]]
+            if len(inner) > 1:  # a further axis of the view runs along it, as heads do along a bias
+                if part.step != inner.step * len(inner):
+                    return None
+                part = slice(inner.start, part.stop + inner[-1] - inner.start, inner.step)
+            covered[along] = part
         return tuple(covered.values())
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, reason
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.distributed import SingleProcess
 from quantize.pipeline.resume.journal import Journal
@@ -48,7 +48,10 @@ class RunContext:
 
 @contextlib.contextmanager
 def running(name: str) -> Iterator[None]:
-    """Turn an operator's error about its operands into the reason why a part of the model does not run."""
+    """Turn an error of torch into the reason why a part of the model is not quantized.
+
+    What an operator of the model's graph says of its operands is a sentence already (`run_node`).
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -62,6 +65,5 @@ def running(name: str) -> Iterator[None]:
                 "the type of the weight that they meet, as in x.to(self.linear.weight.dtype)"
             ) from error
         raise QuantizeError(
-            f"{name} does not run on the calibration data; if that has more tokens in a row than the model has "
-            "positions, give a smaller --seqlen, and --verbose shows the error"
+            f"the run failed at {name}: {reason(error)}; report this with what --verbose shows"
         ) from error

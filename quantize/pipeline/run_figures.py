@@ -11,7 +11,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from quantize.calibration.massive import is_float
 from quantize.calibration.runner import SequentialRunner
-from quantize.graph.interpreter import Overrides, Values
+from quantize.graph.interpreter import Overrides, Values, value_of
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.transforms.kurtosis import kurtosis
@@ -60,7 +60,8 @@ def input_figures(
     """
     ahead, found = SequentialRunner.of(program, [dict(values)]), dict[tuple[str, ...], Figures]()
     for sharing in ahead.advance_to_linears(segment, state, hooks, finish=False):
-        x = hooks[sharing[0]](ahead.values[0][sharing[0].source]).flatten(0, -2).double()
+        source = value_of(program, sharing[0].source, ahead.values[0], state)
+        x = hooks[sharing[0]](source).flatten(0, -2).double()
         if x.numel():
             paths = tuple(linear.path for linear in sharing)
             found[paths] = {"kurtosis": short(float(kurtosis(x).mean())), "largest": short(float(x.abs().max()))}

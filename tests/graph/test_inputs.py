@@ -9,6 +9,8 @@ from transformers import (
     CLIPModel,
     DetrConfig,
     DetrForObjectDetection,
+    LayoutLMv3Config,
+    LayoutLMv3Model,
     PatchTSTConfig,
     PatchTSTForPrediction,
     ResNetConfig,
@@ -17,6 +19,10 @@ from transformers import (
     RTDetrResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
     WavLMConfig,
@@ -74,12 +80,29 @@ def segformer():
     return SegformerForSemanticSegmentation(SegformerConfig(decoder_hidden_size=32, **sizes, **more))
 
 
+def vitpose():
+    backbone = {"model_type": "vitpose_backbone", "patch_size": [8, 8], "image_size": [32, 16]}
+    return VitPoseForPoseEstimation(VitPoseConfig(num_labels=3, backbone_config=backbone | SIZES))
+
+
+def layoutlmv3():
+    boxes = {"coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 32}
+    return LayoutLMv3Model(LayoutLMv3Config(input_size=16, patch_size=8, **boxes, **TEXT))
+
+
+def videomae():
+    return VideoMAEForVideoClassification(VideoMAEConfig(num_frames=4, **IMAGE))
+
+
 def speech(kind, config):
     return lambda: kind(config(**SOUND))
 
 
 MODELS = {
     "clip": clip,
+    "vitpose": vitpose,
+    "layoutlmv3": layoutlmv3,
+    "videomae": videomae,
     "detr": detr,
     "rt_detr": rt_detr,
     "segformer": segformer,
@@ -93,6 +116,9 @@ MODELS = {
     [
         ("clip", {"input_ids": ((2, 8), (0, 1), {}), "pixel_values": ((2, 3, 16, 16), (0,), {})}),
         ("detr", {"pixel_values": ((2, 3, 224, 224), (0,), {2: "height", 3: "width"})}),
+        ("vitpose", {"pixel_values": ((2, 3, 32, 16), (0,), {})}),
+        ("layoutlmv3", {"input_ids": ((2, 8), (0, 1), {}), "pixel_values": ((2, 3, 16, 16), (0,), {})}),
+        ("videomae", {"pixel_values": ((2, 4, 3, 16, 16), (0,), {})}),
         ("wav2vec2", {"input_values": ((2, 8000), (0,), {1: "length"})}),
     ],
 )

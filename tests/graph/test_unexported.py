@@ -184,7 +184,7 @@ def test_only_verbose_shows_the_words_of_the_exporter(small_run, module, capsys)
 
 def test_only_verbose_shows_the_words_of_an_operator(small_run, capsys):
     for verbose in (False, True):
-        with pytest.raises(QuantizeError, match="--verbose shows the error"):
+        with pytest.raises(QuantizeError, match="--verbose shows the whole error"):
             small_run(TakesOne(), console=Console(file=io.StringIO()), verbose=verbose)
         assert ("IndexError: list index out of range" in capsys.readouterr().err) is verbose
 
@@ -253,6 +253,32 @@ class TakesOne(Chooses):
 
     def forward(self, ids):
         return super().forward(ids) if len(ids) == 1 else [][0]
+
+
+class CountsItself(nn.Embedding):
+    """A table of positions that is given token ids, or their shape, and looks up neither."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange((ids if isinstance(ids, torch.Size) else ids.shape)[-1]))
+
+
+class CountsPlaces(Chooses):
+    """Looks up positions in a table that is smaller than the one of words."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.places, self.sizes = CountsItself(64, 16), sizes
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.places(ids.shape if self.sizes else ids)
+        return self.head(self.blocks[1](self.blocks[0](x))) if int(ids.sum()) else x
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_token_ids_lie_below_the_tables_that_are_looked_up_by_them(small_run, sizes):
+    program = program_of(CountsPlaces(sizes))
+    assert (program.vocabulary, program.bounds) == (512, {"ids": 512})
+    assert small_run(CountsPlaces(sizes), "W8A8", recipe=RTN).manifest["body"]["quantized"] == 4 * 48 * 16
 
 
 class ReadsTheWeight(Chooses):
@@ -325,8 +351,8 @@ def test_a_model_that_changes_its_own_weights_keeps_them(small_run):
         (WithoutLinears, r"^the model cannot be exported as a graph: .+"),
         (
             TakesOne,
-            r"^the model does not run on inputs of shape \[2, 8\], test_unexported.py line \d+; if ids is not token "
-            r"ids, give calibration data with a tensor ids; if .*--seqlen, and",
+            r"^the model does not run on inputs of shape \[2, 8\], test_unexported.py line \d+: .+; if ids is not "
+            r"token ids, give calibration data with a tensor ids, and --verbose shows",
         ),
         (ReadsTheWeight, r"^the quantized model does not run, test_unexported.py line \d+; leave out with --ignore"),
     ],

@@ -61,6 +61,12 @@ def by_hand(q, k, v):
     return joined(torch.softmax(heads(q) @ heads(k).transpose(-1, -2), dim=-1) @ heads(v))
 
 
+def values_and_bias(net, h, x):
+    """Add a bias to values that are in heads already."""
+    scores = heads(net.gate(x)) @ heads(net.key(x)).transpose(-1, -2)
+    return joined(torch.softmax(scores, dim=-1) @ (heads(h) + net.gain.view(1, 1, 4, 5).permute(0, 2, 1, 3)))
+
+
 def grouped(net, h, x):
     """Attend with four query heads on two key/value heads."""
     k, v = (heads(t)[:, :2].repeat_interleave(2, dim=1) for t in (net.key(x), h))
@@ -169,6 +175,10 @@ BODIES = {
     "parameter put in front": (
         lambda n, h, x: torch.cat([n.places[:1].expand(h.shape[0], 1, 20), h], 1)[:, 1:] + n.places[0], LINEAR, 1,
     ),
+    "nothing put in front": (
+        lambda n, h, x: torch.cat([n.places[:0].expand(h.shape[0], 0, 20), h], 1), LINEAR, 1,
+    ),
+    "bias in heads": (lambda n, h, x: joined(heads(h) + n.gain.view(4, 1, 5)), LINEAR, 1),
     "constant put in front": (lambda n, h, x: torch.cat([n.constant.expand(h.shape[0], 1, 20), h], 1)[:, 1:], NONE, 1),
     "parameter as matrix": (lambda n, h, x: h @ n.square, LINEAR, 1),
     "computed matrix": (lambda n, h, x: h @ torch.sigmoid(n.square), NONE, 1),
@@ -176,6 +186,7 @@ BODIES = {
     "parts of a matrix": (lambda n, h, x: F.linear(h, n.wide[:20]) + F.linear(2 * h, n.wide[20:]), LINEAR, 1),
     "parts that overlap": (lambda n, h, x: F.linear(h, n.wide[:20]) + F.linear(h, n.wide[10:30]), NONE, 1),
     "every other row of a matrix": (lambda n, h, x: F.linear(h, n.wide.view(20, 40)[:, 20:]), LINEAR, 1),
+    "matrix in heads": (lambda n, h, x: (heads(h) @ n.square.view(4, 5, 20)).sum(1), NONE, 1),
     "matrix rearranged": (lambda n, h, x: F.linear(h, n.wide.t().reshape(40, 20)[:20]), NONE, 1),
     "twice": (lambda n, h, x: torch.relu(h) + torch.relu(n.up(2 * x)), POSITIVE, 1),
     "experts": (
@@ -207,6 +218,7 @@ BODIES = {
     "queries with a bias": (biased, LINEAR, 4),
     "values": (lambda n, h, x: attend(n.gate(x), n.key(x), h), LINEAR, 4),
     "values by hand": (lambda n, h, x: by_hand(n.gate(x), n.key(x), h), LINEAR, 4),
+    "values with a bias in heads": (values_and_bias, LINEAR, 4),
     "queries": (lambda n, h, x: attend(h, n.key(x), n.gate(x)), LINEAR, 4),
     "queries by hand": (lambda n, h, x: by_hand(h, n.key(x), n.gate(x)), LINEAR, 4),
     "queries that are keys": (lambda n, h, x: attend(h, h, n.gate(x)), ORTHOGONAL, 4),

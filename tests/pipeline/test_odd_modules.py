@@ -171,6 +171,30 @@ def test_a_weight_that_is_used_in_more_ways_than_one_is_named(small_run, block, 
         assert distance(copied, loaded) == 0
 
 
+class Learned(torch.nn.Module):
+    """Queries that are no tokens but a parameter, or a buffer, go straight into a linear."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(128, 64), torch.nn.Linear(64, 64)
+        self.q, self.k, self.v = (torch.nn.Linear(64, 64) for _ in range(3))
+        held = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+        self.held = torch.nn.Buffer(held) if buffer else torch.nn.Parameter(held)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(torch.softmax(self.q(self.held) @ self.k(x).mT, -1) @ self.v(x))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_linears_of_what_is_no_activation(small_run, buffer):
+    torch.manual_seed(0)
+    model = Learned(buffer)
+    artifact = small_run(model, "W4A8", calibration=IDS, recipe={"ignore": []}, nsamples=4, seqlen=25)
+    assert artifact.manifest["body"]["quantized"] == 4 * 64 * 64
+    assert 0 < distance(artifact.load(), model) < 0.2
+
+
 class TwoTypes(torch.nn.Module):
     """A linear in bfloat16 within a model in float32; `fixed` tells how activations are cast."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.export import quiet
-from quantize.graph.refusal import place_of
+from quantize.graph.failure import why_model_fails
 
 
 @dataclass(frozen=True)
@@ -52,27 +52,15 @@ class FloatModel:
             try:
                 self.module(**given, **self.switches)
             except Exception as error:  # code of other authors may raise anything
-                raise QuantizeError(refusal(given, error)) from error
-
-
-def refusal(given: Mapping[str, Tensor], error: Exception) -> str:
-    """Say in a sentence why a model does not run."""
-    shapes = " and ".join(str(list(tensor.shape)) for tensor in given.values())
-    operands = isinstance(error, IndexError | RuntimeError)  # the error of an operator that refuses its operands
-    hint = "if that is more than the model has positions, give a smaller --seqlen, and " if operands else ""
-    taken = [name for name, x in given.items() if name != "input_ids" and not x.is_floating_point()]
-    if len(given) == len(taken) == 1:
-        hint = f"if {taken[0]} is not token ids, give calibration data with a tensor {taken[0]}; {hint}"
-    if len(given) > 1:
-        hint = "give every argument that its processor returns, and "
-    where = f", {place}" if (place := place_of(error)) else ""
-    return f"the model does not run on inputs of shape {shapes}{where}; {hint}--verbose shows the error"
+                raise QuantizeError(why_model_fails(self.module, given, error)) from error
 
 
 def noted(note: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Return a forward pre-hook for a module with one input."""
+    """Return a forward pre-hook that notes a module's first input; a table of positions may be given a number."""
     del module
-    note(args[0] if args else kwargs["input"])
+    given = next(iter((*args, *kwargs.values())), None)
+    if isinstance(given, Tensor):
+        note(given)
 
 
 def linear_inputs(model: FloatModel, paths: tuple[str, ...], /, **given: Tensor) -> tuple[Tensor, ...]:

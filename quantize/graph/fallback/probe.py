@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from quantize.errors import QuantizeError
@@ -28,16 +29,28 @@ def vocabulary(model: FloatModel) -> int:
 
 def bounds(model: FloatModel) -> dict[str, int]:
     """Return for each input that indexes tables as it is the rows of the smallest one."""
-    tables = {path: m.num_embeddings for path, m in model.module.named_modules() if isinstance(m, nn.Embedding)}
     given, found = zeros(model), dict[str, int]()
     names = {tensor.untyped_storage().data_ptr(): name for name, tensor in given.items()}
-
-    def note(size: int, ids: Tensor) -> None:
-        if name := names.get(ids.untyped_storage().data_ptr()):
-            found[name] = min(size, found.get(name, UNKNOWN))
-
-    model.run(given, {path: functools.partial(note, size) for path, size in tables.items()})
+    with Lookups(names, found):
+        model.run(given, {})
     return {name: found[name] for name in model.examples if name in found}
+
+
+class Lookups(TorchDispatchMode):
+    """Notes in `found` the rows of the smallest table in which the tensors in `names` are looked up."""
+
+    def __init__(self, names: Mapping[int, str], found: dict[str, int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names, self.found = names, found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, and note what a lookup reads."""
+        del types
+        if func is torch.ops.aten.embedding.default:
+            table, ids = args[:2]
+            if name := self.names.get(ids.untyped_storage().data_ptr()):
+                self.found[name] = min(len(table), self.found.get(name, UNKNOWN))
+        return func(*args, **kwargs or {})
 
 
 def weights_read(model: FloatModel) -> list[str]:

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from quantize.graph.labels import ChannelTrace, concrete, last_axis, move, shape_of
 from quantize.graph.rules.table import RULES, SOURCES, TRANSPARENT, arguments, name_of, pin_all, rule
-from quantize.graph.views import as_view
+from quantize.graph.views import View, as_view
 
 
 @rule(
@@ -97,8 +97,11 @@ def shaped_like(walk: ChannelTrace, node: fx.Node) -> None:
 
 @rule("cat", "stack")
 def concatenated(walk: ChannelTrace, node: fx.Node) -> None:
-    """Channels go where their elements go if every part has channels; parts that no weight writes absorb nothing."""
-    parts = [as_value(walk, n) for n in arguments(node)[0]]
+    """Channels go where their elements go if every part has channels; parts that no weight writes absorb nothing.
+
+    Parts without elements, such as a model's registers of which it has none, are no parts.
+    """
+    parts = [as_value(walk, n) for n in arguments(node)[0] if 0 not in shape_of(n)]
     if any(labels is None for labels in parts):
         return pin_all(walk, node, f"it is joined (`{name_of(node)}`) with values that no weight writes")
     target: Any = node.target
@@ -139,13 +142,24 @@ def masked(walk: ChannelTrace, node: fx.Node) -> None:
 
 
 def as_value(walk: ChannelTrace, node: Any) -> Tensor | None:
-    """Return the labels of an operand; a parameter that is an operand itself writes channels along its last axis."""
+    """Return the labels of an operand; a parameter that is an operand itself writes channels.
+
+    They lie along its last axis, or, of a vector that is seen in another shape, wherever its elements lie.
+    """
     if not isinstance(node, fx.Node) or node in walk.labels:
         return walk.labels.get(node)
     view = walk.view(node)
-    if view is None or not view.size or view.offset or view.region() is None or view.along(-1) is None:
+    if view is None or not view.size or view.offset or (region := view.region()) is None:
         return None
-    walk.use(node, view, -1, walk.fresh(node))
+    whole, along = View.whole(view.name, view.shape), view.along(-1)
+    if len(view.shape) == 1 and region == whole.region() and along != (0, *region):  # a bias in heads
+        ids = walk.fresh_ids(view.shape[0])
+        walk.use(node, whole, 0, ids)
+        walk.labels[node] = ids.as_strided(view.size, view.stride, view.first)
+    elif along is None:
+        return None
+    else:
+        walk.use(node, view, -1, walk.fresh(node))
     return walk.labels[node]
 
 
