@@ -25,6 +25,7 @@ class IQ4_NL(CodeBook):  # noqa: N801
     value_dtype: ClassVar[torch.dtype] = torch.int8
     levels: ClassVar[tuple[float, ...]] = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
     scale_search: ClassVar[tuple[float, ...]] = (1.0, *CodeBook.scale_search)  # 1 for the other sign
+    float16_scales: ClassVar[bool] = True
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
     def compute_qparams(
