@@ -113,7 +113,7 @@ fuzz: $(VENV)/installed
 test: lint
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -m "not slow"
 
-# The same with every test: at most twenty minutes on two cores
+# The same with every test: about twenty minutes on two cores
 test-all: lint
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
 

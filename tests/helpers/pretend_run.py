@@ -19,17 +19,16 @@ from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.quantizers import column_rounding
 
-SMALL = {"nsamples": 8, "seqlen": 32}
+SMALL = {"nsamples": 4, "seqlen": 32}
 PER_CHANNEL = {"weights": {"group_size": 0}}
 ROTATED = [{"name": "fold_norms"}, {"name": "learned_rotation", "steps": 4}, {"name": "activation_clip"}]
 SEARCHED = [{"name": "smoothquant"}, {"name": "adaptive_rotation"}, {"name": "runtime_smooth"}, {"name": "noisy_bias"}]
+CACHED = {"prefix": {"tokens": [1]}, "kv_cache": {"num_bits": 4}}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A16": ("W4A16", PER_CHANNEL),
     "W4A4": ("W4A4", PER_CHANNEL),
-    "NVFP4": ("NVFP4", {"ignore": ["lm_head", "re:.*down_proj"]}),
-    "tuned": ("W4A16", PER_CHANNEL | {"tune": {"steps": 4}}),
-    "prefix": ("W4A8", PER_CHANNEL | {"prefix": {"tokens": [1]}, "kv_cache": {"num_bits": 4}}),
-    "rotated": ("W4A4", PER_CHANNEL | {"passes": ROTATED}),
+    "NVFP4": ("NVFP4", {"targets": ["re:.*[qo]_proj"]}),
+    "tuned": ("W4A4", PER_CHANNEL | {"passes": ROTATED, "tune": {"steps": 4}, **CACHED}),
     "searched": ("W4A4", PER_CHANNEL | {"passes": SEARCHED}),
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
+from helpers.json_files import change_json
 
 from quantize import load
 from quantize.errors import UsageError
@@ -28,13 +30,17 @@ CLOSE = {"W8A8": 0.0, "W4A8": 0.0, "W4A4": 0.0, "W4A16": 1e-5, "MXFP4": 1e-3, "N
 
 @pytest.fixture(scope="module")
 def artifacts(books, tmp_path_factory):
-    """Artifacts of books-llama-6m by scheme, rounded plainly behind Hadamard transforms, and one with a prefix."""
+    """Artifacts of two layers of books-llama-6m by scheme, rounded plainly behind Hadamards, and one with a prefix."""
     folder = tmp_path_factory.mktemp("engines")
+    shutil.copytree(books, folder / "model")
+    change_json(folder / "model" / "config.json", num_hidden_layers=2)
 
     def make(name, scheme, **recipe):
         passes = [] if scheme == "NVFP4" else [HADAMARD]
         recipe = {"passes": passes, "quantizer": {"name": "rtn"}, **recipe}
-        return quantize_model(books, scheme=scheme, output_dir=folder / name, recipe=recipe, seqlen=32, nsamples=2)
+        return quantize_model(
+            folder / "model", scheme=scheme, output_dir=folder / name, recipe=recipe, seqlen=32, nsamples=2
+        )
 
     prefixed = make("prefix", "W4A8", prefix={"tokens": [5, 7]}, kv_cache={"num_bits": 8})
     return {scheme: make(scheme, scheme) for scheme in CLOSE} | {"prefix": prefixed}

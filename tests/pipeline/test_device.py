@@ -19,7 +19,7 @@ from quantize.pipeline.device import resolve_device
 from quantize.pipeline.quantize import running
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "prefix", "rotated", "searched"]
+NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "searched"]
 
 
 @pytest.fixture(scope="module")
