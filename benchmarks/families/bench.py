@@ -39,7 +39,8 @@ def measured(name: str, onnx: bool) -> Row:
             process.kill()
             process.join()
         if result.is_file():
-            return row | json.loads(result.read_text())
+            row |= json.loads(result.read_text())
+            return row
     return row | {"quantized": f"{CRASH}the process ended with code {process.exitcode}"}
 
 
