@@ -11,6 +11,7 @@ from torch import nn
 from quantize.checkpoint.paths import LARGEST_JSON, folder_of
 from quantize.checkpoint.tokenizer import load_tokenizer
 from quantize.errors import UsageError, reason, shown
+from quantize.eval.installed import require_lm_eval
 from quantize.eval.loading import load_any
 from quantize.graph.export import quiet
 from quantize.scheme.scheme import Engine
@@ -36,12 +37,9 @@ def evaluate_tasks(
     Raises:
         UsageError: lm-eval is not installed, or there is no such task, or the model is no language model.
     """
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UsageError(
-            "--tasks needs lm-evaluation-harness; install it with pip install 'quantize-model[eval]'"
-        ) from None
+    require_lm_eval()
+    from lm_eval.tasks import TaskManager
+
     files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
     names = [task_name(Path(task)) if Path(task) in files else task for task in tasks]
     manager = TaskManager(include_path=sorted({str(file.absolute().parent) for file in files}) or None)

@@ -132,15 +132,17 @@ def judge(name: str, case: Case, own: nn.Module, rows: Tensor, found: dict[str, 
     limit = SPLIT_DIFFERENCE if case.ranks > 1 else LARGEST_DIFFERENCE[dtype]
     floats = copy_with_replaced_linears(own, with_float_activations)
     for what, model in (("artifact", own), ("float activations", floats)):
-        logits = run(model, torch.cat([rows, greedy], dim=1))
-        expected = logprobs(logits, rows)
-        moved = float((logprobs(run(with_noise(model, NOISE[dtype]), rows), rows) - expected).abs().mean())
-        difference = float((expected - scores).abs().mean())
-        agreement = float((logits[:, LENGTH - 1 : -1].argmax(-1) == greedy).float().mean())
-        right |= difference < max(limit, ROOM * moved) and agreement >= LEAST_AGREEMENT[dtype]
+        both = torch.cat([rows, greedy], dim=1)
+        logits, noisy = run(model, both), run(with_noise(model, NOISE[dtype]), both)
+        moved = float((logprobs(noisy, rows) - logprobs(logits, rows)).abs().mean())
+        difference = float((logprobs(logits, rows) - scores).abs().mean())
+        agreement = float((likeliest(logits) == greedy).float().mean())
+        kept = float((likeliest(logits) == likeliest(noisy)).float().mean())
+        least = min(LEAST_AGREEMENT[dtype], 1 - ROOM * (1 - kept))
+        right |= difference < max(limit, ROOM * moved) and agreement >= least
         click.echo(
             f"{name:20} {what:18} log-probabilities differ by {difference:.4f} (by noise alone {moved:.4f}), greedy "
-            f"tokens {agreement:.3f}"
+            f"tokens {agreement:.3f} ({kept:.3f})"
         )
     click.echo(f"{name:20} {'ok' if right else 'FAILED'}")
     return right
@@ -157,6 +159,11 @@ def logprobs(logits: Tensor, rows: Tensor) -> Tensor:
     """Return the log-probabilities of all tokens of rows [R, T] but the first, [R, T - 1]."""
     found: Tensor = logits.log_softmax(-1)[:, : LENGTH - 1].gather(-1, rows[:, 1:, None])[..., 0]
     return found
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the likeliest token behind each place but the last, from the end of the rows on, [R, NEW_TOKENS]."""
+    return logits[:, LENGTH - 1 : -1].argmax(-1)
 
 
 def with_noise(model: nn.Module, noise: float) -> nn.Module:

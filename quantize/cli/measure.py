@@ -11,6 +11,7 @@ from rich.console import Console
 from quantize.checkpoint.paths import find_measured, require_file
 from quantize.cli.arguments import PATH, TRUST, require_model
 from quantize.errors import UsageError
+from quantize.eval.installed import require_lm_eval
 from quantize.scheme.names import ENGINES, Engine
 
 
@@ -116,6 +117,7 @@ def evaluate(
         if name.endswith((".yaml", ".yml")):
             require_file(Path(name))
     if text is None:
+        require_lm_eval()
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks
 

@@ -14,6 +14,14 @@ from quantize.checkpoint.paths import require_artifact
 from quantize.errors import own_words_shown
 from quantize.export import EXPORTERS
 
+RELATIVE = {  # what differences that are relative to outputs or weights are called on the last line
+    "tensors": "weights",
+    "steps": "weights, in steps",
+    "reference": "outputs",
+    "emulation": "the same operators in torch",
+    "rounding": "the artifact with its weights in the file's type",
+    "activations": "the artifact without rounded activations",
+}
 JUDGED = ("kl", "top1")  # where these are measured, the relative distances are in the manifest alone
 
 
@@ -59,5 +67,7 @@ def export(
     with own_words_shown(verbose):
         parity = export_artifact(directory, target, output_dir, Console(stderr=True), **given)
     figures = [f"{name} {parity[name]:.4f}" for name in JUDGED if name in parity]
-    figures = figures or [f"{name} {x if isinstance(x, str) else f'{x:.1e}'}" for name, x in parity.items()]
+    if not figures:
+        shown = {RELATIVE.get(name, name): x if isinstance(x, str) else f"{x:.1e}" for name, x in parity.items()}
+        figures = ["relative differences from the artifact: " + ", ".join(f"{name} {x}" for name, x in shown.items())]
     click.echo(f"{output_dir}: {', '.join(figures)}")

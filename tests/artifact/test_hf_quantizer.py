@@ -65,6 +65,15 @@ def test_logits_are_those_of_load(name, dtype, small_run, one_layer):
     assert {name for name, x in model.named_buffers() if x.is_meta} == set()
 
 
+def test_without_a_dtype_transformers_takes_the_float_models(artifact_one_layer, tmp_path):
+    """And `load` takes float32, whose figures are the manifest's."""
+    shutil.copytree(artifact_one_layer.directory, tmp_path / "out")
+    change_json(tmp_path / "out" / "config.json", dtype="bfloat16")
+    with quiet():
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert quantize.load(artifact_one_layer.directory).dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cls", [AutoModelForCausalLM, AutoModel])
 def test_a_mixture_loads_with_its_experts(cls, dtype, artifact_mixture):

@@ -96,7 +96,8 @@ def test_an_artifact_that_lists_what_its_model_lacks(target, artifact_rtn, tmp_p
 def test_a_target_runs_with_its_options(cli, toy, artifact_rtn, tmp_path, tree):
     toy()
     shown = cli("export", artifact_rtn.directory, "--format", "toy", "--depth", 3, "--output-dir", tmp_path / "out")
-    assert (shown.code, shown.out) == (0, f"{tmp_path / 'out'}: reference 2.5e-01, judge not asked\n")
+    told = "relative differences from the artifact: outputs 2.5e-01, judge not asked"
+    assert (shown.code, shown.out) == (0, f"{tmp_path / 'out'}: {told}\n")
     assert shown.err == "making a toy\n"
     assert json.loads((tmp_path / "out" / "toy.json").read_text()) == {"scheme": "W4A16", "depth": 3, "loud": False}
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
