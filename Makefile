@@ -1,5 +1,6 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+TWO := --numprocesses 2 --dist loadfile --max-worker-restart 0
 
 # Quantize the bundled model with every scheme and print the comparison
 demo: $(VENV)/installed
@@ -111,11 +112,13 @@ fuzz: $(VENV)/installed
 
 # Lint, types, who imports whom, and the tests that are not slow: at most five minutes on two cores
 test: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0 -m "not slow"
+	$(PYTHON) -m pytest $(TWO) -m "fresh and not slow"
+	$(PYTHON) -m pytest $(TWO) -m "not fresh and not slow"
 
 # The same with every test: about twenty minutes on two cores
 test-all: lint
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile --max-worker-restart 0
+	$(PYTHON) -m pytest $(TWO) -m fresh
+	$(PYTHON) -m pytest $(TWO) -m "not fresh"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import time
 from multiprocessing import get_context
@@ -23,6 +24,10 @@ WALL = 1800  # seconds after which a family that does not even use its processor
 
 def measured(name: str, onnx: bool) -> Row:
     """Return the row of one family, which is measured in a process of its own."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    row: Row = {"family": name, "commit": commit.stdout.strip()}
     context = get_context("forkserver")  # a process that has imported everything, of which each family gets a copy
     context.set_forkserver_preload(["benchmarks.families.run"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -34,8 +39,9 @@ def measured(name: str, onnx: bool) -> Row:
             process.kill()
             process.join()
         if result.is_file():
-            return {"family": name, **json.loads(result.read_text())}
-    return {"family": name, "quantized": f"{CRASH}the process ended with code {process.exitcode}"}
+            row |= json.loads(result.read_text())
+            return row
+    return row | {"quantized": f"{CRASH}the process ended with code {process.exitcode}"}
 
 
 def finished(row: Row) -> bool:

@@ -26,10 +26,12 @@ runs did not see. Models of images and text are calibrated and judged on pairs o
   made with the cache with those of one pass. *compressed-tensors* is of the plainly rounded W4A8, as the format has no
   place for the default's online transforms. Each export compares its result with the artifact.
 - *seconds* are processor time of all that together; an empty cell below ONNX is not measured yet.
+- *commit* is the commit that a row was measured at, or shortly before; rows of older commits are older code's.
 
 {verdict}
 """
-COLUMNS = ("family", "quantized", "W4A8", "W4A4", "load", "generate", "verify", "ONNX", "compressed-tensors", "seconds")
+COLUMNS = ("family", "quantized", "W4A8", "W4A4", "load", "generate", "verify", "ONNX", "compressed-tensors", "seconds",
+           "commit")  # fmt: skip
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -72,7 +74,7 @@ def cells(row: Row, notes: dict[str, int]) -> list[str]:
         plain, default = (row.get(f"{scheme} {how}", "") for how in RECIPES)
         found.append(f"{shown(plain, notes)} → {shown(default, notes)}" if plain or default else "")
     found += [noted(row.get(name, ""), notes) for name in ("load", "generate", "verify", "onnx", "compressed-tensors")]
-    return [*found, f"{row['seconds']:.0f}" if "seconds" in row else ""]
+    return [*found, f"{row['seconds']:.0f}" if "seconds" in row else "", row.get("commit", "")]
 
 
 def shown(cell: Any, notes: dict[str, int]) -> str:

@@ -30,6 +30,7 @@ class NumberFormat(ABC):
         defaults: settings of `WeightArgs` for a recipe that names the format and does not set them.
         has_global_scale: whether there is another scale, for the whole matrix.
         scale_dtypes: the dtypes in which scales can be stored.
+        float16_scales: whether scales are float16 whatever the model's dtype.
         zero_point_dtype: the dtype in which zero points are stored.
         scale_search: factors of a group's range that a search for the best scale tries besides 1, in this order.
         value_dtype: a dtype that holds every value exactly.
@@ -46,6 +47,7 @@ class NumberFormat(ABC):
     defaults: ClassVar[Mapping[str, object]] = {}
     has_global_scale: ClassVar[bool] = False
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = FLOATS
+    float16_scales: ClassVar[bool] = False
     zero_point_dtype: ClassVar[torch.dtype] = torch.int8
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(99, 19, -1))
     value_dtype: ClassVar[torch.dtype] = torch.int8
@@ -65,7 +67,8 @@ class NumberFormat(ABC):
         kind = "weights" if isinstance(args, WeightArgs) else "activations"
         if kind == "activations" and self.activation_format != self.name:
             raise ValueError(f"{self.name} is a format of weights; leave the format of the activations out")
-        if isinstance(args, WeightArgs) and args.scale_dtype is not None and self.element != "int":
+        free = self.element == "int" or self.float16_scales
+        if isinstance(args, WeightArgs) and args.scale_dtype is not None and not free:
             raise ValueError(f"scale_dtype is for integers; leave it out of {self.name} weights")
         needed = {key: value for key, value in self.fixed().items() if hasattr(args, key)}
         found = {key: getattr(args, key) for key in needed}

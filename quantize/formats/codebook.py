@@ -49,6 +49,12 @@ class CodeBook(NumberFormat):
         scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
         return scale.to(scale_dtype).float(), torch.zeros_like(scale)
 
+    def scale_signs(self, low: Tensor, high: Tensor, args: WeightArgs) -> Tensor | None:
+        """Return the signs by which the longer side of each range gets the longer side of the levels, if one is."""
+        del args
+        lowest, highest = self.levels[0], self.levels[-1]
+        return None if lowest == -highest else torch.where((high > -low) == (highest < -lowest), -1.0, 1.0)
+
     def round(self, t: Tensor, args: WeightArgs, out: Tensor | None = None) -> Tensor:
         """Return the nearest levels; values outside the levels saturate."""
         del args

@@ -29,6 +29,7 @@ class Q4_1(Integer):  # noqa: N801
     needs: ClassVar[Mapping[str, object]] = {"num_bits": 4, "symmetric": False}
     defaults: ClassVar[Mapping[str, object]] = {"group_size": 32}
     zero_point_dtype: ClassVar[torch.dtype] = torch.float16
+    float16_scales: ClassVar[bool] = True
     scale_dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float16, torch.bfloat16, torch.float32})
 
     def compute_qparams(

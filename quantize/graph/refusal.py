@@ -12,9 +12,12 @@ from torch import nn
 OTHERS = ("torch", "quantize")  # packages whose modules are not the model's own code
 KINDS = {  # what stands in the exporter's message or in the name of its error → what it means
     r"data-dependent|DataDependent|Could not guard": "it decides by the values of tensors",
-    r"[Cc]onstraints? violated|ConstraintViolation|specializ": "it fixes a size of its inputs",
+    r"[Cc]onstraints? violated|ConstraintViolation|specializ|inferred a static shape": "it fixes a size of its inputs",
+    r"inconsistencies were found": "its sizes follow from one another in a way that the exporter cannot solve",
     r"pytree|Unsupported.*(input|output)|type of (input|output)": "it takes or returns more than tensors in containers",
     r"device meta|meta tensor": "it needs numbers that only a run with weights has",
+    r"complex-valued input": "it computes with complex numbers, which ONNX does not have",
+    r"No ONNX function found for <OpOverload\(op='([\w.]+)'": "ONNX has no operator for {}",
     r"No ONNX function|No decompositions|DispatchError": "ONNX has no operator for one of its operators",
 }
 
@@ -29,9 +32,8 @@ def refusal(error: BaseException) -> str:
     while (more := chain[-1].__cause__ or chain[-1].__context__) is not None and more not in chain:
         chain.append(more)
     told = "\n".join(f"{type(each).__name__} {each}" for each in chain)
-    kind = next(
-        (text for found, text in KINDS.items() if re.search(found, told)), "the exporter cannot follow its code"
-    )
+    kinds = (text.format(*found.groups()) for what, text in KINDS.items() if (found := re.search(what, told)))
+    kind = next(kinds, "the exporter cannot follow its code")
     where = next((place for each in reversed(chain) if (place := place_of(each))), "")
     return f"{kind}, {where}" if where else kind
 

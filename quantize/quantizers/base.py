@@ -118,6 +118,8 @@ def search_qparams(
         torch.stack([s, z]),
     )
     ends, signs = number_format.clipping_range(args), number_format.scale_signs(low, high, args)
+    if signs is not None:  # a scale below zero sees the range upside down
+        low, high = torch.where(signs < 0, -high, low), torch.where(signs < 0, -low, high)
     for number, factor in enumerate(number_format.scale_search):
         tried = number_format.compute_qparams(low * factor, high * factor, args, dtype, global_scale)
         tried = tried if signs is None else (tried[0] * signs, tried[1])

@@ -23,6 +23,7 @@ from quantize.eval.similarity import read_pairs
 from quantize.graph.inputs import Input
 from quantize.pipeline.estimate.peak_memory import peak_memory
 
+pytestmark = pytest.mark.fresh
 IDS = {"input_ids": Input(torch.zeros(2, 8, dtype=torch.long), (0, 1))}
 MEMORY, TOO_MUCH = 1 << 28, "takes more than 268,435,456 bytes"
 

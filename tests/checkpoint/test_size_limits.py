@@ -14,6 +14,8 @@ from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.size_limits import bounded, limit_time
 from quantize.errors import UsageError
 
+pytestmark = pytest.mark.fresh
+
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64,
     "long_factor": [1.0] * 10**6, "short_factor": [1.0] * 10**6,

@@ -83,7 +83,7 @@ def test_a_failure_reaches_the_others_at_their_next_exchange(together):
         "0 rank 1 of 2 failed, so this one stops too; see its message",
         "1 no data",
     ]
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300  # what nobody answers is given up after 30 minutes
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_nobody_waits_for_a_rank_that_was_killed(together):
         """
     )
     assert done.returncode != 0
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 300
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def type_of(args: WeightArgs) -> Type | None:
         if args.num_bits == 4:
             return Type.Q4_0 if args.symmetric else Type.Q4_1
         return Type.Q8_0 if args.symmetric else None
-    return {"mxfp4": Type.MXFP4, "nvfp4": Type.NVFP4, "q4_1": Type.Q4_1}.get(args.format)
+    return {"mxfp4": Type.MXFP4, "nvfp4": Type.NVFP4, "q4_1": Type.Q4_1, "iq4_nl": Type.IQ4_NL}.get(args.format)
 
 
 def block_of(args: WeightArgs) -> int:
@@ -58,6 +58,9 @@ def blocks(weight: QTensor) -> Blocks:
         return Blocks(torch.cat([scales, halves], dim=2).flatten(1), kind, weight.global_scale.reshape(1))
     if kind == Type.MXFP4:
         return Blocks(torch.cat([weight.scale[..., None], interleaved(weight.data, BLOCK)], dim=2).flatten(1), kind)
+    if kind == Type.IQ4_NL:
+        scale = as_float16(per_block(weight.scale, weight.columns))
+        return Blocks(torch.cat([scale, interleaved(weight.data, BLOCK)], dim=2).flatten(1), kind)
     q, scale = weight.unpack().unflatten(1, (-1, BLOCK)), per_block(weight.scale, weight.columns)
     if kind == Type.Q8_0:
         return Blocks(torch.cat([as_float16(scale), q.view(torch.uint8)], dim=2).flatten(1), kind)

@@ -51,7 +51,7 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
             yield f"{args.num_bits}-bit weights with zero points", "`symmetric = true` in [weights]"
         if columns % block:
             yield f"the {columns} columns of {path}, as blocks have {block}", f"--ignore {path}"
-        elif args.format in ("int", "q4_1") and args.group_size % block:
+        elif args.format in ("int", "q4_1", "iq4_nl") and args.group_size % block:
             yield f"groups of {args.group_size} columns", f"--group-size {block} or a multiple"
         yield from (ONLINE[online["kind"]] for online in settings["modules"][path].get("online", ()))
     for path in settings.get("tables", ()):

@@ -25,6 +25,7 @@ CASES = {
     "Q8_0": [integers(8, 32), integers(8, 0), integers(6, 0)],
     "MXFP4": [WeightArgs(num_bits=4, format="mxfp4", group_size=32)],
     "NVFP4": [WeightArgs(num_bits=4, format="nvfp4", group_size=16)],
+    "IQ4_NL": [WeightArgs(num_bits=4, format="iq4_nl", group_size=size) for size in (32, 64)],
 }
 
 

@@ -78,6 +78,7 @@ def in_transformers(directory):
         ("qwen2", torch.float32, {"weights": {"symmetric": False}}),
         ("qwen3", torch.bfloat16, {"weights": {"group_size": 64}}),
         ("gemma3_text", torch.float32, {"tables": []}),
+        ("llama", torch.float32, {"weights": {"format": "iq4_nl"}}),
     ],
 )
 def test_transformers_computes_what_the_artifact_does(kind, dtype, recipe, model, small_run, tmp_path, books_heldout):
