@@ -152,13 +152,12 @@ def limit_time(seconds: float, held: str) -> Iterator[None]:
         due = end
         while not running.acquire(timeout=0.05):
             if time.clock_gettime(clock) > due and sending.acquire(blocking=False):
-                interrupt(thread, ctypes.py_object(TookTooLong))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(TookTooLong))
                 sending.release()
                 due += max(seconds, AGAIN)  # what swallows it is told again, and what unwinds is left in peace
 
-    def stop() -> None:  # may be interrupted anywhere, and called again
+    def stop() -> None:  # may be interrupted anywhere, and called again; one that is on its way arrives here
         sending.acquire(timeout=0.1)
-        interrupt(thread, None)  # one that is on its way
         if running.locked():
             running.release()
 
@@ -173,8 +172,3 @@ def limit_time(seconds: float, held: str) -> Iterator[None]:
     except TookTooLong:
         stop()
         raise ValueError(f"it takes more than {seconds:.0f} s, far more than {held} need") from None
-
-
-def interrupt(thread: int, error: Any) -> None:
-    """Raise an error in a thread at its next instruction, or none any more."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import time
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_what_unwinds_is_not_interrupted_again():
     with pytest.raises(ValueError, match="it takes more than 0 s"), limit_time(0.1, "nothing"):
         slow_to_unwind()
     assert unwound
+
+
+def test_a_profiler_may_watch_what_is_bounded():
+    """An interruption that was taken back left the interpreter looking for it, in which a profiler never ended."""
+    profiler = cProfile.Profile()
+    profiler.enable()
+    with limit_time(10, "nothing"):
+        sum(range(1000))
+    profiler.disable()
