@@ -121,6 +121,6 @@ def test_a_profiler_may_watch_what_is_bounded():
     """An interruption that was taken back left the interpreter looking for it, in which a profiler never ended."""
     profiler = cProfile.Profile()
     profiler.enable()
-    with limit_time(10, "nothing"):
+    with bounded({}):
         sum(range(1000))
     profiler.disable()
