@@ -69,5 +69,7 @@ def export(
     figures = [f"{name} {parity[name]:.4f}" for name in JUDGED if name in parity]
     if not figures:
         shown = {RELATIVE.get(name, name): x if isinstance(x, str) else f"{x:.1e}" for name, x in parity.items()}
-        figures = ["relative differences from the artifact: " + ", ".join(f"{name} {x}" for name, x in shown.items())]
+        measured = any(not isinstance(x, str) for x in parity.values())
+        words = "relative differences from the artifact: " if measured else ""
+        figures = [words + ", ".join(f"{name} {x}" for name, x in shown.items())]
     click.echo(f"{output_dir}: {', '.join(figures)}")

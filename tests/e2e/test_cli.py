@@ -92,7 +92,9 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
                     "passes = [{ name = 'rotat' }]"
                 ): "there is no pass 'rotat'; known are activation_clip, adaptive",
                 method("quantizer = { name = 'awq' }"): "there is no quantizer 'awq'; known are gptaq, gptq, rtn",
-                method("weights = { format = 'nf5' }"): "there is no number format 'nf5'; known are int, mxfp4, nf4",
+                method(
+                    "weights = { format = 'nf5' }"
+                ): "there is no number format 'nf5'; known are dint4, dint4_full, int, iq4_nl",
                 method(
                     "layers = [{ match = 'q_prj', ignore = true }]"
                 ): "layers: 'q_prj' matches no linear; near are q_",

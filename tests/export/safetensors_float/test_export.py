@@ -263,7 +263,9 @@ def test_it_loads_without_our_package(artifact_one_layer, tmp_path):
 def test_the_card_says_what_was_done(cli, artifact_one_layer, tmp_path):
     shown = cli("export", artifact_one_layer.directory, "--format", TARGET, "--output-dir", tmp_path / "out")
     assert shown.code == 0
-    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/out: reference \S+, rounding \S+, activations \S+\n", shown.out)
+    figures = r"outputs \S+, the artifact with its weights in the file's type \S+, the artifact without rounded \S+ \S+"
+    said = f"{re.escape(str(tmp_path))}/out: relative differences from the artifact: {figures}\n"
+    assert re.fullmatch(said, shown.out)
     card, manifest = (tmp_path / "out" / "README.md").read_text(), artifact_one_layer.manifest
     own = json.loads((tmp_path / "out" / "manifest.json").read_text())
     for line in [
