@@ -22,7 +22,7 @@ from torch import Tensor
 from quantize.artifact.manifest import digest_of
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.outputs import first_existing_parent, require_new
-from quantize.checkpoint.untrusted_files import INDEX
+from quantize.checkpoint.paths import INDEX
 from quantize.errors import QuantizeError
 
 PROBE = "probe.safetensors"  # inputs and outputs to verify with, which are no part of the model

@@ -21,9 +21,9 @@ from transformers.core_model_loading import dot_natural_key
 
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.hub import SHA256, hub_errors
-from quantize.checkpoint.paths import LARGEST_HEADER, SIDE_FILES, check_low_disk
+from quantize.checkpoint.paths import INDEX, LARGEST_HEADER, SIDE_FILES, check_low_disk
 from quantize.checkpoint.safetensors_reader import read_header
-from quantize.checkpoint.untrusted_files import INDEX, indexed_names
+from quantize.checkpoint.untrusted_files import indexed_names
 from quantize.errors import QuantizeError
 
 SHARDS = 3  # that are on disk at a time: the one before, the one that is read, and the next one

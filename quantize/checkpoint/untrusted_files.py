@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quantize.checkpoint.paths import INDEX as INDEX
-from quantize.checkpoint.paths import LARGEST_JSON, SIDE_FILES
+from quantize.checkpoint.paths import INDEX, LARGEST_JSON, SIDE_FILES
 from quantize.checkpoint.safetensors_reader import read_header, read_rows, without_duplicates
 from quantize.errors import QuantizeError, UsageError, shown
 

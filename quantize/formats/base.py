@@ -122,7 +122,7 @@ class NumberFormat(ABC):
     def encode_scale(self, scale: Tensor, global_scale: Tensor | None, scale_dtype: torch.dtype) -> Tensor:
         """Return a scale of `compute_qparams` as it is stored."""
         del global_scale
-        return scale.to(scale_dtype)
+        return scale.to(torch.float16 if self.float16_scales else scale_dtype)
 
     def decode_scale(self, stored: Tensor, global_scale: Tensor | None) -> Tensor:
         """Undo `encode_scale`: return floating point."""

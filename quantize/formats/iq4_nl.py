@@ -36,8 +36,3 @@ class IQ4_NL(CodeBook):  # noqa: N801
         scale, zero_point = super().compute_qparams(low, high, args, torch.float32, global_scale)
         scale = torch.where(high > low, scale, torch.maximum(low.abs(), high.abs()) / self.levels[-1])
         return scale.clamp(SMALLEST_FLOAT16, LARGEST).half().float(), zero_point
-
-    def encode_scale(self, scale: Tensor, global_scale: Tensor | None, scale_dtype: torch.dtype) -> Tensor:
-        """Return a scale as float16, whatever the model's dtype."""
-        del global_scale, scale_dtype
-        return scale.half()

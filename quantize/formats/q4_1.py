@@ -42,8 +42,3 @@ class Q4_1(Integer):  # noqa: N801
         scale = torch.where(scale > 0, scale, torch.maximum(low.abs(), high.abs()))  # of equal weights
         scale = torch.where(scale > 0, scale, 1.0).clamp(SMALLEST_FLOAT16, LARGEST).half().float()
         return scale, (least - low / scale).clamp(-LARGEST, LARGEST).half().float()
-
-    def encode_scale(self, scale: Tensor, global_scale: Tensor | None, scale_dtype: torch.dtype) -> Tensor:
-        """Return a scale as float16, whatever the model's dtype."""
-        del global_scale, scale_dtype
-        return scale.half()

@@ -22,9 +22,10 @@ from quantize.calibration.data import read_samples
 from quantize.calibration.tensor_samples import read_tensors
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.opening import open_checkpoint, side_files
+from quantize.checkpoint.paths import INDEX
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.checkpoint.tokenizer import Tokenize, load_tokenize
-from quantize.checkpoint.untrusted_files import INDEX, check_files, parse_json, weight_files
+from quantize.checkpoint.untrusted_files import check_files, parse_json, weight_files
 from quantize.checkpoint.weight_checks import check_weights
 from quantize.errors import QuantizeError, UsageError
 from quantize.graph.inputs import Input

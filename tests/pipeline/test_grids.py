@@ -33,6 +33,13 @@ def on_grids(directory, change):
     return quantized_sources.rewrite(directory, tensors)
 
 
+def rounded_copy(source, directory, change):
+    """Copy a model, its linears rounded."""
+    shutil.copytree(source, directory)
+    tensors = {k: change(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
+    return quantized_sources.rewrite(directory, tensors)
+
+
 def seven(W):
     return rounded_to_levels(W, 7)
 
@@ -115,10 +122,7 @@ def test_levels_without_zero_are_kept_if_activations_stay_in_floating_point(tmp_
 @pytest.fixture(scope="module")
 def books_on_grids(books, tmp_path_factory):
     """Return books-llama with its linears rounded to Q4_0."""
-    directory = tmp_path_factory.mktemp("books") / "model"
-    shutil.copytree(books, directory)
-    tensors = {k: rounded_to_q4_0(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
-    return quantized_sources.rewrite(directory, tensors)
+    return rounded_copy(books, tmp_path_factory.mktemp("books") / "model", rounded_to_q4_0)
 
 
 def test_the_plan_that_loses_less_is_taken(tmp_path, planned, monkeypatch):
@@ -169,10 +173,7 @@ def test_what_loses_less_on_rows_held_back_is_taken(tmp_path, books_on_grids, sc
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "change"), [("books", rounded_to_q4_0), ("stories", seven)])
 def test_outputs_are_exactly_those_of_the_float_model(request, books_heldout, tmp_path, model, change):
-    directory = tmp_path / "model"
-    shutil.copytree(request.getfixturevalue(model), directory)
-    tensors = {k: change(x) if is_linear(k) else x for k, x in tensors_of(directory).items()}
-    quantized_sources.rewrite(directory, tensors)
+    directory = rounded_copy(request.getfixturevalue(model), tmp_path / "model", change)
     quantize.quantize_model(directory, scheme="W4A16", output_dir=tmp_path / "out", nsamples=4, seqlen=64)
     found = quantize.evaluate(tmp_path / "out", against=directory, text=books_heldout, nsamples=4, seqlen=64)
     assert (found["kl"], found["top1"]) == (0, 1)
@@ -180,14 +181,13 @@ def test_outputs_are_exactly_those_of_the_float_model(request, books_heldout, tm
 
 @pytest.mark.slow
 def test_a_grid_of_mxfp4_is_measured_without_calibration_data(tmp_path, books):
-    shutil.copytree(books, tmp_path / "model")
     args = load_recipe("MXFP4", None).weights
-    tensors = {
-        k: RoundToNearest().quantize(x.float(), args, None, torch.float32).dequantize() if is_linear(k) else x
-        for k, x in tensors_of(tmp_path / "model").items()
-    }
+
+    def change(W):
+        return RoundToNearest().quantize(W.float(), args, None, torch.float32).dequantize()
+
     artifact = quantize.quantize_model(
-        quantized_sources.rewrite(tmp_path / "model", tensors), scheme="MXFP4", recipe={"quantizer": {"name": "rtn"}},
+        rounded_copy(books, tmp_path / "model", change), scheme="MXFP4", recipe={"quantizer": {"name": "rtn"}},
         output_dir=tmp_path / "out", nsamples=4, seqlen=32,
     )  # fmt: skip
     assert artifact.manifest["calibration"]["rows"] == 0

@@ -17,7 +17,7 @@ from quantize.checkpoint.safetensors_writer import RowWriter
 from quantize.checkpoint.tensor_files import require_finite
 from quantize.export.compressed_tensors.format import WORD
 from quantize.export.model_free.linears import StoredLinear
-from quantize.export.model_free.plan import GLOBAL_SCALE, ModelFreePlan
+from quantize.export.model_free.plan import GLOBAL_SCALE, SHAPE, ModelFreePlan
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.quantizers.grid import on_grid
@@ -147,7 +147,7 @@ def put(plan: ModelFreePlan, out: RowWriter, linear: StoredLinear, first: int, w
     """Write some rows of a rounded weight, from row `first` on, into their places in the file."""
     for part, x in plan.form.parts(weight, plan.schemes[linear.path]).items():
         name = f"{linear.path}.{part}"
-        if part == "weight_shape":
+        if part == SHAPE:
             out.put(name, 0, torch.tensor([linear.rows, linear.columns]))
         elif part == GLOBAL_SCALE:  # each expert of a stack has one of its own, in all of its rows
             rows = len(weight.data) if linear.experts is not None else 1

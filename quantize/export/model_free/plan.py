@@ -85,12 +85,11 @@ class ModelFreePlan:
         for linear in self.linears[name]:
             parts = sample(self.form, self.schemes[linear.path], linear.columns, self.dtype(name))
             for part, (shape, dtype) in parts.items():
-                own = shape
                 if part == GLOBAL_SCALE and linear.experts is not None:
-                    own = (linear.all_rows, 1)
+                    shape = (linear.all_rows, 1)
                 elif part not in (SHAPE, GLOBAL_SCALE):
-                    own = (-(-linear.all_rows * shape[0] // WORD), *shape[1:])
-                made[f"{linear.path}.{part}"] = torch.empty(own, dtype=dtype, device="meta")
+                    shape = (-(-linear.all_rows * shape[0] // WORD), *shape[1:])
+                made[f"{linear.path}.{part}"] = torch.empty(shape, dtype=dtype, device="meta")
         return made
 
     def dtype(self, name: str) -> torch.dtype:
