@@ -43,6 +43,11 @@ def runs_fake_quant(x: Tensor, args: ActivationArgs | None) -> bool:
     return x.device.type == "cpu" and not (args and args.runtime_smooth)
 
 
+def holds_integers(args: ActivationArgs | None, dtype: torch.dtype) -> bool:
+    """Return whether `hold_weight` keeps integers, so that products are the reference's, for inputs of this dtype."""
+    return args is not None and get_format(args.format).element == "int" and dtype == torch.float32
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.inference_mode(False)
 def hold_weight(weight: QTensor, args: ActivationArgs | None, dtype: torch.dtype) -> FloatWeight:
@@ -51,7 +56,7 @@ def hold_weight(weight: QTensor, args: ActivationArgs | None, dtype: torch.dtype
     Integers of float32 models stay integers, because a float product sums integers exactly, while a sum of dequantized
     values is rounded, and the least difference may move an activation of a later layer to the next integer.
     """
-    if args is None or get_format(args.format).element != "int" or dtype != torch.float32:
+    if not holds_integers(args, dtype):
         return FloatWeight(CachedQTensor.of(weight, dtype).dequantize(), None, args)
     integers, scale = torch.empty(weight.columns, len(weight.data)), weight.scale.T
     rows = cached_rows(integers.T)

@@ -18,6 +18,7 @@ from quantize.nn.cpu_engine import (
     FloatWeight,
     fake_quant_linear,
     hold_weight,
+    holds_integers,
     quantize_input,
     runs_fake_quant,
 )
@@ -61,13 +62,14 @@ class QuantizedLinear(QuantizedWeight):
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
 
-        If activations stay in floating point, the product is taken in that dtype.
+        If activations stay in floating point, the product is taken in that dtype. On a CPU integers are multiplied by
+        integers as `fake_quant` does it, with the reference's result.
         """
-        self._unpacked = CachedQTensor.of(self.qtensor(), dtype)
+        self._unpacked, held = CachedQTensor.of(self.qtensor(), dtype), self._held
         try:
             yield
         finally:
-            self._unpacked = None
+            self._unpacked, self._held = None, held
 
     def held(self, dtype: torch.dtype) -> FloatWeight:
         """Return the weight as `fake_quant` reads it, made once, held beside the buffers, and never saved."""
@@ -100,7 +102,9 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
-        fake_quant = self.engine == "fake_quant" and runs_fake_quant(x, self.scheme.activations)
+        args = self.scheme.activations
+        wanted = self.engine == "fake_quant" or (self._unpacked is not None and holds_integers(args, x.dtype))
+        fake_quant = wanted and runs_fake_quant(x, args)
         fake_quant = fake_quant and not (torch.compiler.is_compiling() and self._held is None)  # nothing is held yet
         rest = self._forward_fake_quant if fake_quant else self._forward_reference
         return self.leading.apart(x, lambda first: self._forward_float_activations(self.transform(first)), rest)

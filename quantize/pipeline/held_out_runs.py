@@ -102,11 +102,12 @@ class HeldOutRuns:
             expected = self._output(runners[0], number, segment, states[0])
             for name, runner, state in zip(found, runners[1:], states[1:], strict=True):
                 y = self._output(runner, number, segment, state)
-                errors[name] = max(errors[name], relative_error(y, expected))
-                if y.dim() == 3 and y.shape[-1] == self.program.vocabulary:
-                    labels = self._next_tokens(number)
-                    scored = slice(-len(labels) - 1, -1)
-                    found[name] += divergence(y[0, scored], expected[0, scored], labels)
+                if y.dim() != 3 or y.shape[-1] != self.program.vocabulary:
+                    errors[name] = max(errors[name], relative_error(y, expected))
+                    continue
+                labels = self._next_tokens(number)
+                scored = slice(-len(labels) - 1, -1)
+                found[name] += divergence(y[0, scored], expected[0, scored], labels)
         self.scores = self._means(found) if found["quantized"].tokens else {k: {"error": v} for k, v in errors.items()}
 
     def _means(self, found: Mapping[str, Divergence]) -> Scores:

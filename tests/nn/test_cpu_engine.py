@@ -95,6 +95,19 @@ def test_integers_are_the_reference_to_the_bit(weights, activations, rows):
         assert torch.equal(fast(inputs(rows)), exact(inputs(rows)))
 
 
+def test_an_unpacked_reference_holds_integers_and_frees_them_afterwards():
+    layer, x = linear(engine="reference"), inputs(40)
+    expected, half = layer(x), layer(x.bfloat16())
+    with layer.unpacked(torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+        held = layer._held
+        assert held is not None
+        assert torch.equal(layer(x.bfloat16()), half)  # the reference's own product
+        assert torch.equal(layer(x), expected)
+        assert layer._held is held
+    assert layer._held is None
+
+
 @pytest.mark.parametrize("activations", [INT8, INT4, None], ids=["int8", "int4", "float"])
 def test_half_precision_multiplies_dequantized_weights(activations):
     fast, exact = (linear(activations=activations, dtype=torch.bfloat16, engine=e) for e in ("fake_quant", "reference"))
