@@ -97,7 +97,7 @@ def markdown(rows: Sequence[Row], steps: int) -> str:
         for scheme in SCHEMES
         if {(scheme, UNMASKED), (scheme, MASKED)} <= found.keys()
     ]
-    return f"{text}\nMasked calibration gains {' and '.join(gains)}.\n" if gains else text
+    return f"{text}\nMasked calibration gains {', '.join(gains)}.\n" if gains else text
 
 
 def train(output: Path, steps: int) -> None:

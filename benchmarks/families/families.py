@@ -111,7 +111,7 @@ for encoder, architecture in {"bert": "BertModel", "roberta": "RobertaModel", "x
                               "mpnet": "MPNetModel", "albert": "AlbertModel", "nomic_bert": "NomicBertModel",
                               "ernie": "ErnieModel", "xlm": "XLMModel", "squeezebert": "SqueezeBertModel",
                               "mobilebert": "MobileBertModel", "fnet": "FNetModel",
-                              "convbert": "ConvBertModel"}.items():  # fmt: skip
+                              "convbert": "ConvBertModel", "ibert": "IBertModel"}.items():  # fmt: skip
     add(ENCODER, encoder, architecture)
 add(ENCODER, "distilbert", "DistilBertModel", hidden_dim=128)
 add(ENCODER, "modernbert", "ModernBertModel", num_hidden_layers=3)

@@ -23,6 +23,7 @@ from quantize.export.comparison import first_outputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.graph.export import quiet
+from quantize.graph.refusal import place_of
 from quantize.nn.quantized_embedding import dequantized_table, table_of
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
@@ -30,7 +31,15 @@ from quantize.pipeline.progress import track
 
 T = TypeVar("T")
 FEW_NUMBERS = 8  # 2 (1 + 8/n) is passed by one in 1000 ratios of two independent random differences of n numbers
+NOT_LOADED = {  # what transformers 5.24 says → what it means
+    "has no attribute 'weight'": "its code reads the weight of a linear, which a packed linear does not have",
+    "you can only have one to many": "it splits or joins tensors of this class, and no compressed ones",
+}
 ROUNDING = 64  # last bits, relative to the output: a sum in another order may differ by so much
+
+
+class NotLoadedError(QuantizeError):
+    """Transformers cannot load a checkpoint."""
 
 
 def shards(
@@ -116,7 +125,7 @@ def outputs_of(
         options: options of `from_pretrained`.
 
     Raises:
-        QuantizeError: the checkpoint cannot be loaded.
+        NotLoadedError: transformers cannot load the checkpoint.
     """
     cls = getattr(transformers, str(read_config(directory)["architectures"][0]))
     own = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in feed.items()} for feed in inputs]
@@ -124,13 +133,20 @@ def outputs_of(
         try:
             model = cls.from_pretrained(directory, dtype=dtype, local_files_only=True, **options)
         except Exception as error:  # any error of transformers and the packages it uses
-            raise QuantizeError(
-                f"transformers cannot load the checkpoint that was written of a {cls.__name__}; run the artifact "
-                "itself with quantize.load, and --verbose shows the error"
+            raise NotLoadedError(
+                f"transformers cannot load the checkpoint that was written of a {cls.__name__}, as "
+                f"{why_not_loaded(error)}; run the artifact itself with quantize.load, and --verbose shows the error"
             ) from error
         if not rounds_activations:
             model.apply(disable_rounding)
         return first_outputs(model.eval().to(dtype), own)  # experts that were unpacked have another dtype
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Return a clause that says why transformers cannot load a checkpoint, and which line of its code said so."""
+    why = next((why for said, why in NOT_LOADED.items() if said in str(error)), f"it meets a {type(error).__name__}")
+    where = place_of(error)
+    return f"{why}, {where}" if where else why
 
 
 def disable_rounding(module: Any) -> None:

@@ -25,7 +25,7 @@ from quantize.graph.products import write_as_linears
 from quantize.graph.program import Program, Segment, name_device
 from quantize.graph.refusal import refusal
 from quantize.graph.regions import inline_regions
-from quantize.graph.usage_probe import looks_up, read_past_forward
+from quantize.graph.usage_probe import asked_for_more, looks_up
 
 # outputs that are read by other parts of a model, or hold what others have read
 INTERMEDIATE = ("encoder_", "image_hidden_states", "image_outputs", "video_outputs", "audio_outputs")
@@ -57,12 +57,10 @@ def export_program(skeleton: nn.Module, inputs: Mapping[str, Input] | None = Non
     linears = [linear for linear in program.all_linears if linear.experts is None]
     embeddings = {f"{path}.weight" for path, module in skeleton.named_modules() if looks_up(module)}
     with quiet():
-        direct = read_past_forward(skeleton, linears, example)
+        asked = asked_for_more(skeleton, linears, example)
     more = inspect.signature(skeleton.forward).parameters.keys() - example.keys()
     unreached = unread(program.parameters, ties) if more else frozenset[str]()
-    return replace(
-        program, weights_read_directly=direct, embeddings=frozenset(embeddings), ties=ties, unreached=unreached
-    )
+    return replace(program, asked_for_more=asked, embeddings=frozenset(embeddings), ties=ties, unreached=unreached)
 
 
 def export_batches(

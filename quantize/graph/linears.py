@@ -26,6 +26,7 @@ NOT_ALONE = "its module computes more than this product"
 STACK = "a stack of matrices that is no operand of a product of experts"
 STACK_READ = "the model reads this stack of matrices in other ways than by the products of its experts"
 READ_ITSELF = "the model reads it itself, not through its module"
+MORE_VALUES = "its module takes or returns more than one tensor"
 
 
 class Form(NamedTuple):

@@ -15,7 +15,6 @@ from quantize.graph.experts import CASTS, consumers, find_experts, read_otherwis
 from quantize.graph.linears import (
     ATEN,
     NOT_ALONE,
-    READ_ITSELF,
     STACK,
     STACK_READ,
     VIEWS,
@@ -59,7 +58,7 @@ class Program:
         segments: all other nodes but the output, in order.
         output: the node that returns.
         intermediate_outputs: outputs that are no result, such as an encoder's states, which the decoder reads.
-        weights_read_directly: the names of weights that the model reads itself, apart from their product.
+        asked_for_more: the names of weights of which the model asks for more than their product, each with the reason.
         embeddings: the names of the tables whose module looks up rows and reads its table in no other way.
         ties: parameter → all names of the same parameter of the model, itself among them.
         unreached: the names of parameters that this pass does not read, and another could, as it takes more arguments.
@@ -76,7 +75,7 @@ class Program:
     segments: tuple[Segment, ...]
     output: fx.Node
     intermediate_outputs: frozenset[fx.Node] = frozenset()
-    weights_read_directly: frozenset[str] = frozenset()
+    asked_for_more: Mapping[str, str] = field(default_factory=dict)
     embeddings: frozenset[str] = frozenset()
     ties: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unreached: frozenset[str] = frozenset()
@@ -155,7 +154,7 @@ class Program:
         experts = {linear.weight for linear in found if linear.experts is not None}
         more = not_replaceable(self.module.graph, (x for x in found if x.experts is None), self.parameters)
         return (
-            dict.fromkeys(self.weights_read_directly, READ_ITSELF)
+            dict(self.asked_for_more)
             | dict.fromkeys(more, NOT_ALONE)
             | dict.fromkeys(stacks(self.parameters) - experts, STACK)
             | dict.fromkeys(read_otherwise(found, self.parameters), STACK_READ)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quantize.graph.linears import Linear
+from quantize.graph.linears import MORE_VALUES, READ_ITSELF, Linear
 from quantize.graph.weight_attributes import WeightAttributes
 
 KNOWN = ("in_features", "out_features", "bias")  # attributes that a quantized linear has, too
@@ -20,13 +20,15 @@ KNOWN = ("in_features", "out_features", "bias")  # attributes that a quantized l
 class StandIn(nn.Module):
     """A stand-in that returns a linear's output without values, and notes when anything else is asked of it."""
 
-    def __init__(self, original: nn.Module, rows: int) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.__dict__.update(original=original, rows=rows, asked=False, shown=False)
+        self.__dict__.update(original=original, asked=False, shown=False, more=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N]."""
-        return x.new_empty(*x.shape[:-1], self.rows)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """[..., K] → [..., N]; what the module itself returns, for whatever else it takes or returns."""
+        found = self.original(*args, **kwargs)
+        self.__dict__["more"] |= len(args) != 1 or bool(kwargs) or not isinstance(found, Tensor)
+        return found
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["original"], name)
@@ -74,16 +76,18 @@ def looks_up(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def read_past_forward(model: nn.Module, linears: Iterable[Linear], given: Mapping[str, Any]) -> frozenset[str]:
-    """Return weights of linears of which the model reads more than their product, as far as a run without values gets.
+def asked_for_more(model: nn.Module, linears: Iterable[Linear], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return weights of linears of which the model asks for more than a product of one tensor, each with the reason.
+
+    A run without values tells, as far as it gets.
 
     Args:
         model: the model on the meta device.
         linears: modules that compute one product each.
         given: arguments of `forward` on the meta device.
     """
-    rows = {linear.path: (linear.weight, int(linear.node.meta["val"].shape[-1])) for linear in linears}
-    stand_ins = {path: StandIn(model.get_submodule(path), size) for path, (_, size) in rows.items()}
+    weights = {linear.path: linear.weight for linear in linears}
+    stand_ins = {path: StandIn(model.get_submodule(path)) for path in weights}
     finished = False
     with contextlib.ExitStack() as put_back, contextlib.suppress(Exception):  # some code needs values
         for path, stand_in in stand_ins.items():
@@ -92,5 +96,6 @@ def read_past_forward(model: nn.Module, linears: Iterable[Linear], given: Mappin
         mode = put_back.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # makes such code do without values
         model(**{name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in given.items()})
         finished = True
-    asked = {path for path, found in stand_ins.items() if found.asked or (found.shown and not finished)}
-    return frozenset(weight for path, (weight, _) in rows.items() if path in asked)
+    read = {weights[path] for path, found in stand_ins.items() if found.asked or (found.shown and not finished)}
+    more = (weights[path] for path, found in stand_ins.items() if found.more)
+    return dict.fromkeys(more, MORE_VALUES) | dict.fromkeys(read, READ_ITSELF)

@@ -17,7 +17,7 @@ from quantize.export.directory import export_artifact
 from quantize.graph.allowed_transforms import AllowedTransforms
 from quantize.graph.basis import Basis, Edge
 from quantize.graph.export import export_program
-from quantize.graph.linears import NOT_ALONE, READ_ITSELF
+from quantize.graph.linears import MORE_VALUES, NOT_ALONE, READ_ITSELF
 from quantize.kernels.hadamard import hadamard_transform
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.passes import PASSES
@@ -106,6 +106,13 @@ class Other(nn.Linear):
         return super().forward(x).relu()
 
 
+class Paired(Stored):
+    """What it returns beside its product leaves no trace in the graph (I-BERT, Megatron's linears)."""
+
+    def forward(self, x, scale=None):
+        return super().forward(x), scale
+
+
 class Model(nn.Module):
     """Tokens, one block that holds the module in question, and a head."""
 
@@ -181,6 +188,20 @@ def test_a_weight_that_is_looked_at_elsewhere_stays():
     assert type(model.blocks[0]) is Stored
     sizes = Model(nn.Linear(6, 4), lambda model, x: model.blocks[0](x)[..., : model.blocks[0].out_features])
     assert list(analysed(sizes)[1]) == ["blocks.0", "head"]
+
+
+@pytest.mark.parametrize(
+    ("part", "call"),
+    [
+        (Paired, lambda model, x: model.blocks[0](x)[0]),
+        (Paired, lambda model, x: model.blocks[0](x, None)[0]),
+        (lambda: nn.Linear(6, 4), lambda model, x: model.blocks[0](input=x)),
+    ],
+)
+def test_a_module_that_takes_or_returns_more_than_one_tensor_stays(part, call):
+    program, found = analysed(Model(part(), call))
+    assert list(found) == ["head"]
+    assert list(program.not_replaceable.values()) == [MORE_VALUES]
 
 
 def test_a_product_that_arranges_its_rows_anew_is_none():

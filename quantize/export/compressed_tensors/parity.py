@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,17 +26,19 @@ from quantize.export.comparison import (
 )  # fmt: skip
 from quantize.export.compressed_tensors.experts import expert_linears, names_in_checkpoints
 from quantize.export.compressed_tensors.format import group, has_packed_zero_points, storage
-from quantize.export.hf_checkpoint import check_difference, outputs_of, probe_inputs
+from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.attention import set_kv_cache
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
+UNPACKED = "with CompressedTensorsConfig(dequantize=True) alone"
+
 
 def compressed_tensors_parity(
     directory: Path, written: Path, outline: Outline, schemes: Mapping[str, Scheme]
-) -> dict[str, float]:
+) -> dict[str, float | str]:
     """Measure how far the checkpoint in transformers is from the artifact, on the artifact's two probes.
 
     Keys and values stay in floating point, since a checkpoint says nothing of them.
@@ -45,7 +49,8 @@ def compressed_tensors_parity(
     Weights with packed zero points are unpacked on loading, because version 0.20 of the package otherwise expects zero
     points that are not packed, and so are experts always, whose activations then stay in floating point. They are
     unpacked to the dtype that the model is stored in, and so the checkpoint is compared with the artifact's weights in
-    that dtype.
+    that dtype. A checkpoint that transformers cannot load otherwise is unpacked as well, as a model's code may read the
+    weights of linears when it is built.
 
     In a mixture of experts no activations are rounded for the comparison, since a small difference may send a token to
     another expert. Experts that are not packed integers are compared number by number (`tensor_difference`).
@@ -59,12 +64,13 @@ def compressed_tensors_parity(
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
         activations: how far the artifact is from itself with floating-point activations, for comparison.
-        tensors: in place of both, the largest difference of a tensor, relative to it.
+        transformers: how it loads the checkpoint, if it has to be told.
+        tensors: in place of all these, the largest difference of a tensor, relative to it.
 
     Raises:
         QuantizeError: the checkpoint cannot be loaded, or rounding does not explain the difference.
     """
-    inputs, model, options, dtype = probe_inputs(directory), load(directory, engine="reference"), {}, outline.dtype
+    model, dtype, rounds = load(directory, engine="reference"), outline.dtype, not outline.experts
     round_tables(model, dtype)
     set_kv_cache(model, None)  # which vLLM quantizes by an option of its own
     model = copy_with_replaced_linears(
@@ -74,19 +80,50 @@ def compressed_tensors_parity(
     )
     if not {storage(schemes[path]) for path in outline.experts} <= {"pack-quantized"}:
         return {"tensors": tensor_difference(written, outline, schemes, model)}
+    inputs, running = probe_inputs(directory), running_type(schemes)
     if any(map(has_packed_zero_points, schemes.values())):
+        return output_difference(written, inputs, model, running, rounds, unpacked=dtype)
+    try:
+        return output_difference(written, inputs, model, running, rounds)
+    except NotLoadedError:
+        with contextlib.suppress(NotLoadedError):  # transformers unpacks all linears as those of the first scheme
+            return output_difference(written, inputs, model, running, rounds, unpacked=dtype)
+        raise
+
+
+def output_difference(
+    written: Path,
+    inputs: list[dict[str, Tensor]],
+    model: nn.Module,
+    dtype: torch.dtype,
+    rounds: bool,
+    unpacked: torch.dtype | None = None,
+) -> dict[str, float | str]:
+    """Compare the outputs of a checkpoint in transformers with those of an artifact.
+
+    Args:
+        written: the checkpoint.
+        inputs: the inputs of each call.
+        model: the artifact.
+        dtype: the dtype in which the checkpoint runs.
+        rounds: whether activations are rounded for the comparison.
+        unpacked: the dtype to which both are unpacked; None runs the checkpoint as transformers loads it by itself.
+
+    Raises:
+        NotLoadedError: transformers cannot load the checkpoint.
+        QuantizeError: rounding does not explain the difference.
+    """
+    options: dict[str, Any] = {}
+    if unpacked is not None:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-        model = copy_with_replaced_linears(model, lambda layer: as_float(layer, dtype))
-    exact, rounds = copy_with_replaced_linears(model, with_float_activations), not outline.experts
+        model = copy_with_replaced_linears(model, lambda layer: as_float(layer, unpacked))
+    exact = copy_with_replaced_linears(model, with_float_activations)
     rounded, floats = first_outputs(model, inputs), first_outputs(exact, inputs)
-    outputs = outputs_of(written, inputs, running_type(schemes), rounds, **options)
-    found = {
-        "reference": relative_error(outputs, rounded if rounds else floats),
-        "activations": relative_error(floats, rounded),
-    }
-    last_bit = torch.finfo(running_type(schemes)).eps
-    check_difference(found["reference"], last_bit, found["activations"] * rounds, rounded)
-    return found
+    outputs = outputs_of(written, inputs, dtype, rounds, **options)
+    reference, activations = relative_error(outputs, rounded if rounds else floats), relative_error(floats, rounded)
+    check_difference(reference, torch.finfo(dtype).eps, activations * rounds, rounded)
+    found: dict[str, float | str] = {"reference": reference, "activations": activations}
+    return found if unpacked is None else found | {"transformers": UNPACKED}
 
 
 def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:

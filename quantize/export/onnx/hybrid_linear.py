@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from quantize.export.onnx.lowered import LoweredLinear
 from quantize.export.onnx.lowering import Lowered, lower, lower_for_prefill
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
@@ -15,7 +16,7 @@ MANY = 16  # tokens of all samples together from which 8-bit products are faster
 LARGEST = 127  # for weights of 4 bits in groups; ±63 would move the output by a quarter more (books-llama-6m)
 
 
-class HybridLinear(nn.Module):
+class HybridLinear(LoweredLinear):
     """Maps [..., K] to [..., N], for a `prompt` by `lower_for_prompt`, otherwise by `lower`.
 
     It takes three times the memory: a 4-bit weight is stored in 12 bits.
@@ -24,7 +25,7 @@ class HybridLinear(nn.Module):
     prompt = False
 
     def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.few, self.many = lower(layer), lower_for_prompt(layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -80,5 +80,10 @@ class Interface(nn.Module):
 def random_tokens(model: PreTrainedModel, batch: int, length: int, seed: int) -> Tensor:
     """Return int64 [batch, length]."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
-    vocabulary: int = model.get_input_embeddings().num_embeddings
-    return torch.randint(vocabulary, (batch, length), generator=generator)
+    return torch.randint(vocabulary_of(model), (batch, length), generator=generator)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return the number that token ids lie below: the config's, or the rows of the smallest table (CANINE)."""
+    known = getattr(model.config.get_text_config(), "vocab_size", None)
+    return int(known or min(m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)))

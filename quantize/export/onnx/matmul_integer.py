@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from quantize.export.onnx.lowered import LoweredLinear
 from quantize.kernels.reference import centred, integer_range
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import ActivationArgs
@@ -14,7 +15,7 @@ from quantize.scheme.scheme import ActivationArgs
 MIDDLE = 128  # the uint8 that stands for the int8 0; signed activations would run in a 20 times slower kernel
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(LoweredLinear):
     """int8 weights and uint8 activations by token are multiplied by `MatMulIntegerToFloat`, then scaled by x's scale.
 
     The result equals `kernels.reference.quantized_linear` up to the order of sums. Each of several groups has its own
@@ -34,7 +35,7 @@ class IntegerLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: QuantizedLinear, activations: ActivationArgs) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.transform, self.activations, groups = layer.transform, activations, layer.scale.shape[1]
         self.columns = layer.in_features // groups
         q, zero_point, scale = layer.weight_integers().split(self.columns, dim=1), layer.zero_point, layer.scale.float()

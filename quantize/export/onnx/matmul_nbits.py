@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from quantize.errors import UsageError
 from quantize.export.base import Obstacle
+from quantize.export.onnx.lowered import LoweredLinear
 from quantize.kernels.ops import dequantize, pack_int4, unpack_int4
 from quantize.nn.quantized_linear import QuantizedLinear
 
@@ -16,7 +17,7 @@ OFFSET = 8  # of unsigned values
 SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8 and back
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(LoweredLinear):
     """4-bit weights in blocks of columns: one `com.microsoft::MatMulNBits`.
 
     With 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid replaces the
@@ -33,13 +34,13 @@ class BlockLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
-        self.transform, self.columns, self.rows = layer.transform, layer.in_features, layer.out_features
+        super().__init__(layer)
+        self.transform = layer.transform
         self.quantizes_activations = layer.scheme.activations is not None
         self.block = block_size(layer.in_features, layer.scale.shape[1])
-        blocks = -(-self.columns // self.block)
-        q = nn.functional.pad(layer.weight_integers(), (0, blocks * self.block - self.columns))
-        self.register_buffer("packed", (pack_int4(q) ^ SIGN_BITS).reshape(self.rows, blocks, self.block // 2))
+        blocks = -(-self.in_features // self.block)
+        q = nn.functional.pad(layer.weight_integers(), (0, blocks * self.block - self.in_features))
+        self.register_buffer("packed", (pack_int4(q) ^ SIGN_BITS).reshape(self.out_features, blocks, self.block // 2))
         self.register_buffer("scale", per_block(layer.scale, blocks).float())
         zero_point = None if layer.zero_point is None else per_block(layer.zero_point, blocks)
         if zero_point is not None:
@@ -54,7 +55,7 @@ class BlockLinear(nn.Module):
         if torch.onnx.is_in_onnx_export():
             return self.operator(x)
         x = int8_blocks(x, self.block) if self.quantizes_activations else x
-        return nn.functional.linear(x, self.weight(), self.bias)
+        return nn.functional.linear(x, self.dequantized(), self.bias)
 
     def operator(self, x: Tensor) -> Tensor:
         """Emit the ONNX node; accuracy level 4 quantizes activations to int8, and level 0 leaves them in float32."""
@@ -62,13 +63,19 @@ class BlockLinear(nn.Module):
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.packed, self.scale, self.zero_point, None, self.bias),
-            {"K": self.columns, "N": self.rows, "bits": 4, "block_size": self.block, "accuracy_level": level},
+            {
+                "K": self.in_features,
+                "N": self.out_features,
+                "bits": 4,
+                "block_size": self.block,
+                "accuracy_level": level,
+            },
             dtype=x.dtype,
-            shape=(*x.shape[:-1], self.rows),
+            shape=(*x.shape[:-1], self.out_features),
             version=1,
         )
 
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """Return float32 [N, K], from the buffers of the operator."""
         blocks = self.packed.shape[1]
         q = unpack_int4(self.packed.flatten(1) ^ SIGN_BITS, blocks * self.block)
@@ -76,7 +83,7 @@ class BlockLinear(nn.Module):
         if zero_point is not None:
             floats = zero_point.is_floating_point()
             zero_point = zero_point - OFFSET if floats else unpack_int4(zero_point ^ SIGN_BITS, blocks)
-        return dequantize(q, self.scale, zero_point)[:, : self.columns]
+        return dequantize(q, self.scale, zero_point)[:, : self.in_features]
 
 
 def block_size(columns: int, groups: int) -> int:

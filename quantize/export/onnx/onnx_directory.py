@@ -20,6 +20,7 @@ from quantize.export.onnx.decoder import Decoder
 from quantize.export.onnx.encoder_decoder import EncoderDecoder
 from quantize.export.onnx.export import export_onnx, interface_of
 from quantize.export.onnx.genai import OF_SOUND, genai_config, genai_config_of_sound
+from quantize.export.onnx.interface import vocabulary_of
 from quantize.graph.inputs import example_inputs
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ def real_samples(directory: Path, model: PreTrainedModel) -> list[dict[str, Tens
     if list(example_inputs(model)) == ["input_ids"]:
         length = min(WINDOW, (getattr(model.config, "max_position_embeddings", None) or 2 * WINDOW) // 2)
         with contextlib.suppress(QuantizeError):  # no tokenizer, that of another model, or one of few words
-            words = model.config.get_text_config().vocab_size
-            prose = read_samples(BUNDLED, length, WINDOWS, load_tokenize(directory), words)
+            prose = read_samples(BUNDLED, length, WINDOWS, load_tokenize(directory), vocabulary_of(model))
             return [{name: ids[None] for name, ids in row.items()} for row in prose.rows]
     return probe_inputs(directory)[:1]

@@ -19,8 +19,12 @@ from quantize.graph.refusal import refusal
 OPSET = 23  # the first opset with Attention; from 25 on ONNX Runtime has no kernel for it and runs dozens of nodes
 
 
-class SameHeads(TorchFunctionMode):
-    """Repeats one head of keys and values for all heads of queries (Falcon), as torch does and no ONNX operator."""
+class AsOnnxTakesIt(TorchFunctionMode):
+    """Writes out what torch does by itself and the exporter does not.
+
+    One head of keys and values is repeated for all heads of queries (Falcon), and integers that are subtracted from a
+    float are floats first (XLNet's mask).
+    """
 
     def __torch_function__(
         self,
@@ -30,6 +34,8 @@ class SameHeads(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch; attention, queries [..., H, T, D] and keys [..., 1, S, D], with H heads in all."""
+        if func is torch.Tensor.__rsub__ and isinstance(args[1], float) and not args[0].is_floating_point():
+            args = (args[0].to(torch.get_default_dtype()), args[1])
         if func is functional.scaled_dot_product_attention and len(args) > 2:
             query, key, value, *more = args
             heads = query.shape[-3]
@@ -47,7 +53,7 @@ def traced(interface: Interface) -> onnx_ir.Model:
     """
     feed = list(interface.feeds(0).values())[-1]  # the largest batch, as a size of 1 would be a broadcast
     dynamic = {name: dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for name, axes in interface.inputs.items()}
-    with quiet(), torch.no_grad(), SameHeads():
+    with quiet(), torch.no_grad(), AsOnnxTakesIt():
         try:
             program = torch.onnx.export(
                 interface.eval(),

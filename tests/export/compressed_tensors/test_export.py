@@ -14,7 +14,15 @@ from compressed_tensors.compressors import BaseCompressor, ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from helpers.json_files import change_json
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -29,8 +37,9 @@ from quantize.export.compressed_tensors import export, format
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.format import quantization_config, storage, stored
 from quantize.export.compressed_tensors.obstacles import obstacles
+from quantize.export.compressed_tensors.parity import UNPACKED
 from quantize.export.directory import export_artifact
-from quantize.export.hf_checkpoint import check_difference
+from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.fake_quantize import fake_quantize
@@ -40,6 +49,7 @@ from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 
 RTN = {"quantizer": {"name": "rtn"}, "passes": []}
+DEQUANTIZED = CompressedTensorsConfig(dequantize=True)
 FLOAT32, BFLOAT16 = 2**-20, 2**-6  # a few last bits of either, relative to the output
 
 
@@ -228,13 +238,41 @@ def test_the_recipes_for_vllm_are_packed_to_half_the_bytes(scheme, cli, small_ru
 def test_packed_zero_points_load_where_weights_are_unpacked(small_run, one_layer, tmp_path):
     """In groups; the other way of loading fails in the package (llm-compressor issue 1618)."""
     artifact, output = small_run(one_layer, "W4A16", recipe=RTN, group_size=4), tmp_path / "checkpoint"
-    assert export_artifact(artifact.directory, "compressed-tensors", output) == {"reference": 0, "activations": 0}
+    parity = export_artifact(artifact.directory, "compressed-tensors", output)
+    assert parity == {"reference": 0, "activations": 0, "transformers": UNPACKED}
     with quiet():
-        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        model = AutoModelForCausalLM.from_pretrained(output, **options)
+        model = AutoModelForCausalLM.from_pretrained(output, quantization_config=DEQUANTIZED)
     assert torch.equal(logits(model), logits(load(artifact.directory)))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"), quiet():
         AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_a_model_whose_code_reads_weights_loads_where_they_are_unpacked(small_run, tmp_path):
+    """T5 initializes the weights of its linears, which a packed linear does not have."""
+    T5EncoderModel(T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)).save_pretrained(
+        tmp_path / "model"
+    )
+    layers = [{"match": "wo", "group_size": 64}]  # another scheme, which is unpacked alike
+    recipe = RTN | {"weights": {"symmetric": True}, "layers": layers}
+    artifact, output = small_run(tmp_path / "model", "W4A16", recipe=recipe, group_size=32), tmp_path / "checkpoint"
+    parity = export_artifact(artifact.directory, "compressed-tensors", output)
+    assert (parity["transformers"], parity["reference"] < FLOAT32) == (UNPACKED, True)
+    with quiet():
+        assert T5EncoderModel.from_pretrained(output, quantization_config=DEQUANTIZED)
+        with pytest.raises(
+            NotLoadedError, match=r"T5EncoderModel, as its code reads the weight .* modeling_t5.py line"
+        ):
+            outputs_of(output, [])
+
+
+def test_transformers_splits_no_compressed_tensors(small_run, tmp_path):
+    """DINOv2's gate and first product, which this model does not even have, are one tensor in files."""
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=16, patch_size=8)
+    Dinov2Model(config).save_pretrained(tmp_path / "model")
+    images = {"pixel_values": torch.randn(8, 3, 16, 16)}
+    artifact = small_run(tmp_path / "model", "W8A8", recipe=RTN, calibration=images)
+    with pytest.raises(NotLoadedError, match="it splits or joins tensors of this class, and no compressed ones"):
+        export_artifact(artifact.directory, "compressed-tensors", tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4"])

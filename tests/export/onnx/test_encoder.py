@@ -6,10 +6,12 @@ import onnx
 import pytest
 import torch
 from helpers.exporting import SYMMETRIC_8, nodes, quantized, run_onnx, scheme, shapes, tiny
+from transformers import CanineConfig, CanineModel
 
 from quantize.errors import QuantizeError
 from quantize.export.onnx.encoder import SinglePassModel
 from quantize.export.onnx.export import export_onnx, interface_of
+from quantize.export.onnx.interface import random_tokens, vocabulary_of
 from quantize.export.onnx.parity import run_torch
 
 TOKENS = ["batch_size", "sequence_length"]
@@ -48,6 +50,13 @@ def test_segments_are_told_apart(tmp_path):
 
 def test_a_model_with_one_segment_takes_none():
     assert list(interface_of(tiny("gpt2").transformer).inputs) == ["input_ids", "attention_mask"]
+
+
+def test_token_ids_of_a_model_whose_config_names_no_vocabulary():
+    """CANINE takes code points, which its tables hold by their hashes; it has 16 kinds of segments."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = CanineModel(CanineConfig(**sizes, max_position_embeddings=64, num_hash_buckets=64))
+    assert (vocabulary_of(model), random_tokens(model, 4, 64, 0).max()) == (16, 15)
 
 
 def test_an_input_that_has_no_effect_is_noticed(tmp_path, monkeypatch):

