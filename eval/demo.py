@@ -84,7 +84,7 @@ def main() -> None:
 
 def recipe_of(scheme: str, label: str) -> dict[str, Any]:
     """Return what changes the scheme's recipe."""
-    plain = ROUND_TO_NEAREST | ({} if scheme == "W4A16" else PLAIN_ACTIVATIONS)
+    plain = ROUND_TO_NEAREST | ({} if scheme.endswith("A16") else PLAIN_ACTIVATIONS)
     return plain if label == "RTN" else {}
 
 

@@ -102,7 +102,7 @@ def test_a_scheme_is_that_of_its_default_recipe(program):
         ({"match": "up_proj", "ignore": True, "scheme": "W8A8"}, "layers.0: give either ignore = true, or scheme"),
         ({"match": "nose", "scheme": "W8A8"}, "layers: 'nose' matches no linear; near are"),
         ({"match": "re:(", "scheme": "W8A8"}, r"layers: 're:\(' is no regular expression"),
-        ({"match": "up_proj", "scheme": "W3A3"}, "layers.0.scheme: input should be 'W8A8', 'W4A16'"),
+        ({"match": "up_proj", "scheme": "W3A3"}, "layers.0.scheme: input should be 'W8A8', 'W8A16', 'W4A16'"),
         ({"match": "up_proj", "group_size": 7}, "the group size 7 does not divide .*its entry of layers"),
         ({"match": "up_proj", "scheme": "MXFP4", "group_size": 8}, "recipe: layers: 'up_proj': mxfp4 weights need"),
     ],

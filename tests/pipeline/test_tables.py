@@ -142,7 +142,7 @@ def test_no_default_is_larger_than_linears_at_their_bits_and_tables_in_8_bits(
     artifact = small_run(model, scheme, recipe=fp4, **settings)
     weights = load_file(model / "model.safetensors")
     size = sum(path.stat().st_size for path in artifact.directory.glob("model-*.safetensors"))
-    bits = {"W8A8": 8, "W6A6": 8}.get(scheme, 4)
+    bits = {"W8A8": 8, "W8A16": 8, "W6A6": 8}.get(scheme, 4)
     linears = sum(
         x.numel() * (32 if fp4 and "down_proj" in name else bits) for name, x in weights.items() if "proj" in name
     )

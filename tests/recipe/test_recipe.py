@@ -16,9 +16,10 @@ from quantize.recipe.shipped import names, shipped
 from quantize.scheme.scheme import SCHEME_NAMES
 
 BITS = {
-    "W8A8": (8, 8), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6), "MXFP4": (4, 4), "NVFP4": (4, 4)
+    "W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6),
+    "MXFP4": (4, 4), "NVFP4": (4, 4),
 }  # fmt: skip
-GROUPS = {"W8A8": 0, "W6A6": 0, "MXFP4": 32, "NVFP4": 16}
+GROUPS = {"W8A8": 0, "W8A16": 0, "W6A6": 0, "MXFP4": 32, "NVFP4": 16}
 TABLES = '[weights]\nnum_bits = 4\n[activations]\nnum_bits = 8\nclip_ratio = 0.9\n[quantizer]\nname = "rtn"\n'
 
 
@@ -123,10 +124,10 @@ def test_what_does_not_fit_the_model_is_refused(program, changes, words):
 def test_a_missing_recipe_and_a_missing_scheme(tmp_path):
     with pytest.raises(UsageError, match=r"no such recipe: .*absent\.toml"):
         load_recipe("W8A8", tmp_path / "absent.toml")
-    with pytest.raises(UsageError, match=r"scheme.* W8A8, W4A16, W4A8, W4A4"):
+    with pytest.raises(UsageError, match=r"scheme.* W8A8, W8A16, W4A16, W4A8, W4A4"):
         load_recipe(None, {"nsamples": 3})
     with pytest.raises(
-        UsageError, match="unknown scheme 'W3A3'; known are W8A8, W4A16, W4A8, W4A4, W6A6, MXFP4, NVFP4"
+        UsageError, match="unknown scheme 'W3A3'; known are W8A8, W8A16, W4A16, W4A8, W4A4, W6A6, MXFP4, NVFP4"
     ):
         load_recipe("W3A3", None)
 

@@ -20,7 +20,8 @@ from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightA
 NAME = "compressed-tensors"
 MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways
 SIGN_BITS = 0x88  # the sign bits of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
-WORD = 8  # the number of 4-bit integers in an int32
+WORD_BITS = 32
+WORD = 8  # the most integers in a word, which are those of 4 bits
 
 
 def held_schemes(outline: Outline) -> dict[str, Scheme]:
@@ -37,12 +38,13 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
 
     Args:
         weight: a weight of any format.
-        packed: whether 4-bit integers are packed into words, as `is_packed` says; otherwise they are bytes.
+        packed: whether integers are packed into words, as `is_packed` says; otherwise they are bytes.
 
     Returns:
         FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; for NVFP4 also weight_global_scale float32 [1], a
             divisor.
-        Packed: weight_packed int32 [N, ⌈K/8⌉], weight_scale [N, G], weight_shape, weight_zero_point int32 [⌈N/8⌉, G].
+        Packed, w = 8 or 4 integers of 4 or 8 bits in a word: weight_packed int32 [N, ⌈K/w⌉], weight_scale [N, G],
+            weight_shape, weight_zero_point int32 [⌈N/w⌉, G].
         Bytes: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
@@ -53,16 +55,22 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
         return {"weight_packed": weight.data, **scale, **global_scale}
     if not packed:
         return {"weight": weight.unpack(), **scale, **({} if zero_point is None else {"weight_zero_point": zero_point})}
-    zeros = {} if zero_point is None else {"weight_zero_point": words(zero_point.T).T}
-    packed_q = (weight.data ^ SIGN_BITS).view(torch.int32) if weight.columns % WORD == 0 else words(weight.unpack())
+    bits = weight.args.num_bits
+    zeros = {} if zero_point is None else {"weight_zero_point": words(zero_point.T, bits).T}
+    whole = bits == 4 and weight.columns % (WORD_BITS // bits) == 0  # the bytes are in the order of words already
+    packed_q = (weight.data ^ SIGN_BITS).view(torch.int32) if whole else words(weight.unpack(), bits)
     shape = torch.tensor([len(weight.data), weight.columns])
     return {"weight_packed": packed_q, **scale, "weight_shape": shape, **zeros}
 
 
-def words(q: Tensor) -> Tensor:
-    """Pack int8 [R, C] in [-8, 7] as unsigned q + 8 into int32 [R, ⌈C/8⌉], first in the lowest bits, padded with 0."""
-    filled = nn.functional.pad(q, (0, -q.shape[1] % WORD), value=-8)
-    packed: Tensor = (pack_int4(filled) ^ SIGN_BITS).flatten().view(torch.int32)
+def words(q: Tensor, bits: int) -> Tensor:
+    """Pack integers of 4 or 8 bits, int8 [R, C], into int32 [R, ⌈C/w⌉] with w = 32 / bits of them in a word.
+
+    They are stored as unsigned q + 2^(bits - 1), the first in the lowest bits, padded with 0.
+    """
+    filled = nn.functional.pad(q, (0, -q.shape[1] % (WORD_BITS // bits)), value=-(1 << (bits - 1)))
+    data = pack_int4(filled) ^ SIGN_BITS if bits == 4 else filled.contiguous().view(torch.uint8) ^ 0x80
+    packed: Tensor = data.flatten().view(torch.int32)
     return packed.reshape(len(q), -1)
 
 
@@ -109,7 +117,7 @@ def storage(scheme: Scheme) -> str:
 
 
 def is_packed(scheme: Scheme) -> bool:
-    """Return whether 4-bit integers lie in words: behind float activations, or if nothing has a zero point.
+    """Return whether integers lie in words: behind float activations, or 4 bits if nothing has a zero point.
 
     vLLM multiplies packed weights by integer activations without zero points; bytes it multiplies on CPUs alone. The
     package 0.20 cannot read packed zero points beside integer activations.

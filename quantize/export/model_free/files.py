@@ -15,7 +15,7 @@ from quantize.checkpoint.expert_reader import read_expert
 from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.safetensors_writer import RowWriter
 from quantize.checkpoint.tensor_files import require_finite
-from quantize.export.compressed_tensors.format import WORD
+from quantize.export.compressed_tensors.format import WORD, WORD_BITS
 from quantize.export.model_free.linears import StoredLinear
 from quantize.export.model_free.plan import GLOBAL_SCALE, SHAPE, ModelFreePlan
 from quantize.formats import get_format
@@ -154,4 +154,4 @@ def put(plan: ModelFreePlan, out: RowWriter, linear: StoredLinear, first: int, w
             out.put(name, first if linear.experts is not None else 0, x.reshape(1, 1).expand(rows, 1))
         else:
             in_words = part == "weight_zero_point" and x.dtype == torch.int32
-            out.put(name, first // WORD if in_words else first, x)
+            out.put(name, first * weight.args.num_bits // WORD_BITS if in_words else first, x)

@@ -19,7 +19,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import Scheme
 
 Lowered = BlockLinear | IntegerLinear | CastLinear
-RUNNABLE = "W8A8, W6A6, W4A8, W4A4 and W4A16"
+RUNNABLE = "W8A8, W6A6, W4A8, W4A4, W8A16 and W4A16"
 QUANTIZED_CACHE = Obstacle(
     "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input",
     "quantize without the table kv_cache, or run the artifact with quantize.load",

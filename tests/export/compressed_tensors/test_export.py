@@ -69,6 +69,8 @@ SCHEMES = {
     "W4A16": integers(4),
     "W4A16 in groups": integers(4, group_size=32, symmetric=False),
     "W4A16 asymmetric": integers(4, symmetric=False),
+    "W8A16": integers(8),
+    "W8A16 asymmetric": integers(8, group_size=16, symmetric=False),
     "W8A8": integers(8, 8),
     "W8A8 asymmetric": integers(8, 8, symmetric=False, symmetric_activations=False),
     "W4A8": integers(4, 8, group_size=16, symmetric=False, symmetric_activations=False),
@@ -117,12 +119,14 @@ def test_tensors_are_those_that_the_package_writes(name, rows, columns):
         assert torch.equal(found[key].view(tensor.dtype), tensor), key
 
 
-def test_rows_that_fill_no_word():
-    weight = random_linear(integers(4, symmetric=False), 5, 37).qtensor()
-    expected, found = stored_by_the_package(weight, integers(4, symmetric=False)), stored(weight, True)
+@pytest.mark.parametrize(("bits", "words"), [(4, (5, 1)), (8, (10, 2))])
+def test_rows_that_fill_no_word(bits, words):
+    scheme = integers(bits, symmetric=False)
+    weight = random_linear(scheme, 5, 37).qtensor()
+    expected, found = stored_by_the_package(weight, scheme), stored(weight, True)
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-    assert found["weight_packed"].shape == (5, 5)
-    assert found["weight_zero_point"].shape == (1, 1)
+    assert found["weight_packed"].shape == (5, words[0])
+    assert found["weight_zero_point"].shape == (words[1], 1)
 
 
 def run_by_the_package(linear, x):
