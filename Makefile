@@ -90,6 +90,11 @@ test-vllm: $(VENV)/installed
 bench-families: $(VENV)/installed
 	$(PYTHON) -m benchmarks.families.bench $(ARGS)
 
+# The same bits spent uniformly, by measured losses, by a rule of medians and at random: benchmarks/results/mixed-precision.json,
+# .md and .svg (resumes; arguments: ARGS="--model DIR --scheme W4A8 --bits 4.5 --method measured")
+bench-mixed: $(VENV)/installed
+	$(PYTHON) -m benchmarks.mixed_precision $(ARGS)
+
 # A small mixture of experts, trained into a directory in some minutes (argument: ARGS=DIR)
 mixture: $(VENV)/installed
 	$(PYTHON) -m benchmarks.mixture.train $(ARGS)
@@ -139,4 +144,4 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m pip install --quiet --editable '.[test]'
 	touch $@
 
-.PHONY: bench-model-free bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu bench-gpu-run tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers
+.PHONY: bench-mixed bench-model-free bench-gguf test-llama-cpp test-vllm bench-cpu bench-engine bench-families bench-models demo bench-scale bench-analysis bench-handlers bench-vit bench-diffusion bench-lengths bench-preflight bench-gpu bench-gpu-run tune-gpu budgets fuzz lint test test-all format mixture bench-mixture bench-whole bench-layers

@@ -57,7 +57,13 @@ from quantize.recipe.targets import TARGETS
     "--group-size",
     type=click.IntRange(0),
     help="The number of weight columns that share a scale; 0 is one scale for each output channel.  "
-    "[default: 128; W8A8: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
+    "[default: 128; W8A8: 0, W8A16: 0, W6A6: 0, MXFP4: 32, NVFP4: 16]",
+)
+@click.option(
+    "--average-bits",
+    type=click.FloatRange(0, min_open=True),
+    help="The most bits that a weight may take on average, scales included: the run measures which linears take 8 bits "
+    "or other groups.",
 )
 @click.option(
     "--ignore",

@@ -99,9 +99,9 @@ class HeldOutRuns:
         found = {"plain_rounding": Divergence(), "quantized": Divergence()}
         errors, runners = dict.fromkeys(found, 0.0), list(self.runners().values())
         for number in range(len(self.given.rows)):
-            expected = self._output(runners[0], number, segment, states[0])
+            expected = last_output(self.program, segment, runners[0].values[number], states[0])
             for name, runner, state in zip(found, runners[1:], states[1:], strict=True):
-                y = self._output(runner, number, segment, state)
+                y = last_output(self.program, segment, runner.values[number], state)
                 if y.dim() != 3 or y.shape[-1] != self.program.vocabulary:
                     errors[name] = max(errors[name], relative_error(y, expected))
                     continue
@@ -118,17 +118,18 @@ class HeldOutRuns:
             scores["float"] = {"loss": found["quantized"].mean("reference_loss")}
         return scores
 
-    def _output(self, runner: SequentialRunner, number: int, segment: Segment, state: Overrides) -> Tensor:
-        """Return the first output of one row, [1, tokens, V] for a model that scores a vocabulary."""
-        values = dict(runner.values[number])
-        with unpacked(state.linears.values(), state.product_dtype):
-            run_nodes(self.program, segment.nodes, values, state)
-        output: Tensor = values[self.program.output.all_input_nodes[0]]
-        return output
-
     def _next_tokens(self, number: int) -> Tensor:
         row = next(x for x in self.given.rows[number].values() if not x.is_floating_point())
         return row[1 : None if self.given.whole else self.length].to(self.program.device)
+
+
+def last_output(program: Program, segment: Segment, values: Values, state: Overrides) -> Tensor:
+    """Return the first output of a batch in front of the last block, [B, tokens, V] of a model with a vocabulary."""
+    values = dict(values)
+    with unpacked(state.linears.values(), state.product_dtype):
+        run_nodes(program, segment.nodes, values, state)
+    output: Tensor = values[program.output.all_input_nodes[0]]
+    return output
 
 
 def scored_length(vocabulary: int) -> int:

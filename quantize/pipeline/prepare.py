@@ -27,6 +27,7 @@ from quantize.errors import UsageError
 from quantize.graph.fallback.program import make_program
 from quantize.graph.program import Program
 from quantize.graph.random_numbers import drawing
+from quantize.pipeline.bit_options import check_average_bits
 from quantize.pipeline.fingerprint import Fingerprint, identity
 from quantize.pipeline.grids import plan_with_grids
 from quantize.pipeline.held_out import HeldOutRows, hold_out
@@ -97,6 +98,7 @@ def prepare(
             "checked; give the part of it that draws none"
         )
     plan = plan_with_grids(recipe, program, checkpoint)
+    check_average_bits(plan, program, checkpoint)
     check_prefix(plan, program, checkpoint, skeleton)
     if recipe.kv_cache is not None:
         check_kv_cache(program, skeleton)
@@ -144,6 +146,8 @@ def describe_run(prepared: Prepared) -> str:
     lines = [f"{what}, in {len(program.segments)} blocks, rounded by {plan.quantizer.name}"]
     lines += [program.export_error_message] if program.export_error else []
     lines += [plan.note] if plan.note else []
+    if plan.recipe.average_bits is not None:
+        lines.append(f"which linears take other bits is measured first, within {plan.recipe.average_bits:g} a weight")
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:

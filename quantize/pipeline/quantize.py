@@ -33,6 +33,7 @@ from quantize.pipeline.fold_check import check_folds, resolve_rotations
 from quantize.pipeline.grid_choice import choose_grids
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
+from quantize.pipeline.mixed_precision.resolve import resolve_bits
 from quantize.pipeline.prepare import Prepared, describe_run, identity_of, prepare
 from quantize.pipeline.progress import track
 from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
@@ -115,6 +116,7 @@ def quantize_model(
     seqlen: int | None = None,
     group_size: int | None = None,
     ignore: Sequence[str] = (),
+    average_bits: float | None = None,
     seed: int | None = None,
     trust_remote_code: bool = False,
     requantize: bool = False,
@@ -135,7 +137,7 @@ def quantize_model(
         model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; a module of
             transformers may take other inputs as well.
         output_dir: the directory of the artifact, which must not exist.
-        scheme: `W8A8`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
+        scheme: `W8A8`, `W8A16`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
             it cannot execute is refused before the run.
         calibration: a file of text, of rows or of tensors, a directory of `datasets`, or a data set of the hub
@@ -149,6 +151,7 @@ def quantize_model(
         nsamples, seqlen: the number of calibration windows, and of tokens in each.
         group_size: the number of columns that share a scale; 0 is per-channel.
         ignore: further linears that stay in floating point: names, or `re:` and an expression.
+        average_bits: the most bits that a weight may take on average: the run measures which linears take more.
         seed: the seed of every random choice.
         trust_remote_code: whether code of the model's own may run, if transformers has no class for it.
         requantize: round weights anew that lie on a grid of the format already, which are kept as they are otherwise.
@@ -166,7 +169,13 @@ def quantize_model(
     """
     here = resolve_device(device)
     changes = Path(recipe) if isinstance(recipe, str) else recipe
-    single = {"nsamples": nsamples, "seqlen": seqlen, "seed": seed, "requantize": requantize or None}
+    single: dict[str, float | None] = {
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "seed": seed,
+        "average_bits": average_bits,
+        "requantize": requantize or None,
+    }
     resolved = load_recipe(scheme, changes, ignore=tuple(ignore), group_size=group_size, target=target, **single)
     check_prune(resolved, statistics=stats is not None)
     check_low_disk(model, low_disk)
@@ -285,6 +294,8 @@ def run_pipeline(
             prepared = replace(prepared, plan=resolve_rotations(prepared, context))
         else:
             check_folds(prepared, context)  # its statistics were collected behind all rotations
+        plan, bits = resolve_bits(prepared, context)
+        prepared = replace(prepared, plan=plan)
         surveys = None if collected is None else {collected.step: collected.statistics}
         blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
     done, names = journal.load_last_block(blocks, writer) if journal else 0, shard_names(prepared)
@@ -304,7 +315,9 @@ def run_pipeline(
     if not writer:
         return {}
     data = calibration_record(prepared) if collected is None else collected.record()
-    manifest = finish(prepared, writer, blocks, names[-1], {"calibration": data, "prefix": prefix}, console)
+    manifest = finish(
+        prepared, writer, blocks, names[-1], {"calibration": data, "prefix": prefix, "average_bits": bits}, console
+    )
     for line in prepared.plan.body.lines() if console is not None else ():
         console.print(line, soft_wrap=True, markup=False)  # type: ignore[union-attr]
     if console is not None:

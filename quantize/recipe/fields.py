@@ -88,6 +88,8 @@ class RecipeFields(Data, title="Recipe"):
             those that choose experts.
         ignore_also: further linears to leave in floating point.
         layers: linears with schemes of their own; if several entries match a linear, the last one counts.
+        average_bits: the most bits that a weight may take on average, scales and zero points included: the run measures
+            which linears take 8 bits or other groups; None leaves all as the tables say.
         tables: tables of words, and the linear that scores the vocabulary, to hold in 8 bits: patterns as in `targets`;
             None names all that the artifact would not store as one tensor.
         nsamples, seqlen: the number of calibration windows, and the number of tokens in each.
@@ -112,6 +114,7 @@ class RecipeFields(Data, title="Recipe"):
     ignore: tuple[str, ...] | None = None
     ignore_also: tuple[str, ...] = ()
     layers: tuple[LayerArgs, ...] = ()
+    average_bits: float | None = Field(None, gt=0)
     tables: tuple[str, ...] | None = None
     nsamples: int = Field(32, ge=1)
     seqlen: int = Field(512, ge=2)

@@ -49,7 +49,7 @@ def load_recipe(
     ignore: tuple[str, ...] = (),
     group_size: int | None = None,
     target: str | None = None,
-    **settings: int | None,
+    **settings: float | None,
 ) -> Recipe:
     """Load the default recipe of a scheme and change it by a recipe and then by single settings.
 
@@ -60,7 +60,7 @@ def load_recipe(
         ignore: further linears to leave in floating point: names, globs, lists separated by commas, or expressions.
         group_size: the number of columns that share a scale; None leaves the recipe's.
         target: the runtime whose recipe takes the place of the scheme's default; None takes the default.
-        settings: `nsamples`, `seqlen`, `seed` and `requantize`; None leaves the recipe's.
+        settings: `nsamples`, `seqlen`, `seed`, `average_bits` and `requantize`; None leaves the recipe's.
 
     Raises:
         UsageError: the scheme is unknown, or the recipe cannot be read or is not valid.

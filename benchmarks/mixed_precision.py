@@ -1,0 +1,165 @@
+"""`make bench-mixed` spends the same bits in four ways: results/mixed-precision.json, .md and a picture (resumes).
+
+*measured* is `average_bits`. *uniform* gives all linears the largest option that fits. *medians* is the rule of myQASR
+(Lee et al. 2023, arXiv 2307.12659, section 3): linears whose outputs have the smallest medians of |y| take fewer bits.
+*random* upgrades linears in a random order. The last two choose between the recipe's own groups and 8 bits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks.machine import processor
+from quantize.calibration.data import read_samples
+from quantize.checkpoint.opening import open_checkpoint
+from quantize.checkpoint.tokenizer import load_tokenize
+from quantize.eval.perplexity import score_language
+from quantize.pipeline.bit_options import Unit, units_of
+from quantize.pipeline.mixed_precision.resolve import entries
+from quantize.pipeline.prepare import Prepared, prepare
+from quantize.pipeline.quantize import quantize_model
+from quantize.recipe.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, TEXT = ROOT / "benchmarks/results", ROOT / "tests/data/books/heldout.txt"
+METHODS, BUDGETS = ("uniform", "measured", "medians", "random"), (4.25, 4.5, 4.75, 5.0, 5.5, 6.0)
+WINDOW, WINDOWS, SEED = 256, 16, 0
+Row = dict[str, Any]
+
+
+def medians(prepared: Prepared, units: Sequence[Unit]) -> list[float]:
+    """Return for each unit the largest median of |y| over the outputs of its linears, on four calibration rows."""
+    model, found = prepared.checkpoint.load(), dict[str, float]()
+
+    def note(path: str, y: torch.Tensor) -> None:
+        found[path] = max(found.get(path, 0.0), float(y.abs().median()))
+
+    for path in (linear.path for unit in units for linear in unit.linears):
+        model.get_submodule(path).register_forward_hook(lambda *call, path=path: note(path, call[-1]))
+    with torch.no_grad():
+        for row in prepared.samples.rows[:4]:
+            model(**{name: x[None] for name, x in row.items()})
+    return [max(found[linear.path] for linear in unit.linears) for unit in units]
+
+
+def chosen(method: str, units: Sequence[Unit], budget: int, prepared: Prepared) -> list[int] | None:
+    """Return the number of each unit's option, or None if nothing fits; a method other than `measured`."""
+
+    def bits(numbers: Sequence[int]) -> int:
+        return sum(unit.options[n].bits for unit, n in zip(units, numbers, strict=True))
+
+    if method == "uniform":
+        all_alike = ([n] * len(units) for n in range(min(len(unit.options) for unit in units)))
+        fitting = [numbers for numbers in all_alike if bits(numbers) <= budget]
+        return max(fitting, key=bits, default=None)
+    order = list(range(len(units)))
+    if method == "random":
+        random.Random(SEED).shuffle(order)
+    else:
+        found = medians(prepared, units)
+        order.sort(key=lambda n: -found[n])
+    numbers = [0] * len(units)
+    for n in order:
+        wider = [*numbers[:n], len(units[n].options) - 1, *numbers[n + 1 :]]
+        numbers = wider if bits(wider) <= budget else numbers
+    return numbers if bits(numbers) <= budget else None
+
+
+def measured(model: Path, scheme: str, method: str, budget: float, prepared: Prepared) -> Row | None:
+    """Quantize a model within a budget, and score it."""
+    units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
+    weights, recipe = sum(unit.parameters for unit in units), dict[str, Any]({"requantize": True})
+    if method == "measured":
+        recipe |= {"average_bits": budget}
+    else:
+        numbers = chosen(method, units, math.floor(budget * weights), prepared)
+        if numbers is None:
+            return None
+        options = [unit.options[n] for unit, n in zip(units, numbers, strict=True)]
+        paths = [linear.path for linear in prepared.program.all_linears]
+        recipe |= {"layers": [entry.model_dump(exclude_none=True) for entry in entries(units, options, paths)]}
+        stored = sum(option.bits for option in options) / weights
+    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = quantize_model(model, scheme=scheme, recipe=recipe, output_dir=Path(scratch) / "out")
+        stored = artifact.manifest["average_bits"]["stored"] if method == "measured" else stored
+        windows = [row["input_ids"][None] for row in samples.rows]
+        found = score_language(artifact.load(), windows, open_checkpoint(model).load())
+        size = sum(path.stat().st_size for path in artifact.directory.glob("model-*.safetensors"))
+    return {"bits": stored, "kl": found.kl, "top1": found.top1, "megabytes": size / 1e6}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return a table for each model and scheme."""
+    lines = ["# The same bits, spent in four ways", "", (__doc__ or "").strip(), "", str(processor()), ""]
+    for model, scheme in dict.fromkeys((row["model"], row["scheme"]) for row in rows):
+        lines += [f"## {model}, {scheme}", "", f"| bits a weight | {' | '.join(f'{m}: bits | KL' for m in METHODS)} |"]
+        lines += ["|---" * (1 + 2 * len(METHODS)) + "|"]
+        here = {(row["budget"], row["method"]): row for row in rows if (row["model"], row["scheme"]) == (model, scheme)}
+        for budget in sorted({budget for budget, _ in here}):
+            cells = [here.get((budget, method), {}) for method in METHODS]
+            told = (f"{x['bits']:.3f} | {x['kl']:.4f}" if x.get("bits") else " | " for x in cells)
+            lines.append(f"| {budget:g} | {' | '.join(told)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """Draw KL over bits, a plot for each model and scheme, with a line for each method."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys((row["model"], row["scheme"]) for row in rows))
+    with rc_context({"svg.hashsalt": "quantize-model", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
+        for number, kind in enumerate(kinds, 1):
+            axes = figure.add_subplot(1, len(kinds), number)
+            here = [row for row in rows if (row["model"], row["scheme"]) == kind and row.get("bits")]
+            for method in METHODS:
+                if points := sorted({(row["bits"], row["kl"]) for row in here if row["method"] == method}):
+                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+            axes.set(title=", ".join(kind), xlabel="bits a weight", ylabel="KL, nats a token", ylim=(0, None))
+            axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def place(row: Row) -> tuple[Any, ...]:
+    """Return the sort key of a row."""
+    return row["model"], row["scheme"], row["budget"], METHODS.index(row["method"])
+
+
+@click.command()
+@click.option("--model", type=click.Path(exists=True, path_type=Path), default=ROOT / "tests/models/books-llama-6m")
+@click.option("--scheme", default="W4A16", show_default=True)
+@click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, help="[default: all]")
+@click.option("--bits", "budgets", type=float, multiple=True, help="[default: 4.25 to 6]")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def main(model: Path, scheme: str, methods: tuple[str, ...], budgets: tuple[float, ...], output: Path) -> None:
+    """Measure what the results lack, and write them after each."""
+    path = output / "mixed-precision.json"
+    rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
+    prepared = prepare(model, load_recipe(scheme, {"requantize": True}), None)
+    for budget in budgets or BUDGETS:
+        for method in methods or METHODS:
+            key = {"model": model.name, "scheme": scheme, "method": method, "budget": budget}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            row = key | (measured(model, scheme, method, budget, prepared) or {})
+            rows = sorted([*rows, row], key=place)
+            path.write_text(json.dumps(rows, indent=1) + "\n")
+            (output / "mixed-precision.md").write_text(markdown(rows))
+            picture(rows, output / "mixed-precision.svg")
+            click.echo(json.dumps(row), err=True)
+
+
+if __name__ == "__main__":
+    main()

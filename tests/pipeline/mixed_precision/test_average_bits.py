@@ -1,0 +1,125 @@
+"""A budget of bits goes where rounding costs most, on a small real model."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from helpers.json_files import change_json
+from safetensors.torch import load_file
+
+from quantize.calibration.data import spread
+from quantize.calibration.logits import divergence
+from quantize.checkpoint.opening import open_checkpoint
+from quantize.errors import UsageError
+from quantize.formats.fake_quantize import fake_quantize
+from quantize.pipeline.bit_options import check_average_bits, units_of
+from quantize.pipeline.context import RunContext
+from quantize.pipeline.mixed_precision.measure import ROWS, measure
+from quantize.pipeline.mixed_precision.resolve import only
+from quantize.pipeline.plan import make_plan
+from quantize.pipeline.prepare import prepare
+from quantize.quantizers.rtn import RoundToNearest
+from quantize.recipe.recipe import load_recipe
+
+PLAIN = {"quantizer": {"name": "rtn"}, "passes": []}
+DATA = {"nsamples": 4, "seqlen": 64}
+
+
+@pytest.fixture(scope="module")
+def two_layers(books, tmp_path_factory):
+    """Return the first two layers of books-llama-6m."""
+    directory = tmp_path_factory.mktemp("bits") / "model"
+    shutil.copytree(books, directory)
+    change_json(directory / "config.json", num_hidden_layers=2)
+    return directory
+
+
+def stored(directory, linears):
+    """Return the bits that the weights of some linears take in the files."""
+    tensors = {k: v for path in directory.glob("model-*.safetensors") for k, v in load_file(path).items()}
+    parts = [f"{linear}.{part}" for linear in linears for part in ("qweight", "scale", "zero_point")]
+    return sum(8 * tensors[name].nbytes for name in parts if name in tensors)
+
+
+def entries_of(recipe, part):
+    """Return what the recipe says of the linears of one kind, by layer."""
+    found = [dict(entry) for entry in recipe["layers"] if entry["match"].endswith(part)]
+    return [(entry.pop("match").split(".")[2], entry) for entry in found]
+
+
+@pytest.mark.slow
+def test_the_budget_is_kept_and_the_recipe_gives_the_same_artifact(small_run, two_layers):
+    data = {"group_size": None, **DATA}
+    given = small_run(two_layers, "W4A16", recipe=PLAIN, average_bits=4.6, **data)
+    sizes = {name.removesuffix(".weight"): W.numel() for name, W in load_file(two_layers / "model.safetensors").items()}
+    linears = [path for path in sizes if "proj" in path and int(path.split(".")[2]) < 2]
+    bits = stored(given.directory, linears) / sum(sizes[path] for path in linears)
+    record = given.manifest["average_bits"]
+    assert 4.5 < bits <= 4.6
+    assert (record["asked"], record["stored"]) == (4.6, pytest.approx(bits))
+    assert sum(record["linears"].values()) == len(linears) == 14
+    assert len(record["linears"]) > 2
+    recipe = tomllib.loads((given.directory / "recipe.toml").read_text())
+    assert "average_bits" not in recipe
+    q, k, v = (entries_of(recipe, part) for part in ("q_proj", "k_proj", "v_proj"))
+    assert q == k == v  # which a runtime joins to one product
+    again = small_run(two_layers, None, "again", recipe=given.directory / "recipe.toml", **data)
+    for path in given.directory.glob("model-*.safetensors"):
+        assert path.read_bytes() == (again.directory / path.name).read_bytes()
+
+
+@torch.no_grad()
+def alone(prepared, directory, unit):
+    """Return the KL of transformers' own model with one unit rounded plainly, in nats per token."""
+    floats, model = (open_checkpoint(directory).load() for _ in range(2))
+    for linear in unit.linears:
+        module, scheme = model.get_submodule(linear.path), prepared.plan.schemes[linear.path]
+        module.weight.copy_(RoundToNearest().quantize(module.weight, scheme.weights, None, torch.float32).dequantize())
+        module.register_forward_pre_hook(lambda _, x, args=scheme.activations: (fake_quantize(x[0], args),))
+    ids = torch.stack([row["input_ids"] for row in spread(prepared.samples.rows, ROWS)])
+    y, expected = (x(input_ids=ids).logits.flatten(0, 1) for x in (model, floats))
+    return divergence(y, expected, ids.flatten()).mean("kl")
+
+
+@pytest.mark.slow
+def test_measured_losses_foretell_what_rounding_each_unit_does(two_layers):
+    prepared = prepare(two_layers, load_recipe("W4A8", PLAIN | {"average_bits": 5.0}, **DATA), None)
+    units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
+    losses = measure(prepared, units, RunContext())
+    true = [alone(prepared, two_layers, unit) for unit in units]
+    assert len(units) == 8
+    assert np.corrcoef(np.log([row[0] for row in losses]), np.log(true))[0, 1] > 0.9
+    assert sum(row[0] for row in losses) == pytest.approx(sum(true), rel=0.3)
+    for unit, row in zip(units, losses, strict=True):
+        sizes = [option.scheme.weights.group_size or 1000 for option in unit.options[:-1]]
+        assert row[sizes.index(32)] < row[0] < row[sizes.index(1000)]
+        assert row[-1] < 0.2 * row[0]  # 8 bits
+
+
+REFUSED = {
+    "too few": ({"average_bits": 3.5}, r"is 3\.5, and these weights take 4\.\d+ bits at least, .* give 4\.\d"),
+    "no integers": ({"average_bits": 5, "weights": {"format": "nf4"}}, "among integers, and the weights are nf4"),
+    "decided": (
+        {"average_bits": 5, "layers": [{"match": "re:.*proj", "scheme": "W8A16"}]},
+        "has no linear to decide for, as layers or grids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_before_the_run(name, program, one_layer):
+    change, words = REFUSED[name]
+    plan = make_plan(load_recipe("W4A16", PLAIN | change), program)
+    with pytest.raises(UsageError, match=words):
+        check_average_bits(plan, program, open_checkpoint(one_layer))
+
+
+def test_a_pattern_matches_one_path_alone():
+    paths = ["layers.0.fc", "decoder.layers.0.fc", "other"]
+    assert only("other", paths) == "other"
+    assert only("decoder.layers.0.fc", paths) == "decoder.layers.0.fc"
+    assert only("layers.0.fc", paths).startswith("re:")
