@@ -28,6 +28,8 @@ SETTINGS = {
     "KV16": None,
     "KV8": KVCacheArgs(num_bits=8, hadamard=False),
     "KV8 rotated": KVCacheArgs(num_bits=8),
+    "K8 V4 rotated": KVCacheArgs(num_bits=8, value_bits=4),
+    "K4 V8 rotated": KVCacheArgs(num_bits=4, value_bits=8),
     "KV4": KVCacheArgs(num_bits=4, hadamard=False),
     "KV4 rotated": KVCacheArgs(num_bits=4),
     "KV4 rotated, clip 0.95": KVCacheArgs(num_bits=4, clip_ratio=0.95),

@@ -40,7 +40,7 @@ def quantizer_arguments(args: ActivationArgs) -> tuple[int, bool, float, str, in
     return args.num_bits, args.symmetric, args.clip_ratio, args.format, group_size
 
 
-def on_grid(x: Tensor, args: KVCacheArgs) -> Tensor:
-    """Round keys or values [..., head_dim] to a grid for each head of each token."""
-    q, scale, zero_point = quantize_per_token(x, args.num_bits, args.symmetric, args.clip_ratio)
+def on_grid(x: Tensor, num_bits: int, args: KVCacheArgs) -> Tensor:
+    """Round keys or values [..., head_dim] to a grid of `num_bits` for each head of each token."""
+    q, scale, zero_point = quantize_per_token(x, num_bits, args.symmetric, args.clip_ratio)
     return (q.to(x) - zero_point.to(x)) * scale

@@ -41,7 +41,7 @@ def quantize_heads(query: Tensor, key: Tensor, value: Tensor, args: KVCacheArgs)
     """
     if args.hadamard:
         query, key, value = rotate_heads(query, key, value)
-    key, value = (on_grid(x.float(), args).to(x.dtype) for x in (key, value))
+    key, value = (on_grid(x.float(), n, args).to(x.dtype) for x, n in zip((key, value), args.bits, strict=True))
     return query, key, value
 
 

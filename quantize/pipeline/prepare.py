@@ -151,7 +151,9 @@ def describe_run(prepared: Prepared) -> str:
     lines += describe_fallbacks(plan.recipe, plan.schemes, program.all_linears)
     lines += [f"tables of words in 8 bits: {', '.join(map(module_of, plan.tables))}"] if plan.tables else []
     if cache := plan.recipe.kv_cache:
-        lines.append(f"kv_cache: {cache.num_bits} bits at {attention_count(program)} attentions")
+        keys, values = cache.bits
+        bits = f"{keys} bits" if keys == values else f"keys of {keys} and values of {values} bits"
+        lines.append(f"kv_cache: {bits} at {attention_count(program)} attentions")
     for step in plan.steps:
         lines.append(f"pass {step.handler.name}: {len(step.sites)} bases offline, {len(step.online)} linears online")
     chosen = {linear.weight for linear in program.all_linears} | program.not_replaceable.keys()

@@ -85,15 +85,23 @@ class KVCacheArgs(Data):
 
     Attributes:
         num_bits: 4 or 8.
+        value_bits: the same of values alone; None takes `num_bits` for both. Errors of keys move the scores of a
+            token, and so its weight, while those of values are averaged over all tokens.
         symmetric: whether there is no zero point.
         clip_ratio: the part of the head vector's range that the grid spans.
         hadamard: whether queries and keys are first rotated within each head, which does not change their products.
     """
 
     num_bits: Literal[4, 8]
+    value_bits: Literal[4, 8] | None = None
     symmetric: bool = False
     clip_ratio: float = Field(default=1.0, gt=0, le=1)
     hadamard: bool = True
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """The bits of keys and of values."""
+        return self.num_bits, self.value_bits or self.num_bits
 
 
 class Scheme(Data):

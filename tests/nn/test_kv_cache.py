@@ -62,6 +62,14 @@ def test_what_the_settings_of_a_grid_mean():
     assert 0 < float((fine - row).abs().max()) <= 17 / 255 / 2 + 1e-6
 
 
+def test_values_may_have_other_bits_than_keys():
+    row = torch.tensor([[-3.0, 7, 2.6, 14]])
+    _, fine, coarse = quantize_heads(row, row, row, args(num_bits=8, value_bits=4))
+    assert torch.equal(fine, quantize_heads(row, row, row, args(num_bits=8))[1])
+    assert torch.equal(coarse, quantize_heads(row, row, row, args(num_bits=4))[2])
+    assert not torch.equal(fine, coarse)
+
+
 def test_rotated_by_hand():
     query, key = torch.tensor([[1.0, 0]]), torch.tensor([[3.0, 1]])
     q, k, v = rotate_heads(query, key, key)

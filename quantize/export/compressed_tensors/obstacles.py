@@ -36,6 +36,8 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
     yield from unplaced_experts(outline)
     yield from unplaced_schemes(schemes.values())
+    if settings.get("kv_cache", {}).get("value_bits") not in (None, settings.get("kv_cache", {}).get("num_bits")):
+        yield "keys and values of different bits", "no `value_bits` in [kv_cache]"
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes if path not in stacks}

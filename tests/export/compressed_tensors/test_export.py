@@ -399,6 +399,9 @@ def test_keys_and_values_are_left_to_vllm(small_run, one_layer, tmp_path, cli):
     assert "--linear-backend humming --kv-cache-dtype int4_per_token_head\n" in shown.err
     with pytest.raises(UsageError, match=r"transformers cannot execute .* it holds keys and values in floating point"):
         small_run(one_layer, "W4A8", target="transformers", recipe=changes, output="other")
+    changes = RTN | {"kv_cache": {"num_bits": 8, "value_bits": 4}}
+    with pytest.raises(UsageError, match=r"has no place for keys and values of different bits; .* no `value_bits`"):
+        small_run(one_layer, "W4A8", target="vllm", recipe=changes, output="other")
 
 
 def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
