@@ -29,6 +29,7 @@ from quantize.errors import QuantizeError, UsageError, shown
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
 from quantize.nn.attention import set_kv_cache
+from quantize.nn.device import on_device, resolve_device
 from quantize.nn.kv_cache import read_kv_cache
 from quantize.nn.prefix_hooks import attach
 from quantize.nn.prefix_tokens import PrefixTokens
@@ -98,6 +99,8 @@ def load(
     engine: Engine = "fake_quant",
     read: Read | None = None,
     trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+    keep_stored: bool = False,
 ) -> nn.Module:
     """Load the quantized model in evaluation mode; for a causal language model `generate` works.
 
@@ -110,9 +113,12 @@ def load(
         read: how tensors are read: None reads them into memory; what returns them on the meta device loads a model that
             computes nothing, to see whether all has its place.
         trust_remote_code: whether code of the model's own may run; its files must be those of the manifest.
+        device: where the model will run. On a GPU each weight is laid out for the kernels and held once, so that the
+            model compiles without a graph break before it has run; None leaves it on the CPU, to be moved as it is.
+        keep_stored: hold the weights as they are stored as well, so that the model can move and be saved.
 
     Raises:
-        UsageError: the directory is no artifact, or there is no such engine.
+        UsageError: the directory is no artifact, or there is no such engine or device.
         QuantizeError: its files are damaged.
     """
     directory = Path(directory)
@@ -146,7 +152,7 @@ def load(
             module.engine = engine
     if isinstance(model, PreTrainedModel):
         saved_again(model, directory)
-    return model
+    return model if device is None else on_device(model, resolve_device(device), dtype, keep_stored)
 
 
 def without_class(directory: Path) -> str:

@@ -74,6 +74,18 @@ class QuantizedExperts(QuantizedWeight, Stack):
         found.engine = self.engine
         return found
 
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay out the stack for good, or each expert where no kernel multiplies the rows of all."""
+        x = torch.empty(1, self.in_features, dtype=dtype, device=self.qweight.device)
+        if self._has_kernel(x):
+            self.packed()
+        else:
+            for number in range(self.count):
+                self.expert(number).lay_out(dtype)
+            if not all(self.expert(number).stored_form_dropped for number in range(self.count)):
+                return
+        self.qweight = self.qweight.new_empty(0)
+
     def drop_laid_out(self) -> None:
         """Drop the experts, whose tensors are parts of the stack's, and the weight that is laid out."""
         super().drop_laid_out()

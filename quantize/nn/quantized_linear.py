@@ -79,11 +79,7 @@ class QuantizedLinear(QuantizedWeight):
         return held
 
     def lay_out(self, dtype: torch.dtype) -> None:
-        """Lay out the weight for good, for inputs of this dtype on its device: a compiler or a CUDA graph cannot.
-
-        What GPU kernels read is held once: the integers as they are stored are freed, so that the module can neither
-        move nor be saved.
-        """
+        """Lay out the weight for good; on a CPU beside what is stored."""
         x, args = torch.empty(1, self.in_features, dtype=dtype, device=self.qweight.device), self.scheme.activations
         if runs_fake_quant(x, args):
             self.held(dtype)

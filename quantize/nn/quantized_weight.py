@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from quantize.errors import UsageError
 from quantize.formats.qtensor import QTensor
 from quantize.nn.gpu_dispatch import Operands, prepack_weight
 from quantize.scheme.scheme import Engine, Scheme
@@ -29,6 +31,11 @@ def as_bytes(x: Tensor | None) -> Tensor | FP8Bytes | None:
     """Return a tensor, or what stands for it where it is serialized."""
     fp8 = x is not None and x.is_floating_point() and x.element_size() == 1
     return FP8Bytes(x.view(torch.uint8), x.dtype) if fp8 and x is not None else x
+
+
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors are of one dtype and on one device."""
+    return (x.dtype, x.device) == (y.dtype, y.device)
 
 
 class QuantizedWeight(nn.Module):
@@ -65,6 +72,14 @@ class QuantizedWeight(nn.Module):
         self.engine: Engine = "reference"
         self._packed: Operands | None = None
 
+    @abstractmethod
+    def lay_out(self, dtype: torch.dtype) -> None:
+        """Lay out the weight for good, for inputs of this dtype on its device: a compiler or a CUDA graph cannot.
+
+        What GPU kernels read is held once: the integers as they are stored are freed, so that the module can neither
+        move nor be saved.
+        """
+
     def weight_integers(self) -> Tensor:
         """int8 [N, K]."""
         return self.qtensor().unpack()
@@ -82,18 +97,42 @@ class QuantizedWeight(nn.Module):
     def _prepack(self) -> Operands:
         """Lay out the weight eagerly, because the layout depends on the scales' values.
 
-        A model must therefore run once before it is compiled.
+        A model must therefore be laid out (`lay_out`), or run once, before it is compiled.
         """
         self._packed = prepack_weight(self.qtensor(), self.scheme.activations)
         return self._packed
+
+    @property
+    def stored_form_dropped(self) -> bool:
+        """Whether only what GPU kernels read is left of the weight (`lay_out`)."""
+        return not self.qweight.numel()
+
+    def require_stored(self) -> None:
+        """Check that the weight is there as it is stored.
+
+        Raises:
+            UsageError: only what is laid out for the kernels of a device is.
+        """
+        if self.stored_form_dropped:
+            raise UsageError(
+                f"the weights are laid out for {self.scale.device} alone and can neither move nor be saved or copied; "
+                "load the artifact with keep_stored=True, or anew"
+            )
 
     def drop_laid_out(self) -> None:
         """Drop what was made of the buffers and is held beside them, since they move, change their type or values."""
         self._packed = None
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        if self.stored_form_dropped and all(alike(x, fn(x)) for x in (self.qweight, self.scale)):
+            return self
+        self.require_stored()
         self.drop_laid_out()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.require_stored()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_laid_out()
@@ -101,6 +140,7 @@ class QuantizedWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies hold, and what is serialized: FP8 as bytes."""
+        self.require_stored()
         return {
             **self.__dict__,
             "_packed": None,

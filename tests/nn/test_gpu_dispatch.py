@@ -6,9 +6,13 @@ import pytest
 import torch
 from helpers.operands import rng
 
+from quantize.artifact.load import load
+from quantize.errors import UsageError
 from quantize.formats import get_format
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
-from quantize.nn import quantized_linear
+from quantize.nn import quantized_experts, quantized_linear
+from quantize.nn.device import on_device
+from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
 from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
@@ -141,3 +145,49 @@ def test_what_is_laid_out_for_good_is_held_once_and_needs_no_first_call(scheme, 
     assert not calls
     assert not layer.qweight.numel()
     assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), expected(x))
+
+
+def test_what_is_laid_out_for_good_can_go_nowhere(kernels, monkeypatch):
+    layer, x = layer_of(WeightArgs(num_bits=4), ActivationArgs(num_bits=8)), tokens()
+    kernels()
+    monkeypatch.setattr(quantized_linear, "runs_fake_quant", lambda *_: False)
+    layer.lay_out(torch.float32)
+    expected = layer(x)
+    assert torch.equal(layer.to("cpu").float()(x), expected)
+    for leaving in (layer.half, lambda: layer.to("meta"), layer.state_dict, lambda: copy.deepcopy(layer)):
+        with pytest.raises(UsageError, match=r"laid out for cpu alone .* keep_stored=True"):
+            leaving()
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("activations", [None, ActivationArgs(num_bits=8)])
+def test_experts_are_laid_out_for_good(activations, kernels, monkeypatch):
+    """Together where one kernel multiplies the rows of all, else one by one."""
+    W = torch.randn(2 * 24, 256, generator=rng())
+    scheme = Scheme(weights=WeightArgs(num_bits=4, group_size=64), activations=activations)
+    packed = QUANTIZERS["rtn"]().quantize(W, scheme.weights, None, torch.float32)
+    layer, x, ends = QuantizedExperts(packed, None, scheme, count=2), tokens().flatten(0, 1), torch.tensor([4, 6])
+    kernels()
+    for module in (quantized_linear, quantized_experts):
+        monkeypatch.setattr(module, "runs_fake_quant", lambda *_: False)
+    expected = layer(x, ends)
+    layer.lay_out(torch.float32)
+    assert not layer.qweight.numel()
+    assert torch.equal(layer(x, ends), expected)
+
+
+@pytest.mark.slow
+def test_a_loaded_model_compiles_before_it_has_run(artifact_one_layer, kernels, monkeypatch):
+    """On a device whose type is not the CPU's, for which the meta device's name stands in; weights stay here."""
+    model, ids = load(artifact_one_layer.directory, engine="reference"), torch.arange(5)[None]
+    expected = model(ids, use_cache=False).logits
+    kernels()
+    monkeypatch.setattr(quantized_linear, "runs_fake_quant", lambda *_: False)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
+    on_device(model, torch.device("meta"), torch.float32, keep_stored=False)
+    linears = [x for x in model.modules() if isinstance(x, QuantizedLinear)]
+    assert not any(x.qweight.numel() for x in linears)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
