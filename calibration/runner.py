@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor, fx
 
+from quantize.calibration.halving import Shapes, halved, halved_shapes, len_of
 from quantize.calibration.spill import ActivationCache
 from quantize.calibration.statistics import Statistic
 from quantize.graph.interpreter import Overrides, Values, run_nodes, start, value_of
@@ -37,11 +38,20 @@ class SequentialRunner:
     position: int = 0
 
     def __init__(
-        self, program: Program, batches: Iterable[Tensor | Mapping[str, Tensor]], scratch: Path | None = None
+        self,
+        program: Program,
+        batches: Iterable[Tensor | Mapping[str, Tensor]],
+        scratch: Path | None = None,
+        on_device: int | None = None,
     ) -> None:
-        """Start with batches of inputs; values that do not fit into memory lie in files in the directory `scratch`."""
-        self.program = program
-        self.values = ActivationCache((start(program, given) for given in batches), scratch)
+        """Start with batches of inputs; the values that do not fit go where `ActivationCache` says."""
+        self.program, self.shapes = program, list[Shapes]()
+        self.values = ActivationCache((self._started(given) for given in batches), scratch, on_device)
+
+    def _started(self, given: Tensor | Mapping[str, Tensor]) -> Values:
+        named = dict(zip(self.program.inputs, [given], strict=True)) if isinstance(given, Tensor) else given
+        self.shapes.append({name: tuple(x.shape) for name, x in named.items()})
+        return start(self.program, named)
 
     @classmethod
     def of(cls, program: Program, values: Iterable[Values]) -> Self:
@@ -63,6 +73,22 @@ class SequentialRunner:
         """Cut the nodes behind each linear that is replaced, so that only one weight is unpacked at a time."""
         cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
         return (nodes[first:last] for first, last in itertools.pairwise(cuts))
+
+    @property
+    def halves(self) -> bool:
+        """Whether a batch has several rows, so that `halve` makes smaller ones."""
+        return any(len_of(shapes) > 1 for shapes in self.shapes)
+
+    def halve(self) -> bool:
+        """Run half as many rows together from now on, between two blocks; return whether values tell the rows apart."""
+        pairs = zip(self.values, self.shapes, strict=True)
+        try:
+            parts = (part for values, shapes in pairs for part in halved(self.program, values, shapes))
+            self.values = ActivationCache(parts, self.values.directory, self.values.on_device)
+        except ValueError:
+            return False
+        self.shapes = [part for shapes in self.shapes for part in halved_shapes(shapes)]
+        return True
 
     def outputs(self) -> list[Tensor]:
         """Return the model's outputs, batch by batch, after every node has run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
 
 IN_MEMORY = 1 << 28  # bytes of one runner's values that stay in memory
-PART_OF_GPU = 0.25  # the same of a GPU's memory
+PART_OF_MEMORY = 0.25  # of the machine's memory, for values that find no room on a device
 SMALL = 1 << 12  # tensors of fewer bytes always stay in memory
 
 
@@ -25,12 +26,18 @@ class ActivationCache(Sequence[Values]):
 
     Batches that find no room within `IN_MEMORY` have their tensors in a file, and a new file is begun whenever the
     first batch is set. The file has no name and so is gone with the process, however that ends. Tensors come back
-    memory-mapped.
+    memory-mapped. Values on a device stay there up to `on_device`, then in the machine's memory, then in the file.
     """
 
-    def __init__(self, values: Iterable[Values], directory: Path | None) -> None:
-        """Hold the values; if no directory for files is given, all of them stay in memory."""
-        self.directory, self.held = directory, list[Values]()
+    def __init__(self, values: Iterable[Values], directory: Path | None, on_device: int | None = None) -> None:
+        """Hold the values.
+
+        Args:
+            values: those of each batch.
+            directory: where files are made; None leaves all values where they are.
+            on_device: how many bytes stay on a device; None leaves all of them there.
+        """
+        self.directory, self.on_device, self.held = directory, on_device, list[Values]()
         self.file: SpillFile | None = None
         for each in values:
             self.held.append({})
@@ -41,19 +48,30 @@ class ActivationCache(Sequence[Values]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return one batch's values; the caller may change the dict."""
-        return {node: x.read() if isinstance(x, SpilledTensor) else x for node, x in self.held[index].items()}
+        away = (SpilledTensor, HostTensor)
+        return {node: x.read() if isinstance(x, away) else x for node, x in self.held[index].items()}
 
     def __iter__(self) -> Iterator[Values]:
         return (self[index] for index in range(len(self)))
 
     def __setitem__(self, index: int, values: Values) -> None:
         self.held[index] = {}
-        fits = self.directory is None or self.in_memory() + sum(map(size, values.values())) <= room(values)
-        self.held[index] = dict(values) if fits else self._spilled(values, new=index == 0)
+        on_device = any(isinstance(x, Tensor) and x.device.type != "cpu" for x in values.values())
+        room = self.on_device if on_device else IN_MEMORY
+        more = sum(map(size, values.values()))
+        if self.directory is None or room is None or self.in_memory() + more <= room:
+            self.held[index] = dict(values)
+        elif on_device and self._on_host() + more <= PART_OF_MEMORY * machine_memory():
+            self.held[index] = {n: HostTensor(x) if size(x) > SMALL else x for n, x in values.items()}
+        else:
+            self.held[index] = self._spilled(values, new=index == 0)
 
     def in_memory(self) -> int:
         """The number of bytes that are held in memory."""
         return sum(size(x) for held in self.held for x in held.values())
+
+    def _on_host(self) -> int:
+        return sum(x.held.nbytes for held in self.held for x in held.values() if isinstance(x, HostTensor))
 
     def _spilled(self, values: Values, new: bool) -> Values:
         """Return values with their tensors in the file; small tensors and those that are not contiguous stay in memory.
@@ -94,12 +112,26 @@ class SpilledTensor:
         return torch.from_numpy(mapped).view(self.dtype).view(self.shape).to(self.device)
 
 
-def room(values: Values) -> int:
-    """Return how many bytes of one runner's values stay where they are: on a GPU a quarter of its memory."""
-    on_gpu = next((x.device for x in values.values() if isinstance(x, Tensor) and x.is_cuda), None)
-    if on_gpu is None:
-        return IN_MEMORY
-    return int(torch.cuda.get_device_properties(on_gpu).total_memory * PART_OF_GPU)
+class HostTensor:
+    """A tensor of a device in the machine's memory, pinned if there is such memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.device, self.held = x.device, pinned_copy(x)
+
+    def read(self) -> Tensor:
+        """Return the tensor where it was."""
+        return self.held.to(self.device, non_blocking=self.held.is_pinned())
+
+
+def pinned_copy(x: Tensor) -> Tensor:
+    """Return a tensor of a device in the machine's memory, pinned on CUDA, where the current stream copies it."""
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return host.copy_(x, non_blocking=x.is_cuda)
+
+
+def machine_memory() -> int:
+    """Return the bytes of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def size(value: Any) -> int:

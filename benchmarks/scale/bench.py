@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("peer.py")
 # The second peer is for CPUs without bfloat16 products, on which the first takes several times as long.
 PEERS = ("llm-compressor gptq", "llm-compressor gptq, float32")
-METHODS = ("rtn", "gptq", "gptq-plain", "gptaq")
+METHODS = ("rtn", "rtn in turn", "gptq", "gptq-plain", "gptaq")
 Row = dict[str, Any]
 RUNS = """# Time and memory against depth (`make bench-scale`)
 
@@ -32,8 +32,9 @@ RUNS = """# Time and memory against depth (`make bench-scale`)
 
 Random Llamas in bf16, to W4A16 symmetric in groups of 128. Seconds on the clock, of the CPU, and of the CPU for each
 billion parameters; the peak of resident memory in MB of 10⁶ bytes, with the interpreter and its libraries, which alone
-take what the column behind says. `gptq` fits scales and sweeps twice; `gptq-plain` is GPTQ as other tools run it. The
-last columns are what `--dry-run` foresees of the same run.
+take what the column behind says. `in turn` reads, rounds and writes one block after the other, where all others read
+the next block and write the last one meanwhile. `gptq` fits scales and sweeps twice; `gptq-plain` is GPTQ as other
+tools run it. The last columns are what `--dry-run` foresees of the same run.
 
 | size | layers | method | s | CPU s | CPU s / 10⁹ | peak MB | interpreter MB | artifact MB | foreseen s | MB | MB |
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
@@ -112,7 +113,7 @@ def report(rows: list[Row], machine: Processor) -> str:
 @click.command()
 @click.option("--size", "sizes", type=click.Choice(list(SHAPES)), multiple=True, default=("1.1B",), show_default=True)
 @click.option("--layers", type=int, multiple=True, default=(4, 8, 16), show_default=True)
-@click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=("rtn", "gptq"))
+@click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=METHODS[:3])
 @click.option("--samples", default=16, show_default=True, help="Calibration windows.")
 @click.option("--seqlen", default=512, show_default=True, help="Tokens in each.")
 @click.option("--peer", help="Python with llm-compressor, to run its GPTQ on the deepest model.")

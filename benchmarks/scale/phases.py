@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,21 +44,22 @@ class Phases:
 
     Attributes:
         phases: what was timed, by name.
-        running: the phases that are running, each within the one before it.
-        last: seconds on the clock and of the CPU at the last switch.
+        mine: what each thread has for itself: the phases that are `running`, each within the one before it, and the
+            seconds on the clock and of the CPU at the `last` switch.
+        elsewhere: CPU seconds of the threads that read and write, which the main thread's do not include.
         blocks: the name of each block of a run, and when it began.
     """
 
     phases: dict[str, Phase] = field(default_factory=dict)
-    running: list[str] = field(default_factory=list)
-    last: tuple[float, float] = (0.0, 0.0)
+    mine: Mine = field(default_factory=lambda: Mine())
+    elsewhere: float = 0.0
     blocks: list[tuple[str, float]] = field(default_factory=list)
 
     def start(self) -> None:
         """Forget what was timed."""
         self.phases.clear()
         self.blocks.clear()
-        self.last = (0.0, 0.0)
+        self.mine.last = (0.0, 0.0)
         self._switch()
 
     def timed(self, name: str, run: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
@@ -66,13 +68,13 @@ class Phases:
         @functools.wraps(run)
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._switch()
-            self.running.append(name)
+            self.mine.running.append(name)
             try:
                 self._phase(name).flops += flops(*args)
                 return run(*args, **kwargs)
             finally:
                 self._switch()
-                self.running.pop()
+                self.mine.running.pop()
 
         return counted
 
@@ -93,20 +95,31 @@ class Phases:
         return counted
 
     def _running(self) -> Phase:
-        return self._phase(self.running[-1] if self.running else "all else")
+        return self._phase(self.mine.running[-1] if self.mine.running else "all else")
 
     def _phase(self, name: str) -> Phase:
         return self.phases.setdefault(name, Phase())
 
     def _switch(self) -> None:
-        """Add the time since the last switch to the running phase, on a GPU until it is done."""
-        if torch.cuda.is_initialized():
+        """Add the time since the last switch to the running phase, in the main thread on a GPU until it is done."""
+        main = threading.current_thread() is threading.main_thread()
+        if main and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        now = (time.perf_counter(), time.process_time())
-        phase = self._running()
-        phase.seconds += now[0] - self.last[0] if self.last[0] else 0.0
-        phase.cpu += now[1] - self.last[1] if self.last[0] else 0.0
-        self.last = now
+        now = (time.perf_counter(), time.process_time() - self.elsewhere if main else time.thread_time())
+        before, self.mine.last = self.mine.last, now
+        if before[0] and (main or self.mine.running):
+            phase = self._running()
+            phase.seconds += now[0] - before[0]
+            phase.cpu += now[1] - before[1]
+            self.elsewhere += 0.0 if main else now[1] - before[1]
+
+
+class Mine(threading.local):
+    """What a thread has for itself."""
+
+    def __init__(self) -> None:
+        self.running: list[str] = []
+        self.last = (0.0, 0.0)
 
 
 def nothing(*_: Any, **__: Any) -> float:
@@ -125,7 +138,8 @@ def watch() -> Phases:
 
     for owner, attribute, name, flops in (
         (pipeline, "prepare", "prepare", nothing),
-        (Block, "read", "read", nothing),
+        (SequentialPipeline, "read", "read", nothing),
+        (Block, "read", "widen", nothing),
         (SequentialPipeline, "process", "other steps", begin),
         (ArtifactWriter, "add", "write", nothing),
         (pipeline, "finish", "finish", nothing),

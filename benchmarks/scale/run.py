@@ -6,13 +6,16 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.phases import product_rate, watch
+from quantize.pipeline import block_loop, sequential
 from quantize.pipeline.estimate.peak_memory import peak_memory
 from quantize.pipeline.estimate.report import preflight
 from quantize.pipeline.estimate.time import measure_time
+from quantize.pipeline.overlap import WriteBehind
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.recipe import load_recipe
@@ -25,11 +28,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+IN_TURN = " in turn"  # behind the name of a method: one block after the other, without threads that read and write
+
+
+class WriteInTurn(WriteBehind):
+    """What is asked for is done before the caller goes on."""
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Do it."""
+        job()
+
+
 def settings(model: Path, method: str) -> dict[str, Any]:
     """Return a recipe for W4A16, symmetric in groups of 128, or of all columns if there are fewer."""
     config = json.loads((model / "config.json").read_text())
     group = 128 if config["hidden_size"] % 128 == 0 else 0
-    return {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method]}
+    return {"passes": [], "weights": {"symmetric": True, "group_size": group}, **RECIPES[method.removesuffix(IN_TURN)]}
 
 
 def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> None:
@@ -45,6 +59,9 @@ def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> 
 def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen: str) -> None:
     """Quantize, and print what it took."""
     interpreter, phases = peak_memory() / 1e6, watch()
+    if method.endswith(IN_TURN):
+        setattr(sequential, "read_ahead", lambda items, read: map(read, items))  # noqa: B010
+        setattr(block_loop, "WriteBehind", WriteInTurn)  # noqa: B010
     start, cpu = time.perf_counter(), time.process_time()
     quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method), calibration=tokens,
                    nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip

@@ -118,6 +118,12 @@ class Checkpoint:
             return self.tensor(name).float()
         return self._read(name, read_float).float()
 
+    def compact_tensor(self, name: str) -> Tensor:
+        """Read one parameter in the smallest dtype that holds the numbers of `float_tensor`, which it has as stored."""
+        source = self.stored(name)
+        as_stored = self.module is not None or (source is not None and source.converter is None)
+        return self.tensor(name) if as_stored else self.float_tensor(name)
+
     def on_meta(self, name: str) -> Tensor:
         """Return a parameter on the meta device, as far as may be by the headers of the files."""
         if self.module is not None or self.is_encoded(name) or name in self.computed:

@@ -14,7 +14,7 @@ from quantize.recipe.targets import TARGETS
 
 OWN = ("group_size", "ignore", "requantize")  # options that keep their meaning
 FORMATS = ("compressed-tensors", "artifact", "gguf")
-DEFAULTS = {"device": "cpu", "trust_remote_code": False}  # those of other options that are not None
+DEFAULTS = {"device": "cpu", "trust_remote_code": False, "force": False}  # those of other options that are not None
 
 
 def rounded_alone(given: Mapping[str, Any], target: str | None, format: str | None, **known: Any) -> dict[str, Any]:

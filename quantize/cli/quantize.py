@@ -92,11 +92,19 @@ from quantize.recipe.targets import TARGETS
 @click.option("--seed", type=click.IntRange(0), help="Seed of every random choice the run makes.  [default: 0]")
 @click.option("--device", default="cpu", help="Where the run computes: cpu, cuda, cuda:1, or auto.  [default: cpu]")
 @click.option(
+    "--device-memory",
+    metavar="SIZE",
+    help="The most that the run may hold on a --device with memory of its own, as 24GB.  [default: what is free]",
+)
+@click.option(
     "--strict",
     is_flag=True,
     help="Exit with 1 if plain rounding turns out to lose no more, or was all that could be done somewhere.",
 )
 @click.option("--resume", is_flag=True, help="Go on with a run that was killed or failed.")
+@click.option(
+    "--force", is_flag=True, help="With --resume: go on although the device, or what computes there, is another one."
+)
 @click.option("--stats", type=PATH, help="A file of merge-stats, whose statistics take the place of calibration data.")
 @click.option("--collect-stats", type=PATH, help="Write the calibration data's statistics to this new file, and stop.")
 @click.option(
@@ -133,10 +141,12 @@ def quantize(
     format: str | None,
     low_disk: bool,
     resume: bool,
+    force: bool,
     stats: Path | None,
     collect_stats: Path | None,
     dry_run: bool,
     device: str,
+    device_memory: str | None,
     strict: bool,
     progress: str,
     quiet: bool,
@@ -163,7 +173,8 @@ def quantize(
         raise UsageError("give --output-dir, a directory that does not exist yet")
     if model_free:
         options = dict(settings, calibration=calibration, text_column=text_column, adapter=adapter, stats=stats,
-                       collect_stats=collect_stats, trust_remote_code=trust_remote_code, device=device)  # fmt: skip
+                       collect_stats=collect_stats, trust_remote_code=trust_remote_code, device=device,
+                       device_memory=device_memory, force=force)  # fmt: skip
         known = dict(scheme=scheme, recipe=recipe, low_disk=low_disk, resume=resume)
         call = rounded_alone(options, target, format, **known)
         with own_words_shown(verbose):
@@ -180,6 +191,7 @@ def quantize(
     if dry_run:
         from quantize.checkpoint.remote_shards import headers_alone
         from quantize.export.targets import exports
+        from quantize.pipeline.estimate.device_memory import foretold_lines
         from quantize.pipeline.estimate.report import estimates, preflight
         from quantize.pipeline.prepare import describe_run, prepare
         from quantize.pipeline.prune import as_pruned
@@ -198,7 +210,8 @@ def quantize(
             prepared = as_pruned(given, chosen)
             found = preflight(prepared)
             told = estimates(found, prepared.seconds, console)
-            lines = [*told, *found.hadamards(), *exports(found), describe_run(prepared)]
+            there = foretold_lines(prepared, device, device_memory)
+            lines = [*told, *there, *found.hadamards(), *exports(found), describe_run(prepared)]
         return say("\n".join(lines))
     if collect_stats is not None:
         chosen = load_recipe(scheme, recipe, target=target, **settings)
@@ -225,8 +238,10 @@ def quantize(
         target=target,
         low_disk=low_disk,
         resume=resume,
+        force=force,
         stats=stats,
         device=device,
+        device_memory=device_memory,
         console=console,
         verbose=verbose,
         **settings,

@@ -20,6 +20,7 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_experts import QuantizedExperts, by_expert, quantized_product
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.streams import Arriving
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 from quantize.transforms.online import InputTransform
@@ -67,10 +68,16 @@ class Block:
         schemes: Mapping[str, Scheme],
         device: torch.device,
         filed: Mapping[Linear, FiledExperts] | None = None,
+        given: dict[str, Arriving] | None = None,
     ) -> Block:
         """Read a block as the float model has it, without weights of experts that were rounded into a file already.
 
-        `schemes` are those of the plan, by path.
+        Args:
+            checkpoint, program, segment, device: the model, the block, and where its weights will be.
+            schemes: those of the plan, by path.
+            filed: the experts in a file.
+            given: the weights on their way to the device, as they are stored, which are taken out of it; None reads
+                them.
 
         Raises:
             QuantizeError: a parameter is missing or unreadable.
@@ -81,7 +88,8 @@ class Block:
         weights, apart = dict[str, Tensor](), {linear.weight for linear in filed}
         dtypes = {name: checkpoint.dtype_of(name) for name in segment.parameters}
         for name in (name for name in segment.parameters if name not in apart):
-            weights[name] = checkpoint.float_tensor(name).to(device)
+            found = checkpoint.float_tensor(name).to(device) if given is None else given.pop(name)()
+            weights[name] = found.float()
         plain = {
             linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
             for linear in linears

@@ -14,6 +14,7 @@ from rich.console import Console
 from quantize.errors import QuantizeError, reason
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.pipeline.distributed import SingleProcess
+from quantize.pipeline.placement import Placement
 from quantize.pipeline.resume.journal import Journal
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ class RunContext:
         device: the device of weights and calibration activations.
         ranks: the processes that share the calibration data.
         prefix: the tokens in front of every sequence, whose activations are neither quantized nor counted.
+        placement: what stays on the device.
         scratch: a directory for calibration activations that do not fit into memory; None keeps all in memory.
         console: the console that shows progress; None shows nothing.
         journal: the journal that outlives the process, so that a killed run can go on; None keeps nothing.
@@ -37,6 +39,7 @@ class RunContext:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
     ranks: SingleProcess = field(default_factory=SingleProcess)
     prefix: PrefixTokens = field(default_factory=PrefixTokens)
+    placement: Placement = field(default_factory=Placement)
     scratch: Path | None = None
     console: Console | None = None
     journal: Journal | None = None
@@ -44,6 +47,14 @@ class RunContext:
     def cached(self, name: str, make: Callable[[], T]) -> T:
         """Return what `make` returns, or what it returned before the run was killed, if this run resumes one."""
         return make() if self.journal is None else self.journal.cached(name, make, self.device)
+
+
+class DeviceFullError(QuantizeError):
+    """A part of the model, `where`, does not fit into the device's memory."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(f"{where} does not fit into the device's memory; give a smaller --seqlen, or --device cpu")
+        self.where = where
 
 
 @contextlib.contextmanager
@@ -55,9 +66,7 @@ def running(name: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise QuantizeError(
-            f"{name} does not fit into the device's memory; give a smaller --seqlen, or --device cpu"
-        ) from error
+        raise DeviceFullError(name) from error
     except (IndexError, RuntimeError) as error:
         if "same dtype" in str(error):
             raise QuantizeError(

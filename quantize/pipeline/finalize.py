@@ -59,6 +59,8 @@ def finish(
         "rounded_without_data": blocks.held_out.rounded_without_data,
         "grids": plan.note,
         "kept_grids": blocks.rounder.kept,
+        "micro_batch": {"rows": blocks.rows, "halved_before": blocks.halved} if blocks.rows else {},
+        "begun_on": blocks.context.journal.begun_on if blocks.context.journal else [],
     }
     manifest = {
         "model": {"architecture": architecture(checkpoint), "base_model": checkpoint.hub_id},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +24,8 @@ from quantize.recipe.recipe import Recipe
 Fingerprint = dict[str, dict[str, str]]  # part → name in that part → hash, or the value itself
 PACKAGE = Path(__file__).parents[1]
 SOURCES = {".py", ".toml"}
+MACHINE = "machine"
+NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Samples, device: torch.device) -> Fingerprint:
@@ -40,7 +44,7 @@ def identity(checkpoint: Checkpoint, graph: str, recipe: Recipe, samples: Sample
         "recipe": {name: json.dumps(value) for name, value in recipe.model_dump(mode="json").items()},
         "data": {"calibration": samples.sha256},
         "code": {**versions(), "sources": sources_hash()},
-        "machine": machine(device),
+        MACHINE: machine(device),
     }
 
 
@@ -97,8 +101,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
+def gpu_software() -> dict[str, str]:
+    """Return the versions of Triton and of NVIDIA's driver, as far as they are there."""
+    found = re.search(r"\d+\.\d[\d.]*", NVIDIA.read_text()) if NVIDIA.exists() else None
+    triton = {"triton": version("triton")} if importlib.util.find_spec("triton") else {}
+    return triton | ({"driver": found[0]} if found else {})
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Return the device that the bytes may depend on: the CPU with its unit for bfloat16 products, or a GPU's name."""
     if device.type == "cuda":
-        return {"device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"}
+        return {"device": torch.cuda.get_device_name(device), "CUDA": str(torch.version.cuda), **gpu_software()}
     return {"device": device.type, "bfloat16 products": bfloat16_unit()}

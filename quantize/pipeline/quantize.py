@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,10 +23,12 @@ from quantize.checkpoint.files_seen import sha256
 from quantize.checkpoint.paths import check_low_disk
 from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.errors import UsageError, own_words_shown
+from quantize.nn.device import free_memory, resolve_device
 from quantize.nn.prefix_tokens import PrefixTokens
+from quantize.pipeline.block_loop import run_blocks
 from quantize.pipeline.context import RunContext, running
-from quantize.pipeline.device import resolve_device
 from quantize.pipeline.distributed import SingleProcess, init_distributed
+from quantize.pipeline.estimate.device_memory import foretell, limit_on, table
 from quantize.pipeline.estimate.report import shard_names
 from quantize.pipeline.finalize import calibration_record, finish
 from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
@@ -34,8 +37,8 @@ from quantize.pipeline.grid_choice import choose_grids
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.layer_schemes import describe_fallbacks
 from quantize.pipeline.mixed_precision.resolve import resolve_bits
+from quantize.pipeline.placement import Placement
 from quantize.pipeline.prepare import Prepared, describe_run, identity_of, prepare
-from quantize.pipeline.progress import track
 from quantize.pipeline.prune import as_pruned, check_prune, prune_experts
 from quantize.pipeline.resume.work_dir import ResumableWriter, join_journal, remote_shards
 from quantize.pipeline.sequential import SequentialPipeline
@@ -122,8 +125,10 @@ def quantize_model(
     requantize: bool = False,
     low_disk: bool = False,
     resume: bool = False,
+    force: bool = False,
     stats: str | Path | None = None,
     device: str | torch.device = "cpu",
+    device_memory: str | None = None,
     console: Console | None = None,
     progress: bool = False,
     verbose: bool = False,
@@ -157,8 +162,10 @@ def quantize_model(
         requantize: round weights anew that lie on a grid of the format already, which are kept as they are otherwise.
         low_disk: fetch a model of the hub file by file, and keep no more than three of its files with weights.
         resume: go on with a run that was killed or failed, if there is one.
+        force: with `resume`: go on although the device, or what computes there, is another one than before.
         stats: statistics that `collect_stats` or `merge_stats` wrote, in place of running the calibration data.
         device: where the run computes: `cpu`, `cuda`, `cuda:1`, or `auto`, a GPU if there is one.
+        device_memory: the most that the run may hold on the device, as `24GB`; None takes what is free on a GPU.
         console: the console that shows progress; None shows nothing.
         progress: show progress on the standard error stream, without a console of your own.
         verbose: show the plan and the whole recipe as well, and what other libraries say where something fails.
@@ -209,12 +216,13 @@ def quantize_model(
         collected = load_matching(Path(stats), prepared, found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
         check_ranks(resolved, here, ranks, found)
-        journal = writer.begin(found, ranks) if writer else join_journal(output, ranks)
+        journal = writer.begin(found, ranks, force) if writer else join_journal(output, ranks)
         if ranks.gather(writer is not None and writer.finished)[0]:
             return Artifact(output, read_manifest(output), skeleton)
         shown = console if ranks.is_rank_zero else None
         scratch = journal.directory.parent
-        context = RunContext(resolved.seed, here, ranks, scratch=scratch, console=shown, journal=journal)
+        place = placement_on(here, device_memory, what_stays)
+        context = RunContext(resolved.seed, here, ranks, PrefixTokens(), place, scratch, shown, journal)
         if resolved.prune is not None:
             prepared = prune_experts(prepared, resolved, context)
         manifest = ranks.gather(run_pipeline(prepared, writer, context, collected))[0]
@@ -253,6 +261,17 @@ def collect_stats(
     return found
 
 
+def placement_on(device: torch.device, memory: str | None, prepared: Prepared) -> Placement:
+    """Return what stays on a device, so that a run fits into so much of its memory, or into what is free of it.
+
+    Raises:
+        UsageError: the memory is no size, or a run on the CPU is given one.
+        QuantizeError: the run does not fit.
+    """
+    limit = limit_on(device.type, memory, free_memory(device))
+    return Placement() if limit is None else foretell(prepared).fitted(limit)
+
+
 def check_ranks(recipe: Recipe, device: torch.device, ranks: SingleProcess, found: Fingerprint) -> None:
     """Check that several ranks can do what the recipe asks for, and have the same model, data and code.
 
@@ -282,7 +301,7 @@ def run_pipeline(
     Raises:
         QuantizeError: the run failed.
     """
-    console, journal, program = context.console, context.journal, prepared.program
+    console = context.console
     with running("the model"):
         prepared = replace(prepared, plan=choose_grids(prepared, context))
     plan, prefix = resolve_prefix(prepared, context)
@@ -297,21 +316,9 @@ def run_pipeline(
         plan, bits = resolve_bits(prepared, context)
         prepared = replace(prepared, plan=plan)
         surveys = None if collected is None else {collected.step: collected.statistics}
-        blocks = SequentialPipeline(prepared, context, surveys, calibrate=collected is None)
-    done, names = journal.load_last_block(blocks, writer) if journal else 0, shard_names(prepared)
-    if done and console is not None:
-        console.print(f"going on behind block {done} of {len(program.segments)}, {program.segments[done - 1].name}")
-    for number, segment in enumerate(track(program.segments[done:], "quantizing", lambda s: s.name, console), done + 1):
-        with running(segment.name):
-            name = names[number - 1]
-            experts = Path(writer.directory if writer else "") / f"{Path(name).stem}-experts.safetensors"
-            tensors, filed = blocks.process(segment, experts)
-        if writer:
-            writer.weight_map |= filed
-            writer.hashes |= {file: sha256(writer.directory / file) for file in dict.fromkeys(filed.values())}
-            writer.add(name, tensors)
-        if journal:
-            journal.save_block(number, blocks, writer)
+        make = functools.partial(SequentialPipeline, prepared, surveys=surveys, calibrate=collected is None)
+    names = shard_names(prepared)
+    blocks = run_blocks(make, names, writer, context, lambda placement: table(foretell(prepared).held(placement)))
     if not writer:
         return {}
     data = calibration_record(prepared) if collected is None else collected.record()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from quantize.artifact.quantization_config import linear_settings
-from quantize.calibration.data import BATCH_TOKENS
+from quantize.calibration.data import BATCH_TOKENS, Row
 from quantize.calibration.probes import verification_inputs
 from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint.tied_weights import TiedWeights
 from quantize.graph.interpreter import Overrides, free_replaced
+from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
 from quantize.nn.kv_cache import check_hadamard, quantized_attention
 from quantize.pipeline.block import Block, round_table
@@ -22,6 +23,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.held_out_runs import HeldOutRuns, rounded_to_nearest
 from quantize.pipeline.memory import trim_heap
+from quantize.pipeline.overlap import read_ahead
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.run_figures import RunFigures
 from quantize.pipeline.serialization import contiguous, lay_out
@@ -30,6 +32,7 @@ from quantize.pipeline.steps.round import WeightRounder
 from quantize.pipeline.steps.stream_experts import ExpertStream, streamed
 from quantize.pipeline.steps.transform import PassRunner, Surveys
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
+from quantize.pipeline.streams import Arriving, arrived, copies_for
 from quantize.pipeline.tables import module_of
 from quantize.scheme.scheme import TABLE_SCHEME
 
@@ -46,6 +49,8 @@ class SequentialPipeline:
         calibration, float_reference, probes: the activations of the quantized model, of the float model if a step needs
             them, and of the quantized model on the verification inputs.
         first_batch: the number of this rank's first batch among those of all ranks.
+        rows: the number of calibration rows that run together at first, and `halved`: the blocks before which half as
+            many were left.
     """
 
     def __init__(
@@ -64,8 +69,12 @@ class SequentialPipeline:
         batches = context.prefix.batches(context.ranks.shard(given))
         self.verification_inputs = verification_inputs(samples, self.program.vocabulary, context.seed)
         needs_reference = self.plan.quantizer.needs_float_reference or recipe.tune is not None
-        self.calibration = SequentialRunner(self.program, batches, context.scratch)
-        self.float_reference = SequentialRunner(self.program, batches if needs_reference else [], context.scratch)
+        where = (context.scratch, context.placement.activation_bytes)
+        self.calibration = SequentialRunner(self.program, batches, *where)
+        self.float_reference = SequentialRunner(self.program, batches if needs_reference else [], *where)
+        self.rows, self.halved = max(map(rows_of, given), default=0), list[str]()
+        self.rows = min(self.rows, 1) if context.prefix.tokens else self.rows
+        self.copies = copies_for(context.device)
         self.probes = SequentialRunner(self.program, self.prefixed_probes())
         self.held_out = HeldOutRuns(self.program, prepared.held_out if runs else HeldOutRows(), context.prefix)
         if surveys is None and any(step.surveyed for step in self.plan.steps):
@@ -82,20 +91,45 @@ class SequentialPipeline:
         self.modules: dict[str, dict[str, object]] = {}
         self.ties = TiedWeights(self.program.ties)
 
-    def process(self, segment: Segment, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def read(self, segment: Segment) -> dict[str, Arriving]:
+        """Read a block's weights as they are stored and send them to the device, but for experts too large for that.
+
+        A thread may do so while the block before it is at work.
+        """
+        apart = {linear.weight for linear in self._large(segment)}
+        return {
+            name: self.copies.to_device(self.checkpoint.compact_tensor(name))
+            for name in segment.parameters
+            if name not in apart
+        }
+
+    def arriving(self, segments: Iterable[Segment]) -> Generator[dict[str, Arriving]]:
+        """Yield what `read` returns for each block, ahead if the placement says so and if files need not be fetched."""
+        ahead = self.context.placement.reads_ahead and self.checkpoint.remote is None
+        yield from read_ahead(segments, self.read) if ahead else map(self.read, segments)
+
+    def _large(self, segment: Segment) -> Sequence[Linear]:
+        return streamed(self.checkpoint, self.program, segment, self.plan) if self.context.ranks.count == 1 else []
+
+    def process(
+        self, segment: Segment, arriving: dict[str, Arriving], file: Path
+    ) -> tuple[dict[str, Arriving], dict[str, str]]:
         """Transform and quantize one block.
 
         Args:
             segment: the block.
+            arriving: its weights, as `read` returned them, which are taken out of it.
             file: where experts are written that are too large for memory.
 
         Returns:
             The tensors to store, and what was stored in the file already: its tensors by name, each with the file's.
         """
         trim_heap()
-        large = streamed(self.checkpoint, self.program, segment, self.plan) if self.context.ranks.count == 1 else []
+        self._halve_before(segment)
+        large = self._large(segment)
         filed = ExpertStream(self.checkpoint, self.plan, self.context, file).round(large) if large else {}
-        given = Block.read(self.checkpoint, self.program, segment, self.plan.schemes, self.context.device, filed)
+        read = (self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
+        given = Block.read(*read, filed, arriving)
         plain = self._plain_rounding(given) if self.held_out.given.rows else Overrides({})
         block = self.pass_runner.apply(given)
         tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
@@ -121,7 +155,18 @@ class SequentialPipeline:
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         first = {name: tensor for name, tensor in tensors.items() if self.program.first_readers[name] is segment}
         written = {f"{x.path}.{name}": file.name for x, module in filed.items() for name in module.state_dict()}
-        return {name: x.cpu() for name, x in block.tensors().items()} | self.ties.deduplicate(first), written
+        kept = {name: arrived(x) for name, x in self.ties.deduplicate(first).items()}
+        return {name: self.copies.to_cpu(x) for name, x in block.tensors().items()} | kept, written
+
+    def _halve_before(self, segment: Segment) -> None:
+        """Run half as many calibration rows together from a block on, if the placement says so."""
+        if segment.name in self.context.placement.halved and segment.name not in self.halved and self.halve():
+            self.halved.append(segment.name)
+
+    def halve(self) -> bool:
+        """Run half as many calibration rows together from now on; return whether that can be."""
+        runners = (self.calibration, self.float_reference)
+        return self.calibration.halves and all(runner.halve() for runner in runners)
 
     def _plain_rounding(self, block: Block) -> Overrides:
         """Return what the block runs with by plain rounding, without float weights that it does not read."""
@@ -206,11 +251,13 @@ class SequentialPipeline:
             ],
             "expert_tokens": self.rounder.expert_tokens,
             "kept": self.rounder.kept,
+            "halved": self.halved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         passes = self.pass_runner
+        self.halved = [name for name in state["halved"] if self.halve()]
         self.modules, self.ties.untied, self.ties.stored = state["modules"], state["untied"], state["tied"]
         self.ties.left_out = state["left_out"]
         judged = self.held_out
@@ -224,3 +271,8 @@ class SequentialPipeline:
         for step, made, sites in zip(self.plan.steps, state["sites"], passes.sites, strict=True):
             bases = {basis.index: basis for basis in step.sites}
             sites.update({bases[index]: found for index, found in made.items()})
+
+
+def rows_of(batch: Row) -> int:
+    """Return the number of calibration rows of a batch."""
+    return len(next(iter(batch.values())))

@@ -86,10 +86,10 @@ def test_a_run_that_goes_on_has_the_same_page(artifact, stories, stories_calibra
 
     process = SequentialPipeline.process
 
-    def killed(self, segment, file):
+    def killed(self, segment, arriving, file):
         if segment.name == "model.layers.2":
             raise KeyboardInterrupt
-        return process(self, segment, file)
+        return process(self, segment, arriving, file)
 
     arguments = dict(
         output_dir=tmp_path / "out", recipe=artifact.directory / "recipe.toml", calibration=stories_calibration

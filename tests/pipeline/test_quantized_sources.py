@@ -77,11 +77,11 @@ def test_what_a_dry_run_foresees_and_a_run_that_was_killed(tmp_path, monkeypatch
     foreseen = preflight(prepare(model, load_recipe("W4A16", None, seqlen=32, nsamples=6), ids, read=False))
     process, done = SequentialPipeline.process, []
 
-    def killed(self, segment, file):
+    def killed(self, segment, arriving, file):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(segment.name)
-        return process(self, segment, file)
+        return process(self, segment, arriving, file)
 
     monkeypatch.setattr(SequentialPipeline, "process", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -86,10 +86,10 @@ def fails(monkeypatch):
     process = SequentialPipeline.process
 
     def at(name, error):
-        def failing(self, segment, file):
+        def failing(self, segment, arriving, file):
             if error is not None and segment.name == name:
                 raise error
-            return process(self, segment, file)
+            return process(self, segment, arriving, file)
 
         monkeypatch.setattr(SequentialPipeline, "process", failing)
 
@@ -353,3 +353,17 @@ def test_a_large_state_takes_a_tenth_of_the_time(monkeypatch):
             now[0] += later
             told.append(pace.due())
     assert told == [False, False, True, True, True, True]
+
+
+def test_a_run_goes_on_on_another_device_only_by_force(tmp_path):
+    kept, here = journal.Journal(tmp_path, tmp_path / "out"), {"code": {"sources": "a"}, "machine": {"device": "cpu"}}
+    there, changed = here | {"machine": {"device": "GPU", "driver": "570"}}, here | {"code": {"sources": "b"}}
+    kept.begin(here)
+    assert kept.begun_on == []
+    with pytest.raises(UsageError, match=r"the machine \(device, driver\) changed .* add --force to go on here"):
+        kept.begin(there)
+    with pytest.raises(UsageError, match=r"the code \(sources\) changed .* started with, or remove"):
+        kept.begin(changed, force=True)
+    kept.begin(there, force=True)
+    assert kept.begun_on == [{"device": "cpu"}]
+    kept.begin(there)

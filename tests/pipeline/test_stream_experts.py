@@ -50,7 +50,7 @@ def test_experts_go_from_file_to_file_and_give_the_same_bytes(directory, tmp_pat
     """Each expert is read alone: no stack is ever read whole."""
     settings = SETTINGS | {"group_size": None if scheme == "NVFP4" else 0}
     monkeypatch.setattr(
-        expert_reader.Checkpoint, "float_tensor", refused := no_stacks(expert_reader.Checkpoint.float_tensor)
+        expert_reader.Checkpoint, "compact_tensor", refused := no_stacks(expert_reader.Checkpoint.compact_tensor)
     )
     artifact = quantize_model(
         directory, output_dir=tmp_path / "out", scheme=scheme, recipe=PLAIN, calibration=ROWS, **settings

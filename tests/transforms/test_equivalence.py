@@ -63,7 +63,9 @@ def test_folds_that_need_no_data_are_checked_before_any_block_is_quantized(
 ):
     """A rotation that is wrong in the last block only costs no block of work, though GPTQ would come first."""
     blocks = []
-    monkeypatch.setattr(SequentialPipeline, "process", lambda self, segment, file: blocks.append(segment.name))
+    monkeypatch.setattr(
+        SequentialPipeline, "process", lambda self, segment, arriving, file: blocks.append(segment.name)
+    )
     monkeypatch.setattr(
         "quantize.pipeline.steps.transform.fold",
         lambda basis, transform, weights: {

@@ -64,7 +64,7 @@ def run_trial(found: MemoryEstimate, segments: tuple[Segment, ...], rows: int) -
         for number, segment in enumerate(segments):
             seconds.append(time.perf_counter())
             with running(segment.name):
-                blocks.process(segment, Path(scratch) / f"{number}.safetensors")
+                blocks.process(segment, blocks.read(segment), Path(scratch) / f"{number}.safetensors")
         end = time.perf_counter()
     return Trial(rows, surveyed - start, seconds[-1] - surveyed, end - seconds[-1])
 

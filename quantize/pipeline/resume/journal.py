@@ -23,7 +23,7 @@ import torch
 from quantize.artifact.writer import ArtifactWriter, as_json, flush, translate_disk_errors
 from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.distributed import SingleProcess
-from quantize.pipeline.fingerprint import Fingerprint, diff_fingerprints
+from quantize.pipeline.fingerprint import MACHINE, Fingerprint, diff_fingerprints
 from quantize.pipeline.resume.block_state import Resumable, plain_values, restore_files, values_of
 from quantize.pipeline.serialization import contiguous, load_state, save_state
 
@@ -63,8 +63,10 @@ class Journal:
     ranks: SingleProcess = field(default_factory=SingleProcess)
     pace: Pace = field(default_factory=Pace)
 
-    def begin(self, found: Fingerprint) -> None:
+    def begin(self, found: Fingerprint, force: bool = False) -> None:
         """Record the run's fingerprint, or compare it with the one that the run was started with.
+
+        With `force` the machine may be another one, whose fingerprint is then recorded as well.
 
         Raises:
             UsageError: something has changed since; the message names it.
@@ -75,12 +77,23 @@ class Journal:
         with translate_damage(self.directory.parent):
             before = json.loads(path.read_text())
             changed = diff_fingerprints(before, found)
-        if changed:
+            moved = bool(changed) and not diff_fingerprints(before | {MACHINE: found[MACHINE]}, found)
+        if changed and not (moved and force):
+            forced = ", add --force to go on here with other bytes" if moved else ""
             raise UsageError(
                 f"{' and '.join(changed)} changed since the run in {self.directory.parent} was started; go on with "
-                "what it was started with, or remove that directory to start again"
+                f"what it was started with{forced}, or remove that directory to start again"
             )
+        if changed:
+            begun = [*before.get("begun on", []), before[MACHINE]]
+            self._write_atomically(path, lambda temporary: temporary.write_text(as_json({**found, "begun on": begun})))
         return None
+
+    @property
+    def begun_on(self) -> list[dict[str, str]]:
+        """The machines on which the run was begun and gone on with before this one."""
+        found: list[dict[str, str]] = json.loads((self.directory / "identity.json").read_text()).get("begun on", [])
+        return found
 
     @property
     def has_results(self) -> bool:
@@ -99,29 +112,35 @@ class Journal:
         with translate_damage(self.directory.parent):
             return load_state(path, device)  # type: ignore[no-any-return]
 
-    def save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
-        """Store the state after block number `done` if that is due, then remove the border before it.
+    def store_block(self, done: int, blocks: Resumable) -> Path | None:
+        """Store the state after block number `done` if that is due, and return where it counts once it is noted.
 
-        Only the rank with the writer stores the state that all ranks share.
+        Only the first rank stores the state that all ranks share.
         """
-        if self.ranks.gather(self.pace.due())[0]:
-            with self.pace.timed():
-                self._save_block(done, blocks, writer)
-
-    def _save_block(self, done: int, blocks: Resumable, writer: ArtifactWriter | None) -> None:
-        before, path = self._borders(), self.directory / f"border-{done:05}"
-        with translate_disk_errors(self.output):
-            if writer:
+        if not self.ranks.gather(self.pace.due())[0]:
+            return None
+        path = self.directory / f"border-{done:05}"
+        with self.pace.timed(), translate_disk_errors(self.output):
+            if self.ranks.is_rank_zero:
                 shutil.rmtree(temporary_name(path), ignore_errors=True)
                 temporary_name(path).mkdir()
-                state = blocks.state_dict() | {"files": [writer.weight_map, writer.hashes]}
-                save_state(temporary_name(path) / "state.safetensors", state)
+                save_state(temporary_name(path) / "state.safetensors", blocks.state_dict())
             self.ranks.gather(None)  # now the folder is there for all ranks
             self._write_values(temporary_name(path), done, blocks)
             self.ranks.gather(None)  # now all ranks have written
-            if writer:
-                self._rename(path)
-        for old in before if writer else []:
+        return path
+
+    def note(self, path: Path, writer: ArtifactWriter) -> None:
+        """Note that a block is on disk, by the state behind it that `store_block` stored; remove the border before it.
+
+        A thread may do so while the next block is at work.
+        """
+        before = self._borders()
+        with translate_disk_errors(self.output):
+            files = as_json({"weight_map": writer.weight_map, "hashes": writer.hashes})
+            (temporary_name(path) / "files.json").write_text(files)
+            self._rename(path)
+        for old in before:
             shutil.rmtree(old)
 
     def _write_values(self, folder: Path, done: int, blocks: Resumable) -> None:
@@ -143,11 +162,11 @@ class Journal:
             QuantizeError: a file is missing or damaged.
         """
         borders = self._borders()
-        files: list[dict[str, str]] = [{}, {}]
+        files: dict[str, dict[str, str]] = {"weight_map": {}, "hashes": {}}
         if borders:
             with translate_damage(self.directory.parent):
                 state = load_state(borders[-1] / "state.safetensors", blocks.program.device)
-                files = state.pop("files")
+                files = json.loads((borders[-1] / "files.json").read_text())
                 blocks.load_state_dict(state)
                 for name, runner, first in blocks.runners():
                     for number in range(len(runner.values)):
@@ -155,7 +174,7 @@ class Journal:
                         plain = load_state(stored, blocks.program.device)
                         runner.values[number] = values_of(plain, blocks.program)
         if writer:
-            restore_files(writer, *files)
+            restore_files(writer, **files)
         return int(borders[-1].name.removeprefix("border-")) if borders else 0
 
     def _borders(self) -> list[Path]:

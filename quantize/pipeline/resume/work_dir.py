@@ -61,13 +61,13 @@ class ResumableWriter(ArtifactWriter):
                 self.directory.mkdir(exist_ok=True)
         return self
 
-    def begin(self, found: Fingerprint, ranks: SingleProcess) -> Journal:
-        """Begin or continue the journal of this run.
+    def begin(self, found: Fingerprint, ranks: SingleProcess, force: bool = False) -> Journal:
+        """Begin or continue the journal of this run; with `force`, also where another machine began it.
 
         Raises:
             UsageError: the run to be resumed has another fingerprint.
         """
-        self.journal.begin(found)
+        self.journal.begin(found, force)
         ranks.gather(None)  # from here on other ranks find it by `join_journal`
         return replace(self.journal, ranks=ranks)
 

@@ -142,7 +142,8 @@ class WeightRounder:
             seen = self._seen(block.input_transforms[linear])
             key = (seen, block.dtypes[linear.weight], block.schemes[linear].weights)
             parts.setdefault(key, []).append(linear)
-        return list(parts.values())
+        together = list(parts.values())
+        return together if self.context.placement.together else [[x] for part in together for x in part]
 
     def _seen(self, input_transform: InputTransform) -> object:
         """Return what a Gram matrix depends on."""
