@@ -21,7 +21,7 @@ def resolve_device(name: str | torch.device) -> torch.device:
         UsageError: torch knows no such device, or the machine has none.
     """
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -5,8 +5,8 @@ its batches to the sum of the rank before it, so that the result is that of one 
 exchange tensors, never pickled objects. Each exchange starts with a flag that says whether a rank failed, so that no
 rank waits for a process that is gone.
 
-If each rank has its own GPU, the products are taken there and passed on by nccl (not yet measured), and everything else
-goes through gloo. A GPU sums in another order than a CPU, so the last bits then agree only between GPUs of one kind.
+On GPUs each rank computes on its own, and sums are passed on by nccl (not yet measured); everything else goes through
+gloo. A GPU sums in another order than a CPU, so the last bits then agree only between GPUs of one kind.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from quantize.calibration.gram_sums import add_product, add_products, row_panels
 from quantize.calibration.statistics import Statistic
-from quantize.errors import QuantizeError
+from quantize.errors import QuantizeError, UsageError
 from quantize.pipeline.serialization import from_bytes, to_bytes
 
 T = TypeVar("T")
 EXCHANGE_TIMEOUT = timedelta(hours=1)  # the longest that one rank may work between two exchanges
 FAILURE_TIMEOUT = timedelta(seconds=30)
+CPU = torch.device("cpu")
 Factors = tuple[Sequence[Tensor], Tensor]
 
 
@@ -41,6 +42,11 @@ class SingleProcess:
     """
 
     rank, count = 0, 1
+
+    def on(self, device: torch.device) -> SingleProcess:
+        """Return the same process with what it receives on a device."""
+        del device
+        return self
 
     @property
     def is_rank_zero(self) -> bool:
@@ -76,11 +82,15 @@ class ProcessGroup(SingleProcess):
     """The processes that `torchrun` started.
 
     Attributes:
-        device: the device on which this process takes products.
+        device: the device on which this process computes.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.rank, self.count, self.device = dist.get_rank(), dist.get_world_size(), device
+
+    def on(self, device: torch.device) -> ProcessGroup:
+        """Return the same process with what it receives on a device."""
+        return ProcessGroup(device)
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, sent as safetensors, which runs no code when it is read."""
@@ -93,31 +103,31 @@ class ProcessGroup(SingleProcess):
             padded[: len(mine)] = mine
             found = [torch.empty_like(padded) for _ in range(self.count)]
             dist.all_gather(found, padded)
-        return [from_bytes(bytes(x[: int(n)].numpy())) for x, n in zip(found, sizes, strict=True)]
+        return [from_bytes(bytes(x[: int(n)].numpy()), self.device) for x, n in zip(found, sizes, strict=True)]
 
     def sum_products(self, totals: Sequence[Tensor], parts: Iterable[Factors]) -> None:
         """Add this rank's batches to the rows that the rank before has summed, while that rank sums the next rows."""
-        held, sums = [moved(*factors, self.device) for factors in parts], [total.to(self.device) for total in totals]
+        held = list(parts)
         before = sum(self.gather(sum(len(right) for _, right in held))[: self.rank])
-        for number, total in enumerate(sums):
+        for number, total in enumerate(totals):
             for rows in row_panels(len(total)):
                 self._pass_on(total, rows, [(lefts[number], right) for lefts, right in held], before)
         with dist_errors():
-            for total, here in zip(totals, sums, strict=True):
-                dist.broadcast(here, self.count - 1)
-                total.copy_(here)
+            for total in totals:
+                with by_way_of_cpu(total) as x:
+                    dist.broadcast(x, self.count - 1)
 
     def _pass_on(self, total: Tensor, rows: slice, held: Sequence[tuple[Tensor, Tensor]], seen: int) -> None:
         """Receive the sum of some rows over `seen` tokens, add this rank's batches, and send it to the next rank."""
         if self.rank:
-            with dist_errors():
-                dist.recv(total[rows], self.rank - 1)
+            with dist_errors(), by_way_of_cpu(total[rows]) as x:
+                dist.recv(x, self.rank - 1)
         for left, right in held:
             add_product(total, left, right, rows, seen)
             seen += len(right)
         if self.rank + 1 < self.count:
-            with dist_errors():
-                dist.send(total[rows], self.rank + 1)
+            with dist_errors(), by_way_of_cpu(total[rows]) as x:
+                dist.send(x, self.rank + 1)
 
     def check_failure(self, failed: bool = False) -> None:
         """Ask all ranks whether one failed; a rank that failed itself does not wait long for ranks still at work.
@@ -133,10 +143,15 @@ class ProcessGroup(SingleProcess):
             raise RankError(f"rank {flag.item() - 1} of {self.count} failed, so this one stops too; see its message")
 
 
-def moved(lefts: Sequence[Tensor], right: Tensor, device: torch.device) -> Factors:
-    """Move factors to a device; a tensor on both sides is moved once and stays one tensor, as `add_product` needs."""
-    here = right.to(device)
-    return [here if left is right else left.to(device) for left in lefts], here
+@contextlib.contextmanager
+def by_way_of_cpu(x: Tensor) -> Iterator[Tensor]:
+    """Yield what the ranks exchange for a tensor: itself, or a copy on the CPU where no backend knows its device."""
+    if x.device.type in ("cpu", "cuda"):
+        yield x
+    else:
+        here = x.cpu()
+        yield here
+        x.copy_(here)
 
 
 @contextlib.contextmanager
@@ -174,24 +189,37 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def select_backend(rank: int, count: int) -> tuple[str, torch.device]:
-    """Return the backend and the device of products for one of `count` ranks on a machine: GPUs, if each has one."""
-    if torch.cuda.device_count() < count:
-        return "gloo", torch.device("cpu")
-    return "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
+def device_of_rank(device: torch.device, rank: int, count: int) -> torch.device:
+    """Return the device of one of `count` ranks on a machine: a card of its own, or the CPU.
+
+    Raises:
+        UsageError: one card is named, or there are fewer than ranks.
+    """
+    if device.type == "cpu":
+        return device
+    if ":" in str(device):
+        raise UsageError(f"--device {device}: {count} ranks need a card each; give --device {device.type}")
+    if (cards := torch.get_device_module(device).device_count()) < count:
+        raise UsageError(f"--device {device}: {count} ranks need a card each, and there are {cards}; start fewer ranks")
+    return torch.device(device.type, rank)
 
 
 @contextlib.contextmanager
-def init_distributed() -> Iterator[SingleProcess]:
-    """Yield the ranks that `torchrun` started, or this process alone; an error in the body is told to the others."""
+def init_distributed(device: torch.device = CPU) -> Iterator[tuple[SingleProcess, torch.device]]:
+    """Yield the ranks that `torchrun` started, or this process alone, and its device.
+
+    An error in the body is told to the others.
+    """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        yield SingleProcess()
+        yield SingleProcess(), device
         return
-    backend, device = select_backend(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    dist.init_process_group(backend, timeout=EXCHANGE_TIMEOUT)
-    ranks = ProcessGroup(device)
+    here = device_of_rank(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=EXCHANGE_TIMEOUT)
+    ranks = ProcessGroup(here)
     try:
-        yield ranks
+        yield ranks, here
     except RankError:
         raise
     except BaseException:

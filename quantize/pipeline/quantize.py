@@ -174,7 +174,7 @@ def quantize_model(
         UsageError: the call, the recipe or a path is wrong, or the run to be resumed depends on something that changed.
         QuantizeError: the run failed; what is finished is kept for `resume`, and nothing else is left behind.
     """
-    here = resolve_device(device)
+    given = resolve_device(device)
     changes = Path(recipe) if isinstance(recipe, str) else recipe
     single: dict[str, float | None] = {
         "nsamples": nsamples,
@@ -191,7 +191,7 @@ def quantize_model(
     skeleton = model if isinstance(model, nn.Module) and type(model) is not named else None
     with (
         own_words_shown(verbose and console is not None),
-        init_distributed() as ranks,
+        init_distributed(given) as (ranks, here),
         ResumableWriter(output, resume) if ranks.is_rank_zero else contextlib.nullcontext() as writer,
         remote_shards(str(model), output, ranks) if low_disk else contextlib.nullcontext(model) as source,
     ):
@@ -211,11 +211,12 @@ def quantize_model(
         if verbose and console is not None and ranks.is_rank_zero:
             console.print(describe_run(prepared), soft_wrap=True, markup=False)
         here = torch.device("cpu") if prepared.program.export_error else here  # its modules run as they are
+        ranks = ranks.on(here)
         prepared = replace(prepared, program=prepared.program.to(here))
         found = identity_of(prepared)
         collected = load_matching(Path(stats), prepared, found) if stats else None
         found |= {"data": {"stats": sha256(Path(stats))}} if stats else {}
-        check_ranks(resolved, here, ranks, found)
+        check_ranks(resolved, ranks, found)
         journal = writer.begin(found, ranks, force) if writer else join_journal(output, ranks)
         if ranks.gather(writer is not None and writer.finished)[0]:
             return Artifact(output, read_manifest(output), skeleton)
@@ -272,16 +273,12 @@ def placement_on(device: torch.device, memory: str | None, prepared: Prepared) -
     return Placement() if limit is None else foretell(prepared).fitted(limit)
 
 
-def check_ranks(recipe: Recipe, device: torch.device, ranks: SingleProcess, found: Fingerprint) -> None:
+def check_ranks(recipe: Recipe, ranks: SingleProcess, found: Fingerprint) -> None:
     """Check that several ranks can do what the recipe asks for, and have the same model, data and code.
 
     Raises:
         UsageError: they cannot, or have not.
     """
-    if ranks.count > 1 and device.type != "cpu":
-        raise UsageError(
-            f"--device {device}: several ranks compute on the CPU; start without torchrun, or leave it out"
-        )
     if ranks.count > 1 and recipe.tune is not None:
         raise UsageError("recipe: tune runs in one process; start without torchrun, or leave the table tune out")
     for rank, other in enumerate(ranks.gather(found)):

@@ -86,9 +86,9 @@ def to_bytes(value: Any) -> bytes:
     return content
 
 
-def from_bytes(content: bytes) -> Any:
-    """Return the value that `to_bytes` was given."""
-    tensors = load(content)
+def from_bytes(content: bytes, device: torch.device | str = "cpu") -> Any:
+    """Return the value that `to_bytes` was given, with its tensors on a device."""
+    tensors = {name: x.to(device) for name, x in load(content).items()}
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return unflatten(json.loads(header["__metadata__"]["stored"]), [tensors[str(i)] for i in range(len(tensors))])
 

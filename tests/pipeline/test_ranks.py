@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quantize.calibration.statistics import Rows
-from quantize.pipeline.distributed import SingleProcess, merged, moved, select_backend
+from quantize.errors import UsageError
+from quantize.pipeline.distributed import SingleProcess, device_of_rank, merged
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def together(tmp_path, torchrun):
     def run(body, count=2):
         script = tmp_path / "script.py"
         lines = "import sys, torch\nfrom quantize.pipeline.distributed import init_distributed, merged\n"
-        lines += "with init_distributed() as ranks:\n"
+        lines += "with init_distributed() as (ranks, _):\n"
         script.write_text(lines + textwrap.indent(textwrap.dedent(body), "    "))
         return torchrun(script, count=count)
 
@@ -109,6 +110,7 @@ def test_merged_statistics_are_those_of_all_data(together):
     done = together(
         """
         from quantize.calibration.statistics import Rows
+from quantize.errors import UsageError
         X = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
         mine = Rows()
         mine.update(X[1000 * ranks.rank :][: 1000 + 1000 * ranks.rank])
@@ -127,17 +129,11 @@ def test_one_process_shares_with_nobody():
     assert merged({"w": Rows()}, Rows, ranks) == {"w": Rows()}
 
 
-@pytest.mark.parametrize(
-    ("gpus", "backend", "device"), [(0, "gloo", "cpu"), (1, "gloo", "cpu"), (2, "cpu:gloo,cuda:nccl", "cuda:1")]
-)
-def test_products_are_taken_on_gpus_where_each_rank_has_one(monkeypatch, gpus, backend, device):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert select_backend(1, 2) == (backend, torch.device(device))
-
-
-def test_what_stands_on_both_sides_is_moved_once():
-    x, other = torch.zeros(3, 2), torch.zeros(3, 2)
-    lefts, right = moved([x, other], x, torch.device("meta"))
-    assert lefts[0] is right
-    assert lefts[1] is not right
-    assert {tensor.device.type for tensor in (*lefts, right)} == {"meta"}
+def test_each_rank_has_a_card_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of_rank(torch.device("cuda"), 1, 2) == torch.device("cuda:1")
+    assert device_of_rank(torch.device("cpu"), 1, 3) == torch.device("cpu")
+    with pytest.raises(UsageError, match="--device cuda: 3 ranks need a card each, and there are 2; start fewer"):
+        device_of_rank(torch.device("cuda"), 1, 3)
+    with pytest.raises(UsageError, match="--device cuda:1: 2 ranks need a card each; give --device cuda"):
+        device_of_rank(torch.device("cuda:1"), 1, 2)
