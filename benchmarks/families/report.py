@@ -36,7 +36,7 @@ COLUMNS = ("family", "quantized", "W4A8", "W4A4", "load", "generate", "verify", 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the file: a table for each kind, and below it the sentences that stand in place of figures."""
-    parts = [HEAD.format(count=len(rows), rows=ROWS, tokens=TOKENS, verdict=verdict(rows))]
+    parts = [HEAD.format(count=len(rows), rows=ROWS, tokens=TOKENS, verdict=f"{verdict(rows)}{not_measured(rows)}")]
     for kind, found in groupby(rows, lambda row: FAMILIES[row["family"]].kind):
         notes: dict[str, int] = {}
         lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
@@ -44,6 +44,12 @@ def markdown(rows: Sequence[Row]) -> str:
         parts += [f"## {kind}\n", *lines, "", *(f"{number}. {note}" for note, number in notes.items())]
         parts += [""] * bool(notes)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def not_measured(rows: Sequence[Row]) -> str:
+    """Return a paragraph that names what the command measures and has not measured yet, or nothing."""
+    names = [name for name in FAMILIES if name not in {row["family"] for row in rows}]
+    return f"\n\nThe command has not come yet to {len(names)}: {'; '.join(names)}." if names else ""
 
 
 def verdict(rows: Sequence[Row]) -> str:

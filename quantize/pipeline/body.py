@@ -17,6 +17,7 @@ from quantize.graph.program import MOVES, Program
 from quantize.graph.rules.table import name_of
 
 NO_LINEAR = "no weight of a linear"
+TABLE = "a table of rows that are looked up"
 NOT_FOUND = "only plain linears are found in a model that cannot be exported"
 TURNS = {"t", "numpy_T", "permute", "unsqueeze", "squeeze", "to", "_to_copy"}  # of a parameter as a whole
 ENOUGH = 0.8  # the share of the body below which a run warns
@@ -35,7 +36,8 @@ def reasons_in_float(program: Program) -> dict[str, str]:
             tied = next((other for other in program.ties.get(name, ()) if reading.get(other)), None)
             found[name] = f"a pass with {given} alone does not reach it"
             found[name] = f"a copy of {tied}, to which it is tied" if tied else found[name]
-            found[name] = NOT_FOUND if program.export_error else found[name]
+            if program.export_error:
+                found[name] = TABLE if name in program.embeddings else NOT_FOUND
         elif program.not_replaceable.get(name, STACK) != STACK:
             found[name] = program.not_replaceable[name]
         elif sum(size > 1 for size in node.meta["val"].shape) < 2:

@@ -53,5 +53,6 @@ def test_the_table_counts_what_is_wrong():
     text = markdown([fine, worse, crash])
     assert "Cells that crashed instead of saying why not: 1. Defaults more than 1.1 times as far" in text
     assert "which tables in 8 bits make alone: 1 of 2." in text
+    assert f"The command has not come yet to {len(FAMILIES) - 3}: qwen3; mistral; " in text
     assert "| qwen2 | 99.0% | 0.200 → 0.300 |  | yes |  |  | (1) |  | 2 |" in text
     assert "\n1. it is refused\n" in text

@@ -323,7 +323,9 @@ def test_a_weight_that_is_asked_for_its_dtype_alone_is_quantized(small_run, slic
 
 
 def test_tables_of_words_are_outside_of_the_body(small_run, module):
-    body = small_run(module(), "W8A8", recipe=RTN).manifest["body"]
+    manifest = small_run(module(), "W8A8", recipe=RTN).manifest
+    body = manifest["body"]
+    assert manifest["coverage"]["places.weight"] == "a table of rows that are looked up"
     words = 2 * 512 * 16  # the table and the linear that scores the vocabulary
     assert body["parameters"] == sum(p.numel() for p in module().parameters()) - words
     assert body["quantized"] == 4 * 48 * 16

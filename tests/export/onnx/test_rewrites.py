@@ -65,6 +65,8 @@ def test_a_pass_leaves_the_function(llama, passes, expected, tmp_path):
     assert relative_output_error(outputs(model, feeds, tmp_path), before) < 1e-6
     found = kinds(model)
     assert {name: found[name] for name in expected} == expected
+    values = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    assert all(reader.graph is not None for value in values for reader in value.consumers())
 
 
 def test_all_passes_together(llama, tmp_path):

@@ -29,17 +29,25 @@ def flatten(graph: onnx_ir.Graph, node: onnx_ir.Node) -> bool:
     operands = [flat(graph, value) for value in node.inputs[:3]]
     output = joined(node.outputs[0])
     found = [operand for operand in operands if operand is not None]
+    nodes = [step for _, steps in found for step in steps]
     if output is None or len(found) < len(operands):
+        for step in nodes:
+            forget(step)
         return False
     query, key = (int(value.shape[1]) for value in node.inputs[:2])
     attributes = {name: held.value for name, held in node.attributes.items()}
     attributes |= {"q_num_heads": query, "kv_num_heads": key}
     inputs = [*(value for value, _ in found), *node.inputs[3:]]
     attention = onnx_ir.node("Attention", inputs, attributes, num_outputs=len(node.outputs))
-    nodes = [step for _, steps in found for step in steps]
     made = zip([output, *node.outputs[1:]], attention.outputs, strict=True)
     replace(graph, node, [*nodes, attention], dict(made))
     return True
+
+
+def forget(node: onnx_ir.Node) -> None:
+    """Let a new node that is not needed read nothing, as its operands count their readers."""
+    for place in range(len(node.inputs)):
+        node.replace_input_with(place, None)
 
 
 def flat(graph: onnx_ir.Graph, value: onnx_ir.Value) -> Steps | None:
