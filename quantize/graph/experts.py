@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from quantize.graph.labels import shape_of
 from quantize.graph.linears import Linear
@@ -142,3 +142,9 @@ def gathered_bias(node: fx.Node) -> bool:
     """Return whether a value holds for each row the bias of its expert: a row of a placeholder, taken by a number."""
     source = node.args[0] if node.op == "call_function" and name_of(node) == "index" else None
     return isinstance(source, fx.Node) and source.op == "placeholder" and len(node.args[1]) == 1  # type: ignore[arg-type]
+
+
+def expert_rows(offs: Tensor) -> list[tuple[int, slice]]:
+    """Return each expert that has rows with its rows, which end at `offs` [experts]."""
+    ends = [0, *map(int, offs.cpu().tolist())]
+    return [(e, slice(*ends[e : e + 2])) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]

@@ -19,6 +19,7 @@ from torch._dynamo.exc import UserError, UserErrorType
 
 from quantize.checkpoint.meta_model import ties_of
 from quantize.errors import ExportError
+from quantize.graph.expert_products import write_as_stacks
 from quantize.graph.inputs import Input, example_inputs
 from quantize.graph.linears import find_linear
 from quantize.graph.products import write_as_linears
@@ -191,6 +192,7 @@ def from_exported(
     name_device(module, torch.device("cpu"))
     count_in_floats(module)
     write_as_linears(module, {n for n in module.graph.nodes if n.name in signature.inputs_to_parameters})
+    write_as_stacks(module, [n for n in module.graph.nodes if n.name in signature.inputs_to_parameters])
     by_name = {n.name: n for n in module.graph.nodes if n.op == "placeholder"}
     parameters = {by_name[p]: name for p, name in signature.inputs_to_parameters.items()}
     read = {name for node, name in parameters.items() if node.users}

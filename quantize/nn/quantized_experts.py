@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantize.formats.qtensor import QTensor
+from quantize.graph.experts import expert_rows
+from quantize.graph.stack_stand_in import Stack
 from quantize.nn.cpu_engine import runs_fake_quant
 from quantize.nn.gpu_dispatch import (
     gpu_expert_linear,
@@ -18,7 +20,6 @@ from quantize.nn.gpu_dispatch import (
 )
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.nn.quantized_weight import QuantizedWeight
-from quantize.nn.stack_stand_in import Stack
 from quantize.scheme.scheme import Scheme
 from quantize.transforms.online import Online
 
@@ -138,6 +139,11 @@ class QuantizedExperts(QuantizedWeight, Stack):
             y: Tensor = expert(x)
             return y
 
+    def weights(self) -> Tensor:
+        """Return the weights of all experts in floating point, [count, N, K]."""
+        W: Tensor = self.qtensor().dequantize().unflatten(0, (self.count, -1))
+        return W
+
     def _has_kernel(self, x: Tensor) -> bool:
         """Return whether one launch multiplies the rows of all experts."""
         args = self.scheme.activations
@@ -166,12 +172,6 @@ def by_expert(x: Tensor, offs: Tensor | None, product: Callable[[int, Tensor], T
     found = [product(e, x[rows]) for e, rows in expert_rows(offs)]
     done = sum(map(len, found))
     return torch.cat([*found, x.new_zeros(len(x) - done, out_features)])
-
-
-def expert_rows(offs: Tensor) -> list[tuple[int, slice]]:
-    """Return each expert that has rows with its rows, which end at `offs` [experts]."""
-    ends = [0, *map(int, offs.cpu().tolist())]
-    return [(e, slice(*ends[e : e + 2])) for e in range(len(ends) - 1) if ends[e] < ends[e + 1]]
 
 
 def quantized_product(

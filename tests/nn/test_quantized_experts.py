@@ -6,9 +6,9 @@ import transformers.integrations.moe  # noqa: F401  (registers its product)
 from torch.nn import functional
 
 from quantize.formats.qtensor import QTensor
+from quantize.graph.stack_stand_in import Stack
 from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.nn.stack_stand_in import Stack
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
 from quantize.transforms.online import hadamard

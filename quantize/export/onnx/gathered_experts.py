@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from quantize.errors import QuantizeError
 from quantize.export.comparison import Module, copy_with_replaced_linears
-from quantize.formats.qtensor import QTensor
+from quantize.graph.stack_stand_in import Stack
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
-from quantize.nn.stack_stand_in import Stack
 
 
 class GatheredExperts(nn.Module, Stack):
@@ -73,7 +72,7 @@ class GatheredExperts(nn.Module, Stack):
         y: Tensor = self.products[number](x)
         return y
 
-    def qtensor(self) -> QTensor:
+    def weights(self) -> Tensor:
         """Refuse, as no operator in an ONNX graph takes all weights."""
         raise QuantizeError("the model computes with experts in a way that ONNX has no product for; use quantize.load")
 

@@ -16,6 +16,7 @@ from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import QuantizeError
 from quantize.graph.export import quiet
 from quantize.graph.failure import why_model_fails
+from quantize.graph.fallback.stacks import WatchedStack, candidates, standing_in
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ class FloatModel:
         """The model itself; it may change its own weights as it runs, but not those of a module in memory."""
         model = self.checkpoint.load()
         return model if self.checkpoint.module is None else copy.deepcopy(model)
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, bool]:
+        """Parameters that the model reads by the products of their experts alone → whether they are [experts, K, N].
+
+        Products tell which axis counts the inputs; stacks that no example reaches are none.
+        """
+        found = dict[str, bool]()
+        if self.checkpoint.is_config_alone or not candidates(self.checkpoint.skeleton()):
+            return found
+        given = {k: x.clone() if not x.is_meta else torch.zeros_like(x, device="cpu") for k, x in self.examples.items()}
+        for transposed in (False, True):
+            rest = {n: p for n, p in candidates(self.module).items() if n not in found}
+            watched = {name: WatchedStack(p, transposed) for name, p in rest.items()}
+            with contextlib.suppress(QuantizeError), standing_in(self.module, watched):
+                self.run(given, {})
+                found |= {name: transposed for name, x in watched.items() if any(x.rows) and not x.read}
+        return {name: found[name] for name in candidates(self.module) if name in found}
 
     @torch.no_grad()
     def run(self, given: Mapping[str, Tensor], notes: Mapping[str, Callable[[Tensor], None]]) -> None:
@@ -66,12 +85,18 @@ def noted(note: Callable[[Tensor], None], module: nn.Module, args: tuple[Any, ..
 def linear_inputs(model: FloatModel, paths: tuple[str, ...], /, **given: Tensor) -> tuple[Tensor, ...]:
     """Return what reaches some linears in one run of the model, float32 [rows, K] each.
 
-    A linear that runs several times has the rows of all times; one that does not run has no rows.
+    A linear that runs several times has the rows of all times; one that does not run has no rows. Experts have theirs
+    sorted by expert, and behind them comes where those of each end, int64 [experts].
     """
-    sizes = [int(model.module.get_submodule(path).in_features) for path in paths]  # type: ignore[arg-type]
-    seen = [LinearInputRows([torch.empty(0, size)]) for size in sizes]
-    model.run(given, {path: rows.add for path, rows in zip(paths, seen, strict=True)})
-    return tuple(torch.cat(rows.parts) for rows in seen)
+    linears = [path for path in paths if path not in model.stacks]
+    sizes = {path: int(model.module.get_submodule(path).in_features) for path in linears}  # type: ignore[arg-type]
+    seen = {path: LinearInputRows([torch.empty(0, size)]) for path, size in sizes.items()}
+    parameters = {path: model.module.get_parameter(path) for path in paths if path not in seen}
+    stacks = {path: WatchedStack(p, model.stacks[path]) for path, p in parameters.items()}
+    with standing_in(model.module, stacks):
+        model.run(given, {path: rows.add for path, rows in seen.items()})
+    found = {path: (torch.cat(rows.parts),) for path, rows in seen.items()}
+    return tuple(x for path in paths for x in (found[path] if path in found else stacks[path].sorted_rows()))
 
 
 @dataclass(frozen=True)

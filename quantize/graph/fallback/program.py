@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import ExportError, log_own_words
 from quantize.graph import export
+from quantize.graph.expert_products import grouped_mm
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.fallback.probe import bounds, idle_without, vocabulary, weights_read
 from quantize.graph.inputs import BATCH, Input, example_inputs
@@ -27,12 +28,12 @@ from quantize.graph.other_sizes import check_length
 from quantize.graph.program import Program, Segment, is_media
 
 KEPT_ROWS = 32  # rows of each linear's output to compare; all rows of all linears would not fit into memory
-Linears = list[tuple[str, nn.Linear]]
+Modules = dict[str, nn.Linear | bool]  # linears by path, and stacks by name with whether they are [experts, K, N]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearsOnlyProgram(Program):
-    """A program of linears alone.
+    """A program of linears and experts alone.
 
     Attributes:
         model: the float model that gives the linears their inputs.
@@ -114,7 +115,7 @@ def unexported_program(
     inputs = example_inputs(skeleton) if inputs is None else inputs
     examples = {k: found.example if found.sample is None else found.sample for k, found in inputs.items()}
     model = FloatModel(checkpoint, examples, export.forward_switches(skeleton))
-    graph, linears = fx.Graph(), plain_linears(skeleton)
+    graph, linears = fx.Graph(), in_order(skeleton, model.stacks)
     source = graph.placeholder("model")
     places = {name: graph.placeholder(f"input_{name}") for name in examples}
     weights = {name: parameter_node(graph, p) for name, p in skeleton.named_parameters()}
@@ -141,10 +142,20 @@ def segment(name: str, nodes: list[fx.Node], weights: dict[str, fx.Node]) -> Seg
     return Segment(name, tuple(nodes), export.read_by(nodes, {node: name for name, node in weights.items()}))
 
 
-def blocks_of(linears: dict[str, nn.Linear]) -> list[tuple[str, Linears]]:
+def in_order(skeleton: nn.Module, stacks: Mapping[str, bool]) -> Modules:
+    """Return the linears of a model and its stacks of experts, in the order in which modules are registered."""
+    linears, found = plain_linears(skeleton), Modules()
+    for path, module in skeleton.named_modules():
+        found |= {path: linears[path]} if path in linears else {}
+        names = (f"{path}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False))
+        found |= {name: stacks[name] for name in names if name in stacks}
+    return found
+
+
+def blocks_of(linears: Modules) -> list[tuple[str, Modules]]:
     """Return the linears by the block in which they lie."""
     runs = itertools.groupby(linears.items(), lambda item: export.block_at(item[0]))
-    return [(name, list(run)) for name, run in runs]
+    return [(name, dict(run)) for name, run in runs]
 
 
 def parameter_node(graph: fx.Graph, parameter: nn.Parameter) -> fx.Node:
@@ -155,23 +166,34 @@ def parameter_node(graph: fx.Graph, parameter: nn.Parameter) -> fx.Node:
 
 
 def add_block(
-    graph: fx.Graph, source: fx.Node, inputs: dict[str, fx.Node], weights: dict[str, fx.Node], linears: Linears
+    graph: fx.Graph, source: fx.Node, inputs: dict[str, fx.Node], weights: dict[str, fx.Node], linears: Modules
 ) -> list[fx.Node]:
     """Add the nodes of one block: all inputs in one run of the model, then each linear and its output's last rows."""
-    given = graph.call_function(linear_inputs, (source, tuple(path for path, _ in linears)), dict(inputs))
+    given = graph.call_function(linear_inputs, (source, tuple(linears)), dict(inputs))
     given.meta["nn_module_stack"] = {"": ("what could not be exported", nn.Module)}
-    nodes = [given]
-    for number, (path, linear) in enumerate(linears):
-        operands = [weights[name] for name in (f"{path}.weight", f"{path}.bias") if name in weights]
-        x = shaped(graph, operator.getitem, (given, number), linear.in_features)
-        y = shaped(graph, LINEAR, (x, *operands), linear.out_features)
-        last = shaped(graph, torch.ops.aten.slice.Tensor, (y, 0, -KEPT_ROWS), linear.out_features)
-        nodes += [x, y, last, shaped(graph, torch.ops.aten.clone.default, (last,), linear.out_features)]
+    nodes, numbers = [given], itertools.count()
+
+    def taken(number: int, *shape: int) -> fx.Node:
+        return shaped(graph, operator.getitem, (given, number), *shape)
+
+    for path, linear in linears.items():
+        if isinstance(linear, nn.Linear):
+            operands = [weights[name] for name in (f"{path}.weight", f"{path}.bias") if name in weights]
+            x, N = taken(next(numbers), BATCH, linear.in_features), linear.out_features
+            products = [x, shaped(graph, LINEAR, (x, *operands), BATCH, N)]
+        else:
+            E, *sizes = weights[path].meta["val"].shape
+            K, N = sizes if linear else reversed(sizes)
+            x, ends = taken(next(numbers), BATCH, K), taken(next(numbers), E)
+            W = [] if linear else [shaped(graph, torch.ops.aten.transpose.int, (weights[path], 1, 2), E, K, N)]
+            products = [x, ends, *W, shaped(graph, grouped_mm, (x, (W or [weights[path]])[0], ends), BATCH, N)]
+        last = shaped(graph, torch.ops.aten.slice.Tensor, (products[-1], 0, -KEPT_ROWS), BATCH, N)
+        nodes += [*products, last, shaped(graph, torch.ops.aten.clone.default, (last,), BATCH, N)]
     return nodes
 
 
-def shaped(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], columns: int) -> fx.Node:
-    """Give a node a value of the shape [rows, columns]."""
+def shaped(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], *shape: int) -> fx.Node:
+    """Give a node a value of a shape."""
     node = graph.call_function(target, args)
-    node.meta["val"] = torch.empty(BATCH, columns, device="meta")
+    node.meta["val"] = torch.empty(*shape, device="meta")
     return node

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantize.graph.experts import expert_rows
 from quantize.graph.interpreter import Values
 from quantize.graph.linears import Linear
 from quantize.graph.program import Program
-from quantize.nn.quantized_experts import expert_rows
 from quantize.transforms.online import InputTransform
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.runner import SequentialRunner
+from quantize.graph.experts import expert_rows
 from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.mixtures import Mixture, find_mixtures
 from quantize.graph.program import Segment
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.nn.quantized_experts import expert_rows
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.held_out_runs import HeldOutRuns
 from quantize.pipeline.prepare import Prepared

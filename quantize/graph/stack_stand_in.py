@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quantize.formats.qtensor import QTensor
+from quantize.graph.einsum import expert_product, parse
 
 Index = int | Tensor | None
 
@@ -37,8 +37,8 @@ class Experts(Protocol):
     def expert_product(self, number: int, x: Tensor) -> Tensor:
         """Multiply the rows of one expert."""
 
-    def qtensor(self) -> QTensor:
-        """Return the weights of all experts."""
+    def weights(self) -> Tensor:
+        """Return the weights of all experts in floating point, [count, N, K]."""
 
 
 class Stack:
@@ -93,10 +93,10 @@ class Stack:
 
     def __getitem__(self, index: Any) -> Any:
         """Return the weights of one expert, or for each of several rows those of its expert."""
-        whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64) and index.dim() < 2
+        whole = isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64)
         if self.index is not None or not (whole or isinstance(index, int)):
             return self.dequantize()[index]
-        if isinstance(index, Tensor) and index.dim() == 1:
+        if isinstance(index, Tensor) and index.dim():
             return StackView(self.experts, index, self.transposed)
         if not -len(self) <= int(index) < len(self):
             raise IndexError(f"expert {int(index)} of {len(self)}")
@@ -120,13 +120,19 @@ class Stack:
 
     T = property(t)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what a tensor of the weights in floating point has, such as its mean."""
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        return getattr(self.dequantize(), name)
+
     def contiguous(self) -> Self:
         """Return itself."""
         return self
 
     def dequantize(self) -> Tensor:
         """Return the weights in floating point, as the tensor would hold them."""
-        W: Tensor = self.experts.qtensor().dequantize().to(self.dtype).unflatten(0, (self.experts.count, -1))
+        W = self.experts.weights().to(self.dtype)
         W = W if self.index is None else W[self.index]
         return W.mT if self.transposed else W
 
@@ -134,11 +140,16 @@ class Stack:
         """Return x Wᵀ for the weights W [..., N, K] and x [..., K] as a batched product takes it; None if not known."""
         if isinstance(self.index, int):
             return self.experts.expert_product(self.index, x)
-        if x.dim() != 3 or len(x) != self.shape[0]:
+        if x.dim() == 3 and self.ndim == 3 and len(x) == self.shape[0]:
+            return self.experts(x) if self.index is None else self.experts.by_row(x, self.index)
+        leading, given = self.shape[:-2], x.shape[:-2]
+        if x.dim() < 2 or len(given) > len(leading) or torch.broadcast_shapes(given, leading) != leading:
             return None
+        x = x.expand(*leading, *x.shape[-2:])
         if self.index is None:
             return self.experts(x)
-        return self.experts.by_row(x, self.index)
+        y: Tensor = self.experts.by_row(x.flatten(0, -3), self.index.flatten()).unflatten(0, leading)
+        return y
 
     @classmethod
     def __torch_function__(
@@ -189,9 +200,35 @@ def grouped(x: Any, weight: Any, offs: Tensor | None = None, bias: Any = None, o
     return y if out_dtype is None or y is None else y.to(out_dtype)
 
 
+def einsum(equation: Any, *operands: Any) -> Tensor | None:
+    """Compute `torch.einsum` of rows with the weights of all experts, or of some by row."""
+    given: tuple[Any, ...] = tuple(operands[0]) if len(operands) == 1 else operands
+    named = parse(equation) if isinstance(equation, str) and len(given) == 2 else None
+    stacks = [n for n, x in enumerate(given) if isinstance(x, Stack) and not isinstance(x.index, int)]
+    if named is None or len(stacks) != 1:
+        return None
+    weight, x = given[stacks[0]], given[1 - stacks[0]]
+    rows = named[1 - stacks[0]]
+    found = expert_product(rows, named[stacks[0]], named[2])
+    if found is None or found.transposed != weight.transposed or not isinstance(x, Tensor):
+        return None
+    x = x.permute([rows.index(letter) for letter in found.present + found.free + found.columns])
+    for place, letter in enumerate(found.batch):
+        x = x if letter in rows else x.unsqueeze(place)
+    sizes, count = x.shape[len(found.batch) : -1], len(found.batch)
+    y: Tensor | None = weight.matmul(x.reshape(*x.shape[:count], -1, x.shape[-1]))
+    axes = found.batch + found.free + found.outputs
+    if y is None:
+        return None
+    y = y.reshape(*y.shape[:count], *sizes, y.shape[-1])
+    return y.permute([axes.index(letter) for letter in found.out])
+
+
 PRODUCTS: dict[str, Callable[..., Tensor | None]] = {
     "linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    "einsum": einsum,
+    "index_select": lambda x, axis, index: x[index] if isinstance(x, Stack) and axis == 0 else None,
     "__rmatmul__": lambda x, y: matmul(y, x),
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), grouped),
 }
