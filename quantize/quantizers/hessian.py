@@ -41,10 +41,10 @@ def factor(H: Tensor, damp: float) -> Tensor:
         d [K] > 0.
 
     Raises:
-        QuantizeError: a damping of a hundred times the mean diagonal is not enough.
+        QuantizeError: a damping of a hundred times the mean diagonal, or of `damp` if that is more, is not enough.
     """
-    diagonal = H.diagonal().clone()
-    while damp <= 100:
+    diagonal, most = H.diagonal().clone(), max(100, damp)
+    while damp <= most:
         H.diagonal().copy_(diagonal + damp * diagonal.mean())
         d = factor_damped(H)
         if d is not None:

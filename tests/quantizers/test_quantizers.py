@@ -70,6 +70,18 @@ def test_gptq_halves_the_held_out_error_of_rtn(args):
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptaq"])
+def test_a_row_is_enough_for_any_number_of_columns(name):
+    """The damping for so few rows is over a hundred times the mean diagonal from the start."""
+    generator = torch.Generator().manual_seed(0)
+    W, X, gram = torch.randn(4, 256, generator=generator), torch.randn(1, 256, generator=generator), Gram()
+    gram.update(X, X)
+    args = WeightArgs(num_bits=4)
+    found = QUANTIZERS[name]().quantize(W, args, gram, torch.float32).dequantize()
+    plain = QUANTIZERS["rtn"]().quantize(W, args, None, torch.float32).dequantize()
+    assert float((found - W).norm()) < 1.1 * float((plain - W).norm())
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptaq"])
 def test_fewer_rows_than_columns_lose_no_more_than_rtn(name):
     """As behind a pooling: 48 rows of 64 columns say nothing of a quarter of all directions."""
     W, X = weights(), torch.randn(1088, 64, generator=torch.Generator().manual_seed(0))
