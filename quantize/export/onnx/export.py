@@ -108,7 +108,7 @@ def export_onnx(
     if not differences["emulation"] <= allowed:  # NaN is caught too
         raise QuantizeError(
             f"ONNX Runtime differs from torch by {differences['emulation']:.2g} of the output, and rounding "
-            f"explains at most {allowed:.2g}; do not use {output_dir}, and report the model and the recipe"
+            f"explains at most {allowed:.2g}; run the artifact with quantize.load, and report the model and the recipe"
         )
     return differences
 
