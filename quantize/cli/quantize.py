@@ -161,6 +161,8 @@ def quantize(
         model = on_hub(model, revision)
     if format is not None and not model_free:
         raise UsageError(f"--format {format} is for --model-free; leave it out, and export the artifact to that format")
+    if force and not resume:
+        raise UsageError("--force is for --resume; leave it out, or give --resume as well")
     check_low_disk(model, low_disk)
     output = None if dry_run else output_dir
     check_run(model, calibration, output, resume)

@@ -76,6 +76,7 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
             [one_layer, "-o", exported, "--scheme", "w8a8", "--resume"],
             "exported is finished, so there is nothing to go",
         ),
+        ([one_layer, "-o", "new", "--scheme", "w8a8", "--force"], "--force is for --resume; leave it out, or"),
         ([one_layer, "-o", "new", "--recipe", text], "some.txt is no TOML: "),
         (
             [one_layer, "-o", "new", "--recipe", misplaced],
