@@ -67,8 +67,8 @@ def onnx_parity(
     outputs = [[interface.run_files(sessions, feed) for feed in pair] for pair in pairs]
     if any(np.array_equal(first[0], second[0]) for first, second in outputs):
         raise QuantizeError(
-            "the ONNX file gives the same output for different inputs; run the artifact with quantize.load, and report the "
-            "model and the recipe"
+            "the ONNX file gives the same output for different inputs; run the artifact with quantize.load, and report "
+            "the model and the recipe"
         )
     feeds = [feed for pair in pairs for feed in pair]
     found = [run for pair in outputs for run in pair]
