@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
+from typing import Any, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 from quantize.calibration.halving import Shapes, halved, halved_shapes, len_of
 from quantize.calibration.spill import ActivationCache
 from quantize.calibration.statistics import Statistic
+from quantize.graph.experts import expert_rows
 from quantize.graph.interpreter import Overrides, Values, run_nodes, start, value_of
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program, Segment
@@ -25,6 +27,21 @@ from quantize.graph.program import Program, Segment
 SMALL_ACTIVATION_BYTES = (
     1 << 25
 )  # bytes of activations up to which an unpacked weight is larger than all that lies between two linears
+
+
+class InTurns(Protocol):
+    """Experts that are not in memory, whose weights are read when their turn comes."""
+
+    count: int
+    out_features: int
+
+    def turn(self, number: int, dtype: torch.dtype) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """Hold one expert's weights, which maps rows [..., K] to [..., N]; a quantized one multiplies in `dtype`."""
+
+
+def takes_turns(module: Any) -> TypeGuard[InTurns]:
+    """Return whether what runs in the place of a linear is experts that are not in memory."""
+    return hasattr(module, "turn")
 
 
 class SequentialRunner:
@@ -54,25 +71,51 @@ class SequentialRunner:
         return start(self.program, named)
 
     @classmethod
-    def of(cls, program: Program, values: Iterable[Values]) -> Self:
+    def of(cls, program: Program, values: Iterable[Values], scratch: Path | None = None) -> Self:
         """Return a runner that starts from given values."""
         runner = cls(program, [])
-        runner.values = ActivationCache(values, None)
+        runner.values = ActivationCache(values, scratch)
         return runner
 
     def run(self, nodes: Iterable[fx.Node], state: Overrides) -> None:
         """Advance every batch over some nodes."""
-        whole, few = tuple(nodes), self.values.file is None and self.values.in_memory() <= SMALL_ACTIVATION_BYTES
-        for part in self._parts(whole, state) if few else [whole]:
+        for part in self._parts(tuple(nodes), state):
+            if takes_turns(experts := state.linears.get(part[0])):
+                self._run_in_turns(part[0], experts, state)
+                continue
             with unpacked((state.linears[node] for node in part if node in state.linears), state.product_dtype):
                 for number, values in enumerate(self.values):
                     run_nodes(self.program, part, values, state)
                     self.values[number] = values
 
     def _parts(self, nodes: Sequence[fx.Node], state: Overrides) -> Iterator[Sequence[fx.Node]]:
-        """Cut the nodes behind each linear that is replaced, so that only one weight is unpacked at a time."""
-        cuts = [0, *(n for n, node in enumerate(nodes, 1) if node in state.linears), len(nodes)]
-        return (nodes[first:last] for first, last in itertools.pairwise(cuts))
+        """Cut the nodes around experts that take turns.
+
+        Where activations are few, cut behind each other linear that is replaced, too, so that only one weight is
+        unpacked at a time.
+        """
+        few = self.values.file is None and self.values.in_memory() <= SMALL_ACTIVATION_BYTES
+        cuts = {0, len(nodes)}
+        for n, node in enumerate(nodes):
+            alone = takes_turns(state.linears.get(node))
+            cuts |= ({n} if alone else set()) | ({n + 1} if alone or (few and node in state.linears) else set())
+        return (nodes[first:last] for first, last in itertools.pairwise(sorted(cuts)))
+
+    def _run_in_turns(self, node: fx.Node, experts: InTurns, state: Overrides) -> None:
+        """Multiply the rows of all batches by one expert after the other, so that each is read once."""
+        source, *offsets = self.program.operands(node)
+        rows: list[dict[int, slice]] = []
+        for number, values in enumerate(self.values):
+            x, *ends = (value_of(self.program, n, values, state) for n in (source, *offsets))
+            rows.append(dict(expert_rows(ends[0])) if ends else {e: slice(e, e + 1) for e in range(experts.count)})
+            self.values.reserve(number, node, (*x.shape[:-1], experts.out_features), x)
+        for expert in sorted({expert for of_batch in rows for expert in of_batch}):
+            with torch.no_grad(), experts.turn(expert, state.product_dtype) as product:
+                for number, place in ((n, of_batch[expert]) for n, of_batch in enumerate(rows) if expert in of_batch):
+                    x = value_of(self.program, source, self.values[number], state)
+                    self.values.put(number, node, place.start, product(x[place]))
+        for number in range(len(rows)):
+            self.values.drop(number, self.program.last_used_by.get(node, ()))
 
     @property
     def halves(self) -> bool:

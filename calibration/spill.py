@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from quantize.errors import QuantizeError
 from quantize.graph.interpreter import Values
@@ -66,6 +68,39 @@ class ActivationCache(Sequence[Values]):
         else:
             self.held[index] = self._spilled(values, new=index == 0)
 
+    def reserve(self, index: int, node: fx.Node, shape: tuple[int, ...], like: Tensor) -> None:
+        """Make room for one more value of a batch, zeros [...] of the dtype and on the device of another tensor.
+
+        Raises:
+            QuantizeError: the disk is full.
+        """
+        room = self.on_device if like.device.type != "cpu" else IN_MEMORY
+        more = math.prod(shape) * like.element_size()
+        if self.directory is None or room is None or self.in_memory() + more <= room:
+            self.held[index][node] = like.new_zeros(shape)
+            return
+        with writing():
+            self.file = self.file or SpillFile(self.directory)
+            self.held[index][node] = SpilledTensor(shape, like.dtype, like.device, self.file)
+
+    def put(self, index: int, node: fx.Node, first: int, rows: Tensor) -> None:
+        """Write rows [n, ...] of a value that `reserve` made room for, from row `first` on.
+
+        Raises:
+            QuantizeError: the disk is full.
+        """
+        held = self.held[index][node]
+        if isinstance(held, SpilledTensor):
+            with writing():
+                held.write(rows, first)
+        else:
+            held[first : first + len(rows)] = rows
+
+    def drop(self, index: int, nodes: Iterable[fx.Node]) -> None:
+        """Drop values of a batch."""
+        for node in nodes:
+            self.held[index].pop(node, None)
+
     def in_memory(self) -> int:
         """The number of bytes that are held in memory."""
         return sum(size(x) for held in self.held for x in held.values())
@@ -79,32 +114,54 @@ class ActivationCache(Sequence[Values]):
         Raises:
             QuantizeError: the disk is full.
         """
-        try:
+        with writing():
             if new or self.file is None:
                 self.file = SpillFile(self.directory)
-            large = {n: SpilledTensor(x, self.file) for n, x in values.items() if size(x) > SMALL and x.is_contiguous()}
-        except OSError as error:
-            raise QuantizeError(f"calibration activations cannot be written beside the output ({error})") from error
-        return {**values, **large}
+            large = {n: x for n, x in values.items() if size(x) > SMALL and x.is_contiguous()}
+            return {**values, **{n: SpilledTensor.of(x, self.file) for n, x in large.items()}}
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turn what the disk says into an error of a run."""
+    try:
+        yield
+    except OSError as error:
+        raise QuantizeError(f"calibration activations cannot be written beside the output ({error})") from error
 
 
 class SpillFile:
     """A file without a name, which is closed when the last tensor in it is gone."""
 
     def __init__(self, directory: Path | None) -> None:
-        self.opened = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115
+        self.opened, self.end = tempfile.TemporaryFile(dir=directory, buffering=0), 0  # noqa: SIM115
         weakref.finalize(self, self.opened.close)
 
 
 class SpilledTensor:
-    """A tensor in a file."""
+    """A tensor in a file, of zeros until it is written."""
 
-    def __init__(self, x: Tensor, file: SpillFile) -> None:
-        self.file, self.shape, self.dtype, self.device, self.nbytes = file, x.shape, x.dtype, x.device, x.nbytes
-        self.offset = file.opened.seek(-(-file.opened.tell() // 64) * 64)  # aligned as in memory
-        rest = x.cpu().reshape(-1).view(torch.uint8).numpy().data
-        while len(rest):  # one call writes 2 GiB at most
-            rest = rest[file.opened.write(rest) :]
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, file: SpillFile) -> None:
+        self.file, self.shape, self.dtype, self.device = file, shape, dtype, device
+        self.nbytes = math.prod(shape) * dtype.itemsize
+        self.offset = -(-file.end // 64) * 64  # aligned as in memory
+        file.end = self.offset + self.nbytes
+        file.opened.truncate(file.end)
+
+    @classmethod
+    def of(cls, x: Tensor, file: SpillFile) -> Self:
+        """Write a tensor."""
+        made = cls(tuple(x.shape), x.dtype, x.device, file)
+        made.write(x.reshape(-1))
+        return made
+
+    def write(self, rows: Tensor, first: int = 0) -> None:
+        """Write rows [n, ...] from row `first` on."""
+        raw = rows.cpu().reshape(-1).view(torch.uint8).numpy().data
+        start = self.offset + first * (len(raw) // max(1, len(rows)))
+        while len(raw):  # one call writes 2 GiB at most
+            done = os.pwrite(self.file.opened.fileno(), raw, start)
+            raw, start = raw[done:], start + done
 
     def read(self) -> Tensor:
         """Return the tensor, memory-mapped or moved to where it was; changes to it do not reach the file."""

@@ -30,6 +30,16 @@ def read_expert(checkpoint: Checkpoint, name: str, number: int, count: int) -> T
     return (made[0] if len(made) == 1 else made[number]).float()
 
 
+def reads_alone(checkpoint: Checkpoint, name: str, count: int) -> bool:
+    """Return whether `read_expert` reads one expert of a stack and no other."""
+    if checkpoint.module is not None or checkpoint.is_config_alone:
+        return True
+    source = checkpoint.source_of(name)
+    if source is None or source.converter is None:
+        return source is not None and not checkpoint.is_encoded(name)
+    return part_of(source, 0, count) is not None
+
+
 def part_of(stored: StoredTensor, number: int, count: int) -> StoredTensor | None:
     """Return where one expert lies if each kind of part is there once for each expert; None if not.
 

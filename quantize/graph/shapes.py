@@ -109,7 +109,7 @@ def walk(sizes: ShapeInfo) -> LiveBytes:
         held[node] = {id(node): 8 * math.prod(next(iter(sizes.shapes.values())))}
     for segment in program.segments:
         sources, peak, stop = first_linear_per_input(program, segment), 0, total(held)
-        for node in segment.nodes:
+        for node in (n for n in segment.nodes if n not in program.turned_stacks):
             stop = max(stop, total(held) if node in sources else 0)
             held[node] = sizes.storages(node)
             peak = max(peak, total(held))

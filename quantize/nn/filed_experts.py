@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantize.checkpoint.safetensors_reader import read_rows
@@ -45,6 +48,13 @@ class FiledExperts(QuantizedExperts):
         made = QuantizedLinear(weight, bias, self.scheme, self.online).eval()
         made.engine = self.engine
         return made
+
+    @contextlib.contextmanager
+    def turn(self, number: int, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Hold one expert, which takes its product in `dtype`."""
+        expert = self.expert(number)
+        with expert.unpacked(dtype):
+            yield expert
 
     def _rows(self, number: int, name: str, like: Tensor) -> Tensor:
         return self._read(name, like, number % self.count * self.out_features, self.out_features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_embedding import Lookup
 from quantize.nn.quantized_experts import QuantizedExperts, by_expert, quantized_product
 from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.pipeline.expert_weights import AllWeights, ExpertWeights, FloatExperts
 from quantize.pipeline.streams import Arriving
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
@@ -44,6 +46,7 @@ class Block:
         operators: functions that run in place of other nodes.
         tables: the integers and scales of tables of words, by the name of the parameter, once they are rounded.
         kept: the linears whose weights lay on a grid and were kept, once they are rounded.
+        apart: the weights of experts that are not held, and so not among `weights`.
         device: where the weights are.
     """
 
@@ -57,6 +60,7 @@ class Block:
     operators: Mapping[fx.Node, Callable[..., Any]] = field(default_factory=dict)
     tables: Mapping[str, QTensor] = field(default_factory=dict)
     kept: frozenset[Linear] = frozenset()
+    apart: Mapping[Linear, ExpertWeights] = field(default_factory=dict)
     device: torch.device = torch.device("cpu")  # noqa: RUF009  immutable
 
     @classmethod
@@ -67,15 +71,15 @@ class Block:
         segment: Segment,
         schemes: Mapping[str, Scheme],
         device: torch.device,
-        filed: Mapping[Linear, FiledExperts] | None = None,
+        large: Iterable[Linear] = (),
         given: dict[str, Arriving] | None = None,
     ) -> Block:
-        """Read a block as the float model has it, without weights of experts that were rounded into a file already.
+        """Read a block as the float model has it, but experts that are too `large` to be held.
 
         Args:
             checkpoint, program, segment, device: the model, the block, and where its weights will be.
             schemes: those of the plan, by path.
-            filed: the experts in a file.
+            large: the experts that are not held.
             given: the weights on their way to the device, as they are stored, which are taken out of it; None reads
                 them.
 
@@ -84,17 +88,17 @@ class Block:
         """
         linears = tuple(program.linears(segment))
         chosen = {linear: schemes[linear.path] for linear in linears if linear.path in schemes}
-        filed = filed or {}
-        weights, apart = dict[str, Tensor](), {linear.weight for linear in filed}
+        apart = {linear: ExpertWeights(checkpoint, linear, device) for linear in large}
+        weights, elsewhere = dict[str, Tensor](), {linear.weight for linear in apart}
         dtypes = {name: checkpoint.dtype_of(name) for name in segment.parameters}
-        for name in (name for name in segment.parameters if name not in apart):
+        for name in (name for name in segment.parameters if name not in elsewhere):
             found = checkpoint.float_tensor(name).to(device) if given is None else given.pop(name)()
             weights[name] = found.float()
         plain = {
             linear: InputTransform(activations=chosen[linear].activations if linear in chosen else None)
             for linear in linears
         }
-        return cls(segment, linears, weights, dtypes, chosen, plain, filed, device=device)
+        return cls(segment, linears, weights, dtypes, chosen, plain, apart=apart, device=device)
 
     @property
     def replaced(self) -> set[str]:
@@ -108,7 +112,19 @@ class Block:
 
     def weight(self, linear: Linear) -> Tensor:
         """Return the weight of a linear, float32 [N, K], or of all experts, [experts · N, K]."""
-        return linear.as_out_in(self.weights[linear.weight])
+        return self.apart[linear].whole() if linear in self.apart else linear.as_out_in(self.weights[linear.weight])
+
+    def expert(self, linear: Linear, number: int) -> Tensor:
+        """Return the weight of one expert, float32 [N, K]."""
+        if linear in self.apart:
+            return self.apart[linear].expert(number)
+        W = self.weights[linear.weight][number]
+        return (W.T if linear.transposed else W).contiguous()
+
+    @property
+    def all_weights(self) -> AllWeights:
+        """The weights by name, with those of experts that are not held."""
+        return AllWeights(self.weights, {linear.weight: found for linear, found in self.apart.items()})
 
     def with_stored(self, names: Iterable[str]) -> Block:
         """Return the block with some parameters rounded to the dtypes in which they are stored."""
@@ -129,12 +145,15 @@ class Block:
 
     def with_input_transforms(self, changed: Mapping[Linear, InputTransform]) -> Block:
         """Return the block with new input transforms for some linears; the weights absorb new online transforms."""
-        folded = {}
+        folded, apart = {}, dict(self.apart)
         for linear, found in changed.items():
             done = len(self.input_transforms[linear].online)
+            if linear in apart:
+                apart[linear] = apart[linear].changed(functools.partial(found.fold_into_weight, done=done))
+                continue
             folded[linear.weight] = linear.as_out_in(found.fold_into_weight(self.weight(linear), done))
         transforms = {**self.input_transforms, **changed}
-        return replace(self, weights=self.weights | folded, input_transforms=transforms)
+        return replace(self, weights=self.weights | folded, input_transforms=transforms, apart=apart)
 
     def quantize(self, linear: Linear, weight: QTensor, prefix: PrefixTokens) -> Product:
         """Make a quantized linear of a rounded weight and the input transform; the bias undoes a shift of the input.
@@ -157,10 +176,17 @@ class Block:
             found = self.input_transforms[linear]
             if linear in self.quantized:
                 runs |= dict.fromkeys(linear.calls, self.quantized[linear])
+            elif linear in self.apart:
+                runs |= dict.fromkeys(linear.calls, FloatExperts(self.apart[linear], found, self._rows(linear)))
             elif found.online:
                 W, bias = self.weight(linear), self.weights.get(linear.bias or "")
                 runs |= dict.fromkeys(linear.calls, FloatLinear(found, W, found.bias(W, bias), linear.experts))
         return Overrides(self.weights, runs, self.operators)
+
+    def _rows(self, linear: Linear) -> int:
+        """Return N, the outputs of experts that are not held."""
+        shape = linear.node.meta["val"].shape
+        return int(shape[-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the quantized linears and tables, as they are stored, but for what is in a file."""

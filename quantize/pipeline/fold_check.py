@@ -17,6 +17,7 @@ from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.journal import ROTATIONS
 from quantize.pipeline.rotation_choice import RotationChoice
+from quantize.pipeline.steps.stream_experts import streamed
 from quantize.pipeline.steps.transform import PassRunner
 
 
@@ -80,7 +81,8 @@ def check_folds(prepared: Prepared, context: RunContext) -> LeftOut:
     choice = RotationChoice(program, plan, context.prefix) if any(step.judged for step in plan.steps) else None
     passes = PassRunner(program, plan, context, SequentialRunner(program, []), probes)
     for segment in track(program.segments, "checking folds of", lambda s: s.name, context.console):
-        given = Block.read(prepared.checkpoint, program, segment, plan.schemes, context.device)
+        large = streamed(prepared.checkpoint, program, segment, prepared.plan)
+        given = Block.read(prepared.checkpoint, program, segment, plan.schemes, context.device, large)
         block = passes.apply(given)
         if choice is not None:
             choice.compare(given, block, plain, probes)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from quantize.calibration.logits import Divergence, divergence
 from quantize.calibration.runner import SequentialRunner, unpacked
 from quantize.graph.interpreter import Overrides, Values, run_nodes
+from quantize.graph.linears import Linear
 from quantize.graph.program import Program, Segment
 from quantize.nn.prefix_tokens import PrefixTokens
-from quantize.pipeline.block import Block
+from quantize.pipeline.block import Block, Product
 from quantize.pipeline.held_out import HeldOutRows
 from quantize.pipeline.run_figures import BlockFigures, RunFigures, hidden_state
 from quantize.quantizers.rtn import RoundToNearest
@@ -32,6 +34,7 @@ class HeldOutRuns:
     stands in front of the rows in all three models.
 
     Attributes:
+        scratch: a directory for activations that do not fit into memory.
         scores: `loss` (nats per token) and `kl` (to the float model, nats per token), or `error` (‖y - y'‖ / ‖y'‖) of
             a model without a vocabulary, for `float`, `plain_rounding` and `quantized`; set after the last block.
         rounded_plainly: the paths of linears that lost less on these rows by plain rounding, and so got it.
@@ -43,6 +46,7 @@ class HeldOutRuns:
     program: Program
     given: HeldOutRows
     prefix: PrefixTokens
+    scratch: Path | None = None
     float_model: SequentialRunner = field(init=False)
     plain_rounding: SequentialRunner = field(init=False)
     quantized: SequentialRunner = field(init=False)
@@ -55,7 +59,7 @@ class HeldOutRuns:
     def __post_init__(self) -> None:
         behind = self.prefix.batches(self.given.batches(self.length))
         self.float_model, self.plain_rounding, self.quantized = (
-            SequentialRunner(self.program, behind) for _ in range(3)
+            SequentialRunner(self.program, behind, self.scratch) for _ in range(3)
         )
 
     @property
@@ -138,9 +142,9 @@ def scored_length(vocabulary: int) -> int:
 
 
 def rounded_to_nearest(block: Block) -> Block:
-    """Return a block whose linears are rounded to nearest as they are."""
-    found = {}
-    for linear, scheme in block.schemes.items():
+    """Return a block whose linears, but experts that it does not hold, are rounded to nearest as they are."""
+    found = dict[Linear, Product]()
+    for linear, scheme in ((x, scheme) for x, scheme in block.schemes.items() if x not in block.apart):
         weight = RoundToNearest().quantize(block.weight(linear), scheme.weights, None, block.dtypes[linear.weight])
         found[linear] = block.quantize(linear, weight, PrefixTokens())
     return replace(block, quantized=found)

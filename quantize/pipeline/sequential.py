@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from quantize.pipeline.run_figures import RunFigures
 from quantize.pipeline.serialization import contiguous, lay_out
 from quantize.pipeline.steps.global_statistics import collect_global_statistics
 from quantize.pipeline.steps.round import WeightRounder
-from quantize.pipeline.steps.stream_experts import ExpertStream, streamed
+from quantize.pipeline.steps.stream_experts import ExpertFile, round_plainly, streamed
 from quantize.pipeline.steps.transform import PassRunner, Surveys
 from quantize.pipeline.steps.tune import BlockTuner, block_outputs
 from quantize.pipeline.streams import Arriving, arrived, copies_for
@@ -76,7 +77,8 @@ class SequentialPipeline:
         self.rows = min(self.rows, 1) if context.prefix.tokens else self.rows
         self.copies = copies_for(context.device)
         self.probes = SequentialRunner(self.program, self.prefixed_probes())
-        self.held_out = HeldOutRuns(self.program, prepared.held_out if runs else HeldOutRows(), context.prefix)
+        held_out = prepared.held_out if runs else HeldOutRows()
+        self.held_out = HeldOutRuns(self.program, held_out, context.prefix, context.scratch)
         if surveys is None and any(step.surveyed for step in self.plan.steps):
             surveys = context.cached(
                 "survey",
@@ -126,11 +128,21 @@ class SequentialPipeline:
         """
         trim_heap()
         self._halve_before(segment)
-        large = self._large(segment)
-        filed = ExpertStream(self.checkpoint, self.plan, self.context, file).round(large) if large else {}
+        with tempfile.TemporaryDirectory(dir=self.context.scratch) as scratch:
+            return self._process(segment, self._large(segment), file, Path(scratch), arriving)
+
+    def _process(
+        self,
+        segment: Segment,
+        large: Sequence[Linear],
+        file: Path,
+        scratch: Path,
+        arriving: dict[str, Arriving],
+    ) -> tuple[dict[str, Arriving], dict[str, str]]:
+        """Do what `process` does, with experts that are `large` by files, of which some last until this returns."""
         read = (self.checkpoint, self.program, segment, self.plan.schemes, self.context.device)
-        given = Block.read(*read, filed, arriving)
-        plain = self._plain_rounding(given) if self.held_out.given.rows else Overrides({})
+        given = Block.read(*read, large, arriving)
+        plain = self._plain_rounding(given, scratch / file.name) if self.held_out.given.rows else Overrides({})
         block = self.pass_runner.apply(given)
         tables = {name: self.program.word_tables.get(name, []) for name in self.plan.tables}
         replaced = block.replaced | tables.keys()
@@ -141,7 +153,13 @@ class SequentialPipeline:
         reference = block.overrides() if needed else Overrides({})
         block = self._with_kv_cache(block.with_stored(changed)).with_tables(tables)
         tensors = {name: block.weights[name].to(block.dtypes[name]).cpu() for name in changed}
-        block = self._round(block, reference)
+        written = dict[str, str]()
+        if block.apart:
+            with ExpertFile(file, block, self.checkpoint) as stream:
+                block = self._round(block, reference, stream)
+            written = dict.fromkeys(stream.names, file.name)
+        else:
+            block = self._round(block, reference)
         self.probes.run(segment.nodes, block.overrides())
         self.held_out.run(segment, reference, plain, block.overrides())
         self.held_out.note_block(segment, self.pass_runner.undone)
@@ -154,7 +172,6 @@ class SequentialPipeline:
             self.ties.mark_replaced(name)
         tensors |= {name: self.checkpoint.tensor(name) for name in same}  # read again, so that they are not held twice
         first = {name: tensor for name, tensor in tensors.items() if self.program.first_readers[name] is segment}
-        written = {f"{x.path}.{name}": file.name for x, module in filed.items() for name in module.state_dict()}
         kept = {name: arrived(x) for name, x in self.ties.deduplicate(first).items()}
         return {name: self.copies.to_cpu(x) for name, x in block.tensors().items()} | kept, written
 
@@ -168,18 +185,25 @@ class SequentialPipeline:
         runners = (self.calibration, self.float_reference)
         return self.calibration.halves and all(runner.halve() for runner in runners)
 
-    def _plain_rounding(self, block: Block) -> Overrides:
-        """Return what the block runs with by plain rounding, without float weights that it does not read."""
-        state = rounded_to_nearest(block).overrides()
+    def _plain_rounding(self, block: Block, file: Path) -> Overrides:
+        """Return what the block runs with by plain rounding, without float weights that it does not read.
+
+        Experts that the block does not hold are rounded into a file.
+        """
+        rounded = rounded_to_nearest(block)
+        if block.apart:
+            filed = round_plainly(block, self.checkpoint, file)
+            rounded = replace(rounded, quantized={**rounded.quantized, **filed})
+        state = rounded.overrides()
         state = replace(state, weights=dict(state.weights))
         free_replaced(self.program, state, block.replaced)
         return state
 
-    def _round(self, block: Block, reference: Overrides) -> Block:
+    def _round(self, block: Block, reference: Overrides, file: ExpertFile | None = None) -> Block:
         """Round the block, tune it if the recipe says so, and advance the calibration activations through it."""
         finish, tune = self.calibrates_after(block.segment), self.plan.recipe.tune
         if tune is None or all(scheme == TABLE_SCHEME for scheme in block.schemes.values()):
-            return self.rounder.apply(block, reference, finish, keep=False)
+            return self.rounder.apply(block, reference, finish, keep=False, file=file)
         starts = list(self.calibration.values)
         block = self.rounder.apply(block, reference, finish, keep=True)
         targets = [block_outputs(values, block.segment) for values in self.float_reference.values]

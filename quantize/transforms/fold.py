@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -126,10 +126,16 @@ def fold(basis: Basis, transform: Transform, weights: dict[str, Tensor]) -> dict
         weights: parameters by name, of any floating-point dtype, which the results keep.
     """
     folded: dict[str, Tensor] = {}
-    for edges, side in ((basis.writers, transform.apply), (basis.readers, transform.apply_inverse_transpose)):
-        for edge in (e for e in edges if e.parameter in weights):
+    for edge, side in sides(basis, transform):
+        if edge.parameter in weights:
             folded[edge.parameter] = absorb(folded.get(edge.parameter, weights[edge.parameter]), edge, side)
     return folded
+
+
+def sides(basis: Basis, transform: Transform) -> Iterator[tuple[Edge, Callable[[Tensor], Tensor]]]:
+    """Yield the parameters of a basis, in order, each with what it absorbs of a transform."""
+    for edges, side in ((basis.writers, transform.apply), (basis.readers, transform.apply_inverse_transpose)):
+        yield from ((edge, side) for edge in edges)
 
 
 def absorb(weight: Tensor, edge: Edge, side: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ from helpers.mixtures import Mixture, build_family
 
 from quantize.artifact.verify import verify_artifact
 from quantize.cli import commands
-from quantize.errors import UsageError
+from quantize.errors import QuantizeError, UsageError
+from quantize.pipeline import prune
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.prune import Pruning, as_pruned
 from quantize.pipeline.pruned_model import prune_model
 from quantize.pipeline.quantize import collect_stats, quantize_model
+from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.steps.expert_saliency import collect_saliency
 from quantize.recipe.recipe import load_recipe
 
@@ -113,6 +116,27 @@ def test_groups_keep_as_many_experts_each_and_corrections_go_with_them(tmp_path)
     bias = pruned.model.layers[1].mlp.gate.e_score_correction_bias
     torch.testing.assert_close(bias, torch.tensor(layer["kept"]) / 100)
     assert pruned(ROWS[:1]).logits.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_run_that_prunes_goes_on_where_it_broke_off(directory, tmp_path, monkeypatch, tree):
+    """The experts that stay are in the journal, and the bytes are those of a run that was left alone."""
+    process, settings = SequentialPipeline.process, {"recipe": {"prune": {"ratio": 0.25}}, **SETTINGS}
+
+    def failing(self, segment, *rest):
+        if segment.name == "model.layers.1":
+            raise QuantizeError("it broke")
+        return process(self, segment, *rest)
+
+    run = partial(quantize_model, directory, scheme="W4A8", calibration=ROWS, **settings)
+    run(output_dir=tmp_path / "whole")
+    monkeypatch.setattr(SequentialPipeline, "process", failing)
+    with pytest.raises(QuantizeError, match="it broke"):
+        run(output_dir=tmp_path / "out")
+    monkeypatch.undo()
+    monkeypatch.setattr(prune, "collect_saliency", None)  # nothing is measured again
+    run(output_dir=tmp_path / "out", resume=True)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -8,15 +8,19 @@ from helpers.mixtures import build_family
 from safetensors.torch import load_file
 
 from quantize.artifact.verify import verify_artifact
+from quantize.calibration import spill
+from quantize.calibration.runner import SequentialRunner
 from quantize.checkpoint import expert_reader
 from quantize.checkpoint.expert_reader import part_of, read_expert
 from quantize.checkpoint.key_mapping import StoredTensor
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.safetensors_writer import RowWriter
-from quantize.pipeline import sequential
+from quantize.pipeline import expert_weights, sequential
+from quantize.pipeline.block import Block
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.prepare import prepare
 from quantize.pipeline.quantize import quantize_model
+from quantize.pipeline.steps import stream_experts
 from quantize.pipeline.steps.stream_experts import streamed
 from quantize.recipe.recipe import load_recipe
 
@@ -83,7 +87,57 @@ def no_stacks(read):
     return noted
 
 
-def test_what_data_or_a_pass_touches_is_not_streamed(prepared):
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_data_and_passes_touch_stream_as_well(family, tmp_path, monkeypatch):
+    """They give the bytes of a run that holds them, in the gate, the reference and the referee as well."""
+    build_family(family).save_pretrained(tmp_path / "model")
+    found = {}
+    for held in (stream_experts.HELD, 0):
+        monkeypatch.setattr(stream_experts, "HELD", held)
+        monkeypatch.setattr(
+            expert_reader.Checkpoint, "float_tensor", read := no_stacks(expert_reader.Checkpoint.float_tensor)
+        )
+        out = tmp_path / f"out-{held}"
+        artifact = quantize_model(tmp_path / "model", output_dir=out, scheme="W4A8", calibration=ROWS, **SETTINGS)
+        assert any(name.endswith("experts.down_proj") for name in read.seen) == bool(held)
+        assert bool([*out.glob("*-experts.safetensors")]) != bool(held)
+        assert verify_artifact(out)["difference"] < 1e-5
+        found[held] = tensors(out), artifact.manifest
+        monkeypatch.undo()
+    (whole, expected), (parts, manifest) = found.values()
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert manifest["expert_tokens"] == expected["expert_tokens"]
+    assert manifest["coverage"] == expected["coverage"]
+    losses = [found["held_out"]["quantized"]["loss"] for found in (manifest, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # products with the turned weights are added up in turn
+
+
+def test_experts_that_are_not_held_run_in_turns_over_batches_in_files(prepared, tmp_path, monkeypatch):
+    program, checkpoint, reads = prepared.program, prepared.checkpoint, []
+    monkeypatch.setattr(spill, "IN_MEMORY", 0)
+    monkeypatch.setattr(spill, "SMALL", 0)
+    monkeypatch.setattr(expert_weights, "read_expert", lambda *args: reads.append(args[2]) or read_expert(*args))
+    layer = next(s for s in program.segments if any(x.experts for x in program.linears(s)))
+    large = [x for x in program.linears(layer) if x.experts]
+    states = [
+        Block.read(checkpoint, program, layer, {}, torch.device("cpu"), apart).overrides() for apart in ([], large)
+    ]
+    head = Block.read(checkpoint, program, program.segments[0], {}, torch.device("cpu")).overrides()
+    outputs = []
+    for state, scratch in zip(states, (None, tmp_path), strict=True):
+        runner = SequentialRunner(program, [ROWS[:2], ROWS[2:]], scratch)
+        runner.run(program.segments[0].nodes, head)
+        runner.run(layer.nodes, state)
+        outputs.append([{n: x for n, x in values.items() if isinstance(x, torch.Tensor)} for values in runner.values])
+    for whole, parts in zip(*outputs, strict=True):
+        assert whole.keys() == parts.keys()
+        for node in whole:
+            torch.testing.assert_close(parts[node], whole[node])
+    assert len(reads) == len(set(reads)) * len(large)  # once for each stack, whatever the number of batches
+
+
+def test_what_data_or_a_pass_touches_is_not_streamed_unless_it_is_large(prepared, monkeypatch):
     program = prepared.program
     layer = next(s for s in program.segments if any(x.experts for x in program.linears(s)))
 
@@ -96,6 +150,11 @@ def test_what_data_or_a_pass_touches_is_not_streamed(prepared):
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "quantizer": {"name": "gptq"}}) == []
     assert found("W4A16", PLAIN | {"weights": {"group_size": 0}, "passes": [{"name": "rotate"}]}) == []
     assert found("NVFP4", PLAIN) == paths
+    monkeypatch.setattr(stream_experts, "HELD", 0)  # larger layers are
+    gptq = {"weights": {"group_size": 0}, "quantizer": {"name": "gptq"}}
+    assert found("W4A16", PLAIN | gptq) == paths
+    assert found("W4A16", PLAIN | gptq | {"calibrate_all_experts": True}) == []
+    assert found("W4A16", PLAIN | gptq | {"tune": {"steps": 1}}) == []
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])

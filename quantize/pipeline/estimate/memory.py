@@ -71,14 +71,20 @@ class MemoryEstimate(ArtifactEstimate):
     def journal_bytes(self) -> int:
         """Return the bytes of the journal: the activations at two borders at once, and the global statistics.
 
-        Rows that are held back go through three models.
+        Rows that are held back go through three models, for one of which experts that are not held lie in a file.
         """
         borders = [
             self.runners * self.border_bytes(segment)
             + 3 * sum(count * alive.borders[segment.name] for count, _, alive in self.held_out_alive)
             for segment in self.carrying
         ]
-        return 2 * max([0, *borders]) + self._surveyed_bytes()
+        plain = [self._plain_bytes(segment) for segment in self.program.segments] if self.held_out.rows else []
+        return 2 * max([0, *borders]) + self._surveyed_bytes() + max([0, *plain])
+
+    def _plain_bytes(self, segment: Segment) -> int:
+        """Return the bytes of the plainly rounded experts of a block that are not held."""
+        large = streamed(self.checkpoint, self.program, segment, self.plan) if self.plan.calibrates else []
+        return sum(x.nbytes for linear in large for x in self.modules[linear.path].state_dict().values())
 
     def border_bytes(self, segment: Segment) -> int:
         """Return the bytes of the activations of all batches that are alive after a block."""
@@ -107,15 +113,14 @@ class MemoryEstimate(ArtifactEstimate):
         last = segment is self.program.segments[-1]
         stops = sum(count * alive.linear_inputs[segment.name] for count, _, alive in self.alive if not last)
         inner = max((alive.peaks[segment.name] for _, _, alive in self.alive), default=0)
-        copies, filed = 1 + bool(self.plan.steps), streamed(self.checkpoint, self.program, segment, self.plan)
-        apart = {linear.weight for linear in filed}
+        copies, large = 1 + bool(self.plan.steps), streamed(self.checkpoint, self.program, segment, self.plan)
+        apart = {linear.weight for linear in large}
         block = sum(4 * copies * self.parameters[name].numel() for name in segment.parameters if name not in apart)
-        most = max([block + inner, *(8 * self.parameters[x.weight][0].numel() for x in filed)])
+        most = max([block + inner, *(block + 8 * self.parameters[x.weight][0].numel() for x in large)])
         for sharing in self.together(segment):
-            if sharing[0] in filed:
-                continue
             most = max(most, block + self._rounding_bytes(sharing))
-            block -= sum(4 * self.parameters[linear.weight].numel() for linear in sharing) if self._gives_up else 0
+            held = [linear for linear in sharing if linear not in large] if self._gives_up else []
+            block -= sum(4 * self.parameters[linear.weight].numel() for linear in held)
         return self.runners * min(stops, IN_MEMORY) + most
 
     @property

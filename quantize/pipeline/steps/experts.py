@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantize.calibration.gram_sums import fill_lower, gram_factors
@@ -42,8 +42,8 @@ class ExpertRounder:
     rows: Rows
     context: RunContext
 
-    def quantize(self, judge: Judge) -> list[QTensor]:
-        """Return the rounded weight of each linear, [experts · N, K].
+    def quantize(self, judge: Judge) -> Iterator[Sequence[QTensor]]:
+        """Yield for each expert the rounded weights [N, K] of the linears.
 
         An expert without rows is rounded to nearest.
 
@@ -51,21 +51,17 @@ class ExpertRounder:
             judge: maps an expert and its weights, rounded by data, to those that are kept.
         """
         first, dtype = self.part[0], self.block.dtypes[self.part[0].weight]
-        args, weights = self.block.schemes[first].weights, [self.block.weight(linear) for linear in self.part]
-        experts, counts = first.experts or 1, self.counts
+        args, experts = self.block.schemes[first].weights, first.experts or 1
+        counts = self.counts
         pooled = self._pooled(counts) if self.quantizer.needs_gram else None
-        found: list[list[QTensor]] = [[] for _ in self.part]
         for expert in range(experts):
-            own = [W.unflatten(0, (experts, -1))[expert] for W in weights]
+            own = [self.block.expert(linear, expert) for linear in self.part]
             if self.quantizer.needs_gram and counts[expert]:
                 gram = shrunk(self._gram([expert], counts[expert]), pooled, first.columns)
-                made = judge(expert, self.quantizer.quantize_weights(own, args, gram, dtype, self.block.product_dtype))
+                yield judge(expert, self.quantizer.quantize_weights(own, args, gram, dtype, self.block.product_dtype))
             else:
                 quantizer = RoundToNearest() if self.quantizer.needs_gram else self.quantizer
-                made = quantizer.quantize_weights(own, args, None, dtype)
-            for pieces, weight in zip(found, made, strict=True):
-                pieces.append(weight)
-        return [pieces[0].cat_rows([piece.tensors() for piece in pieces]) for pieces in found]
+                yield quantizer.quantize_weights(own, args, None, dtype)
 
     @functools.cached_property
     def counts(self) -> list[int]:
@@ -96,6 +92,12 @@ class ExpertRounder:
         fill_lower(totals[0])
         gram.rows = count
         return gram
+
+
+def joined(experts: Iterable[Sequence[QTensor]]) -> list[QTensor]:
+    """Return the weight [experts · N, K] of each linear, of what `ExpertRounder.quantize` yields."""
+    of_linears = list(zip(*experts, strict=True))
+    return [pieces[0].cat_rows([piece.tensors() for piece in pieces]) for pieces in of_linears]
 
 
 def shrunk(gram: Gram, pooled: Gram | None, columns: int) -> Gram:

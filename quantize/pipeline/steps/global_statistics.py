@@ -15,6 +15,7 @@ from quantize.pipeline.context import RunContext
 from quantize.pipeline.distributed import merged
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.progress import track
+from quantize.pipeline.steps.stream_experts import streamed
 from quantize.pipeline.steps.transform import PassRunner, Surveys, input_hooks
 
 
@@ -53,7 +54,8 @@ def statistics_before(
     before, calibration = replace(plan, steps=plan.steps[:number]), SequentialRunner(program, batches, context.scratch)
     pass_runner = PassRunner(program, before, context, calibration, SequentialRunner(program, []), surveys)
     for segment in track(program.segments, "surveying", lambda s: s.name, context.console):
-        block = pass_runner.apply(Block.read(checkpoint, program, segment, plan.schemes, context.device))
+        large = streamed(checkpoint, program, segment, plan)
+        block = pass_runner.apply(Block.read(checkpoint, program, segment, plan.schemes, context.device, large))
         hooks, finish = input_hooks(block, context.prefix), segment is not program.segments[-1]
         targets = [linear for linear in block.linears if linear.weight in weights]
         for sharing in calibration.advance_to_linears(segment, block.overrides(), targets, finish):

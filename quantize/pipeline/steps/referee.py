@@ -30,7 +30,7 @@ class Referee:
         """Start where the rows are; a referee that does not judge has no rows."""
         self.program, self.held_out, self.rest = program, held_out, prefix.rest
         self.quantized, self.float_model = (
-            SequentialRunner.of(program, runner.values if judges else ())
+            SequentialRunner.of(program, runner.values if judges else (), runner.values.directory)
             for runner in (held_out.quantized, held_out.float_model)
         )
 
@@ -63,8 +63,8 @@ class Referee:
         rows = ExpertRows(self.program, part[0], self.quantized.values, self.float_model.values)
         pairs, found = list(rows.of(expert, block.input_transforms[part[0]])), list[QTensor]()
         for linear, weight in zip(part, weights, strict=True):
-            W = block.weight(linear).unflatten(0, (linear.experts or 1, -1))[expert]
-            found.append(self._nearer(linear, f"{linear.path}.{expert}", block, W, weight, pairs))
+            path, W = f"{linear.path}.{expert}", block.expert(linear, expert)
+            found.append(self._nearer(linear, path, block, W, weight, pairs))
         return found
 
     def _nearer(

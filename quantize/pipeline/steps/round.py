@@ -24,6 +24,7 @@ from quantize.pipeline.memory import trim_heap
 from quantize.pipeline.plan import Plan
 from quantize.pipeline.steps.block_experts import BlockExperts
 from quantize.pipeline.steps.referee import Referee
+from quantize.pipeline.steps.stream_experts import ExpertFile
 from quantize.quantizers.grid import on_grid
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import TABLE_SCHEME
@@ -51,7 +52,9 @@ class WeightRounder:
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
-    def apply(self, block: Block, reference: Overrides, finish: bool, keep: bool) -> Block:
+    def apply(
+        self, block: Block, reference: Overrides, finish: bool, keep: bool, file: ExpertFile | None = None
+    ) -> Block:
         """Round each linear on the outputs of those before it, and advance the activations through the block.
 
         Args:
@@ -60,6 +63,7 @@ class WeightRounder:
             finish: whether to advance past the last linear as well; the float model's activations also if `keep` is
                 given.
             keep: whether the float weights stay in the block.
+            file: where experts are written that the block does not hold.
         """
         state = replace(block.overrides(), product_dtype=block.product_dtype)
         quantized = dict(block.quantized)
@@ -79,6 +83,7 @@ class WeightRounder:
             (state, reference),
             referee,
             self.expert_tokens,
+            file,
         )
         for sharing, *_ in zip(
             self.calibration.advance_to_linears(block.segment, state, targets, finish),
@@ -91,16 +96,16 @@ class WeightRounder:
             kept |= own.keys()
             together = self.rounded_together([linear for linear in sharing if linear not in own], block)
             for part in [*([linear] for linear in own), *together]:
-                if part[0] in own:
-                    weights = [own[part[0]]]
-                elif part[0].experts is None:
-                    rounded = self.quantize(part, block, state, reference)
-                    weights = referee.choose(part, block, rounded, state, reference)
-                else:
+                if part[0] not in own and part[0].experts is not None:
                     with naming(part):
-                        weights = experts.quantize(part)
-                for linear, weight in zip(part, weights, strict=True):
-                    module = block.quantize(linear, weight, self.context.prefix)
+                        modules = experts.quantize(part)
+                elif part[0] in own:
+                    modules = [block.quantize(part[0], own[part[0]], self.context.prefix)]
+                else:
+                    rounded = self.quantize(part, block, state, reference)
+                    weights = zip(part, referee.choose(part, block, rounded, state, reference), strict=True)
+                    modules = [block.quantize(linear, weight, self.context.prefix) for linear, weight in weights]
+                for linear, module in zip(part, modules, strict=True):
                     quantized[linear] = module
                     state.linears.update(dict.fromkeys(linear.calls, module))
                 with naming(part):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx.node import map_aggregate
 
@@ -87,7 +88,8 @@ class PassRunner:
 
     def _apply_one(self, number: int, block: Block) -> Block:
         step = self.plan.steps[number]
-        touched = [b for b in step.sites if any(e.parameter in block.weights for e in (*b.writers, *b.readers))]
+        names = block.all_weights
+        touched = [b for b in step.sites if any(e.parameter in names for e in (*b.writers, *b.readers))]
         reached = [linear for linear in block.linears if linear.path in step.online]
         statistics = self._statistics(number, block, touched, reached)
         self._make_sites(number, block, touched, statistics)
@@ -109,19 +111,23 @@ class PassRunner:
         for basis in touched:
             if basis not in sites:
                 generator = derived_generator(self.context.seed, number, basis.index)
-                context = BasisContext(basis, statistics, block.weights, self.plan.reader_schemes, generator)
+                context = BasisContext(basis, statistics, block.all_weights, self.plan.reader_schemes, generator)
                 sites[basis] = step.handler.transform(context)
 
     def _input_transform(
         self, number: int, linear: Linear, block: Block, statistics: Mapping[str, Any]
     ) -> InputTransform:
-        """Return what a pass puts in front of one linear."""
+        """Return what a pass puts in front of one linear; without data it sees no more than the shape of its weight.
+
+        So experts that are not held need not be read for it.
+        """
         step = self.plan.steps[number]
+        shape_alone = step.handler.needs is None and linear in block.apart
         context = LinearContext(
             path=linear.path,
             basis=step.bases.reading(linear.weight),
             statistic=statistics.get(linear.weight),
-            weight=block.weight(linear),
+            weight=torch.empty(1, linear.columns, device="meta") if shape_alone else block.weight(linear),
             input_transform=block.input_transforms[linear],
             scheme=block.schemes[linear],
             generator=derived_generator(self.context.seed, number, zlib.crc32(linear.source.name.encode())),
@@ -166,7 +172,8 @@ class PassRunner:
         found = compare(block.overrides(), after.overrides(), probes, sites=sites)
         allowed, blame = equivalence.TOLERANCE, {}
         if found > allowed:
-            wide = replace(block, weights={name: W.double() for name, W in block.weights.items()})
+            apart = {linear: found.changed(Tensor.double) for linear, found in block.apart.items()}
+            wide = replace(block, weights={name: W.double() for name, W in block.weights.items()}, apart=apart)
             probes = [{node: map_aggregate(x, equivalence.widened) for node, x in values.items()} for values in probes]
             before = equivalence.in_float64(segment, wide.overrides())
             after = with_folds(wide, sites, touched).with_input_transforms(changed)
@@ -199,10 +206,11 @@ def seen(statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
 
 def with_folds(block: Block, sites: equivalence.Sites, touched: Sequence[Basis]) -> Block:
     """Return a block whose weights have absorbed the transforms of some bases."""
-    weights = dict(block.weights)
+    weights, apart = dict(block.weights), dict(block.apart)
     for basis in touched:
         weights |= fold(basis, sites[basis], weights)
-    return replace(block, weights=weights)
+        apart = {linear: found.folded(basis, sites[basis]) for linear, found in apart.items()}
+    return replace(block, weights=weights, apart=apart)
 
 
 def input_hooks(block: Block, prefix: PrefixTokens) -> dict[Linear, Callable[[Tensor], Tensor]]:
