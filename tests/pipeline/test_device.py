@@ -107,6 +107,6 @@ def test_devices_are_named():
 
 def test_a_tensor_comes_back_from_a_file_to_where_it_was(tmp_path):
     x = torch.arange(4096.0).reshape(64, 64)
-    back = SpilledTensor(x, SpillFile(tmp_path)).read()
+    back = SpilledTensor.of(x, SpillFile(tmp_path)).read()
     assert torch.equal(back, x)
     assert back.device == x.device
