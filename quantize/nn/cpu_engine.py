@@ -94,7 +94,7 @@ def fake_quant_linear(x: tuple[Tensor, Tensor | None], weight: FloatWeight, bias
     if scale is None or weight.scale is None:
         return linear(q, weight.values, bias)
     y = functools.reduce(Tensor.add_, group_products(q.flatten(0, -2), weight.values, weight.scale))
-    y = y.view(*q.shape[:-1], -1).mul_(scale)
+    y = y.view(*q.shape[:-1], weight.values.shape[-1]).mul_(scale)
     return y if bias is None else y.add_(bias)
 
 

@@ -270,7 +270,7 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 class Run:
-    """The command in a process of its own, stopped once it quantizes the second block."""
+    """The command in a process of its own, stopped once it quantizes the second block and has noted the first."""
 
     def __init__(self, number, model, data, directory):
         script = Path(sys.executable).with_name("quantize-model")
@@ -285,6 +285,9 @@ class Run:
             seen = ""
             while "quantizing 2/" not in seen and (line := process.stderr.readline()):
                 seen += line
+            last = time.monotonic() + 60
+            while not any(self.directory.rglob("border-00001")) and process.poll() is None and time.monotonic() < last:
+                time.sleep(0.001)
             self.inside = sorted(path.name for path in self.directory.glob(".out.*/artifact/*"))
             process.send_signal(self.number)
             self.text = seen + process.stderr.read()

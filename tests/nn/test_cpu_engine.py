@@ -95,6 +95,10 @@ def test_integers_are_the_reference_to_the_bit(weights, activations, rows):
         assert torch.equal(fast(inputs(rows)), exact(inputs(rows)))
 
 
+def test_no_rows_give_no_rows():
+    assert linear()(torch.zeros(2, 0, 64)).shape == (2, 0, 24)
+
+
 def test_an_unpacked_reference_holds_integers_and_frees_them_afterwards():
     layer, x = linear(engine="reference"), inputs(40)
     expected, half = layer(x), layer(x.bfloat16())

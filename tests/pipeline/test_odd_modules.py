@@ -31,12 +31,13 @@ def distance(model, other):
     return float((model(IDS) - other(IDS)).norm() / other(IDS).norm())
 
 
-@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "x @ W"])
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "x @ W", "einsum"])
 def test_weights_that_are_computed_or_parameters_are_quantized(small_run, name):
     model = MODULES[name]()
     artifact = small_run(model, "W8A8", recipe=PLAIN, calibration=list(IDS))
-    assert share(artifact) > 0.97
-    assert "blocks.0.inner" in artifact.manifest["quantization"]["modules"]
+    assert share(artifact) > (0.969 if name == "einsum" else 0.97)  # gains and biases are 3 % of so small a model
+    inner = "blocks.0.inner.weight" if name == "einsum" else "blocks.0.inner"  # a weight of each head is a stack
+    assert inner in artifact.manifest["quantization"]["modules"]
     loaded = load(artifact.directory, skeleton=MODULES[name]())
     assert 0 < distance(loaded, model) < 0.02
     assert distance(artifact.load(), loaded) == 0
@@ -67,7 +68,6 @@ def test_a_weight_that_is_computed_may_stay_in_floating_point(small_run):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("einsum", "blocks.0.inner.weight and 1 more (`einsum` reads it, which is no linear)"),
         ("nn.Bilinear", "blocks.0.inner.bilinear.weight and 1 more (`bilinear` reads it, which is no linear)"),
         ("nn.GRU", "blocks.0.inner.gru.weight_hh_l0"),
         ("nn.MultiheadAttention", "blocks.0.inner.attention.in_proj_weight and 3 more (its module computes more than"),

@@ -110,7 +110,6 @@ def test_merged_statistics_are_those_of_all_data(together):
     done = together(
         """
         from quantize.calibration.statistics import Rows
-from quantize.errors import UsageError
         X = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
         mine = Rows()
         mine.update(X[1000 * ranks.rank :][: 1000 + 1000 * ranks.rank])

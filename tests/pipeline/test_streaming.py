@@ -1,4 +1,4 @@
-"""One block's weights are held at a time."""
+"""The weights of the block at work are held, and those of the next one, which arrive meanwhile."""
 
 import weakref
 
@@ -9,7 +9,7 @@ from quantize.checkpoint import checkpoint, tensor_files
 
 
 @pytest.mark.slow
-def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_path, monkeypatch):
+def test_no_more_than_two_blocks_are_in_memory(stories, stories_calibration, tmp_path, monkeypatch):
     alive, most, read = [], 0, tensor_files.read_tensor
 
     def watched(path, name):
@@ -31,4 +31,4 @@ def test_no_more_than_one_block_is_in_memory(stories, stories_calibration, tmp_p
         seqlen=32,
     )
     total = sum(path.stat().st_size for path in stories.glob("*.safetensors"))
-    assert 0.1 * total < most < 0.35 * total  # a fifth of it is one of the five blocks
+    assert 0.1 * total < most < 0.55 * total  # a fifth of it is one of the five blocks
