@@ -75,14 +75,14 @@ add(MIXTURE, "gpt_oss", **SLIDING)
 add(MIXTURE, "deepseek_v2", num_key_value_heads=4, topk_method="greedy", num_experts_per_tok=2)
 add(MIXTURE, "deepseek_v3", moe_layer_freq=1, num_key_value_heads=4)
 add(MIXTURE, "glm4_moe", n_routed_experts=8)
-add(MIXTURE, "glm4_moe_lite")
+add(MIXTURE, "glm4_moe_lite", num_key_value_heads=4)
 add(MIXTURE, "llama4_text", layer_types=["chunked_attention", "full_attention"], intermediate_size_mlp=128,
     attention_chunk_size=16)  # fmt: skip
 add(MIXTURE, "ernie4_5_moe", moe_layer_start_index=0, moe_layer_end_index=-1, moe_layer_interval=1,
     moe_num_shared_experts=1)  # fmt: skip
-add(MIXTURE, "dbrx", attn_config={"kv_n_heads": 2, "clip_qkv": 8},
+add(MIXTURE, "dbrx", attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
     ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64})  # fmt: skip
-add(MIXTURE, "longcat_flash", num_layers=1, zero_expert_num=2, ffn_hidden_size=128)
+add(MIXTURE, "longcat_flash", num_key_value_heads=4, num_layers=1, zero_expert_num=2, ffn_hidden_size=128)
 
 add(RECURRENT, "mamba")
 add(RECURRENT, "falcon_mamba")
@@ -95,8 +95,8 @@ add(RECURRENT, "nemotron_h", layers_block_type=["mamba", "attention", "moe"], nu
 add(RECURRENT, "zamba2", num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1,
     attention_head_dim=32, mamba_headdim=16, n_mamba_heads=8, mamba_ngroups=1, adapter_rank=8, use_mem_rope=False,
     chunk_size=16)  # fmt: skip
-add(RECURRENT, "zamba", num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], use_mamba_kernels=False,
-    attention_hidden_size=128, attention_head_dim=32, n_mamba_heads=2)  # fmt: skip
+add(RECURRENT, "zamba", num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+    use_mamba_kernels=False, attention_hidden_size=128, attention_head_dim=32, n_mamba_heads=2)  # fmt: skip
 add(RECURRENT, "jamba", attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
     use_mamba_kernels=False)  # fmt: skip
 add(RECURRENT, "lfm2", layer_types=["conv", "full_attention"], block_ff_dim=128, block_auto_adjust_ff_dim=False)

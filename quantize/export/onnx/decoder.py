@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from quantize.errors import UsageError
@@ -140,5 +141,6 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 
 
 def holds_heads(layer: Any) -> bool:
-    """Return whether a layer of a cache consists of keys and values [batch, heads, tokens, head_dim]."""
-    return all(isinstance(t, Tensor) and t.dim() == 4 for t in (getattr(layer, "keys", 0), getattr(layer, "values", 0)))
+    """Return whether a layer of a cache consists of keys and values [batch, heads, tokens, head_dim] and no more."""
+    held = {name: x for name, x in vars(layer).items() if any(isinstance(t, Tensor) for t in tree_leaves(x))}
+    return {"keys", "values"} == held.keys() and all(isinstance(t, Tensor) and t.dim() == 4 for t in held.values())

@@ -158,8 +158,11 @@ def is_seq2seq(model: PreTrainedModel) -> bool:
     taken = set(CACHES) & set(inspect.signature(model.forward).parameters)
     if TOKENS not in example_inputs(model) or not model.can_generate() or not taken:
         return False
-    with torch.no_grad():
-        found = model(**SinglePassModel(model).feeds(0)["two"], use_cache=True)
+    try:
+        with torch.no_grad():
+            found = model(**SinglePassModel(model).feeds(0)["two"], use_cache=True)
+    except ValueError:  # its code refuses the switch, as that of Switch Transformers does for its encoder
+        return False
     cache = next((found[name] for name in CACHES if found.get(name) is not None), None)
     if not isinstance(cache, EncoderDecoderCache):
         return False

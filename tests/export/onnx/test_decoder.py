@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from helpers.exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
 from transformers import FalconConfig, FalconForCausalLM
 
+from benchmarks.families.families import FAMILIES as ALL_FAMILIES
 from quantize.errors import QuantizeError, UsageError
 from quantize.export.onnx.decoder import SHAPES, Decoder
+from quantize.export.onnx.encoder_decoder_parts import is_seq2seq
 from quantize.export.onnx.export import export_onnx, interface_of
 from quantize.export.onnx.parity import run_torch
 
@@ -105,8 +106,12 @@ def test_a_cache_that_is_read_wrongly_is_noticed(tmp_path, monkeypatch):
     assert any(seen)
 
 
-def test_a_state_that_is_no_keys_and_values_is_refused(tmp_path):
-    config = transformers.MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, state_size=4)
+@pytest.mark.parametrize("name", ["mamba", "falcon_h1"])  # a state alone, and one beside keys and values
+def test_a_state_that_is_no_keys_and_values_is_refused(name, tmp_path):
     with pytest.raises(UsageError, match=r"keeps more of earlier tokens than keys and values, .* with quantize.load"):
-        export_onnx(transformers.MambaForCausalLM(config).eval(), tmp_path)
+        export_onnx(ALL_FAMILIES[name].build(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_encoder_refuses_a_cache_is_taken_in_one_pass():
+    assert not is_seq2seq(ALL_FAMILIES["switch_transformers"].build())
