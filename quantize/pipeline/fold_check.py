@@ -12,7 +12,7 @@ from quantize.calibration.runner import SequentialRunner
 from quantize.pipeline.block import Block
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.memory import trim_heap
-from quantize.pipeline.plan import LeftOut, Plan, make_plan
+from quantize.pipeline.plan import LeftOut, Plan, made_anew
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.progress import track
 from quantize.pipeline.resume.journal import ROTATIONS
@@ -51,8 +51,7 @@ def resolve_rotations(prepared: Prepared, context: RunContext) -> Plan:
         return plan
     if context.console is not None:
         context.console.print(describe(left_out), soft_wrap=True, markup=False)
-    found = make_plan(plan.given, prepared.program, left_out, plan.kept)
-    return replace(found, note=plan.note, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
+    return made_anew(plan, prepared.program, plan.given, left_out)
 
 
 def describe(left_out: LeftOut) -> str:

@@ -180,6 +180,12 @@ def make_plan(
     return Plan(given, resolved, steps, quantizer, schemes, reader_schemes, left, body, tables, left_out, kept)
 
 
+def made_anew(plan: Plan, program: Program, given: Recipe, left_out: LeftOut) -> Plan:
+    """Return the plan of another recipe, without some rotations, with the grids, the note and the prefix of a plan."""
+    found = make_plan(given, program, left_out, plan.kept)
+    return replace(found, note=plan.note, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
+
+
 def grid_fits(size: int, args: WeightArgs) -> bool:
     """Return whether groups of weights lie within the groups of a grid, of which 0 are whole rows."""
     return not size or bool(args.group_size and size % args.group_size == 0)

@@ -6,14 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from quantize.pipeline.bit_options import Option, Unit, units_of
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.mixed_precision.allocate import allocate
 from quantize.pipeline.mixed_precision.measure import measure
-from quantize.pipeline.plan import Plan, make_plan
+from quantize.pipeline.plan import Plan, made_anew
 from quantize.pipeline.prepare import Prepared
 from quantize.recipe.fields import LayerArgs
 from quantize.recipe.patterns import EXPRESSION, matches
@@ -33,10 +32,8 @@ def resolve_bits(prepared: Prepared, context: RunContext) -> tuple[Plan, dict[st
     numbers = allocate([[o.bits for o in u.options] for u in units], losses, math.floor(wanted * parameters))
     chosen = [unit.options[number] for unit, number in zip(units, numbers, strict=True)]
     layers = (*plan.given.layers, *entries(units, chosen, [linear.path for linear in program.all_linears]))
-    found = make_plan(
-        plan.given.model_copy(update={"average_bits": None, "layers": layers}), program, plan.left_out, plan.kept
-    )
-    found = replace(found, note=plan.note, recipe=found.recipe.model_copy(update={"prefix": plan.recipe.prefix}))
+    given = plan.given.model_copy(update={"average_bits": None, "layers": layers})
+    found = made_anew(plan, program, given, plan.left_out)
     options = Counter(describe(option) for unit, option in zip(units, chosen, strict=True) for _ in unit.linears)
     stored = sum(option.bits for option in chosen) / parameters
     if context.console is not None:
