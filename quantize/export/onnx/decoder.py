@@ -142,5 +142,10 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 
 def holds_heads(layer: Any) -> bool:
     """Return whether a layer of a cache consists of keys and values [batch, heads, tokens, head_dim] and no more."""
-    held = {name: x for name, x in vars(layer).items() if any(isinstance(t, Tensor) for t in tree_leaves(x))}
+    # A single number, such as the length of a sliding window, is not of any token.
+    held = {
+        name: value
+        for name, value in vars(layer).items()
+        if any(isinstance(t, Tensor) and t.dim() for t in tree_leaves(value))
+    }
     return {"keys", "values"} == held.keys() and all(isinstance(t, Tensor) and t.dim() == 4 for t in held.values())

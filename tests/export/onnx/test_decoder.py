@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.exporting import SYMMETRIC_8, quantized, run_onnx, scheme, tiny
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, MistralConfig, MistralForCausalLM
 
 from benchmarks.families.families import FAMILIES as ALL_FAMILIES
 from quantize.errors import QuantizeError, UsageError
@@ -111,6 +111,13 @@ def test_a_state_that_is_no_keys_and_values_is_refused(name, tmp_path):
     with pytest.raises(UsageError, match=r"keeps more of earlier tokens than keys and values, .* with quantize.load"):
         export_onnx(ALL_FAMILIES[name].build(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sliding_window_is_no_state():
+    """Its layer of the cache holds the window's length as a tensor."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MistralConfig(**sizes, num_key_value_heads=2, intermediate_size=64, sliding_window=16)
+    assert isinstance(interface_of(MistralForCausalLM(config)), Decoder)
 
 
 def test_a_model_whose_encoder_refuses_a_cache_is_taken_in_one_pass():
