@@ -140,7 +140,7 @@ class Stack:
         """Return x Wᵀ for the weights W [..., N, K] and x [..., K] as a batched product takes it; None if not known."""
         if isinstance(self.index, int):
             return self.experts.expert_product(self.index, x)
-        if x.dim() == 3 and self.ndim == 3 and len(x) == self.shape[0]:
+        if x.dim() == 3 and self.ndim == 3 and x.shape[0] == self.shape[0]:
             return self.experts(x) if self.index is None else self.experts.by_row(x, self.index)
         leading, given = self.shape[:-2], x.shape[:-2]
         if x.dim() < 2 or len(given) > len(leading) or torch.broadcast_shapes(given, leading) != leading:

@@ -92,6 +92,8 @@ def export_onnx(
             "standard operators have no zero points in floating point, as q4_1 weights have; leave --qdq out"
         )
     interface = interface_of(model, hybrid)
+    for part in (interface, *interface.files().values()):
+        part.standard = qdq
     real = [feed for sample in samples if (feed := interface.feed_of(sample)) is not None]
     tracing = {name: f"tracing {name}" for name in interface.files()}
     with named_steps([*tracing.values(), WRITING, *parity_steps(real)], "exporting", console) as begin:

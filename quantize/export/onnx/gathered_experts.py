@@ -1,7 +1,7 @@
 """A stack of experts becomes a product for each expert, whose rows are gathered in front of it and put back behind it.
 
-ONNX Runtime's own operator for mixtures, QMoE, also chooses the experts and holds both products of a layer, for float
-activations and a softmax over all experts alone; this takes what any router chooses, and every scheme.
+It takes what any router chooses, every scheme, and whatever is computed between the products; what ONNX Runtime's own
+operator for mixtures takes becomes that (`fused_experts.py`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from quantize.errors import QuantizeError
 from quantize.export.comparison import Module, copy_with_replaced_linears
+from quantize.export.onnx.fused_experts import fused
 from quantize.graph.stack_stand_in import Stack
-from quantize.nn.quantized_experts import QuantizedExperts
+from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.nn.quantized_linear import QuantizedLinear
 
 
@@ -77,12 +78,23 @@ class GatheredExperts(nn.Module, Stack):
         raise QuantizeError("the model computes with experts in a way that ONNX has no product for; use quantize.load")
 
 
-def lowered_copy(model: Module, lower: Callable[[QuantizedLinear], nn.Module]) -> Module:
+def lowered_copy(model: Module, lower: Callable[[QuantizedLinear], nn.Module], standard: bool = False) -> Module:
     """Return a copy that computes what a file computes: each quantized linear, and each expert's, is lowered.
 
     Models of transformers then multiply each row by the weights of its expert, which a graph can hold.
+
+    Args:
+        model: the model or a module that holds it; it is not changed.
+        lower: makes of a quantized linear what stands in its place.
+        standard: whether the file must do without `QMoE`, which only ONNX Runtime has.
     """
-    twin = copy_with_replaced_linears(model, lower, lambda experts: GatheredExperts(experts, lower))
+    twin = copy_with_replaced_linears(model, lower)
+    for path, module in list(twin.named_modules()):
+        if not standard and (layer := fused(module, lower)) is not None:
+            twin.set_submodule(path, layer)
+    for path, module in list(twin.named_modules()):
+        if isinstance(module, QuantizedExperts):
+            replace_parameter(twin, path, GatheredExperts(module, lower))
     for module in twin.modules():
         if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
             module.set_experts_implementation("batched_mm")

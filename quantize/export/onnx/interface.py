@@ -34,11 +34,13 @@ class Interface(nn.Module):
         lower: a function from a quantized linear to a module that computes as the file does.
         optional: inputs that the file has only if its graph reads them.
         unread: inputs that tracing needs, and that the graph must not read.
+        standard: whether the file has operators of the ONNX standard alone.
     """
 
     lower: Callable[[QuantizedLinear], nn.Module] = staticmethod(lower)
     optional: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    standard: bool = False
 
     inputs: dict[str, Axes]
     outputs: dict[str, Axes]
@@ -57,7 +59,7 @@ class Interface(nn.Module):
 
     def lowered(self) -> Interface:
         """Return a copy that computes what the file computes."""
-        return lowered_copy(self, self.lower)
+        return lowered_copy(self, self.lower, self.standard)
 
     def graphs(self) -> Sequence[Interface]:
         """Return what is traced into the file; if there are several graphs, one runs at a time."""

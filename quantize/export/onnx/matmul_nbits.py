@@ -25,6 +25,10 @@ class BlockLinear(LoweredLinear):
 
     Shapes: packed uint8 [N, B, block / 2], scale float32 [N, B], bias [N] or None, zero_point uint8 [N, ⌈B/2⌉], for
     zero points that are no integers float32 [N, B], or None; those of the operator are of unsigned values q + 8.
+
+    Args:
+        layer: the linear.
+        block: columns of a block, which divide its groups; None takes the largest of `BLOCK_SIZES` that do.
     Source: onnxruntime, docs/ContribOperators.md, com.microsoft.MatMulNBits.
     """
 
@@ -33,11 +37,11 @@ class BlockLinear(LoweredLinear):
     zero_point: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, layer: QuantizedLinear) -> None:
+    def __init__(self, layer: QuantizedLinear, block: int | None = None) -> None:
         super().__init__(layer)
         self.transform = layer.transform
         self.quantizes_activations = layer.scheme.activations is not None
-        self.block = block_size(layer.in_features, layer.scale.shape[1])
+        self.block = block or block_size(layer.in_features, layer.scale.shape[1])
         blocks = -(-self.in_features // self.block)
         q = nn.functional.pad(layer.weight_integers(), (0, blocks * self.block - self.in_features))
         self.register_buffer("packed", (pack_int4(q) ^ SIGN_BITS).reshape(self.out_features, blocks, self.block // 2))
@@ -77,13 +81,16 @@ class BlockLinear(LoweredLinear):
 
     def dequantized(self) -> Tensor:
         """Return float32 [N, K], from the buffers of the operator."""
-        blocks = self.packed.shape[1]
-        q = unpack_int4(self.packed.flatten(1) ^ SIGN_BITS, blocks * self.block)
-        zero_point = self.zero_point
-        if zero_point is not None:
-            floats = zero_point.is_floating_point()
-            zero_point = zero_point - OFFSET if floats else unpack_int4(zero_point ^ SIGN_BITS, blocks)
-        return dequantize(q, self.scale, zero_point)[:, : self.in_features]
+        return dequantized_blocks(self.packed.flatten(1), self.scale, self.zero_point)[:, : self.in_features]
+
+
+def dequantized_blocks(packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Return float32 [N, K] of `BlockLinear`'s buffers, `packed` as uint8 [N, K / 2]."""
+    q = unpack_int4(packed ^ SIGN_BITS, 2 * packed.shape[1])
+    if zero_point is not None:
+        floats = zero_point.is_floating_point()
+        zero_point = zero_point - OFFSET if floats else unpack_int4(zero_point ^ SIGN_BITS, scale.shape[1])
+    return dequantize(q, scale, zero_point)
 
 
 def block_size(columns: int, groups: int) -> int:

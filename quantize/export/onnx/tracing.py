@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from quantize.errors import QuantizeError
+from quantize.export.onnx.complex_pairs import MADE
 from quantize.export.onnx.interface import Axes, Interface
 from quantize.graph.export import quiet
 from quantize.graph.refusal import refusal
@@ -22,8 +23,8 @@ OPSET = 23  # the first opset with Attention; from 25 on ONNX Runtime has no ker
 class AsOnnxTakesIt(TorchFunctionMode):
     """Writes out what torch does by itself and the exporter does not.
 
-    One head of keys and values is repeated for all heads of queries (Falcon), and integers that are subtracted from a
-    float are floats first (XLNet's mask).
+    One head of keys and values is repeated for all heads of queries (Falcon), integers that are subtracted from a
+    float are floats first (XLNet's mask), and complex numbers are pairs of real ones (Llama 4's rotations).
     """
 
     def __torch_function__(
@@ -34,6 +35,8 @@ class AsOnnxTakesIt(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch; attention, queries [..., H, T, D] and keys [..., 1, S, D], with H heads in all."""
+        if func in MADE:
+            return MADE[func](*args, **kwargs or {})
         if func is torch.Tensor.__rsub__ and isinstance(args[1], float) and not args[0].is_floating_point():
             args = (args[0].to(torch.get_default_dtype()), args[1])
         if func is functional.scaled_dot_product_attention and len(args) > 2:

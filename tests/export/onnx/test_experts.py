@@ -1,19 +1,30 @@
-"""Stacks of experts in ONNX: a product for each expert on the rows of its tokens."""
+"""Stacks of experts in ONNX: one operator for all, or a product for each on the rows of its tokens."""
 
 from __future__ import annotations
+
+import json
+from collections import Counter
 
 import onnx
 import pytest
 import torch
 from helpers.mixtures import build_family
+from torch import nn
+from torch.nn import functional
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from quantize.errors import QuantizeError
 from quantize.export.directory import export_artifact
+from quantize.export.onnx.complex_pairs import MADE
+from quantize.export.onnx.fused_experts import PRODUCTS, FusedExperts, fused
 from quantize.export.onnx.gathered_experts import GatheredExperts, lowered_copy
 from quantize.export.onnx.lowering import lower
-from quantize.nn.quantized_experts import QuantizedExperts
+from quantize.export.onnx.swiglu import SwiGLU, swiglu_of
+from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
+from quantize.transforms.online.hadamard import Hadamard
 
 E, N, K = 3, 6, 32
 
@@ -62,17 +73,95 @@ def test_a_mixture_runs_in_onnx_runtime(artifact_mixture, tmp_path):
     assert parity["emulation"] < 1e-5 < parity["activations"]
     assert (parity["top1"], abs(parity["kl"]) < 1e-3) == (1, True)
     graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
-    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) >= 2 * 4 + 2  # of four experts, and of attention
+    assert [node.op_type for node in graph.node].count("QMoE") == 1
+    config = json.loads((tmp_path / "onnx" / "ort_config.json").read_text())
+    assert config["precisions"]["4-bit weights, 8-bit activations in blocks of 16"] == 2 * 4 + 4  # experts, attention
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "ignore"), [("mixtral", ["re:.*experts.*"]), ("gpt_oss", None)])
-def test_other_mixtures(family, ignore, artifact_mixture, small_run, tmp_path):
-    """Experts in floating point, and as [experts, K, N]."""
+@pytest.mark.parametrize(
+    ("family", "changes", "standard", "fused"),
+    [
+        ("mixtral", {"ignore": ["re:.*experts.*"]}, False, 0),  # experts in floating point
+        ("mixtral", {}, True, 0),
+        ("gpt_oss", {}, False, 1),  # [experts, K, N], gates and linear values in turns, biases, limits
+        ("llama4_text", {}, False, 0),  # whose class multiplies as no other does, and rotates by complex numbers
+    ],
+)
+def test_other_mixtures(family, changes, standard, fused, artifact_mixture, small_run, tmp_path):
     build_family(family, num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    recipe = {"passes": [], "quantizer": {"name": "rtn"}, "ignore": ignore}
+    recipe = {"passes": [], "quantizer": {"name": "rtn"}, **changes}
     ids = artifact_mixture.directory.parent / "ids.jsonl"
     artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe, calibration=ids, group_size=16)
-    parity = export_artifact(artifact.directory, "onnx", tmp_path / "onnx")
+    parity = export_artifact(artifact.directory, "onnx", tmp_path / "onnx", qdq=standard)
     assert parity["reference"] < 1e-5
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False).graph
+    found = Counter(node.op_type for node in graph.node)
+    assert found["QMoE"] == fused
+    assert not (standard and found["MatMulNBits"])
+
+
+def plain(x):
+    g, linear = x.chunk(2, dim=-1)
+    return functional.silu(g) * linear
+
+
+def limited(x):
+    """Compute what lies between the products of gpt-oss."""
+    g, linear = x[..., ::2].clamp(max=7), x[..., 1::2].clamp(-7, 7)
+    return (linear + 1) * g * torch.sigmoid(1.702 * g)
+
+
+def test_a_swiglu_is_found_by_its_values():
+    assert swiglu_of(plain, 8) == SwiGLU(interleaved=False)
+    found = swiglu_of(limited, 8)
+    assert (found.alpha, found.beta, found.limit) == pytest.approx((1.702, 1, 7))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: functional.gelu(x[..., :4]) * x[..., 4:],
+        lambda x: functional.silu(x[..., 4:]) * x[..., :4],  # the gate is the second half
+        lambda x: functional.silu(x[..., :4]).clamp(max=5) * x[..., 4:],  # limited behind the activation
+        lambda x: functional.relu(x[..., :4]) * x[..., 4:],
+        lambda x: plain(x) + 1e-3,
+    ],
+)
+def test_what_is_no_swiglu_is_none(other):
+    assert swiglu_of(other, 8) is None
+
+
+@pytest.mark.parametrize("change", ["online", "float zero points", "gate", "bits", "norm"])
+def test_a_layer_of_another_form_has_a_product_for_each_expert(change):
+    layer = MixtralExperts(MixtralConfig(hidden_size=32, intermediate_size=16, num_local_experts=E))
+    for name in PRODUCTS:
+        replace_parameter(layer, name, stack(4))
+    assert isinstance(fused(layer, lower), FusedExperts)
+    if change == "online":
+        layer.down_proj.online = (Hadamard(K),)
+    elif change == "float zero points":
+        layer.down_proj.drop_laid_out()
+        layer.down_proj.zero_point = torch.zeros_like(layer.down_proj.scale)
+    elif change == "gate":
+        layer.act_fn = nn.GELU()
+    elif change == "bits":
+        replace_parameter(layer, PRODUCTS[0], stack(8, 8))
+    else:
+        layer.has_post_expert_norm = True
+    assert fused(layer, lower) is None
+
+
+def test_complex_numbers_are_pairs():
+    """What Llama 4 computes with them, and that other functions are refused."""
+    angles, x = torch.randn(3, 4), torch.randn(2, 3, 4, 2)
+
+    def rotated(polar, view_as_complex):
+        turns = polar(torch.ones_like(angles), angles) * 0.5
+        return torch.view_as_real(view_as_complex(x) * turns[None].to(x.device)).flatten(2)
+
+    torch.testing.assert_close(
+        rotated(MADE[torch.polar], MADE[torch.view_as_complex]), rotated(torch.polar, torch.view_as_complex)
+    )
+    with pytest.raises(RuntimeError, match="`exp` of a complex-valued input has no form"):
+        torch.exp(MADE[torch.polar](angles, angles))
