@@ -87,6 +87,9 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     help="The mask token of a masked-diffusion language model, scored on what is masked.  [default: the recipe's]",
 )
 @click.option("--kurtosis", is_flag=True, help="Show instead the kurtosis of the linears' inputs, before and after.")
+@click.option(
+    "--drift", is_flag=True, help="Show instead how often greedy tokens flip, and how refusals move, beside --against."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
 @TRUST
 def evaluate(
@@ -98,6 +101,7 @@ def evaluate(
     seqlen: int,
     engine: Engine,
     kurtosis: bool,
+    drift: bool,
     as_json: bool,
     trust_remote_code: bool,
     mask_id: int | None,
@@ -107,7 +111,9 @@ def evaluate(
     DIRECTORY is an artifact, a model that transformers loads, a checkpoint of compressed-tensors, or a GGUF file beside
     its config.
     """
-    if (text is None) is not bool(tasks) or (kurtosis and text is None):
+    if drift and (tasks or kurtosis or mask_id is not None):
+        raise UsageError("--drift goes with neither --tasks nor --kurtosis nor --mask-id; give it alone")
+    if ((text is None) is not bool(tasks) or (kurtosis and text is None)) and not drift:
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
     find_measured(directory)
     if against is not None:
@@ -116,6 +122,16 @@ def evaluate(
     for name in names:
         if name.endswith((".yaml", ".yml")):
             require_file(Path(name))
+    if drift:
+        if against is None:
+            raise UsageError("--drift compares with the float model; give --against")
+        if text is not None:
+            require_file(text)
+        from quantize.eval.drift import evaluate_drift
+        from quantize.eval.report import scores_table
+
+        scores = evaluate_drift(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
+        return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
     if text is None:
         require_lm_eval()
         from quantize.eval.report import scores_table

@@ -123,6 +123,8 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         (["merge-stats", "nowhere", "--output", "new"], "no such file: nowhere"),
         (["inspect", one_layer, "--calibration", text], "--calibration is text for --activations; give both or"),
         (["eval", one_layer, "--text", text, "--kurtosis"], "--kurtosis compares with the float model; give --against"),
+        (["eval", one_layer, "--text", text, "--drift"], "--drift compares with the float model; give --against"),
+        (["eval", one_layer, "--drift", "--kurtosis"], "--drift goes with neither --tasks nor --kurtosis nor"),
         (["verify", "nowhere"], "no such artifact: nowhere"),
         (["verify", one_layer], "holds no manifest.json of a model, so it is no artifact of quantize-model; quantize"),
         (["report", exported], "is an export for 'onnx'; give the artifact that it was made of"),
