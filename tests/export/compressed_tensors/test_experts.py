@@ -73,6 +73,20 @@ def test_transformers_computes_what_the_artifact_computes(written, artifact_mixt
         assert relative_error([found], [artifact(ids).logits]) < 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "glm4_moe", "qwen3_next"])
+def test_transformers_loads_other_families(family, artifact_mixture, small_run, tmp_path):
+    """Routers with shared experts, groups and corrections; the comparison loads the checkpoint."""
+    changes = {"deepseek_v3": {"first_k_dense_replace": 0}, "glm4_moe": {"first_k_dense_replace": 0}}
+    changes["qwen3_next"] = {"layer_types": ["full_attention"]}
+    build_family(family, num_hidden_layers=1, **changes.get(family, {})).save_pretrained(tmp_path / "model")
+    recipe = {"passes": [], "quantizer": {"name": "rtn"}, "weights": {"symmetric": True}}
+    ids = artifact_mixture.directory.parent / "ids.jsonl"
+    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe, calibration=ids, group_size=16)
+    assert any("experts" in entry for entry in artifact.manifest["quantization"]["modules"].values())
+    assert export_artifact(artifact.directory, CT, tmp_path / "ct")["reference"] < 1e-5
+
+
 def outline_of(family: str, scheme: dict, **others: dict) -> Outline:
     """The outline of a mixture whose stacks are quantized; `others` are entries of single stacks."""
     model = build_family(family, num_hidden_layers=1)
