@@ -237,6 +237,7 @@ def test_a_source_that_does_not_fit_its_format(tmp_path, make, damage, words):
     ("settings", "error", "words"),
     [
         ({"quant_method": "hqq"}, UsageError, "is quantized already, by 'hqq', which cannot be read; known are awq, "),
+        ({"quant_method": "quantize-model"}, UsageError, "is an artifact of quantize-model; write it in"),
         ("no table", UsageError, "is quantized already, by None"),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, QuantizeError, "weight_block_size is [0, 128]"),
         ({"quant_method": "gptq", "bits": 4}, UsageError, "is quantized by gptq, says its config, but its files hold"),

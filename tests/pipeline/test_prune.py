@@ -13,6 +13,7 @@ from helpers.mixtures import Mixture, build_family
 from quantize.artifact.verify import verify_artifact
 from quantize.cli import commands
 from quantize.errors import QuantizeError, UsageError
+from quantize.export.directory import export_artifact
 from quantize.pipeline import prune
 from quantize.pipeline.context import RunContext
 from quantize.pipeline.prepare import prepare
@@ -151,6 +152,23 @@ def test_a_recipe_prunes_before_it_quantizes(directory, tmp_path):
     assert artifact.manifest["quantization"]["modules"]["model.layers.1.mlp.experts.down_proj"]["experts"] == 3
     assert artifact.load().config.num_local_experts == 3
     assert verify_artifact(tmp_path / "out")["difference"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_quantized_mixture_is_pruned_and_nothing_is_rounded_twice(directory, tmp_path):
+    """By way of floating point, whose grids are found again."""
+    first = quantize_model(directory, output_dir=tmp_path / "first", scheme="W4A16", calibration=ROWS, **SETTINGS)
+    export_artifact(first.directory, "safetensors-float", tmp_path / "float")
+    pruned = prune_model(tmp_path / "float", output_dir=tmp_path / "pruned", ratio=0.5, calibration=ROWS, nsamples=24,
+                         seqlen=16)  # fmt: skip
+    second = quantize_model(pruned.directory, output_dir=tmp_path / "second", scheme="W4A16", calibration=ROWS,
+                            **SETTINGS)  # fmt: skip
+    assert second.manifest["held_out"]["quantized"]["kl"] < 1e-9
+    for path, layer in pruned.record["layers"].items():
+        for name in ("gate_up_proj", "down_proj"):
+            before, after = (a.load().get_submodule(f"{path}.{name}") for a in (first, second))
+            kept = [before.expert(e).qtensor().dequantize() for e in layer["kept"]]
+            torch.testing.assert_close(after.weights(), torch.stack(kept), rtol=0, atol=1e-6)
 
 
 def test_a_dry_run_knows_the_shapes_that_stay(mixtral):

@@ -9,6 +9,7 @@ from quantize.checkpoint.sources import awq, compressed_tensors, fp8, gptq, mode
 from quantize.checkpoint.sources.encoded import Encoded, Entries
 from quantize.errors import UsageError, shown
 
+OWN = "quantize-model"  # the method that an artifact's own config names
 SOURCES: Mapping[str, Callable[[Mapping[str, Any], Entries], dict[str, Encoded]]] = {
     "awq": awq.find,
     "compressed-tensors": compressed_tensors.find,
@@ -32,6 +33,11 @@ def find_encoded(settings: Any, entries: Entries, where: str) -> dict[str, Encod
         QuantizeError: a part of a tensor is missing, or the config's blocks are none.
     """
     method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == OWN:
+        raise UsageError(
+            f"{where} is an artifact of quantize-model; write it in floating point with quantize-model export --format "
+            "safetensors-float and give that, whose grids are found again and kept exactly"
+        )
     if not isinstance(method, str) or method not in SOURCES:
         raise UsageError(
             f"{where} is quantized already, by {shown(method)}, which cannot be read; known are {', '.join(SOURCES)}, "
