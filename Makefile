@@ -31,7 +31,7 @@ bench-diffusion: $(VENV)/installed
 bench-lengths: $(VENV)/installed
 	$(PYTHON) -m benchmarks.sequence_length
 
-# How long runs on this machine's GPU take: benchmarks/results/gpu-run-NAME.json and the table in docs/gpu.md
+# How long runs on this machine's GPU take, checked first, in eight minutes: benchmarks/gpu/NAME.json and the table in docs/gpu.md
 bench-gpu-run: $(VENV)/installed
 	$(PYTHON) -m benchmarks.gpu.quantizing
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,20 +21,27 @@ from quantize.graph import interpreter
 from quantize.graph.interpreter import Values
 from quantize.graph.program import Segment
 from quantize.graph.shapes import multiply_adds
+from quantize.pipeline import block_loop
 from quantize.pipeline import quantize as pipeline
 from quantize.pipeline.block import Block
+from quantize.pipeline.resume.journal import Journal
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.quantizers import column_rounding, gptq, rtn
 
+WAITING = "waiting"  # of the main thread, for the next block to be read or the last one to be written
 PEAK = 2048  # order of the matrices whose product is the measure
 Flops = Callable[..., float]
 
 
 @dataclass
 class Phase:
-    """Seconds without those of phases within it, CPU seconds, and floating-point operations of matrix products."""
+    """Seconds without those of phases within it, CPU seconds, and floating-point operations of matrix products.
+
+    `aside` are those of the seconds that passed in threads that read and write, beside the main one.
+    """
 
     seconds: float = 0.0
+    aside: float = 0.0
     cpu: float = 0.0
     flops: float = 0.0
 
@@ -47,7 +55,7 @@ class Phases:
         mine: what each thread has for itself: the phases that are `running`, each within the one before it, and the
             seconds on the clock and of the CPU at the `last` switch.
         elsewhere: CPU seconds of the threads that read and write, which the main thread's do not include.
-        blocks: the name of each block of a run, and when it began.
+        blocks: the name of each block of a run, and when it began; then `finish`, and when that began.
     """
 
     phases: dict[str, Phase] = field(default_factory=dict)
@@ -61,6 +69,10 @@ class Phases:
         self.blocks.clear()
         self.mine.last = (0.0, 0.0)
         self._switch()
+
+    def hidden(self) -> float:
+        """Return the seconds of reading and writing in which the main thread did not wait for them, but computed."""
+        return sum(phase.aside for phase in self.phases.values()) - self._phase(WAITING).seconds
 
     def timed(self, name: str, run: Callable[..., Any], flops: Flops) -> Callable[..., Any]:
         """Return `run` with its time and its operations counted."""
@@ -110,6 +122,7 @@ class Phases:
         if before[0] and (main or self.mine.running):
             phase = self._running()
             phase.seconds += now[0] - before[0]
+            phase.aside += 0.0 if main else now[0] - before[0]
             phase.cpu += now[1] - before[1]
             self.elsewhere += 0.0 if main else now[1] - before[1]
 
@@ -127,8 +140,9 @@ def nothing(*_: Any, **__: Any) -> float:
     return 0.0
 
 
-def watch() -> Phases:
-    """Time the phases of this process's runs from now on."""
+@contextlib.contextmanager
+def watch() -> Iterator[Phases]:
+    """Time the phases of this process's runs within the context."""
     phases = Phases()
     phases.start()
 
@@ -136,13 +150,20 @@ def watch() -> Phases:
         phases.blocks.append((segment.name, time.perf_counter()))
         return 0.0
 
-    for owner, attribute, name, flops in (
+    def end(*_: Any) -> float:
+        phases.blocks.append(("finish", time.perf_counter()))
+        return 0.0
+
+    watched = (
         (pipeline, "prepare", "prepare", nothing),
         (SequentialPipeline, "read", "read", nothing),
         (Block, "read", "widen", nothing),
         (SequentialPipeline, "process", "other steps", begin),
+        (block_loop, "go_on", WAITING, nothing),
+        (block_loop, "write_block", "write", nothing),
+        (Journal, "store_block", "store state", nothing),
         (ArtifactWriter, "add", "write", nothing),
-        (pipeline, "finish", "finish", nothing),
+        (pipeline, "finish", "finish", end),
         (SequentialRunner, "run", "forward", nothing),
         (gram_sums, "add_product", "Gram", product_flops),
         (gptq, "factor", "solve", lambda *a: len(a[0]) ** 3 / 3),
@@ -151,10 +172,17 @@ def watch() -> Phases:
         (gptq, "gptq_round", "error feedback", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
         (gptq, "sweep", "sweeps", lambda *a: 2.0 * a[1].shape[1] * len(a[1]) ** 2),
         (column_rounding, "round_columns", "columns", lambda *a: float(a[0].shape[1] * len(a[0]) ** 2)),
-    ):
+    )
+    before = [(owner, attribute, vars(owner)[attribute]) for owner, attribute, *_ in watched]
+    before.append((interpreter, "run_node", interpreter.run_node))
+    for owner, attribute, name, flops in watched:
         setattr(owner, attribute, phases.timed(name, getattr(owner, attribute), flops))
     interpreter.run_node = phases.counting(interpreter.run_node)
-    return phases
+    try:
+        yield phases
+    finally:
+        for owner, attribute, run in before:
+            setattr(owner, attribute, run)
 
 
 def product_flops(total: Tensor, left: Tensor, right: Tensor, rows: slice, *_: int) -> float:

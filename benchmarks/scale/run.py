@@ -58,13 +58,14 @@ def foresee(model: str, tokens: str, method: str, samples: str, seqlen: str) -> 
 
 def main(model: str, tokens: str, output: str, method: str, samples: str, seqlen: str) -> None:
     """Quantize, and print what it took."""
-    interpreter, phases = peak_memory() / 1e6, watch()
+    interpreter = peak_memory() / 1e6
     if method.endswith(IN_TURN):
         setattr(sequential, "read_ahead", lambda items, read: map(read, items))  # noqa: B010
         setattr(block_loop, "WriteBehind", WriteInTurn)  # noqa: B010
     start, cpu = time.perf_counter(), time.process_time()
-    quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method), calibration=tokens,
-                   nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip
+    with watch() as phases:
+        quantize_model(model, output_dir=output, scheme="W4A16", recipe=settings(Path(model), method),
+                       calibration=tokens, nsamples=int(samples), seqlen=int(seqlen))  # fmt: skip
     spent = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
     memory = {"peak_mb": peak_memory() / 1e6, "interpreter_mb": interpreter}
     artifact = sum(path.stat().st_size for path in Path(output).rglob("*") if path.is_file()) / 1e6
