@@ -37,6 +37,8 @@ HANDLERS: dict[str, dict[str, Any]] = {
     "Hadamard": recipe(FOLD, ROTATE),
     "Hadamard, RTN": recipe(FOLD, ROTATE, quantizer=RTN),
     "Hadamard, GPTAQ": recipe(FOLD, ROTATE, quantizer={"name": "gptaq"}),
+    "WUSH": recipe(named("wush")),
+    "rescaled, Hadamard, all online": recipe(named("rescale"), named("rotate", residual=False)),
     "rescaled, Hadamard": recipe(named("rescale"), FOLD, ROTATE),
     "Hadamard, GPTAQ with a ridge": recipe(FOLD, ROTATE, quantizer=RIDGE),
     "AQAS, Hadamard": recipe(named("aqas"), FOLD, ROTATE),

@@ -15,6 +15,15 @@ if TYPE_CHECKING:  # it imports torch, which `--help` does not need
     from quantize.export.outline import Outline
 
 
+ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
+ONLINE = {  # kind of an online transform → what it is to a format without a place for it, and what to quantize with
+    "hadamard": ROTATION,
+    "dual": ROTATION,
+    "blocks": ("a matrix in front of linears", "no pass `wush`"),
+    "shift": ("a bias on what is rounded", "no pass `noisy_bias`"),
+}
+
+
 class Obstacle(NamedTuple):
     """A part of an artifact that a target cannot express.
 

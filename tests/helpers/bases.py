@@ -30,7 +30,7 @@ def site(basis, weights, **statistics):
 def place(basis, columns, statistic=None, rows=6):
     W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1))
     input_transform = InputTransform(activations=W4A4.activations)
-    return LinearContext("a", basis, statistic, W, input_transform, W4A4, torch.Generator().manual_seed(0))
+    return LinearContext("a", basis, statistic, W, (W,), input_transform, W4A4, torch.Generator().manual_seed(0))
 
 
 def maxima(*values):

@@ -24,7 +24,8 @@ from quantize.recipe.recipe import load_recipe
 from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 from quantize.transforms.block_rotation import BlockRotation
 from quantize.transforms.fold import Diagonal
-from quantize.transforms.online import Dual, Hadamard, InputTransform, Shift
+from quantize.transforms.online import Blocks, Dual, Hadamard, InputTransform, Shift
+from quantize.transforms.wush import wush
 
 INT4 = ActivationArgs(num_bits=4)
 
@@ -273,6 +274,38 @@ def test_a_dual_rotation_keeps_the_product():
     assert torch.allclose(
         input_transform.transform(X) @ input_transform.fold_into_weight(given.weight).T, X @ given.weight.T, atol=1e-2
     )
+
+
+def test_wush_by_hand():
+    """H = diag(16, 1) and G = diag(1, 4), so S = diag(4, 2), and both moments become H₂ S H₂ᵀ = [[3, 1], [1, 3]]."""
+    X = torch.tensor([[4.0, 1.0], [4.0, -1.0]])
+    W = torch.tensor([[1.0, 2.0], [1.0, -2.0]])
+    blocks = Blocks(wush(X, [W[:1], W[1:]], 2, damping=1e-12))
+    x, w = blocks(X), blocks.weight(W.double()).float()
+    moment = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
+    torch.testing.assert_close(x.T @ x / 2, moment)
+    torch.testing.assert_close(w.T @ w / 2, moment)
+    torch.testing.assert_close(x @ w.T, X @ W.T)
+
+
+def test_wush_takes_groups_and_leaves_what_is_never_used():
+    X = normal(64, 64)
+    X[:, :32] = 0
+    given = place(None, 64, rows_of(X))
+    found = PASSES["wush"]().input_transform(given).online[0].matrices
+    assert torch.equal(found[0], torch.eye(32))
+    assert not torch.equal(found[1], torch.eye(32))
+    assert PASSES["wush"](block_size=24).input_transform(given).online[0].matrices.shape == (8, 8, 8)
+    unseen = PASSES["wush"]().input_transform(place(None, 64)).online[0]
+    assert torch.equal(unseen.matrices, torch.eye(32).expand(2, 32, 32))
+
+
+def test_wush_has_one_transform_for_linears_that_share_an_input(one_layer, small_run):
+    recipe = {"passes": [{"name": "wush"}], "quantizer": {"name": "rtn"}}
+    attention = small_run(one_layer, "W4A4", recipe=recipe).load().model.layers[0].self_attn
+    q, k, o = (getattr(attention, f"{name}_proj").online[0].matrices for name in "qko")
+    assert torch.equal(q, k)
+    assert not torch.equal(q, o)
 
 
 def test_whole_bases_are_learned_and_heads_are_not():

@@ -6,15 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from quantize.export.base import Obstacle
+from quantize.export.base import ONLINE, Obstacle
 from quantize.export.compressed_tensors.experts import experts_not_executed, unplaced_experts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.scheme.scheme import Scheme
-
-ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
-ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
 
 
 def obstacles(outline: Outline) -> Iterator[Obstacle]:

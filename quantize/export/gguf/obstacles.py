@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-from quantize.export.base import Obstacle
+from quantize.export.base import ONLINE, Obstacle
 from quantize.export.outline import Outline
-
-ROTATION = ("a rotation of activations", "`online_hadamard = false` in the pass that rotates")
-ONLINE = {"hadamard": ROTATION, "dual": ROTATION, "shift": ("a bias on what is rounded", "no pass `noisy_bias`")}
 
 
 def obstacles(outline: Outline) -> Iterator[Obstacle]:

@@ -76,7 +76,7 @@ class ArtifactEstimate:
     def _linear_context(self, step: Step, linear: Linear, W: Tensor, input_transform: InputTransform) -> LinearContext:
         basis = step.bases.reading(linear.weight)
         return LinearContext(
-            linear.path, basis, None, W, input_transform, self.plan.schemes[linear.path], derived_generator(0)
+            linear.path, basis, None, W, (W,), input_transform, self.plan.schemes[linear.path], derived_generator(0)
         )
 
     @functools.cached_property

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from quantize.transforms.online.base import Online as Online
+from quantize.transforms.online.blocks import Blocks
 from quantize.transforms.online.dual_rotation import Dual
 from quantize.transforms.online.hadamard import Hadamard, hadamard
 from quantize.transforms.online.input_transform import InputTransform as InputTransform
 from quantize.transforms.online.shift import Shift
 
-KINDS: dict[str, type[Online]] = {kind.kind: kind for kind in (Dual, Hadamard, Shift)}
-__all__ = ["KINDS", "Dual", "Hadamard", "InputTransform", "Online", "Shift", "hadamard", "restore"]
+KINDS: dict[str, type[Online]] = {kind.kind: kind for kind in (Blocks, Dual, Hadamard, Shift)}
+__all__ = ["KINDS", "Blocks", "Dual", "Hadamard", "InputTransform", "Online", "Shift", "hadamard", "restore"]
 
 
 def restore(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], columns: int) -> Online:

@@ -346,6 +346,7 @@ ONLINE = "`online_hadamard = false` in the pass that rotates"
 REFUSED = {
     "rotation": ({"online": [{"kind": "hadamard", "size": 64, "stride": 1}]}, ONLINE),
     "dual rotation": ({"online": [{"kind": "dual"}]}, ONLINE),
+    "matrices": ({"online": [{"kind": "blocks"}]}, "no pass `wush`"),
     "noise": ({"online": [{"kind": "shift"}]}, "no pass `noisy_bias`"),
     "clipping": (
         {"scheme": {"weights": {"num_bits": 4}, "activations": {"num_bits": 8, "clip_ratio": 0.9}}},
