@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import format_claims, handler_claims
+from benchmarks.claims import format_claims, handler_claims, wush_claims
 
-CLAIMS = (*handler_claims.CLAIMS, *format_claims.CLAIMS)
+CLAIMS = (*handler_claims.CLAIMS, *wush_claims.CLAIMS, *format_claims.CLAIMS)
 
 
 def rows() -> Iterator[dict[str, str | float | bool]]:

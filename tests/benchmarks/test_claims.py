@@ -15,6 +15,7 @@ REFUTED = {
     "TLQ < clipped uniform (Gaussian, 3 bits)": (0.0472, 0.0402),
     "POST < powers of two (Gaussian, 3 bits)": (0.0681, 0.0467),
     "POST < uniform (Gaussian, 3 bits)": (0.0681, 0.0402),
+    "WUSH ≤ 0.9 balanced channels and a Hadamard matrix (MXFP4)": (0.0148, 0.0149),
     "CQ: 8 channels, 8 bits ≤ ½ of 1 channel, 1 bit (independent)": (0.340, 0.361),
     "Hadamard blocks help NVFP4 (Laplace)": (0.00909, 0.00863),
     "REAP < pruning experts by frequency": (0.671, 0.198),

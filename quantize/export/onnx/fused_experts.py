@@ -7,6 +7,7 @@ experts a layer has, the faster it is than a product for each, which other layer
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, TypeGuard
@@ -21,7 +22,6 @@ from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 
 SINCE = (1, 32)  # of ONNX Runtime; older ones were not tried, and below 1.25 the operator chooses by itself
-PRODUCTS = ("gate_up_proj", "down_proj")  # as transformers calls the parameters of all gated experts
 BUFFERS = ("packed", "scale", "zero_point", "bias")  # of a `BlockLinear`
 
 
@@ -119,18 +119,27 @@ def fused(experts: nn.Module, lower: Callable[[QuantizedLinear], nn.Module]) -> 
     """
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < SINCE:
         return None
-    stacks = [stack for name in PRODUCTS if isinstance(stack := getattr(experts, name, None), QuantizedExperts)]
     between: Any = getattr(experts, "_apply_gate", None)
-    if len(stacks) < len(PRODUCTS) or between is None or not experts.has_gate or experts.has_post_expert_norm:
+    stacks = in_order({name: x for name, x in experts.named_children() if isinstance(x, QuantizedExperts)})
+    if not stacks or between is None or not experts.has_gate or experts.has_post_expert_norm:
         return None
-    singles = [linear for stack in stacks if is_of_the_form(linear := lower(stack.expert(0)))]
-    gate = swiglu_of(between, stacks[0].out_features)
+    (_, first), (_, second) = stacks.items()
+    singles = [linear for stack in (first, second) if is_of_the_form(linear := lower(stack.expert(0)))]
     alike = len({linear.quantizes_activations for linear in singles}) == 1
-    if gate is None or len(singles) < len(stacks) or not alike or stacks[1].online:
+    gate = swiglu_of(between, first.out_features)
+    if gate is None or len(singles) < len(stacks) or not alike or second.online:
         return None
     block = min(linear.block for linear in singles)
-    products = [[BlockLinear(stack.expert(e), block) for e in range(stack.count)] for stack in stacks]
-    return FusedExperts(products, [getattr(experts, f"{name}_bias", None) for name in PRODUCTS], gate)
+    products = [[BlockLinear(stack.expert(e), block) for e in range(stack.count)] for stack in (first, second)]
+    return FusedExperts(products, [getattr(experts, f"{name}_bias", None) for name in stacks], gate)
+
+
+def in_order(stacks: dict[str, QuantizedExperts]) -> dict[str, QuantizedExperts]:
+    """Return two stacks in the order of their products, between which a gate halves the outputs; else none."""
+    for (name, first), (other, second) in itertools.permutations(stacks.items(), 2) if len(stacks) == 2 else ():
+        if (second.in_features, second.out_features) == (first.out_features // 2, first.in_features):
+            return {name: first, other: second}
+    return {}
 
 
 def is_of_the_form(linear: nn.Module) -> TypeGuard[BlockLinear]:

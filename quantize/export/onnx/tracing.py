@@ -24,7 +24,7 @@ class AsOnnxTakesIt(TorchFunctionMode):
     """Writes out what torch does by itself and the exporter does not.
 
     One head of keys and values is repeated for all heads of queries (Falcon), integers that are subtracted from a
-    float are floats first (XLNet's mask), and complex numbers are pairs of real ones (Llama 4's rotations).
+    float are floats first (XLNet's mask), and complex numbers are pairs of real ones, as positions rotate.
     """
 
     def __torch_function__(

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from quantize.errors import QuantizeError
 from quantize.export.directory import export_artifact
 from quantize.export.onnx.complex_pairs import MADE
-from quantize.export.onnx.fused_experts import PRODUCTS, FusedExperts, fused
+from quantize.export.onnx.fused_experts import FusedExperts, fused
 from quantize.export.onnx.gathered_experts import GatheredExperts, lowered_copy
 from quantize.export.onnx.lowering import lower
 from quantize.export.onnx.swiglu import SwiGLU, swiglu_of
@@ -29,8 +29,8 @@ from quantize.transforms.online.hadamard import Hadamard
 E, N, K = 3, 6, 32
 
 
-def stack(bits, activations=None, transposed=False):
-    W, args = torch.randn(E * N, K, generator=torch.Generator().manual_seed(0)), WeightArgs(num_bits=bits)
+def stack(bits, activations=None, transposed=False, rows=N):
+    W, args = torch.randn(E * rows, K, generator=torch.Generator().manual_seed(0)), WeightArgs(num_bits=bits)
     scheme = Scheme(weights=args, activations=activations and ActivationArgs(num_bits=activations))
     weight = RoundToNearest().quantize(W, args, None, torch.float32)
     return QuantizedExperts(weight, None, scheme, (), E, transposed)
@@ -134,9 +134,9 @@ def test_what_is_no_swiglu_is_none(other):
 
 @pytest.mark.parametrize("change", ["online", "float zero points", "gate", "bits", "norm"])
 def test_a_layer_of_another_form_has_a_product_for_each_expert(change):
-    layer = MixtralExperts(MixtralConfig(hidden_size=32, intermediate_size=16, num_local_experts=E))
-    for name in PRODUCTS:
-        replace_parameter(layer, name, stack(4))
+    layer = MixtralExperts(MixtralConfig(hidden_size=K, intermediate_size=K, num_local_experts=E))
+    replace_parameter(layer, "gate_up_proj", stack(4, rows=2 * K))
+    replace_parameter(layer, "down_proj", stack(4, rows=K))
     assert isinstance(fused(layer, lower), FusedExperts)
     if change == "online":
         layer.down_proj.online = (Hadamard(K),)
@@ -146,7 +146,7 @@ def test_a_layer_of_another_form_has_a_product_for_each_expert(change):
     elif change == "gate":
         layer.act_fn = nn.GELU()
     elif change == "bits":
-        replace_parameter(layer, PRODUCTS[0], stack(8, 8))
+        replace_parameter(layer, "gate_up_proj", stack(8, 8, rows=2 * K))
     else:
         layer.has_post_expert_norm = True
     assert fused(layer, lower) is None
