@@ -6,16 +6,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.eval.planted_outliers import plant, plant_keys
-from quantize.nn.attention import set_kv_cache
+from quantize.nn.attention import has_kv_cache, set_kv_cache
+from quantize.nn.packed_cache import packed_cache
 from quantize.pipeline.quantize import quantize_model
 from quantize.scheme.scheme import KVCacheArgs
 
@@ -39,7 +43,7 @@ SETTINGS = {
 def main() -> None:
     """Quantize two small models and their twins with planted outliers, and print one table."""
     console = Console()
-    table = Table("model", "cache", "nats/token", "increase", "KL", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("model", "cache", "bytes a token", "nats/token", "increase", "KL", box=SIMPLE_HEAD, pad_edge=False)
     with tempfile.TemporaryDirectory() as scratch:
         for name, source, model in twins(Path(scratch)):
             console.print(name, style="dim")
@@ -73,7 +77,22 @@ def rows(source: Path, model: Path, output: Path) -> Iterator[tuple[str, ...]]:
     for label, cache in SETTINGS.items():
         set_kv_cache(quantized, cache)
         found = score_language(quantized, batches, reference)
-        yield label, f"{found.loss:.4f}", f"{found.loss - base:+.4f}", f"{found.kl:.4f}"
+        yield (
+            label,
+            f"{held_bytes(quantized, batches[0]):.0f}",
+            f"{found.loss:.4f}",
+            f"{found.loss - base:+.4f}",
+            f"{found.kl:.4f}",
+        )
+
+
+@torch.no_grad()
+def held_bytes(model: PreTrainedModel, ids: Tensor) -> float:
+    """Return the bytes that a cache holds of a token, packed if keys and values are quantized."""
+    cache = packed_cache(model) if has_kv_cache(model) else DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    held = [rows for layer in cache.layers for rows in (layer.keys, layer.values)]
+    return float(sum(rows.nbytes for rows in held)) / ids.numel()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from quantize.export.model_free.quantize import quantize_model_free as quantize_model_free
     from quantize.finetuning.finetune import finetune as finetune
     from quantize.graph.inspect import inspect as inspect
+    from quantize.nn.packed_cache import packed_cache as packed_cache
     from quantize.pipeline.pruned_model import prune_model as prune_model
     from quantize.pipeline.quantize import Artifact as Artifact
     from quantize.pipeline.quantize import quantize_model as quantize_model
@@ -29,6 +30,7 @@ HOMES = {
     "finetune": "quantize.finetuning.finetune",
     "inspect": "quantize.graph.inspect",
     "load": "quantize.artifact.load",
+    "packed_cache": "quantize.nn.packed_cache",
     "prune_model": "quantize.pipeline.pruned_model",
     "quantize_model": "quantize.pipeline.quantize",
     "quantize_model_free": "quantize.export.model_free.quantize",
@@ -41,6 +43,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load",
+    "packed_cache",
     "prune_model",
     "quantize_model",
     "quantize_model_free",

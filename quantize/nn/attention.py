@@ -16,6 +16,7 @@ from quantize.scheme.scheme import KVCacheArgs
 
 FLOAT = "sdpa"  # the implementation that becomes `scaled_dot_product_attention` in a graph
 PREFIX = "quantized_kv_cache_"
+ROUNDED = "holds_rounded_rows"  # an attribute of keys that need not be rounded
 
 
 def attend_with_quantized_cache(
@@ -30,7 +31,7 @@ def attend_with_quantized_cache(
 ) -> tuple[Tensor, None]:
     """Compute float attention on keys and values as a quantized cache holds them; transformers calls this function.
 
-    The cache itself is in floating point and is rounded at each read.
+    A cache in floating point is rounded at each read; a packed one (`packed_cache.py`) returns what is rounded already.
 
     Args:
         module: the attention module.
@@ -40,7 +41,8 @@ def attend_with_quantized_cache(
         kv_cache: how keys and values are rounded.
         options: as for float attention.
     """
-    operands = quantize_heads(query, key, value, kv_cache)
+    rounded = getattr(key, ROUNDED, False)
+    operands = (query, key, value) if rounded else quantize_heads(query, key, value, kv_cache)
     return ALL_ATTENTION_FUNCTIONS[FLOAT](module, *operands, attention_mask, **options)  # type: ignore[no-any-return]
 
 
@@ -67,6 +69,12 @@ def set_kv_cache(model: nn.Module, args: KVCacheArgs | None) -> None:
     name = FLOAT if args is None else register(args)
     for config in chosen:
         config._attn_implementation = {"": name}
+
+
+def kv_cache_of(config: PreTrainedConfig) -> KVCacheArgs | None:
+    """Return how attention of a config rounds keys and values; None if it does not."""
+    function = ALL_ATTENTION_FUNCTIONS[str(config._attn_implementation)] if is_quantized(config) else None
+    return None if function is None else function.keywords["kv_cache"]
 
 
 def has_kv_cache(model: nn.Module) -> bool:
