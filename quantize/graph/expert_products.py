@@ -11,24 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from quantize.graph.einsum import ExpertProduct, expert_product, matmul_letters, parse
-from quantize.graph.experts import CASTS
+from quantize.graph.experts import CASTS, grouped_mm
 from quantize.graph.loops import Loop, sort_topologically, transpose_of
 from quantize.graph.rules.table import name_of
+from quantize.graph.split_rows import group_split_rows
 from quantize.graph.writer import Writer
 
 ATEN = torch.ops.aten
-
-
-def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """Multiply rows [S, K], sorted by expert up to row `offs` [experts] of each, with [experts, K, N]: [S, N]."""
-    y, first = x.new_zeros(x.shape[0], weight.shape[2]), 0
-    for expert, end in enumerate([] if isinstance(x, torch._subclasses.FakeTensor) or x.is_meta else offs.tolist()):
-        y[first:end] = x[first:end] @ weight[expert]
-        first = end
-    return y
 
 
 def write_as_stacks(module: fx.GraphModule, parameters: Collection[fx.Node]) -> None:
@@ -40,6 +32,7 @@ def write_as_stacks(module: fx.GraphModule, parameters: Collection[fx.Node]) -> 
     """
     sorts: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for stack in (node for node in parameters if node.meta["val"].dim() == 3 and node.meta["val"].shape[0] > 1):
+        group_split_rows(module.graph, stack)
         Loop(module.graph, stack).rewrite()
         for node in list(module.graph.nodes):
             found = Gathered.find(node, stack)

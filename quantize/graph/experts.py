@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from quantize.graph.labels import shape_of
@@ -16,6 +17,15 @@ BATCHED = {"bmm", "matmul"}  # x [experts, rows, K], weights [experts, K, N]
 PRODUCTS = {*GROUPED, *BATCHED, "linear", "addmm", "mm", "scaled_dot_product_attention", "convolution"}
 CHOICES = {"topk", "sort", "argsort", "argmax"}
 CASTS = {"to", "_to_copy", "contiguous", "clone", "alias", "detach"}
+
+
+def grouped_mm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """Multiply rows [S, K], sorted by expert up to row `offs` [experts] of each, with [experts, K, N]: [S, N]."""
+    y, first = x.new_zeros(x.shape[0], weight.shape[2]), 0
+    for expert, end in enumerate([] if isinstance(x, torch._subclasses.FakeTensor) or x.is_meta else offs.tolist()):
+        y[first:end] = x[first:end] @ weight[expert]
+        first = end
+    return y
 
 
 def find_experts(node: fx.Node, parameters: Mapping[fx.Node, str]) -> Linear | None:

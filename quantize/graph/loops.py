@@ -26,7 +26,7 @@ class Loop:
 
     def rewrite(self) -> None:
         """Replace the products by parts of one product, if they are those of all experts, each once."""
-        found = [self._product(number, weight) for number, weight in taken_one_by_one(self.stack)]
+        found = [product_of(number, weight) for number, weight in taken_one_by_one(self.stack)]
         products = {product[0]: product[1:] for product in found if product is not None}
         if len(found) != self.stack.meta["val"].shape[0] or sorted(products) != [*range(len(found))]:
             return
@@ -58,20 +58,21 @@ class Loop:
         y: fx.Node = writer.add(ATEN.bmm.default, x, W)
         return y
 
-    def _product(self, number: int, weight: fx.Node) -> tuple[int, fx.Node, fx.Node, bool, fx.Node | None] | None:
-        """Return expert, product, rows, whether the weight is multiplied as [K, N], and bias; None if it is another."""
-        turned = False
-        while len(weight.users) == 1:
-            user = next(iter(weight.users))
-            name, args = name_of(user), user.args
-            if transpose_of(user) or name in CASTS:
-                weight, turned = user, turned != transpose_of(user)
-                continue
-            bias: Any = args[2] if name == "linear" and len(args) > 2 else None
-            if name not in {"linear", "matmul", "mm"} or args[1] is not weight or args[0] is weight:
-                return None
-            return number, user, args[0], turned != (name != "linear"), bias  # type: ignore[return-value]
-        return None
+
+def product_of(number: int, weight: fx.Node) -> tuple[int, fx.Node, fx.Node, bool, fx.Node | None] | None:
+    """Return expert, product, rows, whether the weight is multiplied as [K, N], and bias; None if it is another."""
+    turned = False
+    while len(weight.users) == 1:
+        user = next(iter(weight.users))
+        name, args = name_of(user), user.args
+        if transpose_of(user) or name in CASTS:
+            weight, turned = user, turned != transpose_of(user)
+            continue
+        bias: Any = args[2] if name == "linear" and len(args) > 2 else None
+        if name not in {"linear", "matmul", "mm"} or args[1] is not weight or args[0] is weight:
+            return None
+        return number, user, args[0], turned != (name != "linear"), bias  # type: ignore[return-value]
+    return None
 
 
 def taken_one_by_one(stack: fx.Node) -> Iterator[tuple[int, fx.Node]]:

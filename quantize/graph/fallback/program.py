@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import ExportError, log_own_words
 from quantize.graph import export
-from quantize.graph.expert_products import grouped_mm
+from quantize.graph.experts import grouped_mm
 from quantize.graph.fallback.float_model import FloatModel, linear_inputs, plain_linears
 from quantize.graph.fallback.probe import bounds, idle_without, vocabulary, weights_read
 from quantize.graph.inputs import BATCH, Input, example_inputs
