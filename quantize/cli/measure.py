@@ -90,6 +90,12 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
 @click.option(
     "--drift", is_flag=True, help="Show instead how often greedy tokens flip, and how refusals move, beside --against."
 )
+@click.option(
+    "--bit-flips",
+    metavar="RATES",
+    help="Show instead the loss where these parts of the weights' bits are wrong, as 0,1e-6,1e-5, with and without "
+    "clipping.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one flat JSON object instead of a table.")
 @TRUST
 def evaluate(
@@ -102,6 +108,7 @@ def evaluate(
     engine: Engine,
     kurtosis: bool,
     drift: bool,
+    bit_flips: str | None,
     as_json: bool,
     trust_remote_code: bool,
     mask_id: int | None,
@@ -113,6 +120,9 @@ def evaluate(
     """
     if drift and (tasks or kurtosis or mask_id is not None):
         raise UsageError("--drift goes with neither --tasks nor --kurtosis nor --mask-id; give it alone")
+    rates = None if bit_flips is None else flip_rates(bit_flips)
+    if rates is not None and (text is None or tasks or kurtosis or drift or mask_id is not None):
+        raise UsageError("--bit-flips goes with --text FILE, and not with another measurement; give these two")
     if ((text is None) is not bool(tasks) or (kurtosis and text is None)) and not drift:
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
     find_measured(directory)
@@ -140,6 +150,11 @@ def evaluate(
         found = evaluate_tasks(directory, against, names, nsamples, engine)
         return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
     require_file(text)
+    if rates is not None:
+        from quantize.eval.bit_flips import flip_campaign, flips_table
+
+        rows = flip_campaign(directory, text, rates, against, seqlen, nsamples, engine, trust_remote_code)
+        return click.echo(json.dumps(rows, indent=2)) if as_json else Console().print(flips_table(rows))
     if kurtosis:
         if against is None:
             raise UsageError("--kurtosis compares with the float model; give --against")
@@ -151,3 +166,18 @@ def evaluate(
 
     scores = measure(directory, text, against, seqlen, nsamples, engine, trust_remote_code, mask_id)
     return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
+
+
+def flip_rates(given: str) -> list[float]:
+    """Return the numbers of a list with commas.
+
+    Raises:
+        UsageError: one is no number from 0 to 0.01, beyond which hardly a weight is what it was.
+    """
+    try:
+        rates = [float(part) for part in given.split(",")]
+    except ValueError:
+        rates = [-1.0]
+    if not all(0 <= rate <= 0.01 for rate in rates):
+        raise UsageError(f"--bit-flips takes numbers from 0 to 0.01 separated by commas, and {given!r} is no such list")
+    return rates

@@ -125,6 +125,12 @@ def test_wrong_use_is_answered_without_torch(one_layer, tmp_path):
         (["eval", one_layer, "--text", text, "--kurtosis"], "--kurtosis compares with the float model; give --against"),
         (["eval", one_layer, "--text", text, "--drift"], "--drift compares with the float model; give --against"),
         (["eval", one_layer, "--drift", "--kurtosis"], "--drift goes with neither --tasks nor --kurtosis nor"),
+        (
+            ["eval", one_layer, "--text", text, "--bit-flips", "0.5"],
+            "--bit-flips takes numbers from 0 to 0.01 separated",
+        ),
+        (["eval", one_layer, "--text", text, "--bit-flips", "few"], "separated by commas, and 'few' is no such list"),
+        (["eval", one_layer, "--bit-flips", "1e-6"], "--bit-flips goes with --text FILE, and not with another"),
         (["verify", "nowhere"], "no such artifact: nowhere"),
         (["verify", one_layer], "holds no manifest.json of a model, so it is no artifact of quantize-model; quantize"),
         (["report", exported], "is an export for 'onnx'; give the artifact that it was made of"),
