@@ -47,6 +47,7 @@ def measured(
     write_tokens(tokens, size, samples, seqlen)
     analysis, foretold = foreseen(whole, folder, memory, samples, seqlen)
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what ran before
         torch.cuda.reset_peak_memory_stats()
     with watch() as phases:
         start = time.perf_counter()
