@@ -2,6 +2,7 @@
 
 For each run of `RUNS`: which files differ, what moved, what was alive on the device after each block, and what was
 foretold to be alive at most. MODEL is a Llama; the experts are made here. In the runs of `DELAYED` copies are late.
+Each model is exported once on the CPU and once where the device exists, as an export takes longer than a run.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantize.artifact.load import load
+from quantize.graph import export
+from quantize.graph.program import Program
 from quantize.pipeline import quantize, sequential
 from quantize.pipeline.estimate.device_memory import foretell
 from quantize.pipeline.placement import Placement
@@ -70,6 +74,19 @@ class LateCopies:
         return wait
 
 
+def exporting_once() -> Callable[..., Program]:
+    """Return what exports a class of models once, as no run changes its graph."""
+    made, exported = dict[type, Program](), export.export_program
+
+    def give(skeleton: torch.nn.Module, inputs: Any = None) -> Program:
+        if type(skeleton) not in made:
+            made[type(skeleton)] = exported(skeleton, inputs)
+        skeleton.eval().to("meta")
+        return made[type(skeleton)]
+
+    return give
+
+
 def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
     """Run all; attention is taken apart on both devices, as a device without a kernel for it takes it apart."""
     register()
@@ -97,7 +114,7 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
         scalars[0] += TRAFFIC.scalars - before
 
     SequentialPipeline.process, column_rounding.RecursiveUpdate.round_leaf = processed, rounded  # type: ignore[method-assign]
-    quantize.placement_on = placed
+    quantize.placement_on, on_cpu, on_device = placed, exporting_once(), exporting_once()
     build_family("mixtral", num_hidden_layers=1).save_pretrained(out / "mixtral")
     found = {}
     for name, (scheme, recipe) in RUNS.items():
@@ -107,9 +124,11 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
         sequential.copies_for = LateCopies if name in DELAYED else copies_for
         arguments: dict[str, Any] = {"scheme": scheme, "recipe": recipe, "calibration": rows, **SMALL}
         with sdpa_kernel(SDPBackend.MATH):
+            export.export_program = on_cpu
             expected = quantize_model(given, output_dir=out / name / "cpu", device="cpu", **arguments).directory
             alive.clear()
             TRAFFIC.to_device = TRAFFIC.to_cpu = TRAFFIC.peak = scalars[0] = back[0] = LateCopies.waited = 0
+            export.export_program = on_device
             with Pretended():
                 made = quantize_model(given, output_dir=out / name / NAME, device=f"{NAME}:0", **arguments).directory
         files = sorted(expected.glob("*.safetensors"))
