@@ -31,3 +31,22 @@ class Claim:
         left, right = self.measure()
         figures = {"left": left, "right": right, "factor": self.factor, "holds": left <= self.factor * right}
         return {"claim": self.name, "paper": self.paper, **figures}
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """A claim that is not measured here.
+
+    Attributes:
+        name, paper: as in `Claim`.
+        reason: why it is not.
+    """
+
+    name: str
+    paper: str
+    reason: str
+
+    def row(self) -> dict[str, str | float | bool]:
+        """Return the claim without figures, as a flat row."""
+        told = f"a claim only, not measured: {self.reason}"
+        return {"claim": self.name, "paper": self.paper, "left": "", "right": "", "factor": "", "holds": told}

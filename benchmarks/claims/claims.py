@@ -1,4 +1,4 @@
-"""`python -m benchmarks.claims.claims` prints which claims of papers on handlers, formats and codebooks hold here.
+"""`python -m benchmarks.claims.claims` prints which claims of papers hold here, and which are not measured.
 
 These are measurements, not features: a claim that does not hold here stays in the table, marked as such.
 """
@@ -11,14 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import format_claims, handler_claims, wush_claims
+from benchmarks.claims import format_claims, handler_claims, model_claims, wush_claims
 
-CLAIMS = (*handler_claims.CLAIMS, *wush_claims.CLAIMS, *format_claims.CLAIMS)
+CLAIMS = (*handler_claims.CLAIMS, *wush_claims.CLAIMS, *format_claims.CLAIMS, *model_claims.CLAIMS)
 
 
 def rows() -> Iterator[dict[str, str | float | bool]]:
     """Yield every claim with its figures."""
-    return (claim.row() for claim in CLAIMS)
+    yield from (claim.row() for claim in CLAIMS)
+    yield from (claim.row() for claim in model_claims.NOT_MEASURED)
 
 
 def main() -> None:

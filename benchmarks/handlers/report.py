@@ -40,8 +40,8 @@ its standard error.
 CLAIMS = """
 ## What papers say, and what holds here
 
-Synthetic data from seeded generators (`python -m benchmarks.claims.claims`); a claim is *left ≤ factor · right*, and
-`tests/benchmarks/test_claims.py` holds each to what stands here.
+Synthetic data from seeded generators, and from *FT-ClipAct* on books-llama-6m (`python -m benchmarks.claims.claims`); a
+claim is *left ≤ factor · right*, and `tests/benchmarks/test_claims.py` holds each to what stands here.
 
 | claim | paper | left | right | factor | holds |
 |---|---|---|---|---|---|"""
