@@ -186,8 +186,9 @@ def test_a_grid_of_mxfp4_is_measured_without_calibration_data(tmp_path, books):
     def change(W):
         return RoundToNearest().quantize(W.float(), args, None, torch.float32).dequantize()
 
+    recipe = {"quantizer": {"name": "rtn"}, "passes": [{"name": "fold_norms"}, {"name": "rotate"}]}
     artifact = quantize.quantize_model(
-        rounded_copy(books, tmp_path / "model", change), scheme="MXFP4", recipe={"quantizer": {"name": "rtn"}},
+        rounded_copy(books, tmp_path / "model", change), scheme="MXFP4", recipe=recipe,
         output_dir=tmp_path / "out", nsamples=4, seqlen=32,
     )  # fmt: skip
     assert artifact.manifest["calibration"]["rows"] == 0
