@@ -125,8 +125,11 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
     check_statistics(path, found.statistics)
     temporary = path.with_name(f".{path.name}.part")
     with translate_disk_errors(path):
-        save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
-        temporary.rename(path)
+        try:
+            save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # whatever ended it, Ctrl-C as well
 
 
 def read_collected(path: Path) -> StatisticsFile:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from quantize.errors import UsageError
+from quantize.pipeline import statistics_files
 from quantize.pipeline.quantize import collect_stats, quantize_model
 from quantize.pipeline.statistics_files import merge_stats, read_collected
 from quantize.recipe.recipe import load_recipe
@@ -54,6 +55,21 @@ def test_merged_parts_quantize_as_the_whole(one_layer, parts, tmp_path):
     assert (record["rows"], len(record["sha256"])) == (8, 2)
     assert record["leading_tokens"] == [1]
     assert record["tokens"] == made["whole"].manifest["calibration"]["tokens"]
+
+
+def test_a_file_that_is_interrupted_leaves_nothing(one_layer, parts, tmp_path, monkeypatch):
+    collected(one_layer, parts, "first", tmp_path)
+    whole = statistics_files.save_state
+
+    def interrupted(*args):
+        whole(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(statistics_files, "save_state", interrupted)
+    (tmp_path / "new").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        merge_stats([tmp_path / "first"], tmp_path / "new" / "merged")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_what_cannot_be_merged_is_refused(one_layer, parts, tmp_path):
