@@ -12,13 +12,12 @@ import io
 import json
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from benchmarks.alarm import raising_after
 from benchmarks.fuzz.mutations import KINDS, Sound, broken
 from quantize import cli
 from quantize.export.directory import export_artifact
@@ -122,7 +122,11 @@ def read(arguments: list[str], place: Path, tally: Tally, name: str) -> None:
     """Run one command in this process, and note what came."""
     why, output, before, started = "", io.StringIO(), reset_peak(), time.process_time()
     try:
-        with time_limit(SECONDS), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with (
+            raising_after(SECONDS, TookTooLongError, of_a_core=True),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
             sys.argv = ["quantize-model", *arguments]
             cli.main()
     except SystemExit as ended:
@@ -141,22 +145,6 @@ def read(arguments: list[str], place: Path, tally: Tally, name: str) -> None:
     if why:
         tally.unclean.append(f"{name}: {why}")
         print(tally.unclean[-1], file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TookTooLongError` after so many seconds of a core."""
-
-    def late(*_: object) -> None:
-        raise TookTooLongError
-
-    before = signal.signal(signal.SIGPROF, late)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
 
 
 def reset_peak() -> int:

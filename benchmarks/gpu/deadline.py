@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
+from benchmarks.alarm import raising_after
 from quantize.errors import reason
 
 T = TypeVar("T")
@@ -32,28 +31,13 @@ class Deadline:
     def measured(self, name: str, measure: Callable[[], T]) -> T | None:
         """Return what a function of the main thread measures; None if its time is over before, or if it fails."""
         try:
-            with alarm_after(self.end - time.monotonic()):
+            left = self.end - time.monotonic()
+            if left <= 0:
+                raise TimeOver
+            with raising_after(left, TimeOver):
                 return measure()
         except TimeOver:
             self.missed.append(name)
         except Exception as error:  # whatever fails, what was measured before is kept
             self.failures[name] = reason(error)
         return None
-
-
-@contextmanager
-def alarm_after(seconds: float) -> Iterator[None]:
-    """Raise `TimeOver` in the main thread, within the context, after so many seconds."""
-
-    def ring(*_: object) -> None:
-        raise TimeOver
-
-    if seconds <= 0:
-        raise TimeOver
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
