@@ -15,13 +15,13 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantize.scheme.names import METHOD
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from quantize.nn.quantized_experts import QuantizedExperts
     from quantize.nn.quantized_linear import QuantizedLinear
-
-METHOD = "quantize-model"
 
 
 class ArtifactConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -8,9 +8,8 @@ from typing import Any
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.recipe.recipe import Recipe
+from quantize.scheme.names import METHOD
 from quantize.scheme.scheme import Scheme
-
-METHOD = "quantize-model"
 
 
 def linear_settings(module: QuantizedWeight, default: Scheme) -> dict[str, object]:

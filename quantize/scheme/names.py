@@ -1,4 +1,4 @@
-"""The names of schemes and engines; nothing slow is imported here, so that the command answers at once."""
+"""The names of schemes, engines and artifacts; nothing slow is imported here, so that the command answers at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ SchemeName = Literal["W8A8", "W8A16", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", 
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
 COMMON_NAMES = {"INT4": "W4A16", "INT8": "W8A8"}  # what other tools call these schemes
 Engine = Literal["fake_quant", "reference"]
+METHOD = "quantize-model"  # the method that the config of an artifact names
 ENGINES: tuple[Engine, ...] = get_args(Engine)  # how a loaded model runs on a CPU (`nn/cpu_engine.py`)
 
 

@@ -15,7 +15,6 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from quantize.artifact.manifest import Entry, QuantizationSettings
-from quantize.artifact.quantization_config import METHOD
 from quantize.artifact.vllm.layers import linears_of, require_one_weight, require_served
 from quantize.artifact.vllm.linear import ArtifactLinearMethod, QuantizedPart
 from quantize.artifact.vllm.table import ArtifactTableMethod
@@ -23,6 +22,7 @@ from quantize.artifact.writer import PROBE
 from quantize.checkpoint.tensor_files import header_tensor, index_tensors
 from quantize.errors import UsageError
 from quantize.recipe.validation import validated
+from quantize.scheme.names import METHOD
 
 LOG = init_logger(f"vllm.{__name__}")
 

@@ -8,8 +8,8 @@ from typing import Any
 from quantize.checkpoint.sources import awq, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from quantize.checkpoint.sources.encoded import Encoded, Entries
 from quantize.errors import UsageError, shown
+from quantize.scheme.names import METHOD
 
-OWN = "quantize-model"  # the method that an artifact's own config names
 SOURCES: Mapping[str, Callable[[Mapping[str, Any], Entries], dict[str, Encoded]]] = {
     "awq": awq.find,
     "compressed-tensors": compressed_tensors.find,
@@ -33,7 +33,7 @@ def find_encoded(settings: Any, entries: Entries, where: str) -> dict[str, Encod
         QuantizeError: a part of a tensor is missing, or the config's blocks are none.
     """
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if method == OWN:
+    if method == METHOD:
         raise UsageError(
             f"{where} is an artifact of quantize-model; write it in floating point with quantize-model export --format "
             "safetensors-float and give that, whose grids are found again and kept exactly"
