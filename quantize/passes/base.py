@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,7 +82,7 @@ class LinearContext:
         basis: the basis that it reads; None if its input is not one basis.
         statistic: the statistic of its input behind `input_transform`; None if the pass has no `needs`.
         weight: its weight [N, K], after it has absorbed the transforms of `input_transform`.
-        weights: those of all quantized linears of the block that share the input; without `needs` its own alone.
+        weights: those of all quantized linears of the block that share the input, read as they are asked for, once.
         input_transform: the input transform that the passes before have made.
         scheme: the scheme that it is quantized to.
         generator: a generator for this pass alone, which is the same for all linears that share an input.
@@ -92,7 +92,7 @@ class LinearContext:
     basis: Basis | None
     statistic: Any
     weight: Tensor
-    weights: tuple[Tensor, ...]
+    weights: Iterable[Tensor]
     input_transform: InputTransform
     scheme: Scheme
     generator: torch.Generator

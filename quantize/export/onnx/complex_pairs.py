@@ -58,7 +58,8 @@ class ComplexPair:
         if name in ("mul", "multiply", "__mul__", "__rmul__"):
             first, second = args
             return first * second if isinstance(first, ComplexPair) else second * first
-        return getattr(args[0] if isinstance(args[0], ComplexPair) else cls, name)(*args[1:], **(kwargs or {}))
+        pair = next(x for x in args if isinstance(x, ComplexPair))  # the first operand of all functions in `MOVES`
+        return getattr(pair, name)(*args[1:], **(kwargs or {}))
 
 
 MOVES = ("unsqueeze", "squeeze", "transpose", "reshape", "view", "expand", "flatten", "repeat", "to", "contiguous")

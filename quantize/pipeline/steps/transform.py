@@ -122,16 +122,14 @@ class PassRunner:
         So experts that are not held need not be read for it.
         """
         step = self.plan.steps[number]
-        needs = step.handler.needs
-        W = torch.empty(1, linear.columns, device="meta") if needs is None and linear in block.apart else None
-        W = block.weight(linear) if W is None else W
-        others = [x for x in block.linears if needs is not None and x.source is linear.source and x is not linear]
+        shape_alone = step.handler.needs is None and linear in block.apart
+        together = [x for x in block.linears if x.source is linear.source]
         context = LinearContext(
             path=linear.path,
             basis=step.bases.reading(linear.weight),
             statistic=statistics.get(linear.weight),
-            weight=W,
-            weights=(W, *map(block.weight, others)),
+            weight=torch.empty(1, linear.columns, device="meta") if shape_alone else block.weight(linear),
+            weights=map(block.weight, together),
             input_transform=block.input_transforms[linear],
             scheme=block.schemes[linear],
             generator=derived_generator(self.context.seed, number, zlib.crc32(linear.source.name.encode())),
