@@ -53,7 +53,15 @@ class ArtifactWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.is_complete(error)
         remove(self.directory)
+
+    def is_complete(self, error: BaseException | None) -> bool:
+        """Return whether the directory has its final name, and add that to an error which came afterwards."""
+        complete = self.output.exists() and not self.directory.exists()
+        if complete and error is not None:
+            error.add_note(f"{self.output} is complete")
+        return complete
 
     def add(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write one safetensors file, and wait until it is on disk."""
@@ -121,12 +129,15 @@ def translate_disk_errors(output: Path) -> Iterator[None]:
         raise QuantizeError(f"{reason}; {output} was not made") from error
 
 
-def remove(directory: Path) -> None:
-    """Remove a directory with all that is in it."""
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; there may be none."""
     try:
-        shutil.rmtree(directory, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     except KeyboardInterrupt:  # no further Ctrl-C keeps this from being cleaned up
-        remove(directory)
+        remove(path)
         raise
 
 

@@ -47,7 +47,9 @@ commands: click.Group = DefaultGroup(
 )
 click.version_option(package_name="quantize-model")(commands)
 
-PATIENCE = 2  # the Ctrl-C that no longer waits until torch's C++ has returned
+PATIENCE = 2  # the Ctrl-C that no longer waits for code that must end
+WRITERS = ("ArtifactWriter", "ResumableWriter")
+ON_DISK = {f"{writer}.__{way}__" for writer in WRITERS for way in ("enter", "exit")} | {"remove"}
 
 
 def system_error(error: OSError | MemoryError) -> str:
@@ -58,10 +60,14 @@ def system_error(error: OSError | MemoryError) -> str:
     return f"{where}{error.strerror or reason(error)}; give a place that can be read and written and has room"
 
 
-def called_by_torch(frame: FrameType | None) -> bool:
-    """Return whether C++ of torch has called this code, as it does while it exports; an exception may abort there."""
+def must_end(frame: FrameType | None) -> bool:
+    """Return whether this code must not be left by an exception.
+
+    Either C++ of torch has called it, as it does while it exports, and may abort; or it makes or removes what a run
+    leaves on the disk, which is done in no time, and what is half done would stay.
+    """
     while frame is not None:
-        if frame.f_code.co_name == "__torch_dispatch__":
+        if frame.f_code.co_name == "__torch_dispatch__" or frame.f_code.co_qualname in ON_DISK:
             return True
         frame = frame.f_back
     return False
@@ -74,7 +80,7 @@ def main() -> NoReturn:
     def interrupt(number: int, frame: FrameType | None) -> None:
         signals.append(number)
         asked = sum(each != signal.SIGALRM for each in signals)
-        waits = asked < PATIENCE and called_by_torch(frame)
+        waits = asked < PATIENCE and must_end(frame)
         signal.setitimer(signal.ITIMER_REAL, 0.05 if waits else 0.5)  # again until the run has ended, as a library may
         if not waits:  # swallow the exception
             raise KeyboardInterrupt

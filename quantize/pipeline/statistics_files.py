@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from quantize.artifact.writer import translate_disk_errors
+from quantize.artifact.writer import remove, translate_disk_errors
 from quantize.calibration.data import BATCH_TOKENS
 from quantize.calibration.statistics import Absmax, Gram, Rows, Statistic
 from quantize.errors import UsageError, reason, shown
@@ -129,7 +129,7 @@ def write_collected(path: Path, found: StatisticsFile) -> None:
             save_state(temporary, {name: getattr(found, name) for name in StatisticsFile.__dataclass_fields__})
             temporary.rename(path)
         finally:
-            temporary.unlink(missing_ok=True)  # whatever ended it, Ctrl-C as well
+            remove(temporary)  # whatever ended it, Ctrl-C as well
 
 
 def read_collected(path: Path) -> StatisticsFile:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pkgutil
 import re
 import shutil
 import signal
@@ -389,3 +390,46 @@ def test_a_second_interruption_does_not_stop_the_cleaning(
     assert shown.code == 1
     assert "interrupted; nothing was kept" in shown.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tempfile.mkdtemp", "remove"])
+def test_an_interruption_while_the_directory_is_made_or_removed_leaves_nothing(
+    cli_apart, artifact_rtn, tmp_path, monkeypatch, name
+):
+    place, _, attribute = f"quantize.artifact.writer.{name}".rpartition(".")
+    original = getattr(pkgutil.resolve_name(place), attribute)
+
+    def interrupted(*arguments, **options):
+        if name == "remove":
+            signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+        made = original(*arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+        return made
+
+    monkeypatch.setattr(f"{place}.{attribute}", interrupted)
+    monkeypatch.setattr("quantize.export.directory.export_artifact", abandoned)
+    shown = cli_apart("export", artifact_rtn.directory, "--format", "safetensors-float", "-o", tmp_path / "out")
+    assert (shown.code, shown.err.strip()) == (1, "interrupted; nothing was kept")
+    assert not list(tmp_path.iterdir())
+
+
+def abandoned(_directory, _target, output, *_, **__):
+    """Begin to write an export, and give up."""
+    with ArtifactWriter(output):
+        raise QuantizeError("given up")
+
+
+def test_an_interruption_behind_the_renaming_says_that_the_output_is_complete(
+    cli_apart, artifact_rtn, tmp_path, monkeypatch
+):
+    publish = ArtifactWriter.publish
+
+    def interrupted(writer):
+        publish(writer)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(ArtifactWriter, "publish", interrupted)
+    shown = cli_apart("export", artifact_rtn.directory, "--format", "safetensors-float", "-o", tmp_path / "out")
+    assert (shown.code, shown.err.strip().splitlines()[-1]) == (1, f"interrupted; {tmp_path / 'out'} is complete")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -74,7 +74,7 @@ class ResumableWriter(ArtifactWriter):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        worthless = error is None or isinstance(error, ChangedError)
+        worthless = self.is_complete(error) or error is None or isinstance(error, ChangedError)
         if not worthless and self._began() and (self.resume or self.journal.has_results):
             if error is not None and not isinstance(error, UsageError):  # which the same command would meet again
                 go_on = "the same command again" if self.resume else "the same command with --resume"
