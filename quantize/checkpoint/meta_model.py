@@ -20,7 +20,8 @@ from quantize.checkpoint.remote_code import own_class, own_class_name
 from quantize.checkpoint.size_limits import BUFFER_BYTES, bounded
 from quantize.errors import LONGEST, QuantizeError, UsageError, reason, shown
 
-FACTORIES = {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn}
+EMPTY = 1 << 20  # elements; more of them without values are a parameter's, and freed ones would leave holes behind
+LARGEST = {torch.empty: EMPTY} | dict.fromkeys((torch.zeros, torch.ones, torch.rand, torch.randn), BUFFER_BYTES)
 
 
 def build_skeleton(
@@ -61,9 +62,9 @@ class LargeOnMeta(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch."""
         kwargs = kwargs or {}
-        if func in FACTORIES and kwargs.get("device") is None:
+        if func in LARGEST and kwargs.get("device") is None:
             sizes = args[0] if args and not isinstance(args[0], int) else args or kwargs.get("size", ())
-            if math.prod(sizes) > BUFFER_BYTES:
+            if math.prod(sizes) > LARGEST[func]:
                 kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 

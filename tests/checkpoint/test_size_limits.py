@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
+from quantize.checkpoint.meta_model import build_skeleton
 from quantize.checkpoint.opening import open_checkpoint
-from quantize.checkpoint.size_limits import bounded, limit_time
+from quantize.checkpoint.size_limits import NoFiles, bounded, limit_time
 from quantize.errors import UsageError
 
 pytestmark = pytest.mark.fresh
@@ -124,3 +126,12 @@ def test_a_profiler_may_watch_what_is_bounded():
     with bounded({}):
         sum(range(1000))
     profiler.disable()
+
+
+@pytest.mark.slow
+def test_a_large_model_is_built_within_the_bounds():
+    """Weights of 4096 × 1024 were made in memory one by one, and the holes that they left filled it."""
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    config = LlamaConfig(**shape, num_hidden_layers=32, vocab_size=128256, architectures=["LlamaForCausalLM"])
+    model = build_skeleton(config.to_dict(), NoFiles())
+    assert sum(x.numel() for x in model.parameters()) == 8_030_261_248
