@@ -39,10 +39,18 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, rows: slice, seen: i
     """Add leftᵀ right, both [n, K], to some rows of a total [K, K].
 
     If `left` is `right`, the product is symmetric: only what stands on and above the diagonal blocks is computed, and
-    `fill_lower` copies the rest.
+    `fill_lower` copies the rest. A total in the machine's memory has these rows on the device of the factors meanwhile.
     """
     first = rows.start if left is right else 0
-    part, left, right = total[rows, first:], left[:, rows].T, right[:, first:]
+    here, left, right = total[rows, first:], left[:, rows].T, right[:, first:]
+    part = here.to(right.device)
+    add_to(part, left, right, seen)
+    if part is not here:
+        here.copy_(part)
+
+
+def add_to(part: Tensor, left: Tensor, right: Tensor, seen: int) -> None:
+    """Add the product of left [m, n] and right [n, K] to some rows [m, K] of a total."""
     if right.dtype == torch.float32:
         part.addmm_(left, right)
         return

@@ -50,7 +50,7 @@ def gram(x: Tensor) -> float:
 def factor(H: Tensor) -> float:
     """Return seconds of the factor of a symmetric H [K, K]: by LAPACK, by torch, or by our code with damping."""
     by_lapack = partial(spotrf, np.asfortranarray(H.numpy()), clean=0)
-    return fastest(by_lapack, partial(torch.linalg.cholesky, H), lambda: hessian.factor(H.clone(), 0.01))
+    return fastest(by_lapack, partial(torch.linalg.cholesky, H), lambda: hessian.factor(H.clone(), 0.01, H.device))
 
 
 def feedback(H: Tensor, rows: int) -> float:

@@ -44,6 +44,11 @@ class RunContext:
     console: Console | None = None
     journal: Journal | None = None
 
+    @property
+    def gram_device(self) -> torch.device:
+        """Where Gram matrices are summed and factored."""
+        return self.device if self.placement.grams else torch.device("cpu")
+
     def cached(self, name: str, make: Callable[[], T]) -> T:
         """Return what `make` returns, or what it returned before the run was killed, if this run resumes one."""
         return make() if self.journal is None else self.journal.cached(name, make, self.device)

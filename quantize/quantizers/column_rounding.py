@@ -59,8 +59,9 @@ def gptq_round(R: Tensor, A: Tensor, columns: OrderedColumns, block_size: int, p
     value_dtype = get_format(columns.args.format).value_dtype
     Q, errors = torch.empty_like(R, dtype=value_dtype), R.to(product_dtype)
     for block in panels(len(R), block_size):
-        target = plus_product(R[block], A[: block.start, block].T, errors[: block.start])
-        round_columns(target, R[block], A[block, block], columns.grid(block))
+        before = A[: block.stop, block].to(R.device)
+        target = plus_product(R[block], before[: block.start].T, errors[: block.start])
+        round_columns(target, R[block], before[block.start :], columns.grid(block))
         Q[block], errors[block] = target, R[block]
     return Q
 
@@ -80,10 +81,10 @@ def sweep(
     """
     errors = R.to(product_dtype)
     for block in panels(len(R), block_size):
-        grid, diagonal = columns.grid(block), H.diagonal()[block]
-        change = grid.value(Q[block])
-        target = change + H[block].to(errors) @ errors / diagonal[:, None]
-        round_columns(target, change, H[block, block] / diagonal, grid)
+        grid, rows = columns.grid(block), H[block].to(R.device)
+        change, diagonal = grid.value(Q[block]), rows[:, block].diagonal()
+        target = change + rows.to(errors) @ errors / diagonal[:, None]
+        round_columns(target, change, rows[:, block] / diagonal, grid)
         Q[block] = target
         R[block] += change
         errors[block] = R[block]

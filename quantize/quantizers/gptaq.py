@@ -11,7 +11,7 @@ from torch import Tensor
 from quantize.calibration.statistics import Gram
 from quantize.quantizers.base import QUANTIZERS
 from quantize.quantizers.gptq import GPTQ
-from quantize.quantizers.hessian import factor, fill_upper, solve
+from quantize.quantizers.hessian import factor, fill_upper, solve, times
 
 
 @QUANTIZERS.register("gptaq")
@@ -43,11 +43,11 @@ class GPTAQ(GPTQ):
         D, gram.drift = gram.drift, None
         if D is None:
             return weights
-        drifts = [(W @ D)[:, order] for W in weights]
+        drifts = [times(W, D)[:, order] for W in weights]
         del D  # a second Hessian takes its memory
         if self.ridge:
             H = H.clone()
             fill_upper(H)
-            d = factor(H, self.ridge)
+            d = factor(H, self.ridge, d.device)
         back = order.argsort()
         return [W + self.alpha * solve(H, d, M)[:, back] for W, M in zip(weights, drifts, strict=True)]

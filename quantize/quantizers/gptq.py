@@ -54,23 +54,21 @@ class GPTQ(Quantizer):
     ) -> list[QTensor]:
         """Round each W [N, K] to the least error of W X, where `gram` has seen the inputs X; `gram` is overwritten."""
         gram, H = require_gram(gram)
-        importance, dead = H.diagonal().sqrt(), H.diagonal() == 0
-        H.diagonal()[dead] = 1
-        order = (
-            H.diagonal().argsort(descending=True, stable=True)
-            if self.act_order
-            else torch.arange(len(H), device=H.device)
-        )
-        permute(H, order)
+        device, energy = weights[0].device, H.diagonal().clone()
+        importance, dead = energy.to(device).sqrt(), energy.to(device) == 0
+        H.diagonal()[energy == 0] = 1
+        order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
+        permute(H, order.to(H.device))
+        order = order.to(device)
         few = gram.rows < ENOUGH_ROWS * len(H)
         damp = max(self.damp, len(H) / gram.rows) if few else self.damp
-        weights = self.target_weights(weights, gram, H, factor(H, damp), order)
+        weights = self.target_weights(weights, gram, H, factor(H, damp, device), order)
         whole = get_format(args.format).global_scale(weights)
         grids = [compute_qparams(W, args, scale_dtype, self.mse, importance, whole) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
         group = order // (args.group_size or len(H))
         columns = OrderedColumns(scale, None if args.symmetric else zero, group, args)
-        R = torch.empty(len(H), scale.shape[1], device=H.device)
+        R = torch.empty(len(H), scale.shape[1], device=device)
         for part, W in zip(R.split([len(W) for W in weights], dim=1), weights, strict=True):
             for rows in panels(len(W), cached_rows(W)):
                 part[:, rows] = W[rows].T[order]

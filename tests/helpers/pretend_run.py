@@ -24,13 +24,13 @@ from quantize.artifact.load import load
 from quantize.graph import export
 from quantize.graph.program import Program
 from quantize.pipeline import quantize, sequential
-from quantize.pipeline.estimate.device_memory import foretell
+from quantize.pipeline.estimate import device_memory
 from quantize.pipeline.placement import Placement
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.quantize import quantize_model
 from quantize.pipeline.sequential import SequentialPipeline
 from quantize.pipeline.streams import Arriving, copies_for
-from quantize.quantizers import column_rounding
+from quantize.quantizers import column_rounding, gptaq, gptq, hessian
 
 SMALL = {"nsamples": 4, "seqlen": 32}
 PER_CHANNEL = {"weights": {"group_size": 0}}
@@ -44,6 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuned": ("W4A4", PER_CHANNEL | {"passes": ROTATED, "tune": {"steps": 4}, **CACHED}),
     "searched": ("W4A8", PER_CHANNEL | {"passes": SEARCHED}),
     "experts": ("W4A16", PER_CHANNEL),
+    "panels": ("W4A8", PER_CHANNEL | {"passes": [], "quantizer": {"name": "gptaq", "ridge": 0.1}}),
 }
 DELAYED = {"W4A4", "experts"}
 AHEAD = {"W4A16", "tuned"}  # whose next block arrives whenever the thread that reads it gets its turn
@@ -104,16 +105,29 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
 
     def placed(*given: Any) -> Placement:
         prepared: Prepared = given[-1]
-        foretold[0] = sum(foretell(prepared).held(Placement()).values())
-        away = 0 if name == "searched" else None
-        return Placement(away, reads_ahead=name in AHEAD, together=name != "experts")
+        placement = Placement(
+            0 if name in ("searched", "panels") else None,
+            reads_ahead=name in AHEAD,
+            together=name not in ("experts", "panels"),
+            grams=name != "panels",
+        )
+        foretold[0] = sum(device_memory.foretell(prepared).held(placement).values())
+        return placement
 
     def rounded(self: column_rounding.RecursiveUpdate, part: slice) -> None:
         before = TRAFFIC.scalars
         leaf(self, part)
         scalars[0] += TRAFFIC.scalars - before
 
+    factor, factored = hessian.factor, set[str]()
+
+    def noted(H: torch.Tensor, *given: Any) -> torch.Tensor:
+        factored.add(H.device.type)
+        return factor(H, *given)
+
+    gptq.factor = gptaq.factor = noted
     SequentialPipeline.process, column_rounding.RecursiveUpdate.round_leaf = processed, rounded  # type: ignore[method-assign]
+    hessian.panels.__defaults__, hessian.ROWS, device_memory.ROWS = (16,), 32, 32  # of which there are several here
     quantize.placement_on, on_cpu, on_device = placed, exporting_once(), exporting_once()
     build_family("mixtral", num_hidden_layers=1).save_pretrained(out / "mixtral")
     found = {}
@@ -127,6 +141,7 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
             export.export_program = on_cpu
             expected = quantize_model(given, output_dir=out / name / "cpu", device="cpu", **arguments).directory
             alive.clear()
+            factored.clear()
             TRAFFIC.to_device = TRAFFIC.to_cpu = TRAFFIC.peak = scalars[0] = back[0] = LateCopies.waited = 0
             export.export_program = on_device
             with Pretended():
@@ -145,6 +160,7 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
             "artifact_bytes": sum(path.stat().st_size for path in files),
             "packed_bytes": sum(packed_bytes(path) for path in files),
             "scalars_in_columns": scalars[0],
+            "factored_on": sorted(factored),
         }
     return found | {"loaded": difference_of_loaded(out / "W4A16" / "cpu")}
 

@@ -19,7 +19,7 @@ from quantize.nn.device import resolve_device
 from quantize.pipeline.quantize import running
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "searched", "experts"]
+NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "searched", "experts", "panels"]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,12 @@ def test_nothing_piles_up_on_the_device(found, name):
     """A block leaves the activations that it was given room for; in these runs no block is read ahead."""
     head, first, *_ = found[name]["alive"]
     assert first <= 1.02 * head
+
+
+@pytest.mark.slow
+def test_gram_matrices_are_on_the_device_or_in_the_memory_of_the_machine(found):
+    assert found["experts"]["factored_on"] == found["W4A16"]["factored_on"] == ["pretend"]
+    assert found["panels"]["factored_on"] == ["cpu"]
 
 
 @pytest.mark.slow

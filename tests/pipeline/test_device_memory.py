@@ -47,12 +47,13 @@ def size(found, placement):
 def test_what_gives_way_comes_in_order(found):
     everything, away = size(found, Placement()), size(found, Placement(0))
     alone = size(found, Placement(0, reads_ahead=False))
-    least = size(found, Placement(0, reads_ahead=False, together=False))
+    apart = size(found, Placement(0, reads_ahead=False, together=False))
+    least = size(found, Placement(0, reads_ahead=False, together=False, grams=False))
     assert found.fitted(everything) == Placement()
     assert found.fitted(everything - 1) == Placement(everything - 1 - away)
     assert found.fitted(away) == Placement(0)
     assert found.fitted(away - 1) == Placement(away - 1 - alone, reads_ahead=False)
-    assert least <= alone < away < everything
+    assert least <= apart <= alone < away < everything
     with pytest.raises(QuantizeError, match=r"does not fit into .* of the device's memory:\n(.*\n)*.*together\ngive a"):
         found.fitted(least - 1)
 

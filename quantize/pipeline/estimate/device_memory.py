@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quantize.errors import QuantizeError, UsageError
+from quantize.graph.linears import Linear
 from quantize.graph.program import Segment
 from quantize.pipeline.estimate.memory import MemoryEstimate
 from quantize.pipeline.estimate.report import preflight
 from quantize.pipeline.placement import Placement
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.steps.stream_experts import streamed
-from quantize.quantizers.hessian import PANEL
+from quantize.quantizers.hessian import PANEL, ROWS
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 LEARNED = 12  # float32 copies of a weight that is tuned: latent, gradient, moments, grids, and what autograd keeps
@@ -43,14 +44,16 @@ class DeviceMemory(MemoryEstimate):
         return max((self._held_in(x, placement) for x in self.program.segments), key=lambda held: sum(held.values()))
 
     def fitted(self, limit: int) -> Placement:
-        """Return what gives way so that a run fits: activations, then the next block, then linears rounded together.
+        """Return what gives way so that a run fits: activations, the next block, linears together, Gram matrices.
 
         Raises:
             QuantizeError: not even then does it fit; the message has the table.
         """
         if sum(self.held(Placement()).values()) <= limit:
             return Placement()
-        for choice in (Placement(0), Placement(0, reads_ahead=False), Placement(0, reads_ahead=False, together=False)):
+        alone = Placement(0, reads_ahead=False)
+        apart = replace(alone, together=False)
+        for choice in (Placement(0), alone, apart, replace(apart, grams=False)):
             nothing = self.held(choice)
             if (room := limit - sum(nothing.values())) >= 0:
                 return replace(choice, activation_bytes=room // self.runners)
@@ -108,8 +111,15 @@ class DeviceMemory(MemoryEstimate):
             inner + unpacked,
             inner + 4 * FOLDED * largest * bool(self.plan.steps),
             (4 * LEARNED * sum(sizes) + 4 * inner) * (self.plan.recipe.tune is not None),
-            *(self._rounding_bytes(part) + factoring_bytes(part[0].columns) for part in parts),
+            *(
+                self._rounding_bytes(part) + factoring_bytes(part[0].columns) - self._away(part, placement)
+                for part in parts
+            ),
         )
+
+    def _away(self, linears: list[Linear], placement: Placement) -> int:
+        """Return the bytes of Gram matrices that are not on the device, less those of their rows that are."""
+        return 0 if placement.grams else max(0, self._gram_bytes(linears) - 4 * ROWS * linears[0].columns)
 
 
 def factoring_bytes(columns: int) -> int:
@@ -160,6 +170,8 @@ def foretold_lines(prepared: Prepared, device: str, memory: str | None) -> Itera
         yield "gives way: the next block is read when it is needed"
     if not placement.together:
         yield "gives way: linears that share an input are rounded one after the other"
+    if not placement.grams:
+        yield "gives way: Gram matrices are in the machine's memory, and the device holds a few rows of them"
 
 
 def written(size: int) -> str:

@@ -145,8 +145,13 @@ class MemoryEstimate(ArtifactEstimate):
         rounded = self.plan.schemes[linears[0].path].activations is not None
         seen = 4 * rows * K * (1 + 4 * (float_reference and rounded))
         copies = (3 + float_reference) * sum(N) + max(N) * (1 + 2 * float_reference)
-        grams = 2 if linears[0].experts is not None else 1  # an expert's, and that of all rows
-        return 4 * grams * (1 + float_reference) * K * K + max(4 * K * copies, seen)
+        return self._gram_bytes(linears) + max(4 * K * copies, seen)
+
+    def _gram_bytes(self, linears: list[Linear]) -> int:
+        """Return the bytes of Gram matrices and drifts; of experts there are one expert's, and that of all rows."""
+        quantizer, K = self.plan.quantizer, linears[0].columns
+        grams = 2 if linears[0].experts is not None else 1
+        return quantizer.needs_gram * 4 * grams * (1 + quantizer.needs_float_reference) * K * K
 
     def hadamards(self) -> Iterator[str]:
         """Yield the sizes of the Hadamard matrices of each pass, in lines."""

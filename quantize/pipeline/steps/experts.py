@@ -80,7 +80,7 @@ class ExpertRounder:
             self.quantizer.needs_float_reference,
             self.block.input_transforms[self.part[0]],
         )
-        totals = gram.totals(self.part[0].columns, 1 + references, self.context.device)
+        totals = gram.totals(self.part[0].columns, 1 + references, self.context.gram_device)
         pairs = (pair for expert in experts for pair in self.rows.of(expert, found))
         factors = (
             gram_factors(x, y, self.block.product_dtype)

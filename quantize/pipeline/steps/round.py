@@ -157,7 +157,7 @@ class WeightRounder:
     def _gram(self, linear: Linear, block: Block, state: Overrides, reference: Overrides) -> Gram:
         """Return the Gram matrix of a linear's inputs, rounded if the quantizer compares with the float model's."""
         gram, float_reference = Gram(), self.plan.quantizer.needs_float_reference
-        totals, ranks = gram.totals(linear.columns, 1 + float_reference, self.context.device), self.context.ranks
+        totals, ranks = gram.totals(linear.columns, 1 + float_reference, self.context.gram_device), self.context.ranks
         seen = 0
 
         def factors() -> Iterator[tuple[list[Tensor], Tensor]]:
