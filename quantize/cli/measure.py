@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from quantize.checkpoint.paths import find_measured, require_file
 from quantize.cli.arguments import PATH, TRUST, require_model
 from quantize.errors import UsageError
 from quantize.eval.installed import require_lm_eval
 from quantize.scheme.names import ENGINES, Engine
+
+T = TypeVar("T")
 
 
 @click.command()
@@ -38,16 +42,13 @@ def inspect(model: str, activations: bool, calibration: Path | None, as_json: bo
     if activations:
         from quantize.eval.activations import activations_table, measure
 
-        found = measure(checkpoint, program, calibration)
-        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(activations_table(found))
-    bases = [basis.as_dict() for basis in admissible_bases(program)]
-    if as_json:
-        return click.echo(json.dumps({"export": program.export_record(), "bases": bases}, indent=2))
+        return show(measure(checkpoint, program, calibration), activations_table, as_json)
     from quantize.eval.bases_table import bases_table
 
-    if program.export_error:
+    if program.export_error and not as_json:
         click.echo(program.export_error_message)
-    Console().print(bases_table(bases))
+    bases = [basis.as_dict() for basis in admissible_bases(program)]
+    show({"export": program.export_record(), "bases": bases}, lambda _: bases_table(bases), as_json)
 
 
 @click.command("eval")
@@ -125,47 +126,49 @@ def evaluate(
         raise UsageError("--bit-flips goes with --text FILE, and not with another measurement; give these two")
     if ((text is None) is not bool(tasks) or (kurtosis and text is None)) and not drift:
         raise click.UsageError("eval measures on a text or on tasks; give either --text FILE or --tasks NAMES")
+    if (drift or kurtosis) and against is None:
+        raise UsageError(f"--{'drift' if drift else 'kurtosis'} compares with the float model; give --against")
     find_measured(directory)
     if against is not None:
         require_model(against)
     names = [name.strip() for given in tasks for name in given.split(",") if name.strip()]
-    for name in names:
-        if name.endswith((".yaml", ".yml")):
-            require_file(Path(name))
-    if drift:
-        if against is None:
-            raise UsageError("--drift compares with the float model; give --against")
-        if text is not None:
-            require_file(text)
+    for file in [Path(name) for name in names if name.endswith((".yaml", ".yml"))] + ([text] if text else []):
+        require_file(file)
+    if drift and against is not None:
         from quantize.eval.drift import evaluate_drift
         from quantize.eval.report import scores_table
 
-        scores = evaluate_drift(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
-        return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
-    if text is None:
+        found = evaluate_drift(directory, against, text, seqlen, nsamples, engine, trust_remote_code)
+        show(found, scores_table, as_json)
+    elif text is None:
         require_lm_eval()
         from quantize.eval.report import scores_table
         from quantize.eval.tasks import evaluate_tasks
 
-        found = evaluate_tasks(directory, against, names, nsamples, engine)
-        return click.echo(json.dumps(found, indent=2)) if as_json else Console().print(scores_table(found))
-    require_file(text)
-    if rates is not None:
+        show(evaluate_tasks(directory, against, names, nsamples, engine), scores_table, as_json)
+    elif rates is not None:
         from quantize.eval.bit_flips import flip_campaign, flips_table
 
         rows = flip_campaign(directory, text, rates, against, seqlen, nsamples, engine, trust_remote_code)
-        return click.echo(json.dumps(rows, indent=2)) if as_json else Console().print(flips_table(rows))
-    if kurtosis:
-        if against is None:
-            raise UsageError("--kurtosis compares with the float model; give --against")
+        show(rows, flips_table, as_json)
+    elif kurtosis and against is not None:
         from quantize.eval.report import kurtosis_report
 
-        return Console().print(kurtosis_report(directory, against, text, seqlen))
-    from quantize.eval.report import evaluate as measure
-    from quantize.eval.report import scores_table
+        Console().print(kurtosis_report(directory, against, text, seqlen))
+    else:
+        from quantize.eval.report import evaluate as measure
+        from quantize.eval.report import scores_table
 
-    scores = measure(directory, text, against, seqlen, nsamples, engine, trust_remote_code, mask_id)
-    return click.echo(json.dumps(scores, indent=2)) if as_json else Console().print(scores_table(scores))
+        scores = measure(directory, text, against, seqlen, nsamples, engine, trust_remote_code, mask_id)
+        show(scores, scores_table, as_json)
+
+
+def show(found: T, table: Callable[[T], RenderableType], as_json: bool) -> None:
+    """Print what was measured, as JSON or as a table."""
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(table(found))
 
 
 def flip_rates(given: str) -> list[float]:
