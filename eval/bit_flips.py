@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -128,32 +128,27 @@ def profile(model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -
         largest = (float(x.abs().max()), float(y.abs().max()))
         bounds[path] = (max(bounds[path][0], largest[0]), max(bounds[path][1], largest[1]))
 
-    hooks = [model.get_submodule(p).register_forward_hook(lambda _, x, y, p=p: note(p, x[0], y)) for p in paths]
-    try:
+    with ExitStack() as hooks:
+        for p in paths:
+            hook = model.get_submodule(p).register_forward_hook(lambda _, x, y, p=p: note(p, x[0], y))
+            hooks.enter_context(hook)
         score_language(model, batches)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return bounds
 
 
 @contextmanager
 def clipped(model: nn.Module, bounds: Bounds, clip: str) -> Iterator[None]:
     """Clip what each linear takes or makes to its bound, in one of the ways of `CLIPS`, until the `with` block ends."""
-    hooks = []
-    for path, (before, behind) in bounds.items():
-        module = model.get_submodule(path)
-        if clip == "zero in front":
-            hooks.append(module.register_forward_pre_hook(lambda _, x, T=before: (zeroed(x[0], T),)))
-        elif clip == "zero":
-            hooks.append(module.register_forward_hook(lambda _, __, y, T=behind: zeroed(y, T)))
-        elif clip == "clamp":
-            hooks.append(module.register_forward_hook(lambda _, __, y, T=behind: y.clamp(-T, T)))
-    try:
+    with ExitStack() as hooks:
+        for path, (before, behind) in bounds.items():
+            module = model.get_submodule(path)
+            if clip == "zero in front":
+                hooks.enter_context(module.register_forward_pre_hook(lambda _, x, T=before: (zeroed(x[0], T),)))
+            elif clip == "zero":
+                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=behind: zeroed(y, T)))
+            elif clip == "clamp":
+                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=behind: y.clamp(-T, T)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def zeroed(x: Tensor, bound: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -47,15 +47,13 @@ def weights(directory: Path = BOOKS) -> dict[str, Tensor]:
 def inputs(directory: Path = BOOKS, rows: int = 256) -> dict[str, Tensor]:
     """Return rows [rows, K] of the input of each linear on two windows of the bundled prose."""
     model, found = load(directory), dict[str, Tensor]()
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(
-            lambda _, x, path=path: found.update({path: x[0].flatten(0, -2)[:: 2 * WINDOW // rows]})
-        )
-        for path in weights(directory)
-    ]
-    score_language(model, windows(directory, BUNDLED))
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for path in weights(directory):
+            hook = model.get_submodule(path).register_forward_pre_hook(
+                lambda _, x, path=path: found.update({path: x[0].flatten(0, -2)[:: 2 * WINDOW // rows]})
+            )
+            hooks.enter_context(hook)
+        score_language(model, windows(directory, BUNDLED))
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,15 +97,11 @@ def standing_in(found: Sparse, W: Tensor) -> Callable[[nn.Module, tuple[Tensor, 
 @contextmanager
 def sparsified(sparsity: float, method: str, directory: Path = BOOKS) -> Iterator[None]:
     """Leave channels out in all linears until the `with` block ends."""
-    model, hooks = load(directory), []
-    for path, W in weights(directory).items():
-        module, found = model.get_submodule(path), best(directory, path, sparsity, method)[0]
-        hooks.append(module.register_forward_hook(standing_in(found, W)))
-    try:
+    with ExitStack() as hooks:
+        for path, W in weights(directory).items():
+            module, found = load(directory).get_submodule(path), best(directory, path, sparsity, method)[0]
+            hooks.enter_context(module.register_forward_hook(standing_in(found, W)))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def increase(sparsity: float, method: str, directory: Path = BOOKS, count: int = 2) -> float:
