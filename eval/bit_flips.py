@@ -4,7 +4,8 @@ Memory that fails, or that somebody makes fail, turns single bits. In a float on
 10^38 times as large; a 4-bit code stays on its grid whatever bit turns. FT-ClipAct sets results of layers that are
 beyond what was profiled to zero (arXiv 1912.00941), Ranger clamps them (arXiv 2003.13874). FT-ClipAct goes on to search
 lower thresholds by the accuracy under faults, which is not done here: its first ones, the largest values profiled, are
-kept. Both papers bound the results of ReLU, from 0 to T. Bounding the results of linears, which have signs, from -T to
+kept. FitAct has a bound for each neuron (arXiv 2112.13544), which it then trains; here it is the largest value, too.
+These papers bound the results of ReLU, from 0 to T. Bounding the results of linears, which have signs, from -T to
 T, is this project's reading. Bounds in front of linears are measured, too, and do nothing: what a wrong weight makes is
 added to the residual stream, behind which norms hide it or make it no number.
 """
@@ -35,8 +36,8 @@ from quantize.scheme.scheme import Engine
 PROFILED = 16  # windows of the bundled prose that bounds are taken from
 SEEDS = 3
 STORED = (torch.bfloat16, torch.float16)  # in which a weight may be stored whose values are held in float32
-CLIPS = ("none", "zero in front", "zero", "clamp")  # of inputs of linears, and else of their results
-Bounds = Mapping[str, tuple[float, float]]  # by path, in front of a linear and behind it
+CLIPS = ("none", "zero in front", "zero", "clamp", "zero by channel")  # of inputs of linears, and else of their results
+Bounds = Mapping[str, tuple[float, Tensor]]  # by path, in front of a linear, and behind it for each channel, [N]
 LABELS = {"codes": False, "codes and scales": True}  # what turns in an artifact, and whether scales do
 
 
@@ -121,12 +122,12 @@ def linears(model: nn.Module) -> list[str]:
 
 
 def profile(model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> Bounds:
-    """Return the largest magnitudes of the input and of the result of each linear on token ids, each batch [B, T]."""
-    bounds = dict.fromkeys(paths, (0.0, 0.0))
+    """Return the largest magnitudes of each linear's input, and of its result by channel, on ids, each batch [B, T]."""
+    bounds = dict.fromkeys(paths, (0.0, torch.zeros(1)))
 
     def note(path: str, x: Tensor, y: Tensor) -> None:
-        largest = (float(x.abs().max()), float(y.abs().max()))
-        bounds[path] = (max(bounds[path][0], largest[0]), max(bounds[path][1], largest[1]))
+        before, behind = bounds[path]
+        bounds[path] = (max(before, float(x.abs().max())), torch.maximum(behind, y.abs().flatten(0, -2).amax(0)))
 
     with ExitStack() as hooks:
         for p in paths:
@@ -144,14 +145,16 @@ def clipped(model: nn.Module, bounds: Bounds, clip: str) -> Iterator[None]:
             module = model.get_submodule(path)
             if clip == "zero in front":
                 hooks.enter_context(module.register_forward_pre_hook(lambda _, x, T=before: (zeroed(x[0], T),)))
-            elif clip == "zero":
-                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=behind: zeroed(y, T)))
             elif clip == "clamp":
-                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=behind: y.clamp(-T, T)))
+                T = float(behind.max())
+                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=T: y.clamp(-T, T)))
+            elif clip != "none":
+                bound = behind if clip == "zero by channel" else behind.max()
+                hooks.enter_context(module.register_forward_hook(lambda _, __, y, T=bound: zeroed(y, T)))
         yield
 
 
-def zeroed(x: Tensor, bound: float) -> Tensor:
+def zeroed(x: Tensor, bound: float | Tensor) -> Tensor:
     """Return x with 0 for what is beyond ±bound or is no number (FT-ClipAct's function, for both signs)."""
     return x.where(x.abs() <= bound, 0)
 

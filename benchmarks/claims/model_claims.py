@@ -58,6 +58,10 @@ CLAIMS: Sequence[Claim] = (
     ),
     Claim("Ranger: results clamped ≤ 1/10 (the same)", "2003.13874", 0.1, False, clipping("clamp", "none")),
     Claim("FT-ClipAct's zero < Ranger's clamp (the same)", "1912.00941", 0.5, True, clipping("zero", "clamp")),
+    Claim(
+        "FitAct's bounds by channel < one for each linear (the same, not trained)", "2112.13544", 0.9, False,
+        clipping("zero by channel", "zero"),
+    ),
     Claim("bounds in front of linears ≤ ½ (the same)", "ours", 0.5, False, clipping("zero in front", "none")),
     Claim("R-Sparse: a mix < both ends (50 %, output error)", "2504.19449", 0.97, True, mixed_error),
     Claim("R-Sparse: a mix < magnitude (50 %, loss)", "2504.19449", 0.9, True, mixed_loss),
@@ -70,6 +74,10 @@ NOT_MEASURED: Sequence[NotMeasured] = (
     NotMeasured(
         "LIR, TVR: fewer extreme activations, up to +4.6 % downstream (1B Llama)", "2503.17500",
         "works while a model trains, and none is trained here",
+    ),
+    NotMeasured(
+        "FitAct, ProAct: bounds that are trained keep accuracy under more wrong bits", "2112.13544, 2406.06313",
+        "bounds are trained on labels after profiling, and none are trained here",
     ),
     NotMeasured(
         "INSTA-BNN: +3.0 % and +2.8 % ImageNet top-1 (binary ResNet-18, MobileNetV1)", "2204.07439",

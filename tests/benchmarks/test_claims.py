@@ -21,6 +21,7 @@ REFUTED = {
     "Hadamard blocks help NVFP4 (Laplace)": (0.00909, 0.00863),
     "REAP < pruning experts by frequency": (0.671, 0.198),
     "Ranger: results clamped ≤ 1/10 (the same)": (2.005, 4.054),
+    "FitAct's bounds by channel < one for each linear (the same, not trained)": (0.0932, 0.01014),
     "bounds in front of linears ≤ ½ (the same)": (4.054, 4.054),
     "channels by R-Sparse's score < by magnitude (50 %, loss)": (0.0499, 0.0416),
     "TVR's step on a trained model lowers its 4-bit error": (0.01692, 0.01692),

@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from quantize.errors import UsageError
-from quantize.eval.bit_flips import clipped, flip_bits, flip_campaign, flipped, linears, narrowest, profile, zeroed
+from quantize.eval.bit_flips import (
+    CLIPS,
+    clipped,
+    flip_bits,
+    flip_campaign,
+    flipped,
+    linears,
+    narrowest,
+    profile,
+    zeroed,
+)
 from quantize.eval.loading import load_any
 from quantize.eval.perplexity import score_language
 
@@ -37,6 +47,7 @@ def test_the_narrowest_type_holds_a_weight_exactly():
 def test_what_is_beyond_the_bound_or_no_number_is_zero():
     x = torch.tensor([2.0, -2.0, 2.1, -3.0, math.inf, math.nan])
     assert zeroed(x, 2.0).tolist() == [2, -2, 0, 0, 0, 0]
+    assert zeroed(torch.full((2, 2), 2.0), torch.tensor([1.0, 2.0])).tolist() == [[0, 2], [0, 2]]
 
 
 def test_models_are_left_as_they_were_and_bounds_hold_what_was_profiled(artifact_rtn, one_layer):
@@ -45,7 +56,7 @@ def test_models_are_left_as_they_were_and_bounds_hold_what_was_profiled(artifact
         paths, loss = linears(model), score_language(model, ids).loss
         assert len(paths) == 7
         bounds = profile(model, paths, ids)
-        for clip in ("zero in front", "zero", "clamp"):
+        for clip in CLIPS[1:]:
             with clipped(model, bounds, clip):
                 assert score_language(model, ids).loss == loss
             with clipped(model, {path: (T / 2, t / 2) for path, (T, t) in bounds.items()}, clip):
@@ -61,7 +72,7 @@ def test_zeros_save_a_float_model_and_codes_need_none(artifact_rtn, one_layer, s
     shown = cli("eval", artifact_rtn.directory, "--against", one_layer, *arguments)
     rows = json.loads(shown.out)
     loss = {(row["model"], row["clip"], row["rate"]): row["worst"] for row in rows}
-    assert len(loss) == 3 * 4 * 2
+    assert len(loss) == 3 * len(CLIPS) * 2
     assert loss["float", "none", 1e-4] == pytest.approx(math.log(512))
     assert loss["float", "zero", 1e-4] < loss["float", "none", 0] + 0.3
     assert loss["codes", "none", 1e-4] < loss["codes", "none", 0] + 0.05
