@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quantize.errors import QuantizeError
-from quantize.nn.kv_cache import quantize_heads
+from quantize.nn.kv_cache import Masked, read_heads
+from quantize.nn.recent_window import with_recent_rows
 from quantize.scheme.scheme import KVCacheArgs
 
 FLOAT = "sdpa"  # the implementation that becomes `scaled_dot_product_attention` in a graph
 PREFIX = "quantized_kv_cache_"
-ROUNDED = "holds_rounded_rows"  # an attribute of keys that need not be rounded
+RECENT = "recent_rows"  # of keys that are rounded already: the last keys and values in floating point, or None
 
 
 def attend_with_quantized_cache(
@@ -31,7 +33,8 @@ def attend_with_quantized_cache(
 ) -> tuple[Tensor, None]:
     """Compute float attention on keys and values as a quantized cache holds them; transformers calls this function.
 
-    A cache in floating point is rounded at each read; a packed one (`packed_cache.py`) returns what is rounded already.
+    A cache in floating point is rounded at each read; a packed one (`packed_cache.py`) returns what is rounded already,
+    and the rows that are recent for some query.
 
     Args:
         module: the attention module.
@@ -41,9 +44,24 @@ def attend_with_quantized_cache(
         kv_cache: how keys and values are rounded.
         options: as for float attention.
     """
-    rounded = getattr(key, ROUNDED, False)
-    operands = (query, key, value) if rounded else quantize_heads(query, key, value, kv_cache)
-    return ALL_ATTENTION_FUNCTIONS[FLOAT](module, *operands, attention_mask, **options)  # type: ignore[no-any-return]
+    causal = options.get("is_causal")
+    is_causal = query.shape[-2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
+    *operands, mask = held_heads(query, key, value, attention_mask, is_causal, kv_cache)
+    added = operands[1].shape[-2] - key.shape[-2]
+    if added and (bias := options.get("position_bias")) is not None:
+        options["position_bias"] = torch.cat([bias, bias[..., -added:]], dim=-1)
+    return ALL_ATTENTION_FUNCTIONS[FLOAT](module, *operands, mask, **options)  # type: ignore[no-any-return]
+
+
+def held_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, args: KVCacheArgs
+) -> Masked:
+    """Return attention's operands and mask for what a cache in floating point or a packed one returned."""
+    if not hasattr(key, RECENT):
+        return read_heads(query, key, value, mask, is_causal, args)
+    if (recent := getattr(key, RECENT)) is None:
+        return query, key, value, mask
+    return with_recent_rows(query, (key, value), recent, mask, is_causal, args.residual_length)
 
 
 def register(args: KVCacheArgs) -> str:

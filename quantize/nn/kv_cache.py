@@ -15,11 +15,13 @@ from quantize.graph.interpreter import Overrides, Values
 from quantize.graph.program import Program, Segment
 from quantize.graph.rules.table import name_of
 from quantize.kernels.hadamard import hadamard_transform
+from quantize.nn.recent_window import with_recent_rows
 from quantize.scheme.scheme import KVCacheArgs
 from quantize.transforms import equivalence
 
 ATTENTION = "scaled_dot_product_attention"
 Heads = tuple[Tensor, Tensor, Tensor]
+Masked = tuple[Tensor, Tensor, Tensor, Tensor | None]  # heads and the mask
 
 
 def rotate_heads(query: Tensor, key: Tensor, value: Tensor) -> Heads:
@@ -45,6 +47,24 @@ def quantize_heads(query: Tensor, key: Tensor, value: Tensor, args: KVCacheArgs)
     return query, key, value
 
 
+def read_heads(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, args: KVCacheArgs
+) -> Masked:
+    """Return attention's operands and mask for keys and values that a quantized cache holds.
+
+    Args:
+        query, key, value: [..., tokens, head_dim].
+        mask: as `scaled_dot_product_attention` takes it.
+        is_causal: what holds without a mask.
+        args: how keys and values are rounded, and how many recent tokens are not (`recent_window.py`).
+    """
+    rounded = quantize_heads(query, key, value, args)
+    if not args.residual_length:
+        return *rounded, mask
+    exact = rotate_heads(query, key, value) if args.hadamard else (query, key, value)
+    return with_recent_rows(rounded[0], rounded[1:], exact[1:], mask, is_causal, args.residual_length)
+
+
 def read_kv_cache(settings: Mapping[str, Any]) -> KVCacheArgs | None:
     """Read the entry of an artifact's quantization settings; None if the cache is in floating point."""
     return KVCacheArgs(**settings["kv_cache"]) if "kv_cache" in settings else None
@@ -57,19 +77,27 @@ def attention_nodes(nodes: Iterable[fx.Node]) -> list[fx.Node]:
 
 def quantized_attention(segment: Segment, args: KVCacheArgs | None) -> dict[fx.Node, Callable[..., Any]]:
     """Return what runs in place of each attention of a block, for `Overrides.operators`."""
-    return {} if args is None else changed_attention(segment, functools.partial(quantize_heads, args=args))
+    return {} if args is None else changed_attention(segment, functools.partial(read_heads, args=args))
 
 
-def changed_attention(segment: Segment, change: Callable[..., Heads]) -> dict[fx.Node, Callable[..., Any]]:
-    """Return for each attention of a block the same operator behind `change(query, key, value)`."""
-    return {
-        node: functools.partial(attend_on_changed_heads, node.target, change) for node in attention_nodes(segment.nodes)
-    }
+def changed_attention(segment: Segment, change: Callable[..., Masked]) -> dict[fx.Node, Callable[..., Any]]:
+    """Return for each attention of a block the same operator behind `change(query, key, value, mask, is_causal)`."""
+    return {node: functools.partial(attend, node.target, change) for node in attention_nodes(segment.nodes)}
 
 
-def attend_on_changed_heads(target: Any, change: Callable[..., Heads], *args: Any, **options: Any) -> Any:
-    """Call an attention operator on changed queries, keys and values, which are its first three arguments."""
-    return target(*change(*args[:3]), *args[3:], **options)
+def attend(
+    target: Any, change: Callable[..., Masked], query: Tensor, key: Tensor, value: Tensor,
+    attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """Call an attention operator, which has torch's arguments, on changed operands and with a changed mask."""
+    *heads, mask = change(query, key, value, attn_mask, is_causal)
+    return target(*heads, mask, dropout_p, is_causal and mask is None, **options)
+
+
+def rotated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool) -> Masked:
+    """Return `rotate_heads` beside the mask, for `changed_attention`."""
+    del is_causal
+    return *rotate_heads(query, key, value), mask
 
 
 def check_hadamard(program: Program, segment: Segment, state: Overrides, probes: Sequence[Values]) -> float:
@@ -78,7 +106,7 @@ def check_hadamard(program: Program, segment: Segment, state: Overrides, probes:
     Raises:
         QuantizeError: the difference is above the gate's tolerance.
     """
-    rotated = replace(state, operators=changed_attention(segment, rotate_heads))
-    found = equivalence.max_relative_difference(program, segment, state, rotated, probes, Bases((), {}), {})
+    changed = replace(state, operators=changed_attention(segment, rotated))
+    found = equivalence.max_relative_difference(program, segment, state, changed, probes, Bases((), {}), {})
     equivalence.require_equivalent("kv_cache", found, equivalence.TOLERANCE, {}, segment)
     return found

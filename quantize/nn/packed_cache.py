@@ -2,10 +2,13 @@
 
 A row, one head of one token, is stored as bytes: its integers, two to a byte if they have 4 bits, then its scale as a
 float32, then its zero point. So transformers' own layers of a cache append, crop, reorder and repeat rows as they are.
+With a `residual_length` a layer has a second one, which holds the last rows in floating point, too: transformers' layer
+for a sliding window. A row is packed when it comes and stays among the recent ones until it leaves that window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,19 +20,28 @@ from quantize.errors import UsageError
 from quantize.kernels.hadamard import hadamard_factors, hadamard_transform, kronecker_transform
 from quantize.kernels.packing import pack_int4, unpack_int4
 from quantize.kernels.reference import quantize_per_token
-from quantize.nn.attention import ROUNDED, configs, kv_cache_of
+from quantize.nn.attention import RECENT, configs, kv_cache_of
 from quantize.scheme.scheme import KVCacheArgs
 
 SCALE = 4  # bytes
+FOLLOWED = (
+    "crop", "reset", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "offload", "prefetch",
+    "activate_past_recording",
+)  # fmt: skip
 
 
 class PackedRows:
     """What a layer of a packed cache does in front of and behind the layer of transformers that it also is."""
 
     args: KVCacheArgs
+    recent: DynamicSlidingWindowLayer | None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append rows [batch, heads, tokens, head_dim], and return all of them as rounded, in their dtype."""
+        """Append rows [batch, heads, tokens, head_dim], and return all of them as rounded, in their dtype.
+
+        The keys carry the last rows in floating point for `attend_with_quantized_cache`: `residual_length` of those
+        held before, and the new ones.
+        """
         size, dtype = key_states.shape[-1], key_states.dtype
         turned = hadamard_transform(key_states.float(), size).to(dtype) if self.args.hadamard else key_states
         rows = [pack_rows(x, n, self.args) for x, n in zip((turned, value_states), self.args.bits, strict=True)]
@@ -37,8 +49,24 @@ class PackedRows:
         sizes = (size, value_states.shape[-1])
         key, value = (unpack_rows(x, n, K, self.args) for x, n, K in zip(held, self.args.bits, sizes, strict=True))
         key = (turned_back(key) if self.args.hadamard else key).to(dtype)
-        setattr(key, ROUNDED, True)
+        last = None if self.recent is None else self.recent.update(key_states, value_states)
+        setattr(key, RECENT, last and tuple(x[..., -key.shape[-2] :, :] for x in last))
         return key, value.to(dtype)
+
+
+def followed(name: str) -> Callable[..., None]:
+    """Return the method of a layer that both the recent rows and the packed ones go through, where they have it."""
+
+    def method(self: PackedRows, *args: Any) -> None:
+        for part in (self.recent, super(PackedRows, self)):
+            if (found := getattr(part, name, None)) is not None:
+                found(*args)
+
+    return method
+
+
+for name in FOLLOWED:
+    setattr(PackedRows, name, followed(name))
 
 
 class PackedLayer(PackedRows, DynamicLayer):  # type: ignore[misc]
@@ -55,8 +83,9 @@ KINDS = {DynamicLayer: PackedLayer, DynamicSlidingWindowLayer: PackedSlidingLaye
 def packed_cache(model: PreTrainedModel) -> DynamicCache:
     """Return an empty cache for `generate` or a call of a loaded artifact with a table `[kv_cache]`.
 
-    Its rows take the artifact's bits and five bytes, four with symmetric grids. Attention gets the same numbers as
-    without it, up to the last bits of a float; the rows of one layer are in floating point while it runs.
+    Its rows take the artifact's bits and five bytes, four with symmetric grids; the last `residual_length` of them are
+    also held as they came. Attention gets the same numbers as without it, up to the last bits of a float; the rows of
+    one layer are in floating point while it runs.
 
     Args:
         model: a model from `quantize.load`; `generate(..., past_key_values=packed_cache(model))`, which newer versions
@@ -78,7 +107,8 @@ def packed(layer: Any, args: KVCacheArgs) -> Any:
     if type(layer) not in KINDS:
         return layer
     made = object.__new__(KINDS[type(layer)])
-    made.__dict__.update(vars(layer), args=args)
+    length = args.residual_length
+    made.__dict__.update(vars(layer), args=args, recent=DynamicSlidingWindowLayer(length + 1) if length else None)
     return made
 
 

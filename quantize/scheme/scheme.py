@@ -90,6 +90,7 @@ class KVCacheArgs(Data):
         symmetric: whether there is no zero point.
         clip_ratio: the part of the head vector's range that the grid spans.
         hadamard: whether queries and keys are first rotated within each head, which does not change their products.
+        residual_length: how many tokens, up to the last one that a query sees, it reads in floating point.
     """
 
     num_bits: Literal[4, 8]
@@ -97,6 +98,7 @@ class KVCacheArgs(Data):
     symmetric: bool = False
     clip_ratio: float = Field(default=1.0, gt=0, le=1)
     hadamard: bool = True
+    residual_length: int = Field(default=0, ge=0)
 
     @property
     def bits(self) -> tuple[int, int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from quantize.artifact.manifest import Entry, QuantizationSettings
-from quantize.artifact.vllm.layers import linears_of, require_one_weight, require_served, require_split
+from quantize.artifact.vllm.layers import cache_note, linears_of, require_one_weight, require_served, require_split
 from quantize.errors import UsageError
-from quantize.scheme.scheme import ActivationArgs, RuntimeSmoothArgs, Scheme, WeightArgs
+from quantize.scheme.scheme import ActivationArgs, KVCacheArgs, RuntimeSmoothArgs, Scheme, WeightArgs
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 W4A8 = Scheme(weights=WeightArgs(num_bits=4, group_size=32), activations=ActivationArgs(num_bits=8))
@@ -33,6 +33,12 @@ def test_a_prefix_and_experts_in_one_tensor_are_refused():
         require_served(settings(prefix=(1, 2)))
     with pytest.raises(UsageError, match=r"a\.experts holds experts in one tensor, which the plugin does not serve"):
         require_served(settings(modules={"a.experts": Entry(columns=128, experts=4)}))
+
+
+def test_what_serves_a_quantized_cache():
+    assert cache_note(KVCacheArgs(num_bits=8)).endswith("which --kv-cache-dtype int8_per_token_head serves.")
+    note = cache_note(KVCacheArgs(num_bits=4, residual_length=16))
+    assert note.endswith("int4_per_token_head serves, without its recent tokens in floating point.")
 
 
 def test_a_layer_has_the_linears_that_vllm_made_it_of():

@@ -259,6 +259,7 @@ def test_export_to_onnx_is_refused(artifact, tmp_path):
         ({}, "kv_cache.num_bits: field required"),
         ({"num_bits": 3}, "kv_cache.num_bits: input should be 4 or 8"),
         ({"num_bits": 4, "clip_ratio": 0}, "kv_cache.clip_ratio: input should be greater than 0"),
+        ({"num_bits": 4, "residual_length": -1}, "kv_cache.residual_length: input should be greater than or equal to"),
         (
             {"num_bits": 4, "group_size": 8},
             "kv_cache.group_size: there is no such key here; did you mean `[weights] group_size`?",

@@ -20,6 +20,9 @@ SETTINGS = [
     KVCacheArgs(num_bits=4),
     KVCacheArgs(num_bits=8, value_bits=4, hadamard=False),
     KVCacheArgs(num_bits=4, symmetric=True, clip_ratio=0.9),
+    KVCacheArgs(num_bits=4, residual_length=1),
+    KVCacheArgs(num_bits=4, residual_length=3),
+    KVCacheArgs(num_bits=4, residual_length=8, hadamard=False),
 ]
 
 
@@ -53,9 +56,11 @@ def test_a_model_computes_what_it_computes_without(args, window):
     set_kv_cache(made, args)
     ids = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
     caches = packed_cache(made), DynamicCache(config=made.config)
+    whole = made(ids).logits
     for cut in (slice(0, 5), *(slice(n, n + 1) for n in range(5, 10))):
         found, expected = (made(ids[:, cut], **{ARGUMENT: cache}).logits for cache in caches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, whole[:, cut], rtol=1e-4, atol=1e-4)
     for cache in caches:
         cache.reorder_cache(torch.tensor([1, 0]))
     found, expected = (made(ids[:, 10:], **{ARGUMENT: cache}).logits for cache in caches)
@@ -65,14 +70,40 @@ def test_a_model_computes_what_it_computes_without(args, window):
     bits, rest = args.bits, 4 if args.symmetric else 5
     assert (held.keys.dtype, held.keys.shape[-1]) == (torch.uint8, 12 * bits[0] // 8 + rest)
     assert held.values.shape[-1] == 12 * bits[1] // 8 + rest
+    if args.residual_length:
+        assert held.recent.keys.shape == (2, 2, min(args.residual_length, 12), 12)
+
+
+@torch.no_grad()
+def test_recent_rows_follow_the_packed_ones():
+    """Tokens that are taken back, as speculative decoding does, rows of a batch that are repeated and chosen, reset."""
+    made = model()
+    set_kv_cache(made, KVCacheArgs(num_bits=4, residual_length=3))
+    ids = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(1))
+    cache = packed_cache(made)
+    made(ids[:, :6], **{ARGUMENT: cache})
+    with pytest.raises(RuntimeError, match="past"):  # what left the window is no longer held
+        cache.crop(-2)
+    assert cache.get_seq_length() == 6
+    cache.activate_past_recording()
+    made(ids[:, [6, 0, 0]], **{ARGUMENT: cache})
+    cache.crop(-2)
+    cache.batch_repeat_interleave(3)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+    found = made(ids[:, 7:].expand(2, -1), **{ARGUMENT: cache}).logits
+    torch.testing.assert_close(found, made(ids).logits[:, 7:].expand(2, -1, -1), rtol=1e-4, atol=1e-4)
+    cache.reset()
+    torch.testing.assert_close(made(ids, **{ARGUMENT: cache}).logits, made(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
 def test_a_loaded_artifact_generates_with_it(stories, stories_calibration, tmp_path):
     artifact = quantize.quantize_model(
         stories, scheme="W4A16", output_dir=tmp_path / "out", calibration=stories_calibration, nsamples=2, seqlen=16,
-        group_size=0, recipe={"passes": [], "quantizer": {"name": "rtn"}, "kv_cache": {"num_bits": 4}},
+        group_size=0,
+        recipe={"passes": [], "quantizer": {"name": "rtn"}, "kv_cache": {"num_bits": 4, "residual_length": 3}},
     )  # fmt: skip
+    assert artifact.manifest["parity"]["reloaded"] < 1e-6
     loaded, ids = artifact.load(), torch.tensor([[1, 403, 407, 261]])
     cache = quantize.packed_cache(loaded)
     settings = {"max_new_tokens": 12, "do_sample": False}

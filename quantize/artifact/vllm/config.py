@@ -15,7 +15,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.models.utils import WeightsMapper
 
 from quantize.artifact.manifest import Entry, QuantizationSettings
-from quantize.artifact.vllm.layers import linears_of, require_one_weight, require_served
+from quantize.artifact.vllm.layers import cache_note, linears_of, require_one_weight, require_served
 from quantize.artifact.vllm.linear import ArtifactLinearMethod, QuantizedPart
 from quantize.artifact.vllm.table import ArtifactTableMethod
 from quantize.artifact.writer import PROBE
@@ -44,7 +44,7 @@ class ArtifactConfig(QuantizationConfig):  # type: ignore[misc]
         self.stored = {path: path for path in settings.modules}
         self.tables = list(settings.tables)
         if settings.kv_cache:
-            LOG.warning("The artifact has a quantized KV cache, which --kv-cache-dtype int4_per_token_head serves.")
+            LOG.warning(cache_note(settings.kv_cache))
 
     def get_name(self) -> str:
         """Return what `quant_method` is in `config.json`."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from quantize.artifact.manifest import Entry, QuantizationSettings
 from quantize.errors import UsageError
-from quantize.scheme.scheme import Scheme
+from quantize.scheme.scheme import KVCacheArgs, Scheme
 
 
 def require_served(settings: QuantizationSettings) -> None:
@@ -23,6 +23,12 @@ def require_served(settings: QuantizationSettings) -> None:
         raise UsageError(
             f"{stacks[0]} holds experts in one tensor, which the plugin does not serve; export to compressed-tensors"
         )
+
+
+def cache_note(args: KVCacheArgs) -> str:
+    """Return which option of vLLM serves a quantized KV cache, and what of it no option does."""
+    note = f"The artifact has a quantized KV cache, which --kv-cache-dtype int{args.num_bits}_per_token_head serves"
+    return f"{note}, without its recent tokens in floating point." if args.residual_length else f"{note}."
 
 
 def linears_of(layer: str, fused: Mapping[str, Sequence[str]], quantized: Mapping[str, Entry]) -> list[str]:

@@ -33,8 +33,11 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
     settings, schemes, stacks = outline.settings, held_schemes(outline), set(outline.experts)
     yield from unplaced_experts(outline)
     yield from unplaced_schemes(schemes.values())
-    if settings.get("kv_cache", {}).get("value_bits") not in (None, settings.get("kv_cache", {}).get("num_bits")):
+    cache = settings.get("kv_cache", {})
+    if cache.get("value_bits") not in (None, cache.get("num_bits")):
         yield "keys and values of different bits", "no `value_bits` in [kv_cache]"
+    if cache.get("residual_length"):
+        yield "recent keys and values in floating point", "no `residual_length` in [kv_cache]"
     if settings.get("prefix"):
         yield "a prefix of tokens", "no `prefix`"
     kinds = {path: type(outline.skeleton.get_submodule(path)) for path in schemes if path not in stacks}

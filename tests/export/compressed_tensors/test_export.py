@@ -403,6 +403,9 @@ def test_keys_and_values_are_left_to_vllm(small_run, one_layer, tmp_path, cli):
     changes = RTN | {"kv_cache": {"num_bits": 8, "value_bits": 4}}
     with pytest.raises(UsageError, match=r"has no place for keys and values of different bits; .* no `value_bits`"):
         small_run(one_layer, "W4A8", target="vllm", recipe=changes, output="other")
+    changes = RTN | {"kv_cache": {"num_bits": 4, "residual_length": 16}}
+    with pytest.raises(UsageError, match=r"no place for recent keys and values in floating point; .* no `residual_le"):
+        small_run(one_layer, "W4A8", target="vllm", recipe=changes, output="other")
 
 
 def test_all_obstacles_are_named_at_once(cli, artifact_one_layer, tmp_path):
