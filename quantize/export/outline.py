@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +18,8 @@ from quantize.checkpoint.meta_model import build_bounded
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.errors import QuantizeError, UsageError
+from quantize.graph.export import export_program
+from quantize.graph.program import Program
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.scheme.scheme import Scheme
 
@@ -31,12 +35,14 @@ class Outline:
         settings: the artifact's quantization settings.
         skeleton: the float model on the meta device.
         directory: where the tokenizer is; None for a module in memory.
+        exported: the model's graph, where it is known already.
     """
 
     config: dict[str, Any]
     settings: dict[str, Any]
     skeleton: nn.Module
     directory: Path | None = None
+    exported: Program | None = None
 
     @classmethod
     def read(cls, directory: Path) -> Self:
@@ -67,7 +73,7 @@ class Outline:
     def estimate(cls, found: ArtifactEstimate) -> Self:
         """Make the outline of the artifact that a run will write."""
         checkpoint = found.checkpoint
-        return cls(checkpoint.config, found.settings, checkpoint.skeleton(), checkpoint.directory)
+        return cls(checkpoint.config, found.settings, checkpoint.skeleton(), checkpoint.directory, found.program)
 
     def model_config(self) -> dict[str, Any]:
         """Return the model's config with the defaults of its class, which `config.json` need not have."""
@@ -80,6 +86,15 @@ class Outline:
         """Return the dtype in which the config says that weights are stored; float32 if it does not say."""
         told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         return DTYPES.get(told.removeprefix("torch."), torch.float32)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """The model's graph.
+
+        Raises:
+            ExportError: the model cannot be exported.
+        """
+        return self.exported or export_program(copy.deepcopy(self.skeleton))
 
     @property
     def experts(self) -> list[str]:

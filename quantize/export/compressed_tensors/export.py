@@ -5,7 +5,7 @@ The package of that name is not needed to write a checkpoint; if it is installed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.experts import expert_linears, names_in_checkpoints, rows_of, with_experts
+from quantize.export.compressed_tensors.experts import (
+    IN_TURNS,
+    names_in_checkpoints,
+    rows_of,
+    with_experts,
+    written_parts,
+)
 from quantize.export.compressed_tensors.format import held_schemes, is_packed, quantization_config, storage, stored
 from quantize.export.compressed_tensors.parity import compressed_tensors_parity, running_type
 from quantize.export.hf_checkpoint import shards
@@ -49,7 +55,8 @@ def export_compressed_tensors(
         QuantizeError: a file is damaged, or transformers computes something else.
     """
     outline = Outline.read(directory)
-    schemes, stacks, names = held_schemes(outline), expert_linears(outline), names_in_checkpoints(outline)
+    schemes, stacks, names = held_schemes(outline), written_parts(outline), names_in_checkpoints(outline)
+    biases = {parts.bias: parts.linears for parts in stacks.values()}
     scaled = {path for path, scheme in schemes.items() if get_format(scheme.weights.format).has_global_scale}
     if not scaled and calibration is not None:
         raise UsageError("only NVFP4 checkpoints hold ranges of activations; leave --calibration out")
@@ -58,7 +65,7 @@ def export_compressed_tensors(
     def compressed(path: str, linear: QuantizedLinear | QuantizedExperts) -> dict[str, Tensor]:
         weight, packed = linear.qtensor(), is_packed(linear.scheme)
         if isinstance(linear, QuantizedExperts):
-            parts = {place: stored(rows_of(weight, rows), packed) for place, rows in stacks[path].items()}
+            parts = {place: stored(rows_of(weight, rows), packed) for place, rows in stacks[path].linears.items()}
             return {f"{place}.{name}": tensor for place, part in parts.items() for name, tensor in part.items()}
         found = {} if linear.bias is None else {"bias": linear.bias}
         if path in schemes:
@@ -68,18 +75,30 @@ def export_compressed_tensors(
         place = names.get(f"{path}.weight", f"{path}.weight").removesuffix(".weight")
         return {f"{place}.{name}": tensor for name, tensor in found.items()}
 
+    def named(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if name in biases:
+            return {f"{place}.bias": tensor.flatten()[rows] for place, rows in biases[name].items()}
+        return {names.get(name, name): tensor}
+
     for shard, tensors in shards(directory, outline, compressed, console):
-        writer.add(shard, {names.get(name, name): tensor for name, tensor in tensors.items()})
+        writer.add(shard, {at: x for name, tensor in tensors.items() for at, x in named(name, tensor).items()})
     writer.write_index()
     own = {"dtype": "bfloat16"} if running_type(schemes) == torch.bfloat16 else {}
-    entry = quantization_config(with_experts(schemes, stacks), ignored(outline.skeleton, schemes, names))
+    held = {*schemes, *(path.rpartition(".")[0] for path in stacks)}
+    entry = quantization_config(with_experts(schemes, stacks), ignored(outline.skeleton, held, names))
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if console is not None:
-        command = serve_command(writer.output, schemes, outline.settings.get("kv_cache"))
-        console.print(f"to serve it: {command}", soft_wrap=True, markup=False)
+        console.print(how_to_serve(writer.output, outline, schemes), soft_wrap=True, markup=False)
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
     return {"parity": compressed_tensors_parity(directory, writer.directory, outline, schemes)}
+
+
+def how_to_serve(output: Path, outline: Outline, schemes: Mapping[str, Scheme]) -> str:
+    """Return a line with the command that serves a checkpoint, or that says why vLLM does not."""
+    if any(parts.in_turns for parts in written_parts(outline).values()):
+        return f"vLLM does not serve it: {IN_TURNS}"
+    return f"to serve it: {serve_command(output, schemes, outline.settings.get('kv_cache'))}"
 
 
 def serve_command(output: Path, schemes: Mapping[str, Scheme], kv_cache: Mapping[str, Any] | None = None) -> str:
@@ -92,12 +111,12 @@ def serve_command(output: Path, schemes: Mapping[str, Scheme], kv_cache: Mapping
     return f"vllm serve {output}" + (" --linear-backend humming" if integer else "") + cache
 
 
-def ignored(skeleton: nn.Module, quantized: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def ignored(skeleton: nn.Module, quantized: Collection[str], names: Mapping[str, str]) -> list[str]:
     """Return the modules with a matrix in floating point, without embeddings, which the format never quantizes.
 
     Args:
         skeleton: the float model.
-        quantized: the quantized linears, by path.
+        quantized: the paths of the quantized linears, and of what holds stacks of experts.
         names: parameter → its name in checkpoints, where that may be another one; vLLM knows modules by these.
     """
     named = skeleton.named_parameters(remove_duplicate=False)

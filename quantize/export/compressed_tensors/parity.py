@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,6 @@ import transformers
 from torch import Tensor, nn
 
 from quantize.artifact.load import load
-from quantize.checkpoint.key_mapping import map_keys
-from quantize.checkpoint.tensor_files import index_tensors, read_tensor
-from quantize.errors import QuantizeError
 from quantize.export.comparison import (
     as_float,
     as_float_stack,
@@ -24,16 +21,18 @@ from quantize.export.comparison import (
     round_tables,
     with_float_activations,
 )  # fmt: skip
-from quantize.export.compressed_tensors.experts import expert_linears, names_in_checkpoints
-from quantize.export.compressed_tensors.format import group, has_packed_zero_points, storage
+from quantize.export.compressed_tensors.experts import written_parts
+from quantize.export.compressed_tensors.format import has_packed_zero_points, storage
+from quantize.export.compressed_tensors.read_back import read_back, tensor_difference
 from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.nn.attention import set_kv_cache
-from quantize.nn.quantized_linear import QuantizedLinear
+from quantize.nn.quantized_experts import replace_parameter
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 UNPACKED = "with CompressedTensorsConfig(dequantize=True) alone"
+APART = "not at all, as it holds these experts in one tensor and reads no others"
 
 
 def compressed_tensors_parity(
@@ -53,7 +52,8 @@ def compressed_tensors_parity(
     weights of linears when it is built.
 
     In a mixture of experts no activations are rounded for the comparison, since a small difference may send a token to
-    another expert. Experts that are not packed integers are compared number by number (`tensor_difference`).
+    another expert. Experts that are not packed integers are compared number by number (`tensor_difference`), and so are
+    experts apart that transformers holds in one tensor, which its float model then runs with as well.
 
     Args:
         directory: the artifact.
@@ -64,8 +64,9 @@ def compressed_tensors_parity(
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
         activations: how far the artifact is from itself with floating-point activations, for comparison.
-        transformers: how it loads the checkpoint, if it has to be told.
-        tensors: in place of all these, the largest difference of a tensor, relative to it.
+        transformers: how it loads the checkpoint, if it has to be told, or why it does not.
+        tensors: the largest difference of a tensor, relative to it, where tensors are compared; in place of the others
+            where experts do not run.
 
     Raises:
         QuantizeError: the checkpoint cannot be loaded, or rounding does not explain the difference.
@@ -78,9 +79,13 @@ def compressed_tensors_parity(
         lambda x: as_float(x, dtype) if x.scheme == TABLE_SCHEME else x,
         lambda experts: as_float_stack(experts, dtype),
     )
+    inputs, running, parts = probe_inputs(directory), running_type(schemes), written_parts(outline).values()
+    if not all(found.mapped for found in parts):
+        read = read_back(written, outline, schemes)
+        return difference_apart(read, inputs, model, dtype) | {"transformers": APART}
     if not {storage(schemes[path]) for path in outline.experts} <= {"pack-quantized"}:
-        return {"tensors": tensor_difference(written, outline, schemes, model)}
-    inputs, running = probe_inputs(directory), running_type(schemes)
+        model = copy_with_replaced_linears(model, lambda layer: as_float(layer, dtype))
+        return {"tensors": tensor_difference(read_back(written, outline, schemes), model)}
     if any(map(has_packed_zero_points, schemes.values())):
         return output_difference(written, inputs, model, running, rounds, unpacked=dtype)
     try:
@@ -132,53 +137,26 @@ def running_type(schemes: Mapping[str, Scheme]) -> torch.dtype:
     return torch.bfloat16 if "e2m1" in elements else torch.float32
 
 
-def tensor_difference(written: Path, outline: Outline, schemes: Mapping[str, Scheme], model: nn.Module) -> float:
-    """Compare all parameters of a checkpoint, unpacked by the package and put together by transformers' mapping.
+def difference_apart(
+    read: Callable[[str], Tensor], inputs: list[dict[str, Tensor]], model: nn.Module, dtype: torch.dtype
+) -> dict[str, float | str]:
+    """Compare a checkpoint that transformers cannot load, put into the float model, with an artifact.
 
     Args:
-        written: the checkpoint.
-        outline: the artifact's outline.
-        schemes: the scheme of each quantized linear, by path.
-        model: the artifact with the parameters of experts in floating point, in the dtype that they are stored in.
-
-    Returns:
-        The largest ‖difference‖ / ‖parameter‖.
+        read: reads a parameter of the checkpoint, as `read_back` returns it.
+        inputs: the inputs of each call.
+        model: the artifact, with the parameters of experts in floating point.
+        dtype: the dtype to which both are unpacked.
 
     Raises:
-        QuantizeError: a parameter is not there, or not the artifact's.
+        QuantizeError: the two differ.
     """
-    files, stacks, names = index_tensors(written), expert_linears(outline), names_in_checkpoints(outline)
-    own = {path: [names[f"{path}.weight"].removesuffix(".weight")] for path in schemes if path not in stacks}
-    places = {place: scheme for path, scheme in schemes.items() for place in {**own, **stacks}[path]}
-    paths = {name: name.rpartition(".")[0] for name in files}
-
-    def read(name: str) -> Tensor:
-        path = name.removesuffix(".weight")
-        if path not in places:
-            return read_tensor(files[name], name)
-        parts = {part.removeprefix(f"{path}."): read_tensor(files[part], part) for part in paths if paths[part] == path}
-        return unpacked(parts, places[path])
-
-    stored = [*(name for name in files if paths[name] not in places), *(f"{path}.weight" for path in places)]
-    sources = map_keys(outline.skeleton, {name: name for name in stored})
-    expected, worst = {name: p.detach() for name, p in model.named_parameters()}, 0.0
-    linears = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear))
-    expected |= {f"{path}.weight": as_float(layer, outline.dtype).weight.data for path, layer in linears}
-    for name, tensor in expected.items():
-        if name not in sources:
-            raise QuantizeError(
-                f"the checkpoint holds no {name}, which the model needs; report the model and the recipe"
-            )
-        worst = max(worst, relative_error([sources[name].read(name, read)], [tensor]))
-    check_difference(worst, torch.finfo(torch.float32).eps, 0, [*expected.values()])
-    return worst
-
-
-def unpacked(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor:
-    """Return the weight [N, K] that the package makes of the tensors of one linear."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
-
-    compressor = BaseCompressor.get_value_from_registry(storage(scheme))
-    weight: Tensor = compressor.decompress(dict(tensors), QuantizationScheme(**group(scheme, ["Linear"])))["weight"]
-    return weight
+    rounded = first_outputs(model, inputs)
+    model = copy_with_replaced_linears(model, lambda layer: as_float(layer, dtype))
+    floats, tensors = first_outputs(model, inputs), tensor_difference(read, model)
+    model = copy_with_replaced_linears(model, with_float_activations)  # whose modules are not the artifact's
+    for name in [name for name, _ in model.named_parameters()]:
+        replace_parameter(model, name, nn.Parameter(read(name).float(), requires_grad=False))
+    reference = relative_error(first_outputs(model, inputs), floats)
+    check_difference(reference, torch.finfo(torch.float32).eps, 0, floats)
+    return {"reference": reference, "activations": relative_error(floats, rounded), "tensors": tensors}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.export.onnx.matmul_nbits import BlockLinear, dequantized_blocks, int8_blocks
-from quantize.export.onnx.swiglu import SwiGLU, swiglu_of
+from quantize.export.swiglu import SwiGLU, swiglu_of
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from quantize.artifact.load import load
 from quantize.checkpoint.key_mapping import linears_in_files, stored_name
-from quantize.errors import QuantizeError, UsageError
+from quantize.checkpoint.meta_model import build_skeleton
+from quantize.errors import ExportError, QuantizeError, UsageError
 from quantize.export import EXPORTERS
 from quantize.export.comparison import (
     as_float_stack,
@@ -23,12 +24,12 @@ from quantize.export.comparison import (
     relative_error,
     with_float_activations,
 )
-from quantize.export.compressed_tensors import experts, export
+from quantize.export.compressed_tensors import experts, experts_apart, export, read_back
 from quantize.export.compressed_tensors.format import group
 from quantize.export.directory import export_artifact
 from quantize.export.hf_checkpoint import disable_rounding
 from quantize.export.outline import Outline
-from quantize.graph.export import quiet
+from quantize.graph.export import export_program, quiet
 
 CT = "compressed-tensors"
 UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -91,19 +92,99 @@ def outline_of(family: str, scheme: dict, **others: dict) -> Outline:
     """The outline of a mixture whose stacks are quantized; `others` are entries of single stacks."""
     model = build_family(family, num_hidden_layers=1)
     stacks = {name: p for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name}
+    entry = {"transposed": family in ("gpt_oss", "llama4_text")}
     modules = {
-        name: {"columns": p.shape[-1], "experts": len(p), "transposed": False} | others.get(name.rpartition(".")[2], {})
+        name: {"columns": p.shape[-1], "experts": len(p)} | entry | others.get(name.rpartition(".")[2], {})
         for name, p in stacks.items()
     }
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
     return Outline(config, {"scheme": scheme, "modules": modules}, model.to("meta"))
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "llama4_text"])
-def test_experts_that_checkpoints_hold_as_one_tensor_are_refused(family):
-    words = r"experts\.down_proj, which checkpoints of \w+ hold as one tensor; quantize with --ignore 're:.*experts.*'"
-    with pytest.raises(UsageError, match=words):
-        EXPORTERS[CT].check(outline_of(family, W8A8))
+APART = ["gpt_oss", "granitemoe", "llama4_text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", APART)
+def test_experts_that_checkpoints_hold_as_one_tensor_are_written_apart(
+    family, artifact_mixture, small_run, tmp_path, monkeypatch
+):
+    """As llm-compressor names them; the float model with what the package unpacks computes what the artifact does."""
+    model = build_family(family, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    recipe = {"passes": [], "quantizer": {"name": "rtn"}, "weights": {"symmetric": True}}
+    ids = artifact_mixture.directory.parent / "ids.jsonl"
+    artifact = small_run(tmp_path / "model", "W4A16", recipe=recipe, calibration=ids, group_size=16)
+    parity = export_artifact(artifact.directory, CT, tmp_path / "ct")
+    assert parity["reference"] == parity["tensors"] == 0 and "not at all" in parity["transformers"]
+
+    stack = next(name for name, p in model.named_parameters() if p.dim() == 3 and "gate_up" in name)
+    tensors = {name: x for path in (tmp_path / "ct").glob("*.safetensors") for name, x in load_file(path).items()}
+    quantized, owner = load(artifact.directory).get_submodule(stack), stack.rpartition(".")[0]
+    W, args = quantized.expert(3).qtensor().dequantize(), QuantizationScheme(**group(quantized.scheme, ["Linear"]))
+    turns = family == "gpt_oss"
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    for name, rows in (("gate_proj", W[::2] if turns else W[:32]), ("up_proj", W[1::2] if turns else W[32:])):
+        parts = {key: tensors[f"{owner}.3.{name}.{key}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
+        assert torch.equal(compressor.decompress(parts, args)["weight"], rows)
+        bias = model.get_parameter(f"{stack}_bias")[3, 0 if name == "gate_proj" else 1 :: 2] if turns else None
+        assert bias is None or torch.equal(tensors[f"{owner}.3.{name}.bias"], bias)
+    assert not [name for name in tensors if name.startswith(stack) or name.endswith("proj_bias")]
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert owner not in config["ignore"] and f"{owner.rpartition('.')[0]}.router" in config["ignore"]
+
+    if turns:
+        joined = read_back.joined
+        monkeypatch.setattr(read_back, "joined", lambda parts, read: joined(parts, read).roll(1, 0))
+        with pytest.raises(QuantizeError, match="differs from the artifact by"):
+            export_artifact(artifact.directory, CT, tmp_path / "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
+def test_a_runtime_that_reads_no_experts_apart_is_not_said_to_execute_them(family):
+    outline = graphed(outline_of(family, {"weights": {"num_bits": 4, "group_size": 16}}))
+    EXPORTERS[CT].check(outline)
+    assert "in one tensor and reads no others" in EXPORTERS[CT].not_executed("transformers", outline)
+    why = EXPORTERS[CT].not_executed("vllm", outline)
+    assert ("take turns" in why) == (family == "gpt_oss") == bool(why)
+    line = export.how_to_serve("OUT", outline, outline.schemes())
+    assert line == (f"vLLM does not serve it: {experts.IN_TURNS}" if why else "to serve it: vllm serve OUT")
+
+
+@pytest.mark.slow
+def test_stacks_whose_parts_are_not_known_are_refused(monkeypatch):
+    """Each clause of the refusal, on one graph: names, what lies between, and what else the module holds."""
+    outline = graphed(outline_of("granitemoe", W8A8))
+    holds = r"block_sparse_moe\.experts\.down_proj, which checkpoints of GraniteMoeForCausalLM hold as one tensor, "
+    remedy = r"; quantize with --ignore 're:\.\*experts\.\*'"
+
+    def refused(words):
+        with pytest.raises(UsageError, match=f"{holds}{words}{remedy}"):
+            EXPORTERS[CT].check(outline)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(experts_apart, "part_names", lambda path: [path])
+        refused("and the names of its stacks do not tell the linears in them")
+    with monkeypatch.context() as changed:
+        changed.setattr(experts_apart, "swiglu_of", lambda between, width: None)
+        refused("and what lies between the products of its experts is no SwiGLU")
+    node = next(node for node, name in outline.program.parameters.items() if name.endswith("norm.weight"))
+    with monkeypatch.context() as changed:
+        changed.setitem(outline.program.parameters, node, "model.layers.0.block_sparse_moe.experts.gain")
+        refused(r"and its module holds model\.layers\.0\.block_sparse_moe\.experts\.gain as well")
+    unknown = ExportError("it asks for values")
+    with monkeypatch.context() as changed:
+        changed.setattr(Outline, "program", property(lambda outline: (_ for _ in ()).throw(unknown)))
+        refused(r"and the model cannot be exported \(it asks for values\)")
+    modules = {path: entry for path, entry in outline.settings["modules"].items() if "down" not in path}
+    with pytest.raises(UsageError, match="experts of several schemes"):
+        EXPORTERS[CT].check(replace(outline, settings=outline.settings | {"modules": modules}))
+
+
+def graphed(outline: Outline) -> Outline:
+    """An outline with the graph of its model."""
+    return replace(outline, exported=export_program(build_skeleton(outline.config)))
 
 
 NVFP4 = {"num_bits": 4, "format": "nvfp4"}

@@ -20,7 +20,7 @@ from quantize.export.onnx.complex_pairs import MADE
 from quantize.export.onnx.fused_experts import FusedExperts, fused
 from quantize.export.onnx.gathered_experts import GatheredExperts, lowered_copy
 from quantize.export.onnx.lowering import lower
-from quantize.export.onnx.swiglu import SwiGLU, swiglu_of
+from quantize.export.swiglu import SwiGLU, swiglu_of
 from quantize.nn.quantized_experts import QuantizedExperts, replace_parameter
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import ActivationArgs, Scheme, WeightArgs
