@@ -11,9 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.claims import format_claims, handler_claims, model_claims, wush_claims
+from benchmarks.claims import format_claims, handler_claims, kv_cache_claims, model_claims, wush_claims
 
-CLAIMS = (*handler_claims.CLAIMS, *wush_claims.CLAIMS, *format_claims.CLAIMS, *model_claims.CLAIMS)
+CLAIMS = (
+    *handler_claims.CLAIMS,
+    *wush_claims.CLAIMS,
+    *format_claims.CLAIMS,
+    *model_claims.CLAIMS,
+    *kv_cache_claims.CLAIMS,
+)
 
 
 def rows() -> Iterator[dict[str, str | float | bool]]:

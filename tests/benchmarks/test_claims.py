@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from benchmarks.claims import model_claims, sparsity, variance
+from benchmarks.claims import coupled, kv_cache_claims, kvarn, model_claims, oscar, sparsity, variance
 from benchmarks.claims.claims import CLAIMS
 from benchmarks.claims.codebooks import dint4, error, min_max, nearest, powers, scaled, tlq, uniform
 from benchmarks.claims.format_claims import sample
+from benchmarks.claims.kv_cache import divergence, positions_undone, rounded
 from benchmarks.claims.synthetic import kmeans, sparse_error, top_gates
 
 REFUTED = {
@@ -26,9 +27,13 @@ REFUTED = {
     "channels by R-Sparse's score < by magnitude (50 %, loss)": (0.0499, 0.0416),
     "TVR's step on a trained model lowers its 4-bit error": (0.01692, 0.01692),
     "TVR's step on a trained model leaves its loss": (5.592, 4.264),
+    "OSCAR for each head ≤ 0.9 for each layer (2 bits, KL)": (0.0649, 0.0628),
+    "KVarN ≤ 0.9 a Hadamard matrix (K4 V2, KL)": (0.0201, 0.0219),
+    "KVarN's scales ≤ 0.9 its tiles without them (K2 V2, KL)": (0.0627, 0.0549),
+    "CQ by Fisher's weights ≤ 0.9 by even ones (8c8b, KL)": (0.0649, 0.0677),
 }
 BY_NAME = {claim.name: claim for claim in CLAIMS}
-ON_A_MODEL = {claim.name for claim in model_claims.CLAIMS}
+ON_A_MODEL = {claim.name for claim in (*model_claims.CLAIMS, *kv_cache_claims.CLAIMS)}
 
 
 def params(names):
@@ -120,3 +125,39 @@ def test_variance_rescaling_by_hand():
     assert variance.rescaled(W, 1.0).tolist() == [[0.0, 1.0, 2.0]]
     assert variance.rescaled(W, 2.0) is W
     assert [variance.depth(f"model.layers.{n}.mlp.up_proj") for n in (0, 7)] == [1, 8]
+
+
+def test_rounding_of_a_cache_by_hand():
+    """Two bits from 0 to 6 in steps of 2, with zero points; half of the range is 1.5 to 4.5 in steps of 1."""
+    row = torch.tensor([[0.0, 2.9, 3.1, 6.0]])
+    assert rounded(row, 2).tolist() == [[0, 2, 4, 6]]
+    assert rounded(row, 2, clip_ratio=0.5).tolist() == [[1.5, 2.5, 3.5, 4.5]]
+    assert rounded(row.T, 2, dim=-2).T.tolist() == [[0, 2, 4, 6]]
+
+
+def test_kvarn_finds_the_scales_of_tokens_and_channels():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 128, 64, generator=rng)
+    uneven = x * torch.randn(128, 1, generator=rng).abs().exp() * torch.randn(64, generator=rng).abs().exp()
+    balanced = uneven / kvarn.balancing(uneven)
+    assert kvarn.imbalance(balanced).item() < 2.5 < 20 < kvarn.imbalance(uneven).item()
+
+
+def test_weighted_centroids_by_hand():
+    """Two clusters; in the first the token of weight 3 pulls the mean to (0 + 3 · 1) / 4."""
+    x = torch.tensor([[[0.0], [1.0], [10.0], [10.0]]])
+    found = coupled.weighted_kmeans(x, torch.tensor([[1.0, 3.0, 2.0, 2.0]]), 2, rounds=20)
+    assert sorted(found.flatten().tolist()) == [0.75, 10.0]
+
+
+@pytest.mark.slow
+def test_what_a_cache_goes_through_leaves_the_model_as_it_is(monkeypatch):
+    """OSCAR's and KVarN's transforms and the rotary embedding undone, with so many bits that nothing is rounded."""
+    monkeypatch.setattr(oscar, "CLIPPED", (1.0, 1.0))
+    assert divergence(oscar.oscar(16)) < 1e-4 > divergence(kvarn.kvarn((16, 16)))
+    x = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(positions_undone(positions_undone(x), sign=1), x)
+    assert float((positions_undone(x) - x).abs().max()) > 1
+    rows = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    every = coupled.in_groups(rows.transpose(0, 1).flatten(1, 2), 4)
+    assert torch.equal(coupled.replaced(rows, every), rows)  # each group is its own centroid
