@@ -31,7 +31,7 @@ from quantize.scheme.scheme import KVCacheArgs
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 BOOKS, TEXT = TESTS / "models" / "books-llama-6m", TESTS / "data" / "books" / "heldout.txt"
-WINDOW, WINDOWS, BATCH = 256, 16, 4
+WINDOW, BATCH = 256, 4
 NAME = "kv_cache_in_parts"
 
 
@@ -94,9 +94,11 @@ def settings() -> dict[str, Parts]:
 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path), default=BOOKS)
-def main(model: Path) -> None:
-    """Print one table."""
-    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
+@click.option("--windows", type=click.IntRange(1), default=16, show_default=True, help="Windows of 256 tokens.")
+@click.option("--cache", "labels", type=click.Choice(list(settings())), multiple=True, help="Only these caches.")
+def main(model: Path, windows: int, labels: tuple[str, ...]) -> None:
+    """Print one table, and the increase over its first row."""
+    samples = read_samples(TEXT, WINDOW, windows, load_tokenize(model), 2**31)
     batches = [batch["input_ids"] for batch in samples.batches(BATCH)]
     reference, changed = (open_checkpoint(model).load() for _ in range(2))
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
@@ -104,8 +106,8 @@ def main(model: Path) -> None:
         config._attn_implementation = {"": NAME}
     table = Table("in floating point", "nats/token", "increase", "KL", box=SIMPLE_HEAD, pad_edge=False)
     base = None
-    for label, parts in settings().items():
-        AttentionInterface.register(NAME, functools.partial(attend, parts=parts))
+    for label in labels or settings():
+        AttentionInterface.register(NAME, functools.partial(attend, parts=settings()[label]))
         found = score_language(changed, batches, reference)
         base = found.loss if base is None else base
         table.add_row(label, f"{found.loss:.4f}", f"{found.loss - base:+.4f}", f"{found.kl:.5f}")
