@@ -26,6 +26,7 @@ SETTINGS = {
     "KV8": KVCacheArgs(num_bits=8),
     "K8 V4": KVCacheArgs(num_bits=8, value_bits=4),
     "KV4": KVCacheArgs(num_bits=4),
+    "KV4, last 64 tokens in float": KVCacheArgs(num_bits=4, residual_length=64),
     "KV4, no rotation": KVCacheArgs(num_bits=4, hadamard=False),
 }
 KEYS, NEW = ("71432", "30958", "86217"), 8  # one for each place in the text, and tokens of an answer
@@ -47,8 +48,9 @@ def answer(model: PreTrainedModel, ids: list[int], args: KVCacheArgs | None) -> 
 @click.command()
 @click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--tokens", type=click.IntRange(64), default=4096, show_default=True, help="Tokens of a text.")
-def main(model: Path, tokens: int) -> None:
-    """Print how many of the numbers are found with each cache, and the bytes that it takes."""
+@click.option("--cache", "labels", type=click.Choice(list(SETTINGS)), multiple=True, help="Only these caches.")
+def main(model: Path, tokens: int, labels: tuple[str, ...]) -> None:
+    """Print how many of the numbers are found with each cache."""
     tokenizer, loaded = load_tokenizer(model), open_checkpoint(model).load()
     assert tokenizer is not None
 
@@ -57,8 +59,8 @@ def main(model: Path, tokens: int) -> None:
 
     prose, question = encode(BUNDLED.read_text()[: 8 * tokens]), encode(QUESTION)
     table = Table("cache", "found", "answers", box=SIMPLE_HEAD, pad_edge=False)
-    for label, args in SETTINGS.items():
-        answers = []
+    for label in labels or SETTINGS:
+        args, answers = SETTINGS[label], []
         for place, key in enumerate(KEYS, 1):
             needle = encode(NEEDLE.format(key, key))
             left = tokens - len(needle) - len(question)
