@@ -24,6 +24,7 @@ from quantize.export.compressed_tensors.experts import (
     with_experts,
     written_parts,
 )
+from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import held_schemes, is_packed, quantization_config, storage, stored
 from quantize.export.compressed_tensors.parity import compressed_tensors_parity, running_type
 from quantize.export.hf_checkpoint import shards
@@ -88,15 +89,15 @@ def export_compressed_tensors(
     entry = quantization_config(with_experts(schemes, stacks), ignored(outline.skeleton, held, names))
     writer.write("config.json", as_json({**outline.config, **own, "quantization_config": entry}))
     if console is not None:
-        console.print(how_to_serve(writer.output, outline, schemes), soft_wrap=True, markup=False)
+        console.print(how_to_serve(writer.output, outline, schemes, stacks), soft_wrap=True, markup=False)
     if find_spec("compressed_tensors") is None:
         return {"parity": {"transformers": "not verified"}}
-    return {"parity": compressed_tensors_parity(directory, writer.directory, outline, schemes)}
+    return {"parity": compressed_tensors_parity(directory, writer.directory, outline, schemes, stacks)}
 
 
-def how_to_serve(output: Path, outline: Outline, schemes: Mapping[str, Scheme]) -> str:
+def how_to_serve(output: Path, outline: Outline, schemes: Mapping[str, Scheme], stacks: Mapping[str, Parts]) -> str:
     """Return a line with the command that serves a checkpoint, or that says why vLLM does not."""
-    if any(parts.in_turns for parts in written_parts(outline).values()):
+    if any(parts.in_turns for parts in stacks.values()):
         return f"vLLM does not serve it: {IN_TURNS}"
     return f"to serve it: {serve_command(output, schemes, outline.settings.get('kv_cache'))}"
 

@@ -21,7 +21,7 @@ from quantize.export.comparison import (
     round_tables,
     with_float_activations,
 )  # fmt: skip
-from quantize.export.compressed_tensors.experts import written_parts
+from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import has_packed_zero_points, storage
 from quantize.export.compressed_tensors.read_back import read_back, tensor_difference
 from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of, probe_inputs
@@ -36,7 +36,7 @@ APART = "not at all, as it holds these experts in one tensor and reads no others
 
 
 def compressed_tensors_parity(
-    directory: Path, written: Path, outline: Outline, schemes: Mapping[str, Scheme]
+    directory: Path, written: Path, outline: Outline, schemes: Mapping[str, Scheme], stacks: Mapping[str, Parts]
 ) -> dict[str, float | str]:
     """Measure how far the checkpoint in transformers is from the artifact, on the artifact's two probes.
 
@@ -60,6 +60,7 @@ def compressed_tensors_parity(
         written: the checkpoint.
         outline: the artifact's outline.
         schemes: the scheme of each quantized linear, by path.
+        stacks: the linears in the place of each stack of experts.
 
     Returns:
         reference: ‖difference‖ / ‖output‖, the larger one of the two probes.
@@ -79,13 +80,13 @@ def compressed_tensors_parity(
         lambda x: as_float(x, dtype) if x.scheme == TABLE_SCHEME else x,
         lambda experts: as_float_stack(experts, dtype),
     )
-    inputs, running, parts = probe_inputs(directory), running_type(schemes), written_parts(outline).values()
-    if not all(found.mapped for found in parts):
-        read = read_back(written, outline, schemes)
+    inputs, running = probe_inputs(directory), running_type(schemes)
+    if not all(parts.mapped for parts in stacks.values()):
+        read = read_back(written, outline, schemes, stacks)
         return difference_apart(read, inputs, model, dtype) | {"transformers": APART}
     if not {storage(schemes[path]) for path in outline.experts} <= {"pack-quantized"}:
         model = copy_with_replaced_linears(model, lambda layer: as_float(layer, dtype))
-        return {"tensors": tensor_difference(read_back(written, outline, schemes), model)}
+        return {"tensors": tensor_difference(read_back(written, outline, schemes, stacks), model)}
     if any(map(has_packed_zero_points, schemes.values())):
         return output_difference(written, inputs, model, running, rounds, unpacked=dtype)
     try:

@@ -12,7 +12,7 @@ from quantize.checkpoint.key_mapping import map_keys
 from quantize.checkpoint.tensor_files import index_tensors, read_tensor
 from quantize.errors import QuantizeError
 from quantize.export.comparison import relative_error
-from quantize.export.compressed_tensors.experts import names_in_checkpoints, written_parts
+from quantize.export.compressed_tensors.experts import names_in_checkpoints
 from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import group, storage
 from quantize.export.hf_checkpoint import check_difference
@@ -20,7 +20,9 @@ from quantize.export.outline import Outline
 from quantize.scheme.scheme import Scheme
 
 
-def read_back(written: Path, outline: Outline, schemes: Mapping[str, Scheme]) -> Callable[[str], Tensor]:
+def read_back(
+    written: Path, outline: Outline, schemes: Mapping[str, Scheme], stacks: Mapping[str, Parts]
+) -> Callable[[str], Tensor]:
     """Return a function that reads a parameter of a mixture by its name.
 
     The package unpacks linears; those of a stack are put together by transformers' mapping, or as they were split.
@@ -29,11 +31,12 @@ def read_back(written: Path, outline: Outline, schemes: Mapping[str, Scheme]) ->
         written: the checkpoint.
         outline: the artifact's outline.
         schemes: the scheme of each quantized linear, by path.
+        stacks: the linears in the place of each stack of experts.
 
     Raises:
         QuantizeError: the function's, where the checkpoint lacks the parameter.
     """
-    files, stacks, names = index_tensors(written), written_parts(outline), names_in_checkpoints(outline)
+    files, names = index_tensors(written), names_in_checkpoints(outline)
     own = {path: [names[f"{path}.weight"].removesuffix(".weight")] for path in schemes if path not in stacks}
     own |= {path: list(parts.linears) for path, parts in stacks.items()}
     places = {place: scheme for path, scheme in schemes.items() for place in own[path]}
