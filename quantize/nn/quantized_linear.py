@@ -18,7 +18,6 @@ from quantize.nn.cpu_engine import (
     FloatWeight,
     fake_quant_linear,
     hold_weight,
-    holds_integers,
     quantize_input,
     runs_fake_quant,
 )
@@ -62,8 +61,9 @@ class QuantizedLinear(QuantizedWeight):
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
 
-        If activations stay in floating point, the product is taken in that dtype. On a CPU integers are multiplied by
-        integers as `fake_quant` does it, with the reference's result.
+        If activations stay in floating point, the product is taken in that dtype. On a CPU others are multiplied as
+        `fake_quant` does it, integers with the reference's result, FP4 with a sum that float32 rounds: the reference's
+        product for each group of 16 columns takes ten times as long.
         """
         self._unpacked, held = CachedQTensor.of(self.qtensor(), dtype), self._held
         try:
@@ -75,7 +75,7 @@ class QuantizedLinear(QuantizedWeight):
         """Return the weight as `fake_quant` reads it, made once, held beside the buffers, and never saved."""
         held, args = self._held, self.scheme.activations
         if held is None or held.values.dtype != dtype or held.args is not args:
-            self._held = held = hold_weight(self.qtensor(), args, dtype)
+            self._held = held = hold_weight(super().qtensor(), args, dtype)
         return held
 
     def lay_out(self, dtype: torch.dtype) -> None:
@@ -99,7 +99,8 @@ class QuantizedLinear(QuantizedWeight):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] → [..., N]."""
         args = self.scheme.activations
-        wanted = self.engine == "fake_quant" or (self._unpacked is not None and holds_integers(args, x.dtype))
+        held = self._unpacked is not None and args is not None and x.dtype == torch.float32
+        wanted = self.engine == "fake_quant" or held
         fake_quant = wanted and runs_fake_quant(x, args)
         fake_quant = fake_quant and not (torch.compiler.is_compiling() and self._held is None)  # nothing is held yet
         rest = self._forward_fake_quant if fake_quant else self._forward_reference

@@ -112,6 +112,20 @@ def test_an_unpacked_reference_holds_integers_and_frees_them_afterwards():
     assert layer._held is None
 
 
+@pytest.mark.parametrize("number_format", ["mxfp4", "nvfp4"])
+def test_an_unpacked_reference_multiplies_fp4_in_one_product(number_format):
+    args = ActivationArgs(num_bits=4, format=number_format)
+    weights = WeightArgs(num_bits=4, format=number_format, group_size={"mxfp4": 32, "nvfp4": 16}[number_format])
+    layer, x = linear(weights, args, engine="reference"), inputs(40)
+    expected, half = layer(x), layer(x.bfloat16())
+    with layer.unpacked(torch.bfloat16):
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+        assert layer._held is not None
+        assert layer._held.values.dtype == torch.float32
+        assert torch.equal(layer(x.bfloat16()), half)  # the reference's own product
+    assert layer._held is None
+
+
 @pytest.mark.parametrize("activations", [INT8, INT4, None], ids=["int8", "int4", "float"])
 def test_half_precision_multiplies_dequantized_weights(activations):
     fast, exact = (linear(activations=activations, dtype=torch.bfloat16, engine=e) for e in ("fake_quant", "reference"))
