@@ -92,7 +92,7 @@ def fake_quant_linear(x: tuple[Tensor, Tensor | None], weight: FloatWeight, bias
     """
     q, scale = x
     if scale is None or weight.scale is None:
-        return linear(q, weight.values, bias)
+        return linear(q, weight.values, None if bias is None else bias.to(q))
     y = functools.reduce(Tensor.add_, group_products(q.flatten(0, -2), weight.values, weight.scale))
     y = y.view(*q.shape[:-1], weight.values.shape[-1]).mul_(scale)
     return y if bias is None else y.add_(bias)

@@ -116,7 +116,7 @@ def test_an_unpacked_reference_holds_integers_and_frees_them_afterwards():
 def test_an_unpacked_reference_multiplies_fp4_in_one_product(number_format):
     args = ActivationArgs(num_bits=4, format=number_format)
     weights = WeightArgs(num_bits=4, format=number_format, group_size={"mxfp4": 32, "nvfp4": 16}[number_format])
-    layer, x = linear(weights, args, engine="reference"), inputs(40)
+    layer, x = linear(weights, args, dtype=torch.bfloat16, engine="reference"), inputs(40)  # a bias in bfloat16, too
     expected, half = layer(x), layer(x.bfloat16())
     with layer.unpacked(torch.bfloat16):
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
