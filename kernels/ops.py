@@ -14,7 +14,7 @@ from quantize.kernels.fp4 import decode_scale, encode_scale, nvfp4_global_scale,
 from quantize.kernels.fp4_linear import fp4_linear
 from quantize.kernels.halo import linear_with_int8_backward
 from quantize.kernels.packed import PackedWeight, QuantizedActivations
-from quantize.kernels.packing import pack_int4, unpack_int4
+from quantize.kernels.packing import pack_bits, pack_int4, unpack_bits, unpack_int4
 from quantize.kernels.prepack import prepack, supported
 from quantize.kernels.prologue import NOTHING, Prologue, fuses
 from quantize.kernels.reference import (
@@ -52,6 +52,7 @@ __all__ = [
     "linear_with_int8_backward",
     "nvfp4_global_scale",
     "on_kernels",
+    "pack_bits",
     "pack_fp4",
     "pack_int4",
     "packed_linear",
@@ -65,6 +66,7 @@ __all__ = [
     "smooth_linear",
     "smooth_prepack",
     "smooth_scales",
+    "unpack_bits",
     "unpack_fp4",
     "unpack_int4",
     "weight_only_linear",

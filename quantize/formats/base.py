@@ -113,7 +113,7 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def pack(self, values: Tensor, args: WeightArgs) -> Tensor:
-        """Pack values [N, K] of any dtype: uint8 [N, ⌈K/2⌉] for 4 bits, with the even column low, otherwise int8."""
+        """Pack values [N, K] of any dtype: uint8 [N, ⌈K · b / 8⌉] for b ≤ 4 bits, the first lowest, otherwise int8."""
 
     @abstractmethod
     def unpack(self, data: Tensor, columns: int, args: WeightArgs) -> Tensor:

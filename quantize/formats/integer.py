@@ -1,4 +1,4 @@
-"""The integer format has the values of 4, 6 or 8 bits in two's complement."""
+"""The integer format has the values of 3, 4, 6 or 8 bits in two's complement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantize.formats.base import FORMATS, NumberFormat
-from quantize.kernels.ops import pack_int4, unpack_int4
+from quantize.kernels.ops import pack_bits, unpack_bits
 from quantize.kernels.reference import integer_range, scale_and_zero_point
 from quantize.scheme.scheme import WeightArgs
 
@@ -20,7 +20,7 @@ SMALLEST_FLOAT16, LARGEST_FLOAT16 = 2.0**-24, 2.0**12  # 15 of the latter are a 
 
 @FORMATS.register("int")
 class Integer(NumberFormat):
-    """Integers of 4, 6 or 8 bits, with or without a zero point."""
+    """Integers of 3, 4, 6 or 8 bits, with or without a zero point."""
 
     element: ClassVar[Literal["int", "level"]] = "int"
     activation_format: ClassVar[str | None] = "int"
@@ -58,11 +58,11 @@ class Integer(NumberFormat):
     def pack(self, values: Tensor, args: WeightArgs) -> Tensor:
         """Pack in two's complement."""
         q = values.to(torch.int8)
-        return pack_int4(q) if args.num_bits == 4 else q.contiguous()
+        return pack_bits(q, args.num_bits) if args.stored_bits < 8 else q.contiguous()
 
     def unpack(self, data: Tensor, columns: int, args: WeightArgs) -> Tensor:
         """Return int8."""
-        return unpack_int4(data, columns) if args.num_bits == 4 else data
+        return unpack_bits(data, columns, args.num_bits) if args.stored_bits < 8 else data
 
 
 def float16_scale(scale: Tensor, bits: int) -> Tensor:

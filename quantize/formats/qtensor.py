@@ -30,7 +30,7 @@ class QTensor:
 
     Invariants, for a weight W of shape [N, K] in G = K / group_size groups (G = 1 if group_size is 0):
         W ≈ (unpack() - zero_point) · unpack_scale(), where each group of columns has its own column of both
-        data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K/2⌉] for 4 bits, as the format packs it
+        data: int8 [N, K] for 6 and 8 bits, uint8 [N, ⌈K · b / 8⌉] for b ≤ 4 bits, as the format packs it
         scale: [N, G], in one of the format's `scale_dtypes`; > 0 when decoded, or just not 0 for symmetric integers
         zero_point: [N, G] in the format's `zero_point_dtype`, None if symmetric
         global_scale: float32 [] of NVFP4, or [N, 1] for experts, whose rows have that of their expert; None for others
@@ -50,11 +50,11 @@ class QTensor:
             QuantizeError: an invariant does not hold; the message says so of the weight `name`.
         """
         group, args, number_format = self.args.group_size or self.columns, self.args, get_format(self.args.format)
-        stored = -(-self.columns // 2) if args.num_bits == 4 else self.columns
+        stored = -(-self.columns * args.stored_bits // 8)
         scales = (len(self.data), self.columns // group) if self.data.dim() == 2 and len(self.data) else ()
         whole = () if self.global_scale is None or self.global_scale.dim() == 0 else (*scales[:1], 1)
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, Set[torch.dtype]]] = {
-            "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.num_bits == 4 else torch.int8}),
+            "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.stored_bits <= 4 else torch.int8}),
             "scale": (self.scale, scales, number_format.scale_dtypes),
             "zero point": (self.zero_point, None if args.symmetric else scales, {number_format.zero_point_dtype}),
             "global scale": (self.global_scale, whole if number_format.has_global_scale else None, {torch.float32}),

@@ -18,16 +18,23 @@ from quantize.kernels.ops import (
     has_smooth_kernel,
     has_weight_only_kernel,
     on_kernels,
+    pack_int4,
     packed_linear,
     prepack,
     smooth_linear,
     smooth_prepack,
     weight_only_linear,
 )
-from quantize.scheme.scheme import ActivationArgs
+from quantize.scheme.scheme import ActivationArgs, WeightArgs
 from quantize.transforms.online import Hadamard, Online
 
+SMALLEST_BITS = 4  # that kernels read
 Operands = PackedWeight | list[Tensor | None]
+
+
+def kernel_bits(args: WeightArgs) -> int:
+    """Return the bits at which kernels read weights: integers of fewer than 4 bits are laid out as 4-bit ones."""
+    return max(SMALLEST_BITS, args.num_bits)
 
 
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
@@ -36,12 +43,12 @@ def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> b
     if element == "level":
         return False
     if args is None:
-        return element == "int" and has_weight_only_kernel(x, weight.scale.shape[1], weight.args.num_bits)
+        return element == "int" and has_weight_only_kernel(x, weight.scale.shape[1], kernel_bits(weight.args))
     if element == "e2m1":
         return on_kernels(x)
     if args.runtime_smooth:
         return has_smooth_kernel(x, args.runtime_smooth.group_size)
-    return has_kernel(x, weight.scale.shape[1], weight.args.num_bits)
+    return has_kernel(x, weight.scale.shape[1], kernel_bits(weight.args))
 
 
 def has_expert_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
@@ -54,14 +61,15 @@ def prepack_weight(weight: QTensor, args: ActivationArgs | None) -> Operands:
     """Lay out the weight as the kernel for `args` reads it; where activations stay as they are, as it is stored."""
     if args is None:
         by_group = (None if x is None else x.T.contiguous() for x in (weight.unpack_scale().float(), weight.zero_point))
-        return [weight.data, *by_group]
+        data = weight.data if weight.args.num_bits >= SMALLEST_BITS else pack_int4(weight.unpack())
+        return [data, *by_group]
     number_format = get_format(weight.args.format)
     if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
         (stored,) = number_format.scale_dtypes
         global_scale = None if weight.global_scale is None else weight.global_scale.float()
         return [weight.data, weight.scale.to(stored).view(torch.uint8), global_scale]
     layout = smooth_prepack if args.runtime_smooth else prepack
-    return layout(weight.unpack(), weight.scale, weight.zero_point, weight.args.num_bits)
+    return layout(weight.unpack(), weight.scale, weight.zero_point, kernel_bits(weight.args))
 
 
 def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], int]:
@@ -81,7 +89,7 @@ def gpu_linear(
         x: float16, bfloat16 or float32.
         operands: the weight as `prepack_weight` returns it.
         bias: [N] or None.
-        weight_bits: the bits of the weight.
+        weight_bits: the bits at which the kernel reads the weight (`kernel_bits`).
         args: how x is quantized; None leaves it in floating point.
         hadamard: the order that `split_fused_hadamard` returns.
     """

@@ -21,7 +21,7 @@ from quantize.nn.cpu_engine import (
     quantize_input,
     runs_fake_quant,
 )
-from quantize.nn.gpu_dispatch import gpu_linear, has_gpu_kernel, split_fused_hadamard
+from quantize.nn.gpu_dispatch import gpu_linear, has_gpu_kernel, kernel_bits, split_fused_hadamard
 from quantize.nn.prefix_tokens import PrefixTokens
 from quantize.nn.quantized_weight import QuantizedWeight
 from quantize.scheme.scheme import ActivationArgs, Scheme
@@ -142,7 +142,7 @@ class QuantizedLinear(QuantizedWeight):
         online, hadamard = split_fused_hadamard(self.online) if args else (self.online, 0)
         for transform in online:
             x = transform(x)
-        return gpu_linear(x, self.packed(), self.bias, self.scheme.weights.num_bits, args, hadamard)
+        return gpu_linear(x, self.packed(), self.bias, kernel_bits(self.scheme.weights), args, hadamard)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Compute the same function in floating point, with a float product of quantized and dequantized operands."""

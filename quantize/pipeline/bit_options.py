@@ -1,4 +1,4 @@
-"""Linears that read the same input are decided together, and may take other groups than the recipe's, or 8 bits."""
+"""Linears that read the same input are decided together, and may take other groups than the recipe's, or more bits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from quantize.pipeline.layer_schemes import entry_for, scheme_for
 from quantize.pipeline.plan import Plan
 from quantize.quantizers.rtn import quantize_on_meta
 from quantize.recipe.fields import LayerArgs
-from quantize.recipe.recipe import Recipe, default_scheme
+from quantize.recipe.recipe import Recipe
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
 GROUP_SIZES = (0, 128, 64, 32)
+WIDER = (LayerArgs(match="", scheme="W8A8"),)
+WIDER_WEIGHTS = (LayerArgs(match="", scheme="W4A16"), LayerArgs(match="", scheme="W8A16"))
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,11 @@ def schemes_for(recipe: Recipe, columns: int, base: Scheme) -> list[tuple[dict[s
         if size != base.weights.group_size and (not size or columns % size == 0):
             entry = LayerArgs(match="", group_size=size)
             found.append(({"group_size": size}, scheme_for(recipe, entry, columns)))
-    wider = "W8A16" if recipe.activations is None else "W8A8"
-    return [*found, ({"scheme": wider}, default_scheme(wider)[0])] if base.weights.num_bits < 8 else found
+    for entry in WIDER_WEIGHTS if recipe.activations is None else WIDER:
+        scheme = scheme_for(recipe, entry, columns)
+        if scheme.weights.num_bits > base.weights.num_bits:
+            found.append(({"scheme": entry.scheme}, scheme))
+    return found
 
 
 def stored_bits(linear: Linear, weights: int, dtype: torch.dtype, scheme: Scheme) -> int:
@@ -122,7 +127,8 @@ def check_average_bits(plan: Plan, program: Program, checkpoint: Checkpoint) -> 
     units = units_of(plan, program, checkpoint)
     least = sum(min(option.bits for option in unit.options) for unit in units) / sum(u.parameters for u in units)
     if wanted < least:
+        other = ", or the scheme W3A16" if plan.recipe.scheme == "W4A16" else ""
         raise UsageError(
             f"recipe: average_bits is {wanted:g}, and these weights take {least:.3f} bits at least, scales included; "
-            f"give {math.ceil(100 * least) / 100:g} or more"
+            f"give {math.ceil(100 * least) / 100:g} or more{other}"
         )

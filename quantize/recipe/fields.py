@@ -61,7 +61,7 @@ class LayerArgs(Data):
 
     match: str
     scheme: SchemeName | None = None
-    group_size: int | None = Field(None, ge=0)
+    group_size: int | None = Field(default=None, ge=0)
     ignore: bool = False
 
     @model_validator(mode="after")

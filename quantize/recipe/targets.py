@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from quantize.errors import UsageError
 
 FP4 = "it has no product of FP4 values; give W4A16 or W4A8"
+NO_3_BITS = "it has no product of these 3-bit weights; give W4A16"
 ROUNDS_ITSELF = "it rounds activations to 8 bits in blocks of 32 by itself, whatever the scheme"
 
 
@@ -34,13 +35,16 @@ TARGETS = {
         {"W8A8": "w8a8-llama-cpp", "W4A16": "w4a16-llama-cpp", "MXFP4": "mxfp4-folded"},
         {
             "W6A6": f"{ROUNDS_ITSELF}; give W8A8",
+            "W3A16": NO_3_BITS,
             "W4A8": f"{ROUNDS_ITSELF}; give W4A16",
             "W4A4": f"{ROUNDS_ITSELF}; give W4A16",
         },
     ),
     "transformers": Target("compressed-tensors", CHECKPOINTS | {"W6A6": "w6a6-folded"}),
     "vllm": Target(
-        "compressed-tensors", CHECKPOINTS, {"W6A6": "it has no product of 6-bit activations; give W8A8 or W4A8"}
+        "compressed-tensors",
+        CHECKPOINTS,
+        {"W6A6": "it has no product of 6-bit activations; give W8A8 or W4A8", "W3A16": NO_3_BITS},
     ),
 }
 

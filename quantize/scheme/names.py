@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-SchemeName = Literal["W8A8", "W8A16", "W4A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]
+SchemeName = Literal["W8A8", "W8A16", "W4A16", "W3A16", "W4A8", "W4A4", "W6A6", "MXFP4", "NVFP4"]
 SCHEME_NAMES: tuple[str, ...] = get_args(SchemeName)
 COMMON_NAMES = {"INT4": "W4A16", "INT8": "W8A8"}  # what other tools call these schemes
 Engine = Literal["fake_quant", "reference"]

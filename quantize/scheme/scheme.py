@@ -22,7 +22,8 @@ class WeightArgs(Data):
     """Weights w ≈ (v - zero_point) · scale, where v is a value of the format.
 
     Attributes:
-        num_bits: 4, 6 or 8. Integers of 6 bits are stored in whole bytes, so they save no more memory than 8-bit ones.
+        num_bits: 3, 4, 6 or 8. Integers of 6 bits are stored in whole bytes, so they save no more memory than 8-bit
+            ones.
         format: the name of a file of `formats/`; `formats.check_args` says which other settings it allows.
         symmetric: whether there is no zero point.
         group_size: the number of input channels that share a scale; 0 means one scale for each output channel.
@@ -30,11 +31,16 @@ class WeightArgs(Data):
             None asks for the model's own dtype alone.
     """
 
-    num_bits: Literal[4, 6, 8]
+    num_bits: Literal[3, 4, 6, 8]
     format: str = "int"
     symmetric: bool = True
     group_size: int = Field(default=0, ge=0)
     scale_dtype: Literal["float16"] | None = None
+
+    @property
+    def stored_bits(self) -> int:
+        """The bits that a value takes where it is stored."""
+        return self.num_bits if self.num_bits <= 4 else 8
 
 
 class RuntimeSmoothArgs(Data):

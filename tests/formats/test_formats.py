@@ -20,6 +20,8 @@ def default_args(name):
 
 ARGS = {name: default_args(name) for name in FORMATS} | {
     "int asymmetric": WeightArgs(num_bits=4, symmetric=False, group_size=16),
+    "int3": WeightArgs(num_bits=3, group_size=32),
+    "int3 asymmetric": WeightArgs(num_bits=3, symmetric=False, group_size=16),
     "int8": WeightArgs(num_bits=8),
     "int6 asymmetric": WeightArgs(num_bits=6, symmetric=False),
 }
@@ -52,7 +54,8 @@ def test_unpack_inverts_pack(args, columns):
     number_format, values = get_format(args.format), values_of(args)
     chosen = values[torch.randint(len(values), (columns, 9), generator=torch.Generator().manual_seed(0))].T
     data = number_format.pack(chosen, args)
-    stored = (torch.uint8, (9, (columns + 1) // 2)) if args.num_bits == 4 else (torch.int8, (9, columns))
+    in_bits = args.num_bits < 6
+    stored = (torch.uint8, (9, -(-columns * args.num_bits // 8))) if in_bits else (torch.int8, (9, columns))
     assert (data.dtype, data.shape) == stored
     found = number_format.unpack(data, columns, args)
     assert found.dtype == number_format.value_dtype
@@ -63,8 +66,8 @@ def test_unpack_inverts_pack(args, columns):
 def test_any_byte_stands_for_values(args):
     """A damaged file is not read beyond the table."""
     stored = torch.arange(256, dtype=torch.uint8)[:, None]
-    data = stored if args.num_bits == 4 else stored.view(torch.int8)
-    found = get_format(args.format).unpack(data, 2 if args.num_bits == 4 else 1, args)
+    data = stored if args.num_bits < 6 else stored.view(torch.int8)
+    found = get_format(args.format).unpack(data, {3: 2, 4: 2}.get(args.num_bits, 1), args)
     assert args.num_bits == 6 or torch.isin(found.to(torch.float32), values_of(args)).all()
 
 

@@ -12,6 +12,7 @@ from quantize.formats import get_format
 from quantize.kernels import engine, fp4_quantizer, smooth_maxima, token_quantizer
 from quantize.nn import quantized_experts, quantized_linear
 from quantize.nn.device import on_device
+from quantize.nn.gpu_dispatch import has_gpu_kernel
 from quantize.nn.quantized_experts import QuantizedExperts
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers import QUANTIZERS
@@ -82,6 +83,17 @@ def test_runtime_smooth(bits, symmetric, kernels):
     expected, calls = layer(x), kernels()
     assert torch.equal(layer(x), expected)
     assert [call[0] for call in calls] == ["maxima", "tokens"]
+
+
+@pytest.mark.parametrize("activations", [None, ActivationArgs(num_bits=8), ActivationArgs(num_bits=4)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_of_3_bits_run_on_the_kernels_of_4(symmetric, activations, kernels):
+    layer = layer_of(WeightArgs(num_bits=3, symmetric=symmetric, group_size=64), activations)
+    x, least = tokens(), WeightArgs(num_bits=3, symmetric=symmetric, group_size=8)
+    expected, _ = layer(x), kernels()
+    assert has_gpu_kernel(x, layer.qtensor(), activations)
+    assert not has_gpu_kernel(x, layer_of(least, activations).qtensor(), activations)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
 ROTATED = {

@@ -16,8 +16,8 @@ from quantize.recipe.shipped import names, shipped
 from quantize.scheme.scheme import SCHEME_NAMES
 
 BITS = {
-    "W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16), "W4A8": (4, 8), "W4A4": (4, 4), "W6A6": (6, 6),
-    "MXFP4": (4, 4), "NVFP4": (4, 4),
+    "W8A8": (8, 8), "W8A16": (8, 16), "W4A16": (4, 16), "W3A16": (3, 16), "W4A8": (4, 8), "W4A4": (4, 4),
+    "W6A6": (6, 6), "MXFP4": (4, 4), "NVFP4": (4, 4),
 }  # fmt: skip
 GROUPS = {"W8A8": 0, "W8A16": 0, "W6A6": 0, "MXFP4": 32, "NVFP4": 16}
 TABLES = '[weights]\nnum_bits = 4\n[activations]\nnum_bits = 8\nclip_ratio = 0.9\n[quantizer]\nname = "rtn"\n'
@@ -75,7 +75,7 @@ def test_a_table_that_names_its_method_replaces_the_default_method():
         ("trust_remote_code = true", "trust_remote_code: there is no such key here; leave it out"),
         ("[weights]\ntrust_remote_code = true", r"weights\.trust_remote_code: there is no such key"),
         ("[weights]\nnum_bit = 4", r"weights\.num_bit: there is no such key here; did you mean `num_bits`\?"),
-        ("[weights]\nnum_bits = 3", r"weights\.num_bits: input should be 4, 6 or 8"),
+        ("[weights]\nnum_bits = 5", r"weights\.num_bits: input should be 3, 4, 6 or 8"),
         ("[weights]\nnum_bits = 4", "W8A8 stands for 8-bit weights and 8-bit activations, the tables say 4 and 8"),
         ("[weights]\ngroup_size = -1", r"weights\.group_size: .* greater than or equal to 0"),
         ("[activations]\nclip_ratio = 0", r"activations\.clip_ratio: .* greater than 0"),
@@ -124,10 +124,10 @@ def test_what_does_not_fit_the_model_is_refused(program, changes, words):
 def test_a_missing_recipe_and_a_missing_scheme(tmp_path):
     with pytest.raises(UsageError, match=r"no such recipe: .*absent\.toml"):
         load_recipe("W8A8", tmp_path / "absent.toml")
-    with pytest.raises(UsageError, match=r"scheme.* W8A8, W8A16, W4A16, W4A8, W4A4"):
+    with pytest.raises(UsageError, match=r"scheme.* W8A8, W8A16, W4A16, W3A16, W4A8, W4A4"):
         load_recipe(None, {"nsamples": 3})
     with pytest.raises(
-        UsageError, match="unknown scheme 'W3A3'; known are W8A8, W8A16, W4A16, W4A8, W4A4, W6A6, MXFP4, NVFP4"
+        UsageError, match="unknown scheme 'W3A3'; known are W8A8, W8A16, W4A16, W3A16, W4A8, W4A4, W6A6, MXFP4, NVFP4"
     ):
         load_recipe("W3A3", None)
 

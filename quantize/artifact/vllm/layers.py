@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from quantize.artifact.manifest import Entry, QuantizationSettings
@@ -84,10 +85,11 @@ def require_split(path: str, entry: Entry, scheme: Scheme, ranks: int) -> None:
             f"{path} has runtime_smooth, which sorts all {entry.columns} channels, and tensor parallelism would deal "
             f"them out to {ranks} ranks; serve it on one GPU"
         )
-    if columns % max(2 if scheme.weights.num_bits == 4 else 1, scheme.weights.group_size):
+    in_bytes = 8 // math.gcd(8, scheme.weights.stored_bits)  # columns that fill whole bytes
+    if columns % max(in_bytes, scheme.weights.group_size):
         raise UsageError(
-            f"{path} has groups of {scheme.weights.group_size or 2} columns, which do not divide the {columns} columns "
-            f"of each of {ranks} ranks; {remedy}"
+            f"{path} has groups of {scheme.weights.group_size or in_bytes} columns, which do not divide the {columns} "
+            f"columns of each of {ranks} ranks; {remedy}"
         )
     for online in entry.online:
         if online["kind"] != "hadamard" or columns % (online["size"] * online["stride"]):

@@ -68,9 +68,12 @@ def unplaced_experts(outline: Outline) -> Iterator[tuple[str, str]]:
             yield "experts with zero points", "`symmetric = true` in [weights]"
 
 
-def experts_not_executed(runtime: str, outline: Outline) -> str:
-    """Return why `transformers` or `vllm` does not execute the experts of an artifact without obstacles, or nothing."""
-    schemes, parts = outline.schemes(), written_parts(outline).values()
+def experts_not_executed(runtime: str, outline: Outline, stacks: Mapping[str, Parts] | None = None) -> str:
+    """Return why `transformers` or `vllm` does not execute the experts of an artifact without obstacles, or nothing.
+
+    What `written_parts` found may be given, as it searches the graph.
+    """
+    schemes, parts = outline.schemes(), (written_parts(outline) if stacks is None else stacks).values()
     if runtime == "transformers" and not all(found.mapped for found in parts):
         return "it holds these experts in one tensor and reads no others; quantize with --ignore 're:.*experts.*'"
     if runtime == "vllm" and any(found.in_turns for found in parts):

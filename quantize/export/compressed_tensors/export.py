@@ -18,7 +18,6 @@ from quantize.artifact.writer import ArtifactWriter, as_json
 from quantize.errors import UsageError
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
 from quantize.export.compressed_tensors.experts import (
-    IN_TURNS,
     names_in_checkpoints,
     rows_of,
     with_experts,
@@ -26,6 +25,7 @@ from quantize.export.compressed_tensors.experts import (
 )
 from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import held_schemes, is_packed, quantization_config, storage, stored
+from quantize.export.compressed_tensors.obstacles import not_executed
 from quantize.export.compressed_tensors.parity import compressed_tensors_parity, running_type
 from quantize.export.hf_checkpoint import shards
 from quantize.export.outline import Outline
@@ -97,8 +97,8 @@ def export_compressed_tensors(
 
 def how_to_serve(output: Path, outline: Outline, schemes: Mapping[str, Scheme], stacks: Mapping[str, Parts]) -> str:
     """Return a line with the command that serves a checkpoint, or that says why vLLM does not."""
-    if any(parts.in_turns for parts in stacks.values()):
-        return f"vLLM does not serve it: {IN_TURNS}"
+    if why := not_executed("vllm", outline, stacks):
+        return f"vLLM does not serve it: {why}"
     return f"to serve it: {serve_command(output, schemes, outline.settings.get('kv_cache'))}"
 
 

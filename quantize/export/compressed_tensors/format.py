@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from quantize.export.outline import Outline
 from quantize.formats import get_format
 from quantize.formats.qtensor import QTensor
-from quantize.kernels.ops import pack_int4
+from quantize.kernels.ops import pack_bits
 from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
 MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways
 SIGN_BITS = 0x88  # the sign bits of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD_BITS = 32
-WORD = 8  # the most integers in a word, which are those of 4 bits
+WORD = 32  # integers that fill whole words, whatever their bits
 
 
 def held_schemes(outline: Outline) -> dict[str, Scheme]:
@@ -43,8 +43,8 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
     Returns:
         FP4: weight_packed uint8 [N, K/2], weight_scale [N, G]; for NVFP4 also weight_global_scale float32 [1], a
             divisor.
-        Packed, w = 8 or 4 integers of 4 or 8 bits in a word: weight_packed int32 [N, ⌈K/w⌉], weight_scale [N, G],
-            weight_shape, weight_zero_point int32 [⌈N/w⌉, G].
+        Packed, integers of b bits: weight_packed int32 [N, ⌈K · b / 32⌉], weight_scale [N, G], weight_shape,
+            weight_zero_point int32 [⌈N · b / 32⌉, G].
         Bytes: weight int8 [N, K], weight_scale [N, G], weight_zero_point int8 [N, G].
     """
     scale, zero_point = {"weight_scale": weight.scale}, weight.zero_point
@@ -64,14 +64,15 @@ def stored(weight: QTensor, packed: bool) -> dict[str, Tensor]:
 
 
 def words(q: Tensor, bits: int) -> Tensor:
-    """Pack integers of 4 or 8 bits, int8 [R, C], into int32 [R, ⌈C/w⌉] with w = 32 / bits of them in a word.
+    """Pack integers of b = 3, 4 or 8 bits, int8 [R, C], into int32 [R, ⌈C · b / 32⌉].
 
-    They are stored as unsigned q + 2^(bits - 1), the first in the lowest bits, padded with 0.
+    They are stored as unsigned q + 2^(b - 1), as one stream of bits a row, the first in the lowest bits, padded with 0.
     """
-    filled = nn.functional.pad(q, (0, -q.shape[1] % (WORD_BITS // bits)), value=-(1 << (bits - 1)))
-    data = pack_int4(filled) ^ SIGN_BITS if bits == 4 else filled.contiguous().view(torch.uint8) ^ 0x80
+    sign = -(1 << (bits - 1))
+    filled = nn.functional.pad(q, (0, -q.shape[1] % WORD), value=sign) ^ sign
+    data = pack_bits(filled, bits) if bits <= 4 else filled.contiguous().view(torch.uint8)
     packed: Tensor = data.flatten().view(torch.int32)
-    return packed.reshape(len(q), -1)
+    return packed.reshape(len(q), -1)[:, : -(-q.shape[1] * bits // WORD_BITS)]
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:

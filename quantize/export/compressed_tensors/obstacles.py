@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
 from quantize.export.base import ONLINE, Obstacle
 from quantize.export.compressed_tensors.experts import experts_not_executed, unplaced_experts
+from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
@@ -21,11 +22,16 @@ def obstacles(outline: Outline) -> Iterator[Obstacle]:
         yield Obstacle(f"{NAME} has no place for {' or '.join(found)}", f"quantize with {remedies}")
 
 
-def not_executed(runtime: str, outline: Outline) -> str:
-    """Return why `transformers` or `vllm` does not execute an artifact without obstacles, or nothing."""
+def not_executed(runtime: str, outline: Outline, stacks: Mapping[str, Parts] | None = None) -> str:
+    """Return why `transformers` or `vllm` does not execute an artifact without obstacles, or nothing.
+
+    Linears of experts that were found already may be given.
+    """
     if runtime == "transformers" and outline.settings.get("kv_cache"):
         return "it holds keys and values in floating point; leave out the table kv_cache, or give --target vllm"
-    return experts_not_executed(runtime, outline)
+    if runtime == "vllm" and any(scheme.weights.num_bits < 4 for scheme in held_schemes(outline).values()):
+        return "it multiplies packed weights of 4 and 8 bits; quantize with W4A16"
+    return experts_not_executed(runtime, outline, stacks)
 
 
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
@@ -57,8 +63,9 @@ def unplaced_schemes(schemes: Iterable[Scheme]) -> Iterator[tuple[str, str]]:
         if get_format(name).element == "level":
             found_on_grid = get_format(name).zero_point_dtype.is_floating_point
             yield f"{name} weights", "--requantize" if found_on_grid else '`format = "int"` in [weights]'
-    if len(found) > 1 and any(map(has_packed_zero_points, found)):
-        yield "4-bit weights with zero points beside linears of another scheme", "`symmetric = true` in [weights]"
+    if len(found) > 1 and (packed := [scheme.weights.num_bits for scheme in found if has_packed_zero_points(scheme)]):
+        what = f"{min(packed)}-bit weights with zero points beside linears of another scheme"
+        yield what, "`symmetric = true` in [weights]"
     for args in (scheme.activations for scheme in found if scheme.activations is not None):
         if args.runtime_smooth is not None:
             yield "runtime smooth", "no pass `runtime_smooth`"

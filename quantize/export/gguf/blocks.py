@@ -37,6 +37,8 @@ class Blocks(NamedTuple):
 def type_of(args: WeightArgs) -> Type | None:
     """Return the type that holds weights as they are, or None if there is no such type."""
     if args.format == "int":
+        if args.num_bits < 4:
+            return None
         if args.num_bits == 4:
             return Type.Q4_0 if args.symmetric else Type.Q4_1
         return Type.Q8_0 if args.symmetric else None

@@ -44,6 +44,8 @@ def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:
         args, columns, block = scheme.weights, settings["modules"][path]["columns"], block_of(scheme.weights)
         if type_of(args) is None and args.format != "int":
             yield f"{args.format} weights", '`format = "int"` in [weights]'
+        elif args.num_bits < 4:
+            yield f"{args.num_bits}-bit weights", "--scheme W4A16"
         elif type_of(args) is None:
             yield f"{args.num_bits}-bit weights with zero points", "`symmetric = true` in [weights]"
         if columns % block:

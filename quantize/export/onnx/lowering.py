@@ -19,7 +19,7 @@ from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.scheme.scheme import Scheme
 
 Lowered = BlockLinear | IntegerLinear | CastLinear
-RUNNABLE = "W8A8, W6A6, W4A8, W4A4, W8A16 and W4A16"
+RUNNABLE = "W8A8, W6A6, W4A8, W4A4, W8A16, W4A16 and W3A16"
 QUANTIZED_CACHE = Obstacle(
     "the model's keys and values are quantized, for which ONNX Runtime's Attention has no input",
     "quantize without the table kv_cache, or run the artifact with quantize.load",
@@ -57,15 +57,15 @@ def unrunnable(scheme: Scheme, columns: int) -> Obstacle | None:
 
 
 def is_block(scheme: Scheme) -> bool:
-    """Return whether a linear becomes a `BlockLinear`: 4-bit weights with float or 8-bit activations."""
-    return scheme.weights.num_bits == 4 and (scheme.activations is None or scheme.activations.num_bits == 8)
+    """Return whether a linear becomes a `BlockLinear`: 3-bit or 4-bit weights with float or 8-bit activations."""
+    return scheme.weights.num_bits <= 4 and (scheme.activations is None or scheme.activations.num_bits == 8)
 
 
 def lower(layer: QuantizedLinear) -> Lowered:
     """Lower a linear, float32 [..., K] → [..., N], to the ONNX operators that are fast on few tokens.
 
-    4-bit weights with float or 8-bit activations become `BlockLinear`, all other pairs of integers `IntegerLinear`, and
-    other weights with float activations `CastLinear`.
+    3-bit and 4-bit weights with float or 8-bit activations become `BlockLinear`, all other pairs of integers
+    `IntegerLinear`, and other weights with float activations `CastLinear`.
 
     Raises:
         UsageError: ONNX Runtime has no kernel for the layer's scheme.

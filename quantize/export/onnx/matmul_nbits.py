@@ -1,4 +1,4 @@
-"""Weights of 4 bits in blocks are multiplied by ONNX Runtime's `MatMulNBits`."""
+"""Weights of 3 or 4 bits in blocks are multiplied by ONNX Runtime's `MatMulNBits`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGN_BITS = 0x88  # of a byte's two nibbles; flipping them turns two's complemen
 
 
 class BlockLinear(LoweredLinear):
-    """4-bit weights in blocks of columns: one `com.microsoft::MatMulNBits`.
+    """Weights of at most 4 bits in blocks of columns: one `com.microsoft::MatMulNBits` of 4 bits.
 
     With 8-bit activations ONNX Runtime quantizes each row of x symmetrically block by block. That grid replaces the
     scheme's grid by token and is at least as fine; the scheme's zero point and clipping do not apply to it.

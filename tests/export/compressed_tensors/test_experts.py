@@ -149,7 +149,7 @@ def test_a_runtime_that_reads_no_experts_apart_is_not_said_to_execute_them(famil
     why = EXPORTERS[CT].not_executed("vllm", outline)
     assert ("take turns" in why) == (family == "gpt_oss") == bool(why)
     line = export.how_to_serve("OUT", outline, outline.schemes(), experts.written_parts(outline))
-    assert line == (f"vLLM does not serve it: {experts.IN_TURNS}" if why else "to serve it: vllm serve OUT")
+    assert line == (f"vLLM does not serve it: {why}" if why else "to serve it: vllm serve OUT")
 
 
 @pytest.mark.slow

@@ -69,6 +69,8 @@ SCHEMES = {
     "W4A16": integers(4),
     "W4A16 in groups": integers(4, group_size=32, symmetric=False),
     "W4A16 asymmetric": integers(4, symmetric=False),
+    "W3A16": integers(3),
+    "W3A16 in groups": integers(3, group_size=32, symmetric=False),
     "W8A16": integers(8),
     "W8A16 asymmetric": integers(8, group_size=16, symmetric=False),
     "W8A8": integers(8, 8),
@@ -119,7 +121,7 @@ def test_tensors_are_those_that_the_package_writes(name, rows, columns):
         assert torch.equal(found[key].view(tensor.dtype), tensor), key
 
 
-@pytest.mark.parametrize(("bits", "words"), [(4, (5, 1)), (8, (10, 2))])
+@pytest.mark.parametrize(("bits", "words"), [(3, (4, 1)), (4, (5, 1)), (8, (10, 2))])
 def test_rows_that_fill_no_word(bits, words):
     scheme = integers(bits, symmetric=False)
     weight = random_linear(scheme, 5, 37).qtensor()
@@ -237,6 +239,15 @@ def test_the_recipes_for_vllm_are_packed_to_half_the_bytes(scheme, cli, small_ru
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct", dtype="auto")
     found, rounding = apart(model, artifact.load())
     assert found < 2 * rounding
+
+
+def test_3_bits_load_in_transformers_and_vllm_is_said_not_to_serve_them(cli, small_run, one_layer, tmp_path):
+    artifact = small_run(one_layer, "W3A16", recipe=RTN | {"weights": {"symmetric": True}}, group_size=4)
+    shown = cli("export", artifact.directory, "--format", "compressed-tensors", "-o", tmp_path / "ct")
+    assert "\nvLLM does not serve it: it multiplies packed weights of 4 and 8 bits; quantize with W4A16\n" in shown.err
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
+    assert torch.equal(logits(model), logits(load(artifact.directory)))
 
 
 def test_packed_zero_points_load_where_weights_are_unpacked(small_run, one_layer, tmp_path):

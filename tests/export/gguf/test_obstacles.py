@@ -48,6 +48,12 @@ def test_models_of_the_known_types_are_written(kind, books):
     assert found(books, kind) == found(books, kind, eight, tables=["model.embed_tokens"]) == []
 
 
+def test_weights_of_3_bits_have_no_blocks(books):
+    for symmetric in (True, False):
+        three = Scheme(weights=WeightArgs(num_bits=3, symmetric=symmetric, group_size=32))
+        assert found(books, scheme=three) == ["GGUF has no place for 3-bit weights; quantize with --scheme W4A16"]
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "words"),
     [

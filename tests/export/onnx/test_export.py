@@ -179,6 +179,8 @@ PADDED_BLOCKS = {
     "odd number of blocks": random_linear(96, scheme(4, SYMMETRIC_8, 32, symmetric=False)),
     "groups of several blocks": random_linear(144, scheme(4, group_size=48, symmetric=False)),
     "levels without zero": levels_without_zero(96),
+    "3 bits": random_linear(64, scheme(3, SYMMETRIC_8)),
+    "3 bits, zero points": random_linear(96, scheme(3, group_size=32, symmetric=False)),
     "groups of 256": random_linear(512, scheme(4, SYMMETRIC_8, 256)),
     "ORT's own activation grid": random_linear(64, scheme(4, ASYMMETRIC_8)),
 }

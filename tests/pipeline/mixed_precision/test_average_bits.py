@@ -72,6 +72,13 @@ def test_the_budget_is_kept_and_the_recipe_gives_the_same_artifact(small_run, tw
         assert path.read_bytes() == (again.directory / path.name).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_budget_between_3_and_4_bits_takes_linears_of_both(small_run, two_layers):
+    given = small_run(two_layers, "W3A16", recipe=PLAIN, average_bits=3.7, group_size=None, **DATA)
+    assert 3.6 < given.manifest["average_bits"]["stored"] <= 3.7
+    assert given.manifest["schemes"].keys() >= {"W3A16", "W4A16"}
+
+
 @torch.no_grad()
 def alone(prepared, directory, unit):
     """Return the KL of transformers' own model with one unit rounded plainly, in nats per token."""
@@ -101,7 +108,10 @@ def test_measured_losses_foretell_what_rounding_each_unit_does(two_layers):
 
 
 REFUSED = {
-    "too few": ({"average_bits": 3.5}, r"is 3\.5, and these weights take 4\.\d+ bits at least, .* give 4\.\d"),
+    "too few": (
+        {"average_bits": 3.5},
+        r"is 3\.5, and these weights take 4\.\d+ bits at least, .* give 4\.\d+ or more, or the scheme W3A16$",
+    ),
     "no integers": ({"average_bits": 5, "weights": {"format": "nf4"}}, "among integers, and the weights are nf4"),
     "decided": (
         {"average_bits": 5, "layers": [{"match": "re:.*proj", "scheme": "W8A16"}]},
