@@ -142,7 +142,7 @@ def quantize_model(
         model: a directory, a hub id, or a module whose forward takes token ids [batch, sequence]; a module of
             transformers may take other inputs as well.
         output_dir: the directory of the artifact, which must not exist.
-        scheme: `W8A8`, `W8A16`, `W6A6`, `W4A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
+        scheme: `W8A8`, `W8A16`, `W6A6`, `W4A16`, `W3A16`, `W4A8`, `W4A4`, `MXFP4` or `NVFP4`; None takes the recipe's.
         target: the runtime that is to execute the result, a key of `TARGETS`: it decides the default recipe, and what
             it cannot execute is refused before the run.
         calibration: a file of text, of rows or of tensors, a directory of `datasets`, or a data set of the hub
