@@ -16,9 +16,9 @@ def test_tuning_lowers_the_divergence(artifact_w4a4, stories):
         p, q = (each(IDS).logits.detach().log_softmax(-1) for each in (reference, model))
         return float(kl_div(q, p, log_target=True, reduction="sum"))
 
-    for name in ("scales", "integers"):
+    for name in ("scales", "integers", "choices"):
         model, parameters = tunable(artifact_w4a4.directory)
         assert torch.allclose(model(IDS).logits, expected, atol=1e-4)
         before = divergence(model)
-        tune(model, reference, {name: parameters[name]}, [IDS] * 20)
+        tune(model, reference, {name: parameters[name]}, [IDS] * (100 if name == "choices" else 20))
         assert divergence(model) < 0.9 * before
