@@ -133,7 +133,7 @@ def regrouped(recipe: Recipe, held: Mapping[str, int], schemes: Mapping[str, Sch
         UsageError: the group size was asked for.
     """
     unfit = [size for path, size in held.items() if not grid_fits(size, schemes[path].weights)]
-    if not unfit or get_format(recipe.weights.format).group_size or recipe.weights.num_bits != 4:
+    if not unfit or get_format(recipe.weights.format).group_size or recipe.weights.num_bits > 4:
         return recipe
     size = min(unfit)
     if not recipe.fallback_group_sizes:

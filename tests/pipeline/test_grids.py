@@ -78,6 +78,16 @@ def test_a_grid_of_rows_holds_in_any_groups(tmp_path, planned):
     plan = planned(on_grids(tmp_path, seven), "W4A16", group_size=16)
     assert plan.note == "14 of 14 linears already lie on a grid of 7 levels in each row: kept exactly"
     assert planned(tmp_path, "W4A16", {"weights": {"symmetric": True}}).kept
+    assert planned(tmp_path, "W3A16", group_size=16).note == plan.note
+
+
+def test_three_bits_hold_eight_levels_in_the_groups_of_the_grid(tmp_path, planned):
+    assert not planned(on_grids(tmp_path / "16", rounded_to_q4_0), "W3A16").note
+    eight = on_grids(tmp_path / "8", lambda W: rounded_to_levels(W.unflatten(1, (-1, 32)).flatten(0, 1), 7).view_as(W))
+    plan = planned(eight, "W3A16")
+    assert plan.note == "14 of 14 linears already lie on a grid of 7 levels in groups of 32: kept exactly"
+    with pytest.raises(UsageError, match="give --group-size 32 or none"):
+        planned(eight, "W3A16", group_size=0)
 
 
 def test_a_group_size_that_does_not_fit_names_the_one_that_does(tmp_path, planned):
