@@ -14,6 +14,7 @@ from quantize.scheme.scheme import ActivationArgs, KVCacheArgs, RuntimeSmoothArg
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 W4A8 = Scheme(weights=WeightArgs(num_bits=4, group_size=32), activations=ActivationArgs(num_bits=8))
+W3A16 = Scheme(weights=WeightArgs(num_bits=3, group_size=6))  # of which only 8 weights fill whole bytes
 ENTRY = Entry(columns=128)
 
 
@@ -77,6 +78,7 @@ SMOOTH = ActivationArgs(num_bits=8, runtime_smooth=RuntimeSmoothArgs(group_size=
     [
         (ENTRY, Scheme(weights=W4A8.weights, activations=SMOOTH), 2, "runtime_smooth, which sorts all 128 channels"),
         (ENTRY, W4A8, 8, "groups of 32 columns, which do not divide the 16 columns of each of 8 ranks; use a smaller"),
+        (Entry(columns=24), W3A16, 4, "groups of 24 columns, which do not divide the 6 columns of each of 4 ranks"),
         (hadamard(128), W4A8, 2, "an online transform .hadamard. over more than the 64 channels of each of 2 ranks"),
         (hadamard(32, 4), W4A8, 2, "an online transform .hadamard. over more than the 64 channels"),
         (Entry(columns=128, online=({"kind": "dual"},)), W4A8, 2, "an online transform .dual. over more than"),

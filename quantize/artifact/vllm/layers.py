@@ -86,10 +86,11 @@ def require_split(path: str, entry: Entry, scheme: Scheme, ranks: int) -> None:
             f"them out to {ranks} ranks; serve it on one GPU"
         )
     in_bytes = 8 // math.gcd(8, scheme.weights.stored_bits)  # columns that fill whole bytes
-    if columns % max(in_bytes, scheme.weights.group_size):
+    whole = math.lcm(in_bytes, scheme.weights.group_size or 1)
+    if columns % whole:
         raise UsageError(
-            f"{path} has groups of {scheme.weights.group_size or in_bytes} columns, which do not divide the {columns} "
-            f"columns of each of {ranks} ranks; {remedy}"
+            f"{path} has groups of {whole} columns, which do not divide the {columns} columns of each of {ranks} "
+            f"ranks; {remedy}"
         )
     for online in entry.online:
         if online["kind"] != "hadamard" or columns % (online["size"] * online["stride"]):
