@@ -18,6 +18,7 @@ from quantize.nn.cpu_engine import (
     FloatWeight,
     fake_quant_linear,
     hold_weight,
+    holds_integers,
     quantize_input,
     runs_fake_quant,
 )
@@ -61,9 +62,9 @@ class QuantizedLinear(QuantizedWeight):
     def unpacked(self, dtype: torch.dtype) -> Iterator[None]:
         """Unpack the weight to `dtype` once, however often the module is called until the `with` block ends.
 
-        If activations stay in floating point, the product is taken in that dtype. On a CPU others are multiplied as
-        `fake_quant` does it, integers with the reference's result, FP4 with a sum that float32 rounds: the reference's
-        product for each group of 16 columns takes ten times as long.
+        If activations stay in floating point, the product is taken in that dtype. Without a GPU's kernels others
+        are multiplied as `fake_quant` does it, integers with the reference's result, FP4 with a sum that float32
+        rounds: the reference's product for each group of 16 columns takes ten times as long.
         """
         self._unpacked, held = CachedQTensor.of(self.qtensor(), dtype), self._held
         try:
@@ -100,8 +101,9 @@ class QuantizedLinear(QuantizedWeight):
         """[..., K] → [..., N]."""
         args = self.scheme.activations
         held = self._unpacked is not None and args is not None and x.dtype == torch.float32
-        wanted = self.engine == "fake_quant" or held
-        fake_quant = wanted and runs_fake_quant(x, args)
+        fake_quant = (held or self.engine == "fake_quant") and runs_fake_quant(x, args)
+        if held and not holds_integers(args, x.dtype):  # as on a CPU wherever there is no kernel
+            fake_quant = fake_quant or not has_gpu_kernel(x, self.qtensor(), args)
         fake_quant = fake_quant and not (torch.compiler.is_compiling() and self._held is None)  # nothing is held yet
         rest = self._forward_fake_quant if fake_quant else self._forward_reference
         return self.leading.apart(x, lambda first: self._forward_float_activations(self.transform(first)), rest)
