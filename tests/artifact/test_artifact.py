@@ -286,8 +286,8 @@ class Run:
             seen = ""
             while "quantizing 2/" not in seen and (line := process.stderr.readline()):
                 seen += line
-            last = time.monotonic() + 60
-            while not any(self.directory.rglob("border-00001")) and process.poll() is None and time.monotonic() < last:
+            border, last = self.directory / ".out.partial/journal/border-00001", time.monotonic() + 60
+            while not border.exists() and process.poll() is None and time.monotonic() < last:
                 time.sleep(0.001)
             self.inside = sorted(path.name for path in self.directory.glob(".out.*/artifact/*"))
             process.send_signal(self.number)
