@@ -7,11 +7,14 @@ nothing is lost by weights.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models.bench import TEXT
+from benchmarks.models.windows import WINDOW, WINDOWS
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
@@ -20,8 +23,6 @@ from quantize.formats.fake_quantize import fake_quantize
 from quantize.scheme.scheme import ActivationArgs
 from quantize.transforms.online import hadamard
 
-HELD_OUT = Path(__file__).resolve().parents[1] / "tests/data/books/heldout.txt"
-WINDOW, WINDOWS = 256, 16
 WIDTHS = (
     ActivationArgs(num_bits=8, symmetric=False),
     ActivationArgs(num_bits=6, symmetric=False),
@@ -31,11 +32,11 @@ WIDTHS = (
 
 def rounded(directory: Path, args: ActivationArgs | None) -> nn.Module:
     """Load a model whose linears, but the one that scores the vocabulary, round their rotated inputs."""
-    model = open_checkpoint(directory).load()
-    for path, linear in model.named_modules():
-        if isinstance(linear, nn.Linear) and not path.endswith("head"):
-            rotate_and_round(linear, args)
-    return model
+    model: Any = open_checkpoint(directory).load()
+    head = model.get_output_embeddings()
+    for linear in (x for x in model.modules() if isinstance(x, nn.Linear) and x is not head):
+        rotate_and_round(linear, args)
+    return model  # type: ignore[no-any-return]
 
 
 def rotate_and_round(linear: nn.Linear, args: ActivationArgs | None) -> None:
@@ -54,7 +55,7 @@ def rotate_and_round(linear: nn.Linear, args: ActivationArgs | None) -> None:
 @torch.no_grad()
 def main(model: Path) -> None:
     """Print the loss increase, the KL and the agreement of each width."""
-    samples = read_samples(HELD_OUT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
+    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
     windows, floats = [row["input_ids"][None] for row in samples.rows], open_checkpoint(model).load()
     base = score_language(floats, windows).loss
     for args in WIDTHS:

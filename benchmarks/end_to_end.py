@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from benchmarks.models.bench import TEXT
+from benchmarks.models.windows import WINDOW, WINDOWS
 from quantize.artifact.load import load
 from quantize.calibration.data import BUNDLED, read_samples
 from quantize.checkpoint.tokenizer import load_tokenize
@@ -24,8 +26,6 @@ from quantize.eval.divergence import LanguageJudge
 from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.steps.tune import CELL, STELinear, fake_linear
 
-HELD_OUT = Path(__file__).resolve().parents[1] / "tests/data/books/heldout.txt"
-WINDOW, WINDOWS = 256, 16  # of the unseen text
 SEQLEN, BATCH = 128, 4  # tokens of a row, and rows of a step
 LEARNING_RATE = {"scales": 1e-3, "integers": 0.005, "choices": 0.1}  # in parts of a scale, steps, and logits
 TUNED = {"scales": ("scales",), "integers": ("integers",), "both": ("scales", "integers"), "choices": ("choices",)}
@@ -123,7 +123,7 @@ def tune(model: nn.Module, reference: nn.Module, given: dict[str, list[nn.Parame
 @click.option("--tune", "chosen", type=click.Choice(list(TUNED)), multiple=True, help="[default: all]")
 def main(model: Path, artifact: Path, steps: int, chosen: tuple[str, ...]) -> None:
     """Print the loss and the KL before and after, on unseen text, for what is tuned."""
-    judge, rows = LanguageJudge(model, HELD_OUT, WINDOW, WINDOWS), list(batches(model, steps))
+    judge, rows = LanguageJudge(model, TEXT, WINDOW, WINDOWS), list(batches(model, steps))
     for what in ("nothing", *(chosen or TUNED)):
         names = TUNED.get(what, ())
         student, parameters = tunable(artifact)

@@ -19,6 +19,8 @@ import click
 import torch
 
 from benchmarks.machine import processor
+from benchmarks.models.bench import TEXT
+from benchmarks.models.windows import WINDOW, WINDOWS
 from quantize.calibration.data import read_samples
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.checkpoint.tokenizer import load_tokenize
@@ -30,9 +32,9 @@ from quantize.pipeline.quantize import quantize_model
 from quantize.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, TEXT = ROOT / "benchmarks/results", ROOT / "tests/data/books/heldout.txt"
+RESULTS = ROOT / "benchmarks/results"
 METHODS, BUDGETS = ("uniform", "measured", "medians", "random"), (4.25, 4.5, 4.75, 5.0, 5.5, 6.0)
-WINDOW, WINDOWS, SEED = 256, 16, 0
+SEED = 0
 Row = dict[str, Any]
 
 

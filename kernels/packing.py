@@ -1,4 +1,4 @@
-"""Integers of 2, 3 or 4 bits lie side by side along the last axis, in plain two's complement, the first lowest."""
+"""Integers of 3 or 4 bits lie side by side along the last axis, in plain two's complement, the first lowest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pack_bits(q: Tensor, num_bits: int) -> Tensor:
 
     Args:
         q: int8 [..., K], of which the lowest `num_bits` bits are taken.
-        num_bits: b, 2 to 4. Value i has the bits b · i to b · i + b - 1 of its row, which for 4 bits is `pack_int4`.
+        num_bits: b, 3 or 4. Value i has the bits b · i to b · i + b - 1 of its row, which for 4 bits is `pack_int4`.
 
     Returns:
         uint8 [..., ⌈K · b / 8⌉].

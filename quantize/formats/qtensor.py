@@ -54,7 +54,7 @@ class QTensor:
         scales = (len(self.data), self.columns // group) if self.data.dim() == 2 and len(self.data) else ()
         whole = () if self.global_scale is None or self.global_scale.dim() == 0 else (*scales[:1], 1)
         wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None, Set[torch.dtype]]] = {
-            "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.stored_bits <= 4 else torch.int8}),
+            "integers": (self.data, (*scales[:1], stored), {torch.uint8 if args.stored_bits < 8 else torch.int8}),
             "scale": (self.scale, scales, number_format.scale_dtypes),
             "zero point": (self.zero_point, None if args.symmetric else scales, {number_format.zero_point_dtype}),
             "global scale": (self.global_scale, whole if number_format.has_global_scale else None, {torch.float32}),
