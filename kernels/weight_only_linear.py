@@ -1,4 +1,4 @@
-"""A linear with integer weights and activations in floating point (W4A16, W8A16) is one operator of torch."""
+"""A linear with packed weights and activations in floating point (W4A16, W8A16) is one operator of torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ MANY_TOKENS = 256  # from so many on the weight is first dequantized, and then m
 
 @torch.library.custom_op("quantize_model::weight_only_linear", mutates_args=())
 def weight_only_linear(
-    x: Tensor, data: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, num_bits: int
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    levels: Tensor | None,
+    bias: Tensor | None,
+    num_bits: int,
 ) -> Tensor:
     """Compute X Wᵀ + bias with W = (q - z) · s, [M, K] → [M, N] in the dtype of x.
 
@@ -25,7 +31,8 @@ def weight_only_linear(
         x: float16, bfloat16 or float32.
         data: uint8 [N, ⌈K / 2⌉] of `pack_int4` for 4 bits, int8 [N, K] for 8.
         scale: float32 [G, N] for G equal groups of columns, so that a kernel reads those of neighbours together.
-        zero_point: int8 [G, N], or None for symmetric weights.
+        zero_point: int8 [G, N], float16 for levels beside zero, or None for symmetric weights.
+        levels: float32 [16], the values of 4-bit codes, which then stand for q; None for integers.
         bias: [N] or None.
         num_bits: 4 or 8.
     """
@@ -33,11 +40,12 @@ def weight_only_linear(
         from quantize.kernels import weight_only_gemm
 
         if len(x) >= MANY_TOKENS:
-            W = weight_only_gemm.dequantize(data, scale, zero_point, num_bits, x.shape[1], x.dtype)
+            W = weight_only_gemm.dequantize(data, scale, zero_point, levels, num_bits, x.shape[1], x.dtype)
             return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
         config = choose_config(len(x), len(data), x.shape[1], "w4a16", architecture(x.device))
-        return weight_only_gemm.launch(x.contiguous(), data, scale, zero_point, bias, num_bits, config)
+        return weight_only_gemm.launch(x.contiguous(), data, scale, zero_point, levels, bias, num_bits, config)
     q = unpack_int4(data, x.shape[1]) if num_bits == 4 else data
+    q = q if levels is None else levels[(q & len(levels) - 1).int()]
     W = dequantize(q, scale.T, None if zero_point is None else zero_point.T).to(x.dtype)
     return torch.nn.functional.linear(x, W, None if bias is None else bias.to(x.dtype))
 

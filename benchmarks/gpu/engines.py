@@ -121,7 +121,7 @@ class WeightOnly:
         """Multiply by a given configuration."""
         from quantize.kernels import weight_only_gemm
 
-        return weight_only_gemm.launch(*operands, None, 4, config)
+        return weight_only_gemm.launch(*operands, None, None, 4, config)
 
     def expected(self, operands: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
         """Multiply in float64."""
@@ -132,7 +132,7 @@ class WeightOnly:
     def case(self, M: int, N: int, K: int, rng: torch.Generator) -> Case:
         """Return the product as it is served."""
         operands = self.operands(M, N, K, rng)
-        return Case(lambda: ops.weight_only_linear(*operands, None, 4), lambda: self.expected(operands))
+        return Case(lambda: ops.weight_only_linear(*operands, None, None, 4), lambda: self.expected(operands))
 
     def product(self, M: int, N: int, K: int) -> Product:
         """Return the product with the bits it moves."""

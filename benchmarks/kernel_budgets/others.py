@@ -42,6 +42,7 @@ def others() -> Iterator[Entry]:
         yield from quantizers(arch)
         yield from smooth(arch)
         yield from (weight_only(tokens, arch) for tokens in (16, M))
+        yield weight_only(16, arch, levels=True)
         yield from (expert_product(scheme, arch) for scheme in ("w8a8", "w4a8", "w4a4", "w4a8g"))
     for arch in FP4_MMA:
         yield from fp4(arch)
@@ -83,14 +84,15 @@ def smooth(arch: str) -> Iterator[Entry]:
     )  # fmt: skip
 
 
-def weight_only(tokens: int, arch: str) -> Entry:
-    """Return the product of activations in bfloat16 and 4-bit weights in groups of 128 with zero points."""
+def weight_only(tokens: int, arch: str, levels: bool = False) -> Entry:
+    """Return the product of activations in bfloat16 and 4-bit weights in groups of 128: zero points, or a code book."""
     config = choose_config(tokens, N, K, "w4a16", arch)
     x, data = meta(tokens, K, dtype=torch.bfloat16), meta(N, K // 2, dtype=torch.uint8)
     scale, zero_point = meta(K // 128, N, dtype=torch.float32), meta(K // 128, N, dtype=torch.int8)
+    grid = (None, meta(16, dtype=torch.float32)) if levels else (zero_point, None)
     return Entry(
-        f"w4a16 {config.block_m}x{config.block_n}", arch,
-        lambda: weight_only_gemm.launch(x, data, scale, zero_point, None, 4, config),
+        f"w4a16 {'levels ' if levels else ''}{config.block_m}x{config.block_n}", arch,
+        lambda: weight_only_gemm.launch(x, data, scale, *grid, None, 4, config),
         config.block_n * config.block_k, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
     )  # fmt: skip
 

@@ -23,6 +23,10 @@ REASONS = (  # kernel, GPU, reason; the first match counts
         "warps stand two by two, so two of them unpack each weight",
     ),
     (
+        r"w4a16 levels .*", r".*",
+        "each code is looked up by itself, in a table that the first cache holds",
+    ),
+    (
         r"w4a16 .*", r"gfx942",
         "a step has 64 columns, 128 bytes of a token, of which each of 16 lanes takes 8",
     ),

@@ -35,6 +35,7 @@ class NumberFormat(ABC):
         scale_search: factors of a group's range that a search for the best scale tries besides 1, in this order.
         value_dtype: a dtype that holds every value exactly.
         step: the least distance between two values.
+        table: the values of all codes, where codes are not the values themselves.
         rotation_block: the number of neighbouring channels that a rotation mixes; 0 for all, None if rotating makes the
             format worse.
     """
@@ -52,6 +53,7 @@ class NumberFormat(ABC):
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(99, 19, -1))
     value_dtype: ClassVar[torch.dtype] = torch.int8
     step: ClassVar[float] = 1.0
+    table: ClassVar[Tensor | None] = None
     rotation_block: ClassVar[int | None] = 0
 
     def fixed(self) -> dict[str, object]:

@@ -30,13 +30,13 @@ class CodeBook(NumberFormat):
     # The nearest level takes ten times as long to find as the nearest integer, so the search takes
     # steps of 4 %. Steps of 1 % would make the error 1 % smaller.
     scale_search: ClassVar[tuple[float, ...]] = tuple(percent / 100 for percent in range(96, 19, -4))
-    _values: ClassVar[Tensor]  # the values of all 16 codes; only damaged files have codes without a level
+    table: ClassVar[Tensor]  # of the values of all 16 codes; only damaged files have codes without a level
     _midpoints: ClassVar[Tensor]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         filled = cls.levels + cls.levels[-1:] * (CODES - len(cls.levels))
-        cls._values = torch.tensor(filled, dtype=cls.value_dtype)
+        cls.table = torch.tensor(filled, dtype=cls.value_dtype)
         cls._midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(cls.levels)])
         cls.step = min(b - a for a, b in pairwise(cls.levels))
 
@@ -59,7 +59,7 @@ class CodeBook(NumberFormat):
         """Return the nearest levels; values outside the levels saturate."""
         del args
         nearest = torch.bucketize(t.contiguous(), self._midpoints.to(t), out_int32=True)
-        values = self._values.to(t)[nearest]
+        values = self.table.to(t)[nearest]
         return values if out is None else out.copy_(values)
 
     def clipping_range(self, args: WeightArgs) -> tuple[float, float] | None:
@@ -70,10 +70,10 @@ class CodeBook(NumberFormat):
     def pack(self, values: Tensor, args: WeightArgs) -> Tensor:
         """Pack the codes of the values."""
         del args
-        levels = self._values[: len(self.levels)].to(values.device)
+        levels = self.table[: len(self.levels)].to(values.device)
         return pack_int4(torch.bucketize(values.to(levels.dtype).contiguous(), levels).to(torch.int8))
 
     def unpack(self, data: Tensor, columns: int, args: WeightArgs) -> Tensor:
         """Return the levels of packed codes."""
         del args
-        return self._values.to(data.device)[(unpack_int4(data, columns) & (CODES - 1)).int()]
+        return self.table.to(data.device)[(unpack_int4(data, columns) & (CODES - 1)).int()]

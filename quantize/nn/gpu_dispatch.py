@@ -28,27 +28,34 @@ from quantize.kernels.ops import (
 from quantize.scheme.scheme import ActivationArgs, WeightArgs
 from quantize.transforms.online import Hadamard, Online
 
-SMALLEST_BITS = 4  # that kernels read
+SMALLEST_BITS, LEVEL_BITS = 4, 8  # that kernels read, and of levels that are integers
 Operands = PackedWeight | list[Tensor | None]
 
 
-def kernel_bits(args: WeightArgs) -> int:
-    """Return the bits at which kernels read weights: integers of fewer than 4 bits are laid out as 4-bit ones."""
-    return max(SMALLEST_BITS, args.num_bits)
+def kernel_bits(args: WeightArgs, activations: ActivationArgs | None) -> int:
+    """Return the bits at which kernels read weights.
+
+    Integers of fewer than 4 bits are laid out as 4-bit ones. Codes of a code book are multiplied as they are by floats,
+    and as the integers in 8 bits that they stand for by integers.
+    """
+    in_levels = get_format(args.format).element == "level" and activations is not None
+    return LEVEL_BITS if in_levels else max(SMALLEST_BITS, args.num_bits)
 
 
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
     """Return whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
-    element = get_format(weight.args.format).element
-    if element == "level":
-        return False
+    element, groups, bits = (
+        get_format(weight.args.format).element,
+        weight.scale.shape[1],
+        kernel_bits(weight.args, args),
+    )
     if args is None:
-        return element == "int" and has_weight_only_kernel(x, weight.scale.shape[1], kernel_bits(weight.args))
+        return element != "e2m1" and has_weight_only_kernel(x, groups, bits)
     if element == "e2m1":
         return on_kernels(x)
     if args.runtime_smooth:
         return has_smooth_kernel(x, args.runtime_smooth.group_size)
-    return has_kernel(x, weight.scale.shape[1], kernel_bits(weight.args))
+    return has_kernel(x, groups, bits)
 
 
 def has_expert_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
@@ -59,17 +66,18 @@ def has_expert_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -
 
 def prepack_weight(weight: QTensor, args: ActivationArgs | None) -> Operands:
     """Lay out the weight as the kernel for `args` reads it; where activations stay as they are, as it is stored."""
+    number_format = get_format(weight.args.format)
     if args is None:
         by_group = (None if x is None else x.T.contiguous() for x in (weight.unpack_scale().float(), weight.zero_point))
         data = weight.data if weight.args.num_bits >= SMALLEST_BITS else pack_int4(weight.unpack())
-        return [data, *by_group]
-    number_format = get_format(weight.args.format)
+        table = number_format.table
+        return [data, *by_group, None if table is None else table.float().to(data.device)]
     if number_format.element == "e2m1":  # a model of another dtype may have cast the scales, which leaves their values
         (stored,) = number_format.scale_dtypes
         global_scale = None if weight.global_scale is None else weight.global_scale.float()
         return [weight.data, weight.scale.to(stored).view(torch.uint8), global_scale]
     layout = smooth_prepack if args.runtime_smooth else prepack
-    return layout(weight.unpack(), weight.scale, weight.zero_point, kernel_bits(weight.args))
+    return layout(weight.unpack(), weight.scale, weight.zero_point, kernel_bits(weight.args, args))
 
 
 def split_fused_hadamard(online: Sequence[Online]) -> tuple[Sequence[Online], int]:

@@ -144,7 +144,7 @@ class QuantizedLinear(QuantizedWeight):
         online, hadamard = split_fused_hadamard(self.online) if args else (self.online, 0)
         for transform in online:
             x = transform(x)
-        return gpu_linear(x, self.packed(), self.bias, kernel_bits(self.scheme.weights), args, hadamard)
+        return gpu_linear(x, self.packed(), self.bias, kernel_bits(self.scheme.weights, args), args, hadamard)
 
     def fake_quantized(self, x: Tensor) -> Tensor:
         """Compute the same function in floating point, with a float product of quantized and dequantized operands."""

@@ -43,7 +43,7 @@ def test_products(bits, symmetric, dtype, K, G, parts):
     config = Config(16, 32, 256, parts)
     data = pack_int4(q) if bits == 4 else q
     by_group = (scale.T.contiguous(), None if zero is None else zero.T.contiguous())
-    found = weight_only_gemm.launch(x, data, *by_group, bias, bits, config)
+    found = weight_only_gemm.launch(x, data, *by_group, None, bias, bits, config)
     wanted = expected(x, q, scale, zero, bias)
     assert found.dtype == dtype
     assert float((found.double() - wanted).norm() / wanted.norm()) < CLOSE[dtype]
@@ -70,13 +70,13 @@ def test_a_product_by_hand():
     x = torch.tensor([[1.0] * 16 + [2.0] * 16])
     scale, zero = torch.tensor([[2.0, 0.5]]), torch.tensor([[3, -1]], dtype=torch.int8)
     by_group = (scale.T.contiguous(), zero.T.contiguous())
-    found = weight_only_gemm.launch(x, pack_int4(q), *by_group, torch.tensor([0.25]), 4, Config(16, 16, 16))
+    found = weight_only_gemm.launch(x, pack_int4(q), *by_group, None, torch.tensor([0.25]), 4, Config(16, 16, 16))
     assert found.item() == 16 * -4 + 16 * 2 * 3 + 0.25
 
 
 def test_no_tokens():
     x, q, scale, zero = operands(8, 64, 2, 4, False, 0, torch.float32)
-    assert weight_only_gemm.launch(x, pack_int4(q), scale.T, zero.T, None, 4, Config(16, 16, 32)).shape == (0, 8)
+    assert weight_only_gemm.launch(x, pack_int4(q), scale.T, zero.T, None, None, 4, Config(16, 16, 32)).shape == (0, 8)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -85,7 +85,7 @@ def test_no_tokens():
 def test_weights_are_dequantized_exactly(bits, dtype, K, G):
     _, q, scale, zero = operands(70, K, G, bits, False, 1, dtype)
     data = pack_int4(q) if bits == 4 else q
-    found = weight_only_gemm.dequantize(data, scale.T.contiguous(), zero.T.contiguous(), bits, K, dtype)
+    found = weight_only_gemm.dequantize(data, scale.T.contiguous(), zero.T.contiguous(), None, bits, K, dtype)
     assert torch.equal(found, dequantize(q, scale, zero).to(dtype))
 
 
@@ -93,8 +93,31 @@ def test_the_operator_is_the_same_on_both_engines(monkeypatch):
     monkeypatch.setattr(weight_only_linear_module, "MANY_TOKENS", 6)
     for tokens in (5, 7):
         x, q, scale, zero = operands(40, 96, 3, 4, False, tokens, torch.float32)
-        given = (x, pack_int4(q), scale.T.contiguous(), zero.T.contiguous(), None, 4)
+        given = (x, pack_int4(q), scale.T.contiguous(), zero.T.contiguous(), None, None, 4)
         monkeypatch.setattr(engine, "runs_on_triton", lambda _: False)
         there = weight_only_linear(*given)
         monkeypatch.setattr(engine, "runs_on_triton", lambda _: True)
         torch.testing.assert_close(weight_only_linear(*given), there, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("K", "G", "parts"), [(192, 3, 1), (203, 1, 2)])
+def test_codes_are_looked_up(dtype, K, G, parts):
+    x, q, scale, _ = operands(70, K, G, 4, True, 19, dtype)
+    levels = torch.randn(16, generator=rng(5)).half().float()
+    found = weight_only_gemm.launch(
+        x, pack_int4(q), scale.T.contiguous(), None, levels, None, 4, Config(16, 32, 256, parts)
+    )
+    wanted = expected(x, levels[(q & 15).int()], scale, None, None)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(("K", "G"), [(192, 3), (203, 1)])
+def test_zero_points_between_integers(dtype, K, G):
+    x, q, scale, _ = operands(70, K, G, 4, True, 19, dtype)
+    zero = (20 * torch.randn(70, G, generator=rng(2))).half()
+    by_group = (scale.T.contiguous(), zero.T.contiguous())
+    found = weight_only_gemm.launch(x, pack_int4(q), *by_group, None, None, 4, Config(16, 32, 64))
+    wanted = expected(x, q, scale, zero, None)
+    assert float((found.double() - wanted).norm() / wanted.norm()) < CLOSE[dtype]

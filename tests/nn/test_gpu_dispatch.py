@@ -96,6 +96,18 @@ def test_integers_of_3_bits_run_on_the_kernels_of_4(symmetric, activations, kern
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "activations"),
+    [("iq4_nl", None), ("iq4_nl", ActivationArgs(num_bits=8)), ("nf4", None), ("q4_1", None)],
+)
+def test_code_books_and_zero_points_between_integers(name, activations, kernels):
+    weights = WeightArgs(num_bits=4, format=name, group_size=32, symmetric=name != "q4_1")
+    layer, x = layer_of(weights, activations), tokens()
+    expected, _ = layer(x), kernels()
+    assert has_gpu_kernel(x, layer.qtensor(), activations)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)
+
+
 ROTATED = {
     "W4A8": (WeightArgs(num_bits=4), ActivationArgs(num_bits=8), 1),
     "W8A8, smooth": (WeightArgs(num_bits=8), ActivationArgs(num_bits=8, runtime_smooth=RuntimeSmoothArgs()), 2),
