@@ -35,7 +35,7 @@ def rounded_alone(given: Mapping[str, Any], target: str | None, format: str | No
     if read is not None and (read not in FORMATS or format not in (None, read)):
         written = format or f"{', '.join(FORMATS[:-1])} and {FORMATS[-1]}"
         raise UsageError(f"--model-free writes {written}, which {target} does not read; leave --target out")
-    return known | {"format": format or read or FORMATS[0]} | {name: given[name] for name in OWN}
+    return known | {"format": format or read or FORMATS[0], "target": target} | {name: given[name] for name in OWN}
 
 
 def run_model_free(model: str, output_dir: Path | None, call: dict[str, Any], progress: str, quiet: bool) -> None:
@@ -54,7 +54,9 @@ def run_model_free(model: str, output_dir: Path | None, call: dict[str, Any], pr
     say = click.echo if program is None else program.print
     if output_dir is None:
         form = form_of(call["format"])
-        recipe = recipe_without_model(form, call["scheme"], call["recipe"], **{name: call[name] for name in OWN})
+        recipe = recipe_without_model(
+            form, *(call[name] for name in ("scheme", "recipe", "target")), **{name: call[name] for name in OWN}
+        )
         with headers_alone(model, call["low_disk"]) as source:
             return say(plan_for(form, source, recipe).describe())
     console = None if quiet else program or Console(stderr=True)

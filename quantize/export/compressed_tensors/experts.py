@@ -81,11 +81,18 @@ def experts_not_executed(runtime: str, outline: Outline, stacks: Mapping[str, Pa
     for scheme in {schemes[path] for path in outline.experts}:
         if runtime == "transformers" and storage(scheme) not in LOADED:
             return f"it reads no experts of {scheme.label} in bytes; quantize with W4A16, W4A8 or W4A4"
-        by_channel = scheme.label == "W8A8" and not scheme.weights.group_size
-        if runtime == "vllm" and not (by_channel or scheme.label in ("W4A16", "MXFP4")):
-            why = f"it has no product of experts in {scheme.label}"
-            return f"{why}; quantize with W4A16, or give the experts W8A8 by an entry of [[layers]]"
+        if runtime == "vllm" and (why := unserved_experts(scheme)):
+            return why
     return ""
+
+
+def unserved_experts(scheme: Scheme) -> str:
+    """Return why vLLM does not execute experts of a scheme, or nothing."""
+    by_channel = scheme.label == "W8A8" and not scheme.weights.group_size
+    if by_channel or scheme.label in ("W4A16", "MXFP4"):
+        return ""
+    why = f"it has no product of experts in {scheme.label}"
+    return f"{why}; quantize with W4A16, or give the experts W8A8 by an entry of [[layers]]"
 
 
 def rows_of(weight: QTensor, rows: Tensor) -> QTensor:

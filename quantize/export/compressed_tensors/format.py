@@ -18,6 +18,7 @@ from quantize.kernels.ops import pack_bits
 from quantize.scheme.scheme import TABLE_SCHEME, ActivationArgs, Scheme, WeightArgs
 
 NAME = "compressed-tensors"
+UNPACKED = "with CompressedTensorsConfig(dequantize=True) alone"  # how transformers loads some checkpoints
 MIXED = "mixed-precision"  # the name for groups whose weights are stored in different ways
 SIGN_BITS = 0x88  # the sign bits of a byte's two nibbles; flipping them turns two's complement q into unsigned q + 8
 WORD_BITS = 32

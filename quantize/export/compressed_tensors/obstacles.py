@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 
 from torch import nn
 
 from quantize.export.base import ONLINE, Obstacle
-from quantize.export.compressed_tensors.experts import experts_not_executed, unplaced_experts
+from quantize.export.compressed_tensors.experts import experts_not_executed, unplaced_experts, unserved_experts
 from quantize.export.compressed_tensors.experts_apart import Parts
 from quantize.export.compressed_tensors.format import NAME, has_packed_zero_points, held_schemes
 from quantize.export.outline import Outline
 from quantize.formats import get_format
+from quantize.recipe.targets import TARGETS
 from quantize.scheme.scheme import Scheme
 
 
@@ -29,9 +31,16 @@ def not_executed(runtime: str, outline: Outline, stacks: Mapping[str, Parts] | N
     """
     if runtime == "transformers" and outline.settings.get("kv_cache"):
         return "it holds keys and values in floating point; leave out the table kv_cache, or give --target vllm"
-    if runtime == "vllm" and any(scheme.weights.num_bits < 4 for scheme in held_schemes(outline).values()):
-        return "it multiplies packed weights of 4 and 8 bits; quantize with W4A16"
+    if runtime == "vllm" and (why := unserved(held_schemes(outline).values())):
+        return why
     return experts_not_executed(runtime, outline, stacks)
+
+
+def unserved(schemes: Iterable[Scheme], of_experts: Iterable[Scheme] = ()) -> str:
+    """Return why vLLM does not execute linears of some schemes, and experts of others, or nothing."""
+    refused = TARGETS["vllm"].refused
+    why = chain((refused.get(x.label, "") for x in schemes), map(unserved_experts, of_experts))
+    return next(filter(None, why), "")
 
 
 def unplaced(outline: Outline) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from quantize.export.comparison import (
     with_float_activations,
 )  # fmt: skip
 from quantize.export.compressed_tensors.experts_apart import Parts
-from quantize.export.compressed_tensors.format import has_packed_zero_points, storage
+from quantize.export.compressed_tensors.format import UNPACKED, has_packed_zero_points, storage
 from quantize.export.compressed_tensors.read_back import read_back, tensor_difference
 from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of, probe_inputs
 from quantize.export.outline import Outline
@@ -31,7 +31,6 @@ from quantize.nn.attention import set_kv_cache
 from quantize.nn.quantized_experts import replace_parameter
 from quantize.scheme.scheme import TABLE_SCHEME, Scheme
 
-UNPACKED = "with CompressedTensorsConfig(dequantize=True) alone"
 APART = "not at all, as it holds these experts in one tensor and reads no others"
 
 

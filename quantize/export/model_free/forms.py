@@ -29,7 +29,7 @@ class Form:
 
     Attributes:
         name: the value of `--format`.
-        target: the runtime whose recipes hold; None for the schemes' default recipes.
+        target: the runtime whose recipes hold where none is asked for; None for the schemes' default recipes.
         is_artifact: whether weights are stored as in an artifact, under the names that the model has for them.
     """
 
@@ -42,9 +42,9 @@ class Form:
         return weight.tensors() if self.is_artifact else stored(weight, is_packed(scheme))
 
 
-# Recipes for vLLM have no zero points and no clipping, which every reader of compressed-tensors knows.
+# Recipes for transformers clip nothing, and but for W3A16 have no zero points: every reader of the format knows them.
 FORMS = {
-    COMPRESSED_TENSORS: Form(COMPRESSED_TENSORS, "vllm", is_artifact=False),
+    COMPRESSED_TENSORS: Form(COMPRESSED_TENSORS, "transformers", is_artifact=False),
     ARTIFACT: Form(ARTIFACT, None, is_artifact=True),
     GGUF: Form(GGUF, "llama.cpp", is_artifact=True),
 }

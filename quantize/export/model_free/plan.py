@@ -115,15 +115,17 @@ class ModelFreePlan:
 
 
 def recipe_without_model(
-    form: Form, scheme: str | None, changes: Path | Mapping[str, Any] | None, **settings: Any
+    form: Form, scheme: str | None, changes: Path | Mapping[str, Any] | None, target: str | None, **settings: Any
 ) -> Recipe:
     """Load a recipe that can be followed without the model and written in a form; arguments as in `load_recipe`.
+
+    Without a target the form's holds.
 
     Raises:
         UsageError: it needs the model's activations, or the files have no place for what it asks for.
     """
     given = read_recipe(changes) if isinstance(changes, Path) else dict(changes or {})
-    recipe = load_recipe(scheme, merge(PLAIN, given), target=form.target, **settings)
+    recipe = load_recipe(scheme, merge(PLAIN, given), target=target or form.target, **settings)
     kinds = ("passes", "tune", "prune", "prefix", "kv_cache", "tables")
     asked = [name for name in kinds if getattr(recipe, name)]
     if recipe.quantizer["name"] != RoundToNearest.name:

@@ -19,7 +19,8 @@ from quantize.checkpoint.remote_shards import RemoteShards
 from quantize.checkpoint.untrusted_files import read_json
 from quantize.errors import UsageError, shown
 from quantize.export.compressed_tensors.export import serve_command
-from quantize.export.compressed_tensors.format import NAME
+from quantize.export.compressed_tensors.format import NAME, UNPACKED, has_packed_zero_points
+from quantize.export.compressed_tensors.obstacles import unserved
 from quantize.export.model_free.files import write_file
 from quantize.export.model_free.forms import ARTIFACT, FORMS, GGUF, Form, open_for
 from quantize.export.model_free.gguf import finish_gguf, outline_of
@@ -63,6 +64,7 @@ def quantize_model_free(
     group_size: int | None = None,
     ignore: tuple[str, ...] = (),
     format: str = NAME,
+    target: str | None = None,
     requantize: bool = False,
     low_disk: bool = False,
     resume: bool = False,
@@ -77,8 +79,8 @@ def quantize_model_free(
         model: a directory, one file of weights beside its config, or a hub id.
         output_dir: the directory of the result, which must not exist.
         format: what is written: `compressed-tensors`, `artifact` or `gguf`.
-        scheme, recipe, group_size, ignore, requantize, low_disk: as in `quantize_model`; weights are rounded to
-            nearest, with a search for scales.
+        scheme, recipe, group_size, ignore, target, requantize, low_disk: as in `quantize_model`; weights are rounded
+            to nearest, with a search for scales.
         resume: whether to go on with a run that was killed.
         console: the console that shows progress; None shows nothing.
 
@@ -88,7 +90,7 @@ def quantize_model_free(
     """
     changes, form = Path(recipe) if isinstance(recipe, str) else recipe, form_of(format)
     chosen = recipe_without_model(
-        form, scheme, changes, group_size=group_size, ignore=tuple(ignore), requantize=requantize or None
+        form, scheme, changes, target, group_size=group_size, ignore=tuple(ignore), requantize=requantize or None
     )
     check_low_disk(model, low_disk)
     output = Path(output_dir)
@@ -157,7 +159,11 @@ def next_step(plan: ModelFreePlan, output: Path) -> str:
     if plan.form.name == GGUF:
         return f"to run it: llama-cli -m {output / 'model.gguf'}"
     if not plan.form.is_artifact:
-        return f"to serve it: {serve_command(output, plan.schemes)}"
+        stacked = [plan.schemes[x.path] for linears in plan.linears.values() for x in linears if x.expert is not None]
+        why = unserved(plan.schemes.values(), stacked)
+        told = f"vLLM does not serve it: {why}" if why else f"to serve it: {serve_command(output, plan.schemes)}"
+        unpacked = any(map(has_packed_zero_points, plan.schemes.values()))
+        return f"{told}\ntransformers loads it {UNPACKED}" if unpacked else told
     if why := without_class(output):
         return f"{why}, so quantize.load needs a module of that class as skeleton, with the names that the files have"
     return f"to load it: quantize.load('{output}')"

@@ -37,9 +37,8 @@ from quantize.export import EXPORTERS
 from quantize.export.comparison import copy_with_replaced_linears, relative_error, with_float_activations
 from quantize.export.compressed_tensors import export, format
 from quantize.export.compressed_tensors.activation_ranges import input_divisors
-from quantize.export.compressed_tensors.format import quantization_config, storage, stored
+from quantize.export.compressed_tensors.format import UNPACKED, quantization_config, storage, stored
 from quantize.export.compressed_tensors.obstacles import obstacles
-from quantize.export.compressed_tensors.parity import UNPACKED
 from quantize.export.directory import export_artifact
 from quantize.export.hf_checkpoint import NotLoadedError, check_difference, outputs_of
 from quantize.export.outline import Outline
@@ -246,7 +245,7 @@ def test_the_recipes_for_vllm_are_packed_to_half_the_bytes(scheme, cli, small_ru
 def test_3_bits_load_in_transformers_and_vllm_is_said_not_to_serve_them(cli, small_run, one_layer, tmp_path):
     artifact = small_run(one_layer, "W3A16", recipe=RTN | {"weights": {"symmetric": True}}, group_size=4)
     shown = cli("export", artifact.directory, "--format", "compressed-tensors", "-o", tmp_path / "ct")
-    assert "\nvLLM does not serve it: it multiplies packed weights of 4 and 8 bits; quantize with W4A16\n" in shown.err
+    assert "\nvLLM does not serve it: it has no product of these 3-bit weights; give W4A16\n" in shown.err
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "ct")
     assert torch.equal(logits(model), logits(load(artifact.directory)))

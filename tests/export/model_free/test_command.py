@@ -3,7 +3,13 @@
 import json
 
 import pytest
+import torch
 from helpers.quantized_sources import small_llama
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from quantize.artifact.load import load
+from quantize.export.comparison import relative_error
+from quantize.graph.export import quiet
 
 MODEL_FREE = ("quantize", "--model-free", "--scheme", "W4A16", "--group-size", "32")
 
@@ -19,6 +25,29 @@ def test_a_dry_run_and_a_run(cli, tmp_path):
     assert "to serve it: vllm serve" in done.err.replace("\n", " ")
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     assert (out / "model.safetensors").stat().st_size == foreseen + header
+
+
+@pytest.mark.parametrize(
+    ("scheme", "loading", "most"),
+    [
+        ("W3A16", CompressedTensorsConfig(dequantize=True), 1e-5),
+        ("W6A6", None, 0.2),
+    ],  # inputs have other steps there, and this model is random
+)
+def test_what_vllm_does_not_execute_is_for_transformers(cli, tmp_path, scheme, loading, most):
+    model, out = small_llama(tmp_path / "model"), tmp_path / "out"
+    options = ("quantize", "--model-free", "--scheme", scheme, "--group-size", "32", model, "-o", out)
+    refused = cli(*options, "--target", "vllm")
+    assert (refused.code, f"vllm cannot execute {scheme}: it has no product" in refused.err) == (2, True)
+    done = cli(*options, "--target", "transformers")
+    assert "vLLM does not serve it: it has no product" in done.err
+    assert ("transformers loads it with CompressedTensorsConfig(dequantize=True) alone" in done.err) == bool(loading)
+    there = {} if loading is None else {"quantization_config": loading}
+    assert cli(*options[:-1], tmp_path / "artifact", "--format", "artifact").code == 0
+    with quiet(), torch.no_grad():
+        models = AutoModelForCausalLM.from_pretrained(out, **there), load(tmp_path / "artifact")
+        found, expected = (model(torch.arange(3, 35)[None]).logits for model in models)
+    assert relative_error([found], [expected]) < most
 
 
 def test_progress_for_programs(cli, tmp_path):

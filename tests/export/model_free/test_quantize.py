@@ -41,7 +41,7 @@ def run(model, output, **settings):
 
 
 def rounded(W, scale_dtype=None, size=32):
-    args = recipe_without_model(FORMS["compressed-tensors"], "W4A16", PLAIN, group_size=size).weights
+    args = recipe_without_model(FORMS["compressed-tensors"], "W4A16", PLAIN, None, group_size=size).weights
     return RoundToNearest().quantize(W.float(), args, None, scale_dtype or W.dtype).dequantize()
 
 
