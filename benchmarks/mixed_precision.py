@@ -116,20 +116,20 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw KL over bits, a plot for each model and scheme, with a line for each method."""
+    """Draw KL over bits, a plot for each model, with a line for each method through the points of all schemes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys((row["model"], row["scheme"]) for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     with rc_context({"svg.hashsalt": "quantize-model", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(4 * len(kinds), 3.2), layout="constrained")
-        for number, kind in enumerate(kinds, 1):
-            axes = figure.add_subplot(1, len(kinds), number)
-            here = [row for row in rows if (row["model"], row["scheme"]) == kind and row.get("bits")]
+        figure = Figure(figsize=(8, 3 * math.ceil(len(models) / 2)), layout="constrained")
+        for number, model in enumerate(models, 1):
+            axes = figure.add_subplot(math.ceil(len(models) / 2), 2, number)
+            here = [row for row in rows if row["model"] == model and row.get("bits")]
             for method in METHODS:
                 if points := sorted({(row["bits"], row["kl"]) for row in here if row["method"] == method}):
-                    axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=method)
-            axes.set(title=", ".join(kind), xlabel="bits a weight", ylabel="KL, nats a token", ylim=(0, None))
+                    axes.semilogy(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+            axes.set(title=model, xlabel="bits a weight", ylabel="KL, nats a token")
             axes.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
