@@ -15,17 +15,19 @@ from benchmarks.scale.model import write_model, write_tokens
 from quantize.artifact.load import load
 from quantize.artifact.verify import verify_artifact
 from quantize.calibration.statistics import Gram
+from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.pipeline.quantize import quantize_model
 from quantize.quantizers import QUANTIZERS
 from quantize.quantizers.column_rounding import QParams, round_columns
 from quantize.quantizers.gptq import require_gram
-from quantize.scheme.scheme import WeightArgs
+from quantize.scheme.scheme import Scheme, WeightArgs
 
 CODES = 1e-3  # of integers may differ, as sums of another order move a value over a tie
 GRAM = 2e-4  # of the diagonal (tests/calibration/test_gram_sums.py)
 LOSS = 1e-2  # relative; a code that moved moves all columns behind it in its row
 NEAR = 5e-3  # relative, of a model whose activations fall on ties (tests/nn/test_gpu_dispatch.py)
 PRODUCT = (40, 256, 256)  # M, N, K
+LEVELS = ("iq4_nl", "nf4", "q4_1")  # formats of weights that are looked up, or have zero points between integers
 Check = tuple[str, Callable[[], float], float]  # its name, what measures a difference, and the largest allowed
 
 
@@ -60,6 +62,8 @@ def checks(device: torch.device, folder: Path) -> Iterator[Check]:
     for contender in contenders(device):
         if contender.name in OURS or contender.name == "W4A16 g128":
             yield f"product {contender.name}", partial(product, contender, device), contender.tolerance
+    for name in LEVELS:
+        yield f"product of {name} weights", partial(levels, name, device), NEAR
     for scheme in ("W4A16", "W4A8"):
         yield f"model in {scheme}: output", partial(model, scheme, device, folder / scheme), NEAR
 
@@ -113,6 +117,16 @@ def loss(device: torch.device) -> float:
 def product(contender: Contender, device: torch.device) -> float:
     """Return the relative distance of a product from an exact one."""
     return distance(contender.case(*PRODUCT, torch.Generator(device).manual_seed(0)))
+
+
+def levels(name: str, device: torch.device) -> float:
+    """Return the relative difference of a linear with weights of a format on a device from that on the CPU."""
+    (M, N, K), rng = PRODUCT, torch.Generator().manual_seed(0)
+    args = WeightArgs(num_bits=4, format=name, group_size=32, symmetric=name != "q4_1")
+    W = QUANTIZERS["rtn"]().quantize(torch.randn(N, K, generator=rng), args, None, torch.bfloat16)
+    layer, x = QuantizedLinear(W, None, Scheme(weights=args)), torch.randn(M, K, generator=rng).bfloat16()
+    expected, found = layer(x).float(), layer.to(device)(x.to(device)).float().cpu()
+    return float((found - expected).norm() / expected.norm())
 
 
 def model(scheme: str, device: torch.device, folder: Path) -> float:

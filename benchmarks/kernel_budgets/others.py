@@ -89,10 +89,10 @@ def weight_only(tokens: int, arch: str, levels: bool = False) -> Entry:
     config = choose_config(tokens, N, K, "w4a16", arch)
     x, data = meta(tokens, K, dtype=torch.bfloat16), meta(N, K // 2, dtype=torch.uint8)
     scale, zero_point = meta(K // 128, N, dtype=torch.float32), meta(K // 128, N, dtype=torch.int8)
-    grid = (None, meta(16, dtype=torch.float32)) if levels else (zero_point, None)
+    zeros, table = (None if levels else zero_point), (meta(16, dtype=torch.float32) if levels else None)
     return Entry(
         f"w4a16 {'levels ' if levels else ''}{config.block_m}x{config.block_n}", arch,
-        lambda: weight_only_gemm.launch(x, data, scale, *grid, None, 4, config),
+        lambda: weight_only_gemm.launch(x, data, scale, zeros, table, None, 4, config),
         config.block_n * config.block_k, re.compile(FLOAT_MMA), FLOAT_LOGIC, scales=True,
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import checks, quantizing, whole_run
-from benchmarks.gpu.checks import check, columns, gram_matrix, loss, output, product
+from benchmarks.gpu.checks import check, columns, gram_matrix, levels, loss, output, product
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.engines import contenders
 from benchmarks.gpu.quantizing import MARKS, NOT_YET, PAGE, ROOT, table, write
@@ -17,6 +17,7 @@ from benchmarks.gpu.roofline import Roof
 from benchmarks.gpu.whole_run import least_seconds
 from quantize.calibration.statistics import Gram
 from quantize.errors import QuantizeError
+from quantize.nn.quantized_linear import QuantizedLinear
 from quantize.quantizers.gptq import GPTQ
 
 CPU, ROOF = torch.device("cpu"), Roof(1e10, 1e11, 2e11)
@@ -80,6 +81,11 @@ def test_what_is_wrong_is_seen(monkeypatch):
     monkeypatch.setattr(GPTQ, "quantize_weights", lambda self, *a: quantize(GPTQ(sweeps=next(swept)), *a))
     assert loss(CPU) > checks.LOSS
     assert product(contender, CPU) <= contender.tolerance < product(wrong, CPU)
+    monkeypatch.undo()
+    factors, forward = iter([1, 1.01]), QuantizedLinear.forward
+    assert levels("nf4", CPU) <= checks.NEAR
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: next(factors) * forward(self, x))
+    assert levels("nf4", CPU) > checks.NEAR
 
 
 @pytest.mark.slow
