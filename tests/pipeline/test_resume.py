@@ -97,9 +97,8 @@ def fails(monkeypatch):
 
 
 @pytest.fixture
-def attempt(cli, program, stories_calibration, tmp_path, monkeypatch):
-    """Quantize with `--resume`; a function. All models here have one graph, which is made once."""
-    monkeypatch.setattr("quantize.graph.export.export_program", lambda *_: program)
+def attempt(cli, stories_calibration, tmp_path):
+    """Quantize with `--resume`; a function."""
 
     def run(model, *arguments, data=stories_calibration, resume=("--resume",)):
         options = ["--recipe", "w4a4-folded", "--group-size", 0, "--calibration", data, "--nsamples", 2, "--seqlen", 16]
