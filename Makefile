@@ -120,7 +120,7 @@ test: lint
 	$(PYTHON) -m pytest $(TWO) -m "fresh and not slow"
 	$(PYTHON) -m pytest $(TWO) -m "not fresh and not slow"
 
-# The same with every test: about twenty minutes on two cores
+# The same with every test: about eighteen minutes on two cores
 test-all: lint
 	$(PYTHON) -m pytest $(TWO) -m fresh
 	$(PYTHON) -m pytest $(TWO) -m "not fresh"

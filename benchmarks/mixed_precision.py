@@ -76,8 +76,10 @@ def chosen(method: str, units: Sequence[Unit], budget: int, prepared: Prepared) 
     return numbers if bits(numbers) <= budget else None
 
 
-def measured(model: Path, scheme: str, method: str, budget: float, prepared: Prepared) -> Row | None:
-    """Quantize a model within a budget, and score it."""
+def measured(
+    model: Path, scheme: str, method: str, budget: float, prepared: Prepared, done: Sequence[Row]
+) -> Row | None:
+    """Quantize a model within a budget, and score it; of the rows that are done one of the same bits is the same."""
     units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
     weights, recipe = sum(unit.parameters for unit in units), dict[str, Any]({"requantize": True})
     if method == "measured":
@@ -90,6 +92,9 @@ def measured(model: Path, scheme: str, method: str, budget: float, prepared: Pre
         paths = [linear.path for linear in prepared.program.all_linears]
         recipe |= {"layers": [entry.model_dump(exclude_none=True) for entry in entries(units, options, paths)]}
         stored = sum(option.bits for option in options) / weights
+        for row in done:
+            if row.get("bits") == stored:
+                return {name: row[name] for name in ("bits", "kl", "top1", "megabytes")}
     samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
     with tempfile.TemporaryDirectory() as scratch:
         artifact = quantize_model(model, scheme=scheme, recipe=recipe, output_dir=Path(scratch) / "out")
@@ -155,7 +160,8 @@ def main(model: Path, scheme: str, methods: tuple[str, ...], budgets: tuple[floa
             key = {"model": model.name, "scheme": scheme, "method": method, "budget": budget}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            row = key | (measured(model, scheme, method, budget, prepared) or {})
+            alike = [row for row in rows if key.items() - {("budget", budget)} <= row.items() and method == "uniform"]
+            row = key | (measured(model, scheme, method, budget, prepared, alike) or {})
             rows = sorted([*rows, row], key=place)
             path.write_text(json.dumps(rows, indent=1) + "\n")
             (output / "mixed-precision.md").write_text(markdown(rows))
