@@ -40,18 +40,27 @@ def download(name: str, revision: str | None = None) -> Path:
 def require_on_hub(name: str, revision: str | None = None) -> None:
     """Check that the hub or its cache has a model, by its config alone.
 
+    The hub is asked once: what fetches a file asks again for 23 seconds where there is no network, or the name is that
+    of a directory and misspelt.
+
     Raises:
         UsageError: as `download`.
     """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     with hub_errors(name, revision):
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
         try:
-            hf_hub_download(name, "config.json", revision=revision)
+            get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), token=get_token())
         except EntryNotFoundError as error:  # the hub has the model, but no config of it
             if isinstance(error, LocalEntryNotFoundError):
                 raise
+        except (HfHubHTTPError, OSError, ValueError):
+            raise
+        except Exception as error:  # of the library's client for HTTP, which is another one in each of its versions
+            raise ConnectionError from error
 
 
 @contextlib.contextmanager

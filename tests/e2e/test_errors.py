@@ -163,12 +163,12 @@ def test_options_and_data_that_do_not_fit(refused, one_layer, tmp_path, monkeypa
         (hub_errors.LocalEntryNotFoundError, "the hub cannot be reached to fetch it; give a model's directory"),
     ],
 )
-@pytest.mark.parametrize("asked", ["hf_hub_download", "snapshot_download"])
+@pytest.mark.parametrize("asked", ["get_hf_file_metadata", "snapshot_download"])
 def test_the_hub_refuses_for_one_reason(refused, monkeypatch, error, words, asked):
     def fail(*_, **__):
         raise error.__new__(error)
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: "config.json")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, asked, fail)
     code, sentence = refused("org/model")
     assert code == 2
@@ -312,7 +312,7 @@ def test_a_local_directory_never_touches_the_network(asked, cli, small_run, one_
     assert cli("eval", minilm, "--text", few).code == 0
     assert not asked
     assert cli("no-such/model", "--scheme", "W8A8", "--output-dir", tmp_path / "hub").code == 2
-    assert asked  # so the check above can fail
+    assert 0 < len(asked) <= 2  # so the check above can fail; and nobody waits while the hub is asked again and again
 
 
 def test_an_output_that_is_the_root(refused, one_layer):
