@@ -1,8 +1,9 @@
 """`make bench-mixed` spends the same bits in four ways: results/mixed-precision.json, .md and a picture (resumes).
 
-*measured* is `average_bits`. *uniform* gives all linears the largest option that fits. *medians* is the rule of myQASR
-(Lee et al. 2023, arXiv 2307.12659, section 3): linears whose outputs have the smallest medians of |y| take fewer bits.
-*random* upgrades linears in a random order. The last two choose between the recipe's own groups and 8 bits.
+*measured* is `average_bits`. *uniform* gives all linears the smallest groups that fit, where these divide the columns.
+*medians* is the rule of myQASR (Lee et al. 2023, arXiv 2307.12659, section 3): linears whose outputs have the smallest
+medians of |y| take fewer bits. *random* upgrades linears in a random order. The last two choose between the recipe's
+own groups and 8 bits. `--format` takes a code book in place of integers.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def chosen(method: str, units: Sequence[Unit], budget: int, prepared: Prepared) 
         return sum(unit.options[n].bits for unit, n in zip(units, numbers, strict=True))
 
     if method == "uniform":
-        all_alike = ([n] * len(units) for n in range(min(len(unit.options) for unit in units)))
+        sizes = {option.scheme.weights.group_size for unit in units for option in unit.options}
+        all_alike = [[largest_groups(unit, size) for unit in units] for size in sizes if size]
         fitting = [numbers for numbers in all_alike if bits(numbers) <= budget]
         return max(fitting, key=bits, default=None)
     order = list(range(len(units)))
@@ -76,12 +78,20 @@ def chosen(method: str, units: Sequence[Unit], budget: int, prepared: Prepared) 
     return numbers if bits(numbers) <= budget else None
 
 
+def largest_groups(unit: Unit, most: int) -> int:
+    """Return the number of the option with the largest groups of at most so many columns, in the recipe's own bits."""
+    own = unit.options[0].scheme.weights.num_bits
+    kinds = [(n, x.scheme.weights) for n, x in enumerate(unit.options)]
+    found = ((args.group_size, n) for n, args in kinds if args.num_bits == own and 0 < args.group_size <= most)
+    return max(found, default=(0, 0))[1]
+
+
 def measured(
-    model: Path, scheme: str, method: str, budget: float, prepared: Prepared, done: Sequence[Row]
+    model: Path, scheme: str, method: str, budget: float, prepared: Prepared, done: Sequence[Row], changes: Row
 ) -> Row | None:
     """Quantize a model within a budget, and score it; of the rows that are done one of the same bits is the same."""
     units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
-    weights, recipe = sum(unit.parameters for unit in units), dict[str, Any]({"requantize": True})
+    weights, recipe = sum(unit.parameters for unit in units), dict(changes)
     if method == "measured":
         recipe |= {"average_bits": budget}
     else:
@@ -131,9 +141,11 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         for number, model in enumerate(models, 1):
             axes = figure.add_subplot(math.ceil(len(models) / 2), 2, number)
             here = [row for row in rows if row["model"] == model and row.get("bits")]
-            for method in METHODS:
-                if points := sorted({(row["bits"], row["kl"]) for row in here if row["method"] == method}):
-                    axes.semilogy(*zip(*points, strict=True), marker="o", markersize=3, label=method)
+            kinds = [(method, book) for method in METHODS for book in dict.fromkeys(row["scheme"][5:] for row in here)]
+            for method, book in kinds:
+                alike = [row for row in here if (row["method"], row["scheme"][5:]) == (method, book)]
+                if points := sorted({(row["bits"], row["kl"]) for row in alike}):
+                    axes.semilogy(*zip(*points, strict=True), marker="o", markersize=3, label=method + book)
             axes.set(title=model, xlabel="bits a weight", ylabel="KL, nats a token")
             axes.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
@@ -147,21 +159,26 @@ def place(row: Row) -> tuple[Any, ...]:
 @click.command()
 @click.option("--model", type=click.Path(exists=True, path_type=Path), default=ROOT / "tests/models/books-llama-6m")
 @click.option("--scheme", default="W4A16", show_default=True)
+@click.option("--format", "number_format", default="int", show_default=True, help="Of the weights.")
 @click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, help="[default: all]")
 @click.option("--bits", "budgets", type=float, multiple=True, help="[default: 4.25 to 6]")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(model: Path, scheme: str, methods: tuple[str, ...], budgets: tuple[float, ...], output: Path) -> None:
+def main(
+    model: Path, scheme: str, number_format: str, methods: tuple[str, ...], budgets: tuple[float, ...], output: Path
+) -> None:
     """Measure what the results lack, and write them after each."""
     path = output / "mixed-precision.json"
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
-    prepared = prepare(model, load_recipe(scheme, {"requantize": True}), None)
+    changes = {"requantize": True} | ({} if number_format == "int" else {"weights": {"format": number_format}})
+    prepared = prepare(model, load_recipe(scheme, changes), None)
+    label = scheme if number_format == "int" else f"{scheme}, {number_format}"
     for budget in budgets or BUDGETS:
         for method in methods or METHODS:
-            key = {"model": model.name, "scheme": scheme, "method": method, "budget": budget}
+            key = {"model": model.name, "scheme": label, "method": method, "budget": budget}
             if any(key.items() <= row.items() for row in rows):
                 continue
             alike = [row for row in rows if key.items() - {("budget", budget)} <= row.items() and method == "uniform"]
-            row = key | (measured(model, scheme, method, budget, prepared, alike) or {})
+            row = key | (measured(model, scheme, method, budget, prepared, alike, changes) or {})
             rows = sorted([*rows, row], key=place)
             path.write_text(json.dumps(rows, indent=1) + "\n")
             (output / "mixed-precision.md").write_text(markdown(rows))

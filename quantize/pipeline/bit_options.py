@@ -11,6 +11,7 @@ import torch
 
 from quantize.checkpoint.checkpoint import Checkpoint
 from quantize.errors import UsageError
+from quantize.formats import get_format
 from quantize.graph.linears import Linear, by_input
 from quantize.graph.program import Program
 from quantize.pipeline.layer_schemes import entry_for, scheme_for
@@ -59,12 +60,12 @@ def units_of(plan: Plan, program: Program, checkpoint: Checkpoint) -> list[Unit]
     """Return the units in order; linears that an entry of `layers` decides, or that keep a grid, are in none.
 
     Raises:
-        UsageError: the recipe's numbers are no integers, of which there are none with other bits, or nothing is left.
+        UsageError: the recipe's numbers are FP4, whose groups are fixed, or nothing is left.
     """
-    if plan.recipe.weights.format != "int":
+    if get_format(plan.recipe.weights.format).element == "e2m1":
         raise UsageError(
-            f"recipe: average_bits chooses among integers, and the weights are {plan.recipe.weights.format}; leave it "
-            "out, or give an integer scheme"
+            f"recipe: average_bits chooses among integers and code books, and the weights are {plan.recipe.scheme}; "
+            "leave it out, or give an integer scheme"
         )
     if program.export_error:
         raise UsageError(

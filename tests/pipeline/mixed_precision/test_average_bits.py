@@ -112,7 +112,6 @@ REFUSED = {
         {"average_bits": 3.5},
         r"is 3\.5, and these weights take 4\.\d+ bits at least, .* give 4\.\d+ or more, or the scheme W3A16$",
     ),
-    "no integers": ({"average_bits": 5, "weights": {"format": "nf4"}}, "among integers, and the weights are nf4"),
     "decided": (
         {"average_bits": 5, "layers": [{"match": "re:.*proj", "scheme": "W8A16"}]},
         "has no linear to decide for, as layers or grids",
@@ -126,6 +125,20 @@ def test_what_cannot_be_is_refused_before_the_run(name, program, one_layer):
     plan = make_plan(load_recipe("W4A16", PLAIN | change), program)
     with pytest.raises(UsageError, match=words):
         check_average_bits(plan, program, open_checkpoint(one_layer))
+
+
+def test_fp4_has_no_other_groups(program, one_layer):
+    plan = make_plan(load_recipe("MXFP4", PLAIN | {"average_bits": 5, "ignore": ["re:.*down_proj"]}), program)
+    with pytest.raises(UsageError, match="among integers and code books, and the weights are MXFP4; leave it out"):
+        check_average_bits(plan, program, open_checkpoint(one_layer))
+
+
+@pytest.mark.slow
+def test_a_code_book_shares_a_budget_with_integers_of_8_bits(small_run, two_layers):
+    recipe = PLAIN | {"weights": {"format": "iq4_nl"}}
+    given = small_run(two_layers, "W4A16", recipe=recipe, average_bits=5.2, group_size=None, **DATA)
+    assert 5 < given.manifest["average_bits"]["stored"] <= 5.2
+    assert given.manifest["schemes"].keys() >= {"W4A16 iq4_nl", "W8A16"}
 
 
 def test_a_pattern_matches_one_path_alone():
