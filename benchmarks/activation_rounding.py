@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.bench import TEXT
-from benchmarks.models.windows import WINDOW, WINDOWS
-from quantize.calibration.data import read_samples
+from benchmarks.models.windows import read_windows
 from quantize.checkpoint.opening import open_checkpoint
-from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.scheme.scheme import ActivationArgs
@@ -55,8 +53,7 @@ def rotate_and_round(linear: nn.Linear, args: ActivationArgs | None) -> None:
 @torch.no_grad()
 def main(model: Path) -> None:
     """Print the loss increase, the KL and the agreement of each width."""
-    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
-    windows, floats = [row["input_ids"][None] for row in samples.rows], open_checkpoint(model).load()
+    windows, floats = read_windows(model, TEXT), open_checkpoint(model).load()
     base = score_language(floats, windows).loss
     for args in WIDTHS:
         found = score_language(rounded(model, args), windows, floats)

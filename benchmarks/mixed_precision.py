@@ -21,10 +21,8 @@ import torch
 
 from benchmarks.machine import processor
 from benchmarks.models.bench import TEXT
-from benchmarks.models.windows import WINDOW, WINDOWS
-from quantize.calibration.data import read_samples
+from benchmarks.models.windows import read_windows
 from quantize.checkpoint.opening import open_checkpoint
-from quantize.checkpoint.tokenizer import load_tokenize
 from quantize.eval.perplexity import score_language
 from quantize.pipeline.bit_options import Unit, units_of
 from quantize.pipeline.mixed_precision.resolve import entries
@@ -105,12 +103,10 @@ def measured(
         for row in done:
             if row.get("bits") == stored:
                 return {name: row[name] for name in ("bits", "kl", "top1", "megabytes")}
-    samples = read_samples(TEXT, WINDOW, WINDOWS, load_tokenize(model), 2**31)
     with tempfile.TemporaryDirectory() as scratch:
         artifact = quantize_model(model, scheme=scheme, recipe=recipe, output_dir=Path(scratch) / "out")
         stored = artifact.manifest["average_bits"]["stored"] if method == "measured" else stored
-        windows = [row["input_ids"][None] for row in samples.rows]
-        found = score_language(artifact.load(), windows, open_checkpoint(model).load())
+        found = score_language(artifact.load(), read_windows(model, TEXT), open_checkpoint(model).load())
         size = sum(path.stat().st_size for path in artifact.directory.glob("model-*.safetensors"))
     return {"bits": stored, "kl": found.kl, "top1": found.top1, "megabytes": size / 1e6}
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quantize.calibration.data import BUNDLED, read_samples
 from quantize.checkpoint.tokenizer import load_tokenize, load_tokenizer
 
@@ -30,6 +32,12 @@ def write_evaluation(model: Path, path: Path, texts: list[Path], window: int = W
         samples = read_samples(text, window, windows, load_tokenize(model), vocabulary(model))
         found[text.stem] = [row["input_ids"].tolist() for row in samples.rows]
     path.write_text(json.dumps({"prompt": prompt, "texts": found}))
+
+
+def read_windows(model: Path, text: Path) -> list[Tensor]:
+    """Return the ids [1, WINDOW] of some windows of a text."""
+    samples = read_samples(text, WINDOW, WINDOWS, load_tokenize(model), 2**31)
+    return [row["input_ids"][None] for row in samples.rows]
 
 
 def vocabulary(model: Path) -> int:

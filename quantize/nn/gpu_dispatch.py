@@ -44,11 +44,8 @@ def kernel_bits(args: WeightArgs, activations: ActivationArgs | None) -> int:
 
 def has_gpu_kernel(x: Tensor, weight: QTensor, args: ActivationArgs | None) -> bool:
     """Return whether a kernel multiplies activations x [..., K], quantized as `args` says, by this weight."""
-    element, groups, bits = (
-        get_format(weight.args.format).element,
-        weight.scale.shape[1],
-        kernel_bits(weight.args, args),
-    )
+    element = get_format(weight.args.format).element
+    groups, bits = weight.scale.shape[1], kernel_bits(weight.args, args)
     if args is None:
         return element != "e2m1" and has_weight_only_kernel(x, groups, bits)
     if element == "e2m1":

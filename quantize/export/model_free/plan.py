@@ -70,6 +70,11 @@ class ModelFreePlan:
         """The model's files."""
         return self.opened.checkpoint
 
+    @property
+    def of_stacks(self) -> list[StoredLinear]:
+        """The linears that experts of stacks become."""
+        return [x for linears in self.linears.values() for x in linears if x.expert is not None]
+
     def shards(self) -> dict[str, list[str]]:
         """Return the names of the tensors that each file of the result is made of, by the name of the file."""
         found = defaultdict[str, list[str]](list)

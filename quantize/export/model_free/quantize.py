@@ -159,8 +159,7 @@ def next_step(plan: ModelFreePlan, output: Path) -> str:
     if plan.form.name == GGUF:
         return f"to run it: llama-cli -m {output / 'model.gguf'}"
     if not plan.form.is_artifact:
-        stacked = [plan.schemes[x.path] for linears in plan.linears.values() for x in linears if x.expert is not None]
-        why = unserved(plan.schemes.values(), stacked)
+        why = unserved(plan.schemes.values(), [plan.schemes[x.path] for x in plan.of_stacks])
         told = f"vLLM does not serve it: {why}" if why else f"to serve it: {serve_command(output, plan.schemes)}"
         unpacked = any(map(has_packed_zero_points, plan.schemes.values()))
         return f"{told}\ntransformers loads it {UNPACKED}" if unpacked else told

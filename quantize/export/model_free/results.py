@@ -21,8 +21,8 @@ from quantize.scheme.scheme import Scheme
 
 def finish_checkpoint(plan: ModelFreePlan, writer: ArtifactWriter, kept: list[str]) -> dict[str, Any]:
     """Write what makes a checkpoint of compressed-tensors of the files, and commit; return the manifest."""
-    stacks = [x for linears in plan.linears.values() for x in linears if x.expert is not None]
-    settings = quantization_config(with_patterns(plan.schemes, {x.path for x in stacks}), modules_in_float(plan))
+    stacks = {x.path for x in plan.of_stacks}
+    settings = quantization_config(with_patterns(plan.schemes, stacks), modules_in_float(plan))
     writer.write_index()
     write_beside(plan, writer, {**plan.checkpoint.config, "quantization_config": settings})
     return writer.commit({"format": plan.form.name, **record(plan, writer, kept)})
