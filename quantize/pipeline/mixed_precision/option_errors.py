@@ -19,7 +19,7 @@ from quantize.quantizers.rtn import RoundToNearest
 from quantize.scheme.scheme import Scheme
 from quantize.transforms.online import InputTransform
 
-OUTPUTS = 128  # of a linear that stand for all of them, as each is rounded by itself
+OUTPUTS = 256  # of a linear that stand for all of them, as each is rounded by itself
 
 
 def error_ratios(

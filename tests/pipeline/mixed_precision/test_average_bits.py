@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,19 +14,22 @@ from safetensors.torch import load_file
 
 from quantize.calibration.data import spread
 from quantize.calibration.logits import divergence
+from quantize.calibration.statistics import Gram
 from quantize.checkpoint.opening import open_checkpoint
 from quantize.errors import UsageError
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.pipeline.bit_options import check_average_bits, units_of
 from quantize.pipeline.context import RunContext
-from quantize.pipeline.mixed_precision.measure import ROWS, measure
+from quantize.pipeline.mixed_precision.measure import ROWS, measure, split
 from quantize.pipeline.mixed_precision.resolve import only
 from quantize.pipeline.plan import make_plan
 from quantize.pipeline.prepare import prepare
+from quantize.quantizers.gptq import GPTQ
 from quantize.quantizers.rtn import RoundToNearest
 from quantize.recipe.recipe import load_recipe
 
 PLAIN = {"quantizer": {"name": "rtn"}, "passes": []}
+GPTQ_BITS = {"quantizer": {"name": "gptq"}, "average_bits": 5.0}
 DATA = {"nsamples": 4, "seqlen": 64}
 
 
@@ -105,6 +109,42 @@ def test_measured_losses_foretell_what_rounding_each_unit_does(two_layers):
         sizes = [option.scheme.weights.group_size or 1000 for option in unit.options[:-1]]
         assert row[sizes.index(32)] < row[0] < row[sizes.index(1000)]
         assert row[-1] < 0.2 * row[0]  # 8 bits
+
+
+@torch.no_grad()
+def errors_by_hand(prepared, directory, path, scheme, how):
+    """Return the mean error of a linear's outputs, rounded as a whole on transformers' own inputs of the rows."""
+    model, inputs = open_checkpoint(directory).load().float(), list[torch.Tensor]()
+    module = model.get_submodule(path)
+    W = module.weight
+    module.register_forward_pre_hook(lambda _, x: inputs.append(x[0].flatten(0, 1)))
+    for row in (row for rows in split(prepared.samples.rows) for row in rows):
+        model(input_ids=row["input_ids"][None])
+    x, gram = torch.cat(inputs[:ROWS]), Gram()
+    gram.update(torch.cat(inputs[ROWS:]))
+    W_hat = how.quantize(W, scheme.weights, gram, torch.bfloat16).dequantize()
+    y = x @ W.T
+    return float(((x @ W_hat.T - y).square().sum(-1) / y.square().sum(-1)).mean())
+
+
+@pytest.mark.slow
+def test_options_lose_what_the_recipes_quantizer_leaves_of_plain_rounding(two_layers):
+    """GPTQ helps where inputs depend on each other, so plain rounding would rank linears wrongly."""
+    recipe = load_recipe("W4A16", PLAIN | GPTQ_BITS, nsamples=24, seqlen=64)
+    prepared = prepare(two_layers, recipe, None)
+    units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
+    plain = replace(prepared, plan=replace(prepared.plan, quantizer=RoundToNearest()))
+    losses, base = (measure(given, units, RunContext()) for given in (prepared, plain))
+    left = []
+    for number, unit in ((n, unit) for n, unit in enumerate(units) if len(unit.linears) == 1):
+        path, first = unit.linears[0].path, unit.options[0].scheme
+        most = errors_by_hand(prepared, two_layers, path, first, RoundToNearest())
+        for option, row in zip(unit.options, losses[number], strict=True):
+            left.append(row / base[number][0])
+            found = errors_by_hand(prepared, two_layers, path, option.scheme, GPTQ()) / most
+            assert left[-1] == pytest.approx(found, rel=0.03)
+    four_bits = left[:: len(units[0].options)]
+    assert max(four_bits) > 2 * min(four_bits)
 
 
 REFUSED = {
