@@ -12,8 +12,9 @@ other, and two thirds to one behind an activation function (SmolLM2-135M, 4 bits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -36,6 +37,7 @@ from quantize.pipeline.rotation_choice import relative_errors
 from quantize.pipeline.run_figures import hidden_state
 from quantize.pipeline.steps.transform import PassRunner
 
+T = TypeVar("T")
 ROWS = 4  # of calibration data, on which losses are measured
 FIT = 24  # rows that the quantizer sees, or those same ones if there are too few
 
@@ -62,8 +64,8 @@ def measure(prepared: Prepared, units: Sequence[Unit], context: RunContext) -> l
         ratios |= error_ratios(block, here, plan.quantizer, floats, seen, finish=not last)
         alone = {n: replace(rounded, quantized={x: rounded.quantized[x] for x in u.linears}) for n, u in here.items()}
         if last:
-            effects = {name: effect(program, segment, floats, runner, state, state) for name, runner in apart.items()}
-            losses |= {n: effect(program, segment, floats, floats, state, b.overrides()) for n, b in alone.items()}
+            whole_blocks = effects(program, segment, floats, state, {x: (runner, state) for x, runner in apart.items()})
+            losses |= effects(program, segment, floats, state, {n: (floats, b.overrides()) for n, b in alone.items()})
             break
         before = [dict(values) for values in floats.values]
         for runner in (floats, *apart.values()):
@@ -75,8 +77,8 @@ def measure(prepared: Prepared, units: Sequence[Unit], context: RunContext) -> l
         del given, block, rounded, alone  # freed before the next is read
         trim_heap()
     for name, found in shares.items():
-        whole = sum(found.values())
-        losses |= {n: effects[name] * (part / whole if whole else 1 / len(found)) for n, part in found.items()}
+        total = sum(found.values())
+        losses |= {n: whole_blocks[name] * (part / total if total else 1 / len(found)) for n, part in found.items()}
     return [[losses[number] * ratio for ratio in ratios[number]] for number in range(len(units))]
 
 
@@ -101,23 +103,25 @@ def share(
     return float(torch.cat([relative_errors(found[node], y[node]) for found, y in pairs]).mean())
 
 
-def effect(
+def effects(
     program: Program,
     segment: Segment,
     floats: SequentialRunner,
-    runner: SequentialRunner,
     reference: Overrides,
-    state: Overrides,
-) -> float:
-    """Return what another model's output loses against the float model's, row by row, behind the last block."""
-    total, count = 0.0, 0
-    for values, others in zip(floats.values, runner.values, strict=True):
+    models: Mapping[T, tuple[SequentialRunner, Overrides]],
+) -> dict[T, float]:
+    """Return what the outputs of other models lose against the float model's, row by row, behind the last block."""
+    totals, count = dict.fromkeys(models, 0.0), 0
+    for number, values in enumerate(floats.values):
         expected = last_output(program, segment, values, reference)
-        y = last_output(program, segment, others, state)
-        if y.dim() == 3 and y.shape[-1] == program.vocabulary:
-            expected, y = expected.flatten(0, 1), y.flatten(0, 1)
-            found = divergence(y, expected, torch.zeros(len(y), dtype=torch.long, device=y.device))
-            total, count = total + found.kl, count + found.tokens
-        else:
-            total, count = total + float((y - expected).square().sum() / expected.square().sum()), count + 1
-    return total / max(count, 1)
+        has_logits = expected.dim() == 3 and expected.shape[-1] == program.vocabulary
+        expected = expected.flatten(0, 1) if has_logits else expected
+        count += len(expected) if has_logits else 1
+        for name, (runner, state) in models.items():
+            y = last_output(program, segment, runner.values[number], state)
+            if has_logits:
+                none = torch.zeros(len(expected), dtype=torch.long, device=y.device)
+                totals[name] += divergence(y.flatten(0, 1), expected, none).kl
+            else:
+                totals[name] += float((y - expected).square().sum() / expected.square().sum())
+    return {name: total / max(count, 1) for name, total in totals.items()}
