@@ -127,7 +127,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw KL over bits, a plot for each model, with a line for each method through the points of all schemes."""
+    """Draw KL over bits, a plot for each model, with a line for each method and kind of activations."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -137,11 +137,11 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         for number, model in enumerate(models, 1):
             axes = figure.add_subplot(math.ceil(len(models) / 2), 2, number)
             here = [row for row in rows if row["model"] == model and row.get("bits")]
-            kinds = [(method, book) for method in METHODS for book in dict.fromkeys(row["scheme"][5:] for row in here)]
-            for method, book in kinds:
-                alike = [row for row in here if (row["method"], row["scheme"][5:]) == (method, book)]
+            kinds = dict.fromkeys((row["method"], row["scheme"][2:]) for row in here)
+            for method, kind in kinds:
+                alike = [row for row in here if (row["method"], row["scheme"][2:]) == (method, kind)]
                 if points := sorted({(row["bits"], row["kl"]) for row in alike}):
-                    axes.semilogy(*zip(*points, strict=True), marker="o", markersize=3, label=method + book)
+                    axes.semilogy(*zip(*points, strict=True), marker="o", markersize=3, label=f"{method}, {kind}")
             axes.set(title=model, xlabel="bits a weight", ylabel="KL, nats a token")
             axes.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
