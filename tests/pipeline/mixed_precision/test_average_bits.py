@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tomllib
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.json_files import change_json
+from helpers.mixtures import build_family
 from safetensors.torch import load_file
 
 from quantize.calibration.data import spread
@@ -145,6 +147,23 @@ def test_options_lose_what_the_recipes_quantizer_leaves_of_plain_rounding(two_la
             assert left[-1] == pytest.approx(found, rel=0.03)
     four_bits = left[:: len(units[0].options)]
     assert max(four_bits) > 2 * min(four_bits)
+
+
+def test_experts_of_a_stack_are_weighed_like_other_linears(tmp_path):
+    """The quantizer sees the inputs of all of them, and leaves less than plain rounding."""
+    build_family("mixtral").save_pretrained(tmp_path / "model")
+    ids = torch.randint(2, 64, (24, 32), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "ids.jsonl").write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in ids))
+    recipe = load_recipe("W4A16", PLAIN | GPTQ_BITS | {"average_bits": 5.6}, nsamples=24, seqlen=32)
+    prepared = prepare(tmp_path / "model", recipe, tmp_path / "ids.jsonl")
+    units = units_of(prepared.plan, prepared.program, prepared.checkpoint)
+    plain = replace(prepared, plan=replace(prepared.plan, quantizer=RoundToNearest()))
+    losses, base = (measure(given, units, RunContext()) for given in (prepared, plain))
+    experts = [n for n, unit in enumerate(units) if unit.linears[0].experts is not None]
+    assert len(experts) == 4
+    for n in experts:
+        assert losses[n][-1] < 0.02 * losses[n][0]  # 8 bits
+        assert 0.2 * base[n][0] < losses[n][0] < base[n][0]
 
 
 REFUSED = {
