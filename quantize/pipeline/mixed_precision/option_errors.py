@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantize.calibration.runner import SequentialRunner
 from quantize.calibration.statistics import Gram
+from quantize.graph.linears import Linear
 from quantize.pipeline.bit_options import Unit
 from quantize.pipeline.block import Block
 from quantize.pipeline.rotation_choice import relative_errors
@@ -50,23 +51,42 @@ def error_ratios(
         seen.advance_to_linears(block.segment, state, numbers, finish),
         strict=True,
     ):
-        for first in sharing:
-            inputs, gram = list(ahead.inputs(block.segment, first, state)), Gram()
-            for x in seen.inputs(block.segment, first, state) if quantizer.needs_gram else ():
-                gram.update(block.input_transforms[first].rotate(x), dtype=block.product_dtype)
-            found[numbers[first]] = unit_ratios(block, units[numbers[first]], quantizer, gram, inputs)
+        for number in (numbers[first] for first in sharing):
+            unit, errors = units[number], list[list[float]]()
+            for part in alike(unit.linears, block):
+                transform, gram = block.input_transforms[part[0]], Gram()
+                for x in seen.inputs(block.segment, part[0], state) if quantizer.needs_gram else ():
+                    gram.update(transform.rotate(x), dtype=block.product_dtype)
+                inputs = list(ahead.inputs(block.segment, part[0], state))
+                errors.append(part_errors(block, part, [o.scheme for o in unit.options], quantizer, gram, inputs))
+            plain, *others = map(sum, zip(*errors, strict=True))
+            found[number] = [error / plain if plain else 0.0 for error in others]
     return found
 
 
-def unit_ratios(block: Block, unit: Unit, quantizer: Quantizer, gram: Gram, inputs: Sequence[Tensor]) -> list[float]:
-    """Return the error of each option of a unit over that of plain rounding with the first.
+def alike(linears: Sequence[Linear], block: Block) -> list[list[Linear]]:
+    """Split linears that share an input into those before which the same is done with it."""
+    parts = dict[object, list[Linear]]()
+    for linear in linears:
+        parts.setdefault((block.input_transforms[linear], block.dtypes[linear.weight]), []).append(linear)
+    return list(parts.values())
 
-    Errors are sums over the unit's linears of the mean over tokens of ‖Ŵ x̂ - W x‖² / ‖W x‖². The experts of a stack
-    are taken to see the inputs of all of them, and inputs that no token reached leave plain rounding.
+
+def part_errors(
+    block: Block,
+    part: Sequence[Linear],
+    schemes: Sequence[Scheme],
+    quantizer: Quantizer,
+    gram: Gram,
+    inputs: Sequence[Tensor],
+) -> list[float]:
+    """Return the error of linears that see the same, by plain rounding with the first scheme and then with each.
+
+    Errors are sums over the linears of the mean over tokens of ‖Ŵ x̂ - W x‖² / ‖W x‖². The experts of a stack are
+    taken to see the inputs of all of them, and inputs that no token reached leave plain rounding.
     """
-    first = unit.linears[0]
-    transform, dtype = block.input_transforms[first], block.dtypes[first.weight]
-    weights = [(W := block.weight(linear))[:: -(-len(W) // OUTPUTS)] for linear in unit.linears]
+    transform, dtype = block.input_transforms[part[0]], block.dtypes[part[0].weight]
+    weights = [(W := block.weight(linear))[:: -(-len(W) // OUTPUTS)] for linear in part]
 
     def error(how: Quantizer, scheme: Scheme) -> float:
         own = copy.deepcopy(gram) if how.needs_gram else None  # which is overwritten
@@ -74,10 +94,8 @@ def unit_ratios(block: Block, unit: Unit, quantizer: Quantizer, gram: Gram, inpu
         behind = replace(transform, activations=scheme.activations)
         return sum(output_error(W, Q.dequantize(), behind, inputs) for W, Q in zip(weights, rounded, strict=True))
 
-    plain, how = error(RoundToNearest(), unit.options[0].scheme), quantizer
-    if quantizer.needs_gram and not gram.rows:
-        how = RoundToNearest()
-    return [error(how, option.scheme) / plain if plain else 0.0 for option in unit.options]
+    how = quantizer if gram.rows or not quantizer.needs_gram else RoundToNearest()
+    return [error(RoundToNearest(), schemes[0]), *(error(how, scheme) for scheme in schemes)]
 
 
 def output_error(W: Tensor, W_hat: Tensor, transform: InputTransform, inputs: Sequence[Tensor]) -> float:
