@@ -50,7 +50,7 @@ def measure(prepared: Prepared, units: Sequence[Unit], context: RunContext) -> l
     program, plan = prepared.program, without_data(prepared.plan)
     judged, fit = split(prepared.samples.rows)
     short = HeldOutRows(judged, whole=prepared.samples.whole).batches(scored_length(program.vocabulary))
-    uncut = [{name: x[None] for name, x in row.items()} for row in fit]
+    uncut = replace(prepared.samples, rows=fit).batches(1)
     floats, seen = (SequentialRunner(program, context.prefix.batches(batches)) for batches in (short, uncut))
     passes = PassRunner(program, plan, context, SequentialRunner(program, []), SequentialRunner(program, []))
     numbers = {unit.linears[0]: number for number, unit in enumerate(units)}

@@ -22,9 +22,10 @@ from quantize.errors import UsageError
 from quantize.formats.fake_quantize import fake_quantize
 from quantize.pipeline.bit_options import check_average_bits, units_of
 from quantize.pipeline.context import RunContext
+from quantize.pipeline.mixed_precision import option_errors
 from quantize.pipeline.mixed_precision.measure import ROWS, measure, split
 from quantize.pipeline.mixed_precision.resolve import only
-from quantize.pipeline.plan import make_plan
+from quantize.pipeline.plan import LeftOut, made_anew, make_plan
 from quantize.pipeline.prepare import prepare
 from quantize.quantizers.gptq import GPTQ
 from quantize.quantizers.rtn import RoundToNearest
@@ -164,6 +165,24 @@ def test_experts_of_a_stack_are_weighed_like_other_linears(tmp_path):
     for n in experts:
         assert losses[n][-1] < 0.02 * losses[n][0]  # 8 bits
         assert 0.2 * base[n][0] < losses[n][0] < base[n][0]
+
+
+def test_linears_before_one_of_which_a_rotation_is_left_out_are_weighed_apart(two_layers, monkeypatch):
+    found, path = list[list[str]](), "model.layers.0.self_attn.{}_proj"
+
+    def note(*given):
+        found.append([linear.path for linear in given[1]])
+        return [1.0] * (1 + len(given[2]))
+
+    monkeypatch.setattr(option_errors, "part_errors", note)
+    recipe = PLAIN | {"passes": [{"name": "rotate", "residual": False, "where_useful": True}], "average_bits": 5.0}
+    prepared = prepare(two_layers, load_recipe("W4A4", recipe, **DATA), None)
+    for harmful in ([], [path.format("q")]):
+        plan = made_anew(prepared.plan, prepared.program, prepared.plan.given, LeftOut(frozenset(), frozenset(harmful)))
+        units = units_of(plan, prepared.program, prepared.checkpoint)
+        measure(replace(prepared, plan=plan), units, RunContext())
+    q, *kv = map(path.format, "qkv")
+    assert found.count([q, *kv]) == found.count([q]) == found.count(kv) == 1
 
 
 REFUSED = {
