@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import signal
@@ -15,6 +16,7 @@ import quantize.eval.report  # noqa: F401  what is interrupted within an import 
 from quantize.cli import main
 from quantize.export.directory import export_artifact
 from quantize.pipeline.quantize import collect_stats
+from quantize.pipeline.statistics_files import write_collected
 from quantize.recipe.recipe import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -24,7 +26,7 @@ COMMANDS = {
     "quantize": "{model} {small} -o out",
     "dry run": "{model} {small} --dry-run",
     "statistics": "{model} {small} --recipe {recipe} --collect-stats out",
-    "merge-stats": "merge-stats {stats} --output out",
+    "merge-stats": "merge-stats {parts} --output out",
     "prune": "prune {mixture}/model --calibration {mixture}/ids.jsonl --ratio 0.5 --nsamples 2 --seqlen 16 -o out",
     "inspect": "inspect {model}",
     "eval": "eval {artifact} --against {model} --text {rows} --nsamples 8 --seqlen 64",
@@ -44,10 +46,14 @@ def files(one_layer, artifact_rtn, artifact_mixture, stories_calibration, tmp_pa
     export_artifact(artifact_rtn.directory, "onnx", folder / "onnx")
     (folder / "recipe.toml").write_text('passes = [{ name = "smoothquant" }]\nquantizer = { name = "rtn" }\n')
     recipe = load_recipe("W8A8", folder / "recipe.toml", group_size=0, nsamples=2, seqlen=16)
-    collect_stats(one_layer, output=folder / "stats", recipe=recipe, calibration=stories_calibration)
+    statistics = collect_stats(one_layer, output=folder / "stats", recipe=recipe, calibration=stories_calibration)
+    parts, (size,) = [folder / f"part{n}" for n in range(20)], statistics.data.values()
+    for part in parts:  # so many that merging takes longer than the system's clock of a process can tell
+        write_collected(part, dataclasses.replace(statistics, data={part.name: size}))
     found = {"model": one_layer, "artifact": artifact_rtn.directory, "rows": stories_calibration}
     found |= {"mixture": artifact_mixture.directory.parent, "small": " ".join(SMALL)}
-    return found | {name: folder / name for name in ("onnx", "stats")} | {"recipe": folder / "recipe.toml"}
+    found |= {"onnx": folder / "onnx", "parts": " ".join(map(str, parts))}
+    return found | {"recipe": folder / "recipe.toml"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
