@@ -53,6 +53,14 @@ class Quantizer(Data):
             product_dtype: the dtype to which operands of large products are rounded.
         """
 
+    def unrounded(self, weights: Sequence[Tensor], gram: Gram) -> Sequence[Tensor]:
+        """Return the real weights that are rounded in place of some that multiply the same input.
+
+        `gram` [K, K] is that of the input, with the drift, and it is overwritten.
+        """
+        del gram
+        return weights
+
     def quantize(
         self,
         W: Tensor,

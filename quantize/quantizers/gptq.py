@@ -60,9 +60,7 @@ class GPTQ(Quantizer):
         order = H.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(H))
         permute(H, order.to(H.device))
         order = order.to(device)
-        few = gram.rows < ENOUGH_ROWS * len(H)
-        damp = max(self.damp, len(H) / gram.rows) if few else self.damp
-        weights = self.target_weights(weights, gram, H, factor(H, damp, device), order)
+        weights = self.target_weights(weights, gram, H, factor(H, self.damping(gram), device), order)
         whole = get_format(args.format).global_scale(weights)
         grids = [compute_qparams(W, args, scale_dtype, self.mse, importance, whole) for W in weights]
         scale, zero = (torch.cat(parts).T.contiguous() for parts in zip(*grids, strict=True))
@@ -76,6 +74,18 @@ class GPTQ(Quantizer):
         Q = self.round_and_sweep(R, H, columns, product_dtype)
         parts = Q[order.argsort()].T.split([len(W) for W in weights])
         return [pack(q, *grid, args, scale_dtype, whole) for q, grid in zip(parts, grids, strict=True)]
+
+    def damping(self, gram: Gram) -> float:
+        """Return the part of the mean diagonal that is added to a Gram matrix [K, K]."""
+        _, H = require_gram(gram)
+        return max(self.damp, len(H) / gram.rows) if gram.rows < ENOUGH_ROWS * len(H) else self.damp
+
+    def unrounded(self, weights: Sequence[Tensor], gram: Gram) -> Sequence[Tensor]:
+        """Return what `target_weights` says of each W [N, K]."""
+        gram, H = require_gram(gram)
+        H.diagonal()[H.diagonal() == 0] = 1
+        d = factor(H, self.damping(gram), weights[0].device)
+        return self.target_weights(weights, gram, H, d, torch.arange(len(H), device=weights[0].device))
 
     def target_weights(
         self, weights: Sequence[Tensor], gram: Gram, H: Tensor, d: Tensor, order: Tensor
