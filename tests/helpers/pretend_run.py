@@ -44,6 +44,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "searched": ("W4A8", PER_CHANNEL | {"passes": SEARCHED}),
     "experts": ("W4A16", PER_CHANNEL),
     "panels": ("W4A8", PER_CHANNEL | {"passes": [], "quantizer": {"name": "gptaq", "ridge": 0.1}}),
+    "budget": ("W4A16", {"average_bits": 5.5}),
 }
 DELAYED = {"W4A4", "experts"}
 AHEAD = {"W4A16", "tuned"}  # whose next block arrives whenever the thread that reads it gets its turn

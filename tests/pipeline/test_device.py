@@ -19,7 +19,7 @@ from quantize.nn.device import resolve_device
 from quantize.pipeline.quantize import running
 
 HELPERS = Path(__file__).parents[1] / "helpers"
-NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "searched", "experts", "panels"]
+NAMES = ["W4A16", "W4A4", "NVFP4", "tuned", "searched", "experts", "panels", "budget"]
 
 
 @pytest.fixture(scope="module")

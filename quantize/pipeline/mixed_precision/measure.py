@@ -34,6 +34,7 @@ from quantize.pipeline.mixed_precision.sensitivity import (
     deviation,
     first_gradients,
     gradients_behind,
+    on_host,
 )
 from quantize.pipeline.prepare import Prepared
 from quantize.pipeline.progress import track
@@ -75,13 +76,14 @@ def measure(prepared: Prepared, units: Sequence[Unit], context: RunContext) -> l
             draw = derived_generator(context.seed, zlib.crc32(b"weighing bits"))
             found = [first_gradients(program, segment, state, values, draw) for values in floats.values]
             break
-        starts.append([dict(values) for values in floats.values])
+        before = [dict(values) for values in floats.values]
+        starts.append([on_host(values) for values in before])
         floats.run(segment.nodes, state)
         for number, own in states.items():
-            runner = SequentialRunner.of(program, map(dict, starts[-1]))
+            runner = SequentialRunner.of(program, map(dict, before))
             runner.run(segment.nodes, own)
             deviations[number] = [deviation(*pair) for pair in zip(runner.values, floats.values, strict=True)]
-        del block, alone, state, states  # freed before the next is read
+        del block, alone, state, states, before  # freed before the next is read
         trim_heap()
     for segment, gradients in gradients_behind(program, found, starts, lambda s: read(s).overrides(), console):
         decided = [numbers[x] for x in program.linears(segment) if x in numbers]

@@ -26,14 +26,22 @@ Gradients = dict[fx.Node, Tensor]
 
 
 def deviation(values: Values, expected: Values) -> Gradients:
-    """Return what the floating-point values behind a block differ by, of those that it has changed."""
+    """Return what the floating-point values behind a block differ by, of those that it has changed.
+
+    As those of all units are held, they go to the machine's memory, in 16 bits.
+    """
     pairs = {node: (values[node], y) for node, y in expected.items() if floating(y)}
-    return {node: x - y for node, (x, y) in pairs.items() if x is not y}
+    return {node: (x - y).bfloat16().cpu() for node, (x, y) in pairs.items() if x is not y}
+
+
+def on_host(values: Values) -> Values:
+    """Return values of which all tensors are in the machine's memory, as those in front of all blocks are held."""
+    return {node: x.cpu() if isinstance(x, Tensor) else x for node, x in values.items()}
 
 
 def cost(found: Gradients, gradients: Sequence[Gradients]) -> float:
     """Return the mean of (g · Δ)² over draws of g, summed over tokens."""
-    products = [(g[node] * x).sum(-1) for g in gradients for node, x in found.items() if node in g]
+    products = [(g[node] * x.to(g[node])).sum(-1) for g in gradients for node, x in found.items() if node in g]
     return sum(float(x.square().sum()) for x in products) / max(len(gradients), 1)
 
 
@@ -91,8 +99,9 @@ def tracked(
     program: Program, segment: Segment, state: Overrides, start: Values
 ) -> tuple[dict[fx.Node, Tensor], Values]:
     """Run a block so that its values have gradients by the floating-point values that it starts from."""
-    leaves = {node: x.detach().requires_grad_() for node, x in start.items() if floating(x)}
-    values = start | leaves
+    values = {node: x.to(program.device) if isinstance(x, Tensor) else x for node, x in start.items()}
+    leaves = {node: x.detach().requires_grad_() for node, x in values.items() if floating(x)}
+    values |= leaves
     for node in (n for n in segment.nodes if n not in program.turned_stacks):
         values[node] = run_node(program, node, values, state)
     return leaves, values
