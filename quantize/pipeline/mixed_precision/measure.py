@@ -2,8 +2,8 @@
 
 Each unit is rounded alone (`rounded_alone`), and what that does to the values behind its block is weighed by the
 gradient of the loss (`sensitivity`). Another option of the unit loses in the proportion of the errors of its linears'
-outputs. All of these are squares of small errors, which add up if the errors are independent: the sum foretells the
-loss of the finished model. Passes that need no data are applied first.
+outputs. All of these are squares of small errors, which add up if the errors are independent. Passes that need no data
+are applied first.
 """
 
 from __future__ import annotations
